@@ -1,0 +1,1 @@
+"""Adversarial robustness in JAX: losses, Jacobian norms and attacks as pure functions."""

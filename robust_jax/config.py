@@ -1,0 +1,194 @@
+"""Reading a config: unknown fields, names, keywords and durations, all refused before compilation.
+
+A config is an ml_collections.ConfigDict with the fields of configs/default.py. An entry
+{"name": …, **keywords} names a function or class in a table and the keywords it is called with.
+"""
+
+import difflib
+import inspect
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import typeguard
+from ml_collections import ConfigDict
+
+from robust_jax.errors import UserError
+
+# Tables that a config fills freely: any key, each value an entry that whoever uses it checks.
+TABLES = ("regularizers", "attacks")
+# What --mode=evaluate and --mode=report may change in a run that is already trained.
+EVALUATION_FIELDS = ("attacks", "evaluation")
+
+
+def check_fields(config: ConfigDict, schema: ConfigDict) -> None:
+    """Compares a config with the one that holds every field (configs/default.py).
+
+    Raises UserError for a field that is unknown, missing or of another type than the default.
+    """
+    _check_section(config, schema, "config")
+
+
+def _check_section(config: ConfigDict, schema: ConfigDict, path: str) -> None:
+    for field in config:
+        if field not in schema:
+            raise UserError(f"{path}.{field} is not a field of a config; {_choices(field, schema)}")
+    for field in schema:
+        here, default = f"{path}.{field}", schema.get_ref(field).get()
+        if field not in config:
+            raise UserError(f"{here} is missing; the default is {_short(default)}")
+        value = config.get_ref(field).get()
+        if field in TABLES:
+            if not isinstance(value, ConfigDict):
+                raise UserError(f"{here} must be a table of entries, not {value!r}")
+        elif isinstance(default, ConfigDict) and "name" not in default and value is not None:
+            if not isinstance(value, ConfigDict):
+                raise UserError(f"{here} must be a section like {_short(default)}, not {value!r}")
+            _check_section(value, default, here)
+        elif isinstance(default, bool | int | float | str):
+            expected = float if isinstance(default, float) else type(default)
+            check_type(value, expected, here)
+
+
+def bind(
+    choices: Mapping[str, Callable], entry: ConfigDict, path: str, *, reserved: Iterable[str] = ()
+) -> Callable:
+    """The function an entry names, with its keywords bound; `reserved` ones are not the user's.
+
+    Raises UserError, naming the field, the value and the choices, for an unknown name, an
+    unknown or missing keyword, or a keyword of the wrong type.
+    """
+    if not isinstance(entry, Mapping | ConfigDict) or "name" not in entry:
+        raise UserError(f'{path} must be an entry like {{"name": …}}, not {_short(entry)}; '
+                        f"names: {', '.join(choices)}")  # fmt: skip
+    name = choose(choices, entry["name"], f"{path}.name")
+    keywords = {key: _plain(value) for key, value in entry.items() if key != "name"}
+    parameters = keyword_parameters(choices[name], reserved)
+    for key, value in keywords.items():
+        if key not in parameters:
+            raise UserError(f"{path}.{key} is not a keyword of {name}; {_choices(key, parameters)}")
+        keywords[key] = check_type(value, parameters[key], f"{path}.{key}")
+    required = [p.name for p in inspect.signature(choices[name]).parameters.values()
+                if p.name in parameters and p.default is inspect.Parameter.empty]  # fmt: skip
+    for key in required:
+        if key not in keywords:
+            raise UserError(f"{path}.{key} is missing: {name} needs it")
+    return partial(choices[name], **keywords)
+
+
+def keyword_parameters(fn: Callable, reserved: Iterable[str] = ()) -> dict[str, Any]:
+    """The keyword-only parameters of a function, or the fields of a flax module, with types."""
+    is_class = inspect.isclass(fn)
+    hints = typing.get_type_hints(fn)
+    hidden = {*reserved, "parent", "name"} if is_class else {*reserved}
+    return {
+        p.name: hints.get(p.name, Any)
+        for p in inspect.signature(fn).parameters.values()
+        if (is_class or p.kind == p.KEYWORD_ONLY) and p.name not in hidden
+    }
+
+
+def choose(choices: Iterable[str], name: Any, path: str) -> str:
+    """The name, where it is one of the choices; UserError with the choices otherwise."""
+    if name not in set(choices):
+        raise UserError(f"{path} is {name!r}; {_choices(name, choices)}")
+    return name
+
+
+def check_type(value: Any, expected: Any, path: str) -> Any:
+    """The value (a list as a tuple), where it is of the expected type; UserError otherwise."""
+    if isinstance(value, list):
+        value = tuple(value)
+    try:
+        if isinstance(value, bool) and expected in (int, float):
+            raise typeguard.TypeCheckError
+        return typeguard.check_type(value, expected)
+    except typeguard.TypeCheckError:
+        raise UserError(f"{path} must be {_describe(expected)}, not {value!r}") from None
+
+
+def guard(path: str, fn: Callable, *args: Any, **kwargs: Any) -> Any:
+    """fn(*args, **kwargs), its ValueError turned into a UserError that names the config field."""
+    try:
+        return fn(*args, **kwargs)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def num_steps(duration: str, path: str, *, batch_size: int, num_examples: int) -> int:
+    """A duration such as "20 epochs", "500 steps" or "1e6 examples" in steps, rounded up.
+
+    Raises UserError where it is not one positive number with one unit.
+    """
+    match = re.fullmatch(r"\s*([0-9.eE+]+)\s*(step|epoch|example)s?\s*", str(duration))
+    try:
+        number = float(match[1]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or not (number > 0 and math.isfinite(number)):
+        raise UserError(f"{path} is {duration!r}; give one positive number with one unit: "
+                        '"500 steps", "20 epochs" or "1e6 examples"')  # fmt: skip
+    examples_per_unit = {"step": batch_size, "epoch": num_examples, "example": 1}[match[2]]
+    # The small slack keeps float error, as in 0.1 · 30, from adding a step.
+    return math.ceil(number * examples_per_unit / batch_size - 1e-9)
+
+
+def differences(one: Mapping, other: Mapping, *, ignore: Iterable[str] = ()) -> list[str]:
+    """The fields in which two configs differ, each as "field: old → new"."""
+    ours, theirs = (flatten({k: v for k, v in c.items() if k not in ignore}) for c in (one, other))
+    return [f"config.{field}: {ours.get(field)!r} → {theirs.get(field)!r}"
+            for field in sorted({*ours, *theirs})
+            if ours.get(field, _MISSING) != theirs.get(field, _MISSING)]  # fmt: skip
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON has it: plain dicts, lists for tuples."""
+    return json.loads(config.to_json_best_effort())
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+_MISSING = object()
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def _choices(name: Any, choices: Iterable[str]) -> str:
+    choices = list(choices)
+    close = difflib.get_close_matches(str(name), choices, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"{meant}choices: {', '.join(choices) or 'none'}"
+
+
+def _describe(expected: Any) -> str:
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "True or False",
+             type(None): "None"}  # fmt: skip
+    return names.get(expected, str(expected).replace("typing.", ""))
+
+
+def _short(value: Any) -> str:
+    text = repr(_plain(value))
+    return text if len(text) < 60 else text[:57] + "…"

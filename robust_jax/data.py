@@ -1,0 +1,305 @@
+"""Image classification data in memory: digits, any TFDS set, or an npz file.
+
+Images stay as they are stored, uint8 or float32 in [0,1]; `to_pixels` makes float32 in [0,1] of
+either on the device. Nothing is ever unpickled.
+"""
+
+import dataclasses
+import difflib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from robust_jax.errors import UserError
+
+UNLABELED = -1
+SOURCES = "digits, tfds:<name>, npz:<path>"
+_NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+class Split(NamedTuple):
+    """images [N,H,W,C], uint8 or float32 in [0,1]; labels int32 [N], -1 where unlabelled."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def take(self, index: np.ndarray) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set's splits, with the mean and standard deviation of the training pixels [C]."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.train.images.shape[1:]
+
+
+def load(
+    source: str, *, validation_size: int, num_labeled: int | None = None, seed: int = 0,
+    data_dir: str | None = None,
+) -> Dataset:  # fmt: skip
+    """The data set `source` names: digits, tfds:<name> or npz:<path>.
+
+    validation_size examples, drawn by seed, are split off the training set. num_labeled, a
+    multiple of the number of classes, keeps that many labels, the same number in each class, and
+    sets the others to -1. Raises UserError for anything a user can mend.
+    """
+    kind, _, argument = source.partition(":")
+    if source == "digits":
+        train, test, num_classes = _digits()
+    elif kind == "tfds" and argument:
+        train, test, num_classes = _tfds(argument, data_dir)
+    elif kind == "npz" and argument:
+        train, test, num_classes = _npz(Path(argument).expanduser())
+    else:
+        raise UserError(f"config.dataset is {source!r}; choices: {SOURCES}")
+    train, validation = _split_off(train, validation_size, seed)
+    if num_labeled is not None:
+        train = _keep_labels(train, num_labeled, num_classes, seed)
+    mean, std = _pixel_statistics(train.images)
+    return Dataset(source, train, validation, test, num_classes, mean, std)
+
+
+def to_pixels(images: Array) -> Float[Array, "b h w c"]:
+    """uint8 or float images as float32 in [0,1], on the device."""
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images.astype(jnp.float32)
+    return images.astype(jnp.float32) / 255.0
+
+
+def augment(
+    images: Float[Array, "b h w c"], keys: Key[Array, " b"], *, crop_padding: int, flip: bool
+) -> Float[Array, "b h w c"]:
+    """Random crops of the image padded with zeros, and random left-right flips; on the device."""
+
+    def augment_one(image, key):
+        crop_key, flip_key = jax.random.split(key)
+        if crop_padding:
+            padding = ((crop_padding, crop_padding), (crop_padding, crop_padding), (0, 0))
+            row, column = jax.random.randint(crop_key, (2,), 0, 2 * crop_padding + 1)
+            image = jax.lax.dynamic_slice(
+                jnp.pad(image, padding), (row, column, 0), image.shape
+            )  # fmt: skip
+        if flip:
+            image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+        return image
+
+    return jax.vmap(augment_one)(images, keys) if crop_padding or flip else images
+
+
+class Stream:
+    """An endless stream of example indices: one seeded permutation of `index` after another.
+
+    What it holds at a position is a pure function of (seed, position), so a resumed run sees just
+    the examples that remain, and no example is dropped at the end of an epoch.
+    """
+
+    def __init__(self, index: np.ndarray, seed: tuple[int, ...]):
+        self._index, self._seed = index, seed
+        self._epoch, self._order = -1, index
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        where = np.arange(positions.start, positions.stop)
+        parts = [self._epoch_order(epoch)[where[where // len(self._index) == epoch]
+                                          % len(self._index)]
+                 for epoch in np.unique(where // len(self._index))]  # fmt: skip
+        return np.concatenate(parts)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            rng = np.random.default_rng([*self._seed, epoch])
+            self._epoch, self._order = epoch, rng.permutation(self._index)
+        return self._order
+
+
+class TrainBatches:
+    """The training batches of a run: batches[step] is a pure function of (seed, step).
+
+    With an unlabelled part, num_labeled_in_batch rows of each batch come from the labelled
+    examples and the others from the unlabelled ones. A batch holds image [B,H,W,C], label [B]
+    and position [B], each row's place in the global batch.
+    """
+
+    def __init__(self, split: Split, *, batch_size: int, num_labeled_in_batch: int, seed: int):
+        self._split, self._batch_size = split, batch_size
+        labeled = np.flatnonzero(split.labels != UNLABELED)
+        unlabeled = np.flatnonzero(split.labels == UNLABELED)
+        self._parts = [(Stream(labeled, (seed, 0)), num_labeled_in_batch)]
+        if num_labeled_in_batch < batch_size:
+            self._parts.append((Stream(unlabeled, (seed, 1)), batch_size - num_labeled_in_batch))
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        index = np.concatenate([stream[step * rows : (step + 1) * rows]
+                                for stream, rows in self._parts])  # fmt: skip
+        images, labels = self._split.take(index)
+        return {"image": images, "label": labels, "position": np.arange(self._batch_size)}
+
+
+def padded_batches(
+    split: Split, index: np.ndarray, batch_size: int
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """The examples at `index` in batches of one size, the last padded, with its number of real rows.
+
+    A batch holds image, label and index [B], the example's place in the split.
+    """
+    for start in range(0, len(index), batch_size):
+        rows = index[start : start + batch_size]
+        padded = np.concatenate([rows, np.repeat(rows[-1:], batch_size - len(rows))])
+        images, labels = split.take(padded)
+        yield {"image": images, "label": labels, "index": padded}, len(rows)
+
+
+def _digits() -> tuple[Split, Split, int]:
+    """scikit-learn's 1,797 real 8×8 digits; 500 of them, always the same, are the test set."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images[..., None] / 16.0).astype(np.float32)
+    order = np.random.default_rng(0).permutation(len(images))
+    everything = Split(images, digits.target.astype(np.int32))
+    return everything.take(order[500:]), everything.take(order[:500]), 10
+
+
+def _tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        close = difflib.get_close_matches(name, tfds.list_builders(), n=1)
+        raise UserError(f"config.dataset: TFDS has no data set {name!r}; "
+                        + (f"did you mean {close[0]}?" if close else
+                           "see tensorflow.org/datasets/catalog")) from None  # fmt: skip
+    if not builder.info.splits:
+        where = f", data_dir={data_dir!r}" if data_dir else ""
+        raise UserError(
+            f"config.dataset: tfds:{name} is not prepared as array_record in {builder.data_dir}; "
+            f"prepare it with: python -c \"import tensorflow_datasets as tfds; "
+            f"tfds.data_source('{name}'{where})\""
+        )
+    features, splits = builder.info.features, builder.info.splits
+    if not {"image", "label"} <= set(features) or not {"train", "test"} <= set(splits):
+        raise UserError(f"config.dataset: tfds:{name} needs features image and label and splits "
+                        f"train and test; it has {', '.join(features)} and {', '.join(splits)}")
+    shapes = features["image"].shape
+    if None in shapes:
+        raise UserError(f"config.dataset: tfds:{name} has images of varying size {shapes}; "
+                        "resize them and give an npz: file")  # fmt: skip
+    train, test = (_read_source(builder.as_data_source(split)) for split in ("train", "test"))
+    return train, test, features["label"].num_classes
+
+
+def _read_source(source) -> Split:
+    chunks = (source.__getitems__(range(i, min(i + 1024, len(source))))
+              for i in range(0, len(source), 1024))  # fmt: skip
+    examples = [(e["image"], e["label"]) for chunk in chunks for e in chunk]
+    images, labels = zip(*examples, strict=True)
+    return Split(np.stack(images), np.asarray(labels, np.int32))
+
+
+def _npz(path: Path) -> tuple[Split, Split, int]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if missing := [key for key in _NPZ_KEYS if key not in archive]:
+                raise UserError(f"{path} lacks {', '.join(missing)}; needed: {', '.join(_NPZ_KEYS)}"
+                                f"; found: {', '.join(archive) or 'nothing'}")  # fmt: skip
+            arrays = {key: archive[key] for key in _NPZ_KEYS}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; config.dataset is npz:<path>") from None
+    except (OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is not a readable npz file: {error}") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} holds Python objects, which are never unpickled; save plain "
+                        "arrays with numpy.savez") from error  # fmt: skip
+    splits = [Split(_npz_images(path, f"x_{s}", arrays[f"x_{s}"]),
+                    _npz_labels(path, f"y_{s}", arrays[f"y_{s}"], len(arrays[f"x_{s}"])))
+              for s in ("train", "test")]  # fmt: skip
+    train, test = splits
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise UserError(f"{path}: x_train and x_test differ in image shape: "
+                        f"{train.images.shape[1:]} and {test.images.shape[1:]}")  # fmt: skip
+    if train.images.dtype != test.images.dtype:
+        raise UserError(f"{path}: x_train is {train.images.dtype}, x_test {test.images.dtype}")
+    num_classes = int(train.labels.max()) + 1
+    if num_classes < 2:
+        raise UserError(f"{path}: y_train holds one class only; at least two are needed")
+    if test.labels.max() >= num_classes:
+        raise UserError(f"{path}: y_test has label {test.labels.max()}, which y_train, with labels "
+                        f"0 to {num_classes - 1}, does not")  # fmt: skip
+    return train, test, num_classes
+
+
+def _npz_images(path: Path, key: str, images: np.ndarray) -> np.ndarray:
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or 0 in images.shape:
+        raise UserError(f"{path}: {key} must be [N,H,W] or [N,H,W,C] and not empty, "
+                        f"not {images.shape}")  # fmt: skip
+    if images.dtype not in (np.uint8, np.float32, np.float64):
+        raise UserError(f"{path}: {key} must be uint8 in 0…255 or float32 in [0,1], "
+                        f"not {images.dtype}")  # fmt: skip
+    if images.dtype == np.uint8:
+        return images
+    low, high = images.min(), images.max()
+    if not (low >= 0 and high <= 1):
+        raise UserError(f"{path}: {key} ranges over [{low:g}, {high:g}]; float pixels must be in "
+                        "[0, 1] (divide by 255?)")  # fmt: skip
+    return images.astype(np.float32)
+
+
+def _npz_labels(path: Path, key: str, labels: np.ndarray, num_images: int) -> np.ndarray:
+    if labels.shape != (num_images,):
+        raise UserError(f"{path}: {key} must be [{num_images}], one label an image, "
+                        f"not {list(labels.shape)}")  # fmt: skip
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{path}: {key} must hold integers, not {labels.dtype}")
+    if labels.min() < 0:
+        raise UserError(f"{path}: {key} has label {labels.min()}; labels run from 0 to K-1")
+    return labels.astype(np.int32)
+
+
+def _split_off(train: Split, size: int, seed: int) -> tuple[Split, Split]:
+    num_examples = len(train.labels)
+    if not 0 < size < num_examples:
+        raise UserError(f"config.validation_size is {size}; it must be between 1 and "
+                        f"{num_examples - 1}, {num_examples} being the training set")  # fmt: skip
+    order = np.random.default_rng([seed, 2]).permutation(num_examples)
+    return train.take(np.sort(order[size:])), train.take(np.sort(order[:size]))
+
+
+def _keep_labels(train: Split, num_labeled: int, num_classes: int, seed: int) -> Split:
+    counts = np.bincount(train.labels, minlength=num_classes)
+    per_class, rest = divmod(num_labeled, num_classes)
+    if rest or not 0 < per_class <= counts.min():
+        raise UserError(f"config.num_labeled is {num_labeled}; it must be a multiple of the "
+                        f"{num_classes} classes, up to {counts.min() * num_classes}")  # fmt: skip
+    order = np.random.default_rng([seed, 3]).permutation(len(train.labels))
+    kept = np.concatenate([order[train.labels[order] == k][:per_class] for k in range(num_classes)])
+    labels = np.full_like(train.labels, UNLABELED)
+    labels[kept] = train.labels[kept]
+    return Split(train.images, labels)
+
+
+def _pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    scale = 255.0 if images.dtype == np.uint8 else 1.0
+    mean = images.mean((0, 1, 2), dtype=np.float64) / scale
+    std = images.std((0, 1, 2), dtype=np.float64) / scale
+    return tuple(map(float, mean)), tuple(map(float, np.maximum(std, 1e-6)))

@@ -1,0 +1,123 @@
+"""Norms of the input Jacobian J = ∇_x f(x) of each example: exact, estimated, spectral.
+
+fn maps [B,H,W,C] to [B,K], each example on its own: logits, or probabilities with
+`probabilities(logits_fn)`. Norms are in units of fn's output per pixel unit ([0,1]).
+Cost in passes through the network for each example: exact min(K, H·W·C), estimated
+num_projections, spectral 2·num_iterations.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from robust_jax.keys import KeyOrKeys, example_keys
+
+Fn = Callable[[Float[Array, "b h w c"]], Float[Array, "b k"]]
+Images = Float[Array, "b h w c"]
+PerExample = Float[Array, " b"]
+
+
+class Estimate(NamedTuple):
+    """An estimated norm [B] and the standard error [B] of that estimate."""
+
+    norm: PerExample
+    standard_error: PerExample
+
+
+def probabilities(logits_fn: Fn) -> Fn:
+    """The softmax of logits_fn, [B,H,W,C] -> [B,K]."""
+    return lambda x: jax.nn.softmax(logits_fn(x))
+
+
+def jacobian(fn: Fn, x: Images, *, chunk_size: int | None = None) -> Float[Array, "b k h w c"]:
+    """The exact Jacobian of each example, [B,H,W,C] -> [B,K,H,W,C].
+
+    Reverse mode, or forward mode where an image has fewer pixels than there are outputs.
+    """
+    return _map_examples(lambda one: _jacobian_one(fn, one), x, chunk_size)
+
+
+def frobenius_norm(fn: Fn, x: Images, *, chunk_size: int | None = None) -> PerExample:
+    """Exact ‖J‖_F, [B,H,W,C] -> [B]; at most chunk_size Jacobians are held at a time."""
+    return _map_examples(lambda one: jnp.sqrt((_jacobian_one(fn, one) ** 2).sum()), x, chunk_size)
+
+
+def squared_frobenius_samples(
+    fn: Fn, x: Images, key: KeyOrKeys, *, num_projections: int
+) -> Float[Array, "n b"]:
+    """Unbiased samples ‖Jv‖² of ‖J‖_F², v ~ N(0, I), each by one jax.jvp -> [num_projections, B].
+
+    Differentiable in the network's parameters, so it serves as a regulariser too.
+    """
+    if num_projections < 1:
+        raise ValueError(f"num_projections must be at least 1, not {num_projections!r}")
+    keys = example_keys(key, x.shape[0])
+
+    def sample(i):
+        tangent = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), x.shape[1:]))(keys)
+        return (jax.jvp(fn, (x,), (tangent.astype(x.dtype),))[1] ** 2).sum(-1)
+
+    return jax.lax.map(sample, jnp.arange(num_projections))
+
+
+def frobenius_norm_estimate(
+    fn: Fn, x: Images, key: KeyOrKeys, *, num_projections: int
+) -> Estimate:
+    """‖J‖_F from num_projections ≥ 2 random projections, with its standard error; both [B].
+
+    E‖Jv‖² = ‖J‖_F² for v ~ N(0, I) (Hutchinson; as a regulariser: arXiv 1908.02729). The error
+    of the square is carried to the norm by the delta method.
+    """
+    if num_projections < 2:
+        raise ValueError("num_projections must be at least 2 for a standard error, "
+                         f"not {num_projections!r}")  # fmt: skip
+    squares = squared_frobenius_samples(fn, x, key, num_projections=num_projections)
+    norm = jnp.sqrt(squares.mean(0))
+    error_of_square = squares.std(0, ddof=1) / jnp.sqrt(num_projections)
+    return Estimate(norm, error_of_square / jnp.maximum(2 * norm, jnp.finfo(norm.dtype).tiny))
+
+
+def spectral_norm(
+    fn: Fn, x: Images, key: KeyOrKeys, *, num_iterations: int = 20
+) -> PerExample:
+    """The largest singular value of J by power iteration on JᵀJ (a jvp and a vjp each) -> [B].
+
+    A lower bound that converges from below, at the rate (σ₂/σ₁)² an iteration.
+    """
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations must be at least 1, not {num_iterations!r}")
+
+    def spectral_norm_one(one, key):
+        def f(image):
+            return fn(image[None])[0]
+
+        _, vjp = jax.vjp(f, one)
+
+        def unit(v):
+            return v / jnp.maximum(jnp.linalg.norm(v.ravel()), jnp.finfo(v.dtype).tiny)
+
+        def iterate(_, v):
+            return unit(vjp(jax.jvp(f, (one,), (v,))[1])[0])
+
+        v = unit(jax.random.normal(key, one.shape, one.dtype))
+        v = jax.lax.fori_loop(0, num_iterations, iterate, v)
+        return jnp.linalg.norm(jax.jvp(f, (one,), (v,))[1])
+
+    return jax.vmap(spectral_norm_one)(x, example_keys(key, x.shape[0]))
+
+
+def _jacobian_one(fn: Fn, image: Float[Array, "h w c"]) -> Float[Array, "k h w c"]:
+    def f(image):
+        return fn(image[None])[0]
+
+    num_outputs = jax.eval_shape(f, image).size
+    return (jax.jacrev if num_outputs <= image.size else jax.jacfwd)(f)(image)
+
+
+def _map_examples(fn_one: Callable, x: Images, chunk_size: int | None):
+    if chunk_size is None or chunk_size >= x.shape[0]:
+        return jax.vmap(fn_one)(x)
+    return jax.lax.map(fn_one, x, batch_size=chunk_size)

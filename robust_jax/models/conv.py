@@ -1,0 +1,282 @@
+"""Two-dimensional convolution and pooling, NHWC images and HWIO kernels.
+
+The one place that knows about the platform. XLA's CPU backend computes the two gradients of a
+convolution many times slower than the convolution itself, above all inside `lax.scan`, where every
+attack lives. Here they have formulas of their own on the CPU; every other platform lowers to
+`lax.conv_general_dilated` and its derivatives.
+
+The convolution and its two gradients are three views of one trilinear form, so each is bilinear
+and each transposes into the other two. Being primitives, not a custom_vjp, they take part in every
+transformation to any order: jvp, vjp, vmap, jacfwd, jacrev, scan, remat.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+Pair = tuple[int, int]
+Padding = Literal["SAME", "VALID"] | Sequence[Pair]
+IMPLEMENTATIONS = ("auto", "plain")
+
+
+class Geometry(NamedTuple):
+    """The static half of a convolution, common to it and its two gradients."""
+
+    strides: Pair
+    padding: tuple[Pair, Pair]
+    image: Pair  # height and width of x
+    kernel: Pair  # height and width of k
+
+    @property
+    def output(self) -> Pair:
+        """Height and width of the convolution."""
+        axes = zip(self.strides, self.padding, self.image, self.kernel, strict=True)
+        return tuple((size + sum(pad) - k) // stride + 1 for stride, pad, size, k in axes)
+
+
+def conv2d(
+    x: Float[Array, "b h w i"],
+    kernel: Float[Array, "p q i o"],
+    *,
+    strides: Pair = (1, 1),
+    padding: Padding = "SAME",
+    implementation: str = "auto",
+) -> Float[Array, "b v u o"]:
+    """Convolution; implementation="plain" is `lax.conv_general_dilated` on every platform."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}")
+    image, window = x.shape[1:3], kernel.shape[:2]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(image, window, strides, padding)
+    padding = tuple((int(low), int(high)) for low, high in padding)
+    geometry = Geometry(tuple(strides), padding, image, window)
+    if min(geometry.output) < 1:
+        raise ValueError(f"kernel {window} with padding {padding} does not fit the image {image}")
+    if implementation == "plain":
+        return _plain_conv(x, kernel, geometry=geometry)
+    return conv_p.bind(x, kernel, geometry=geometry)
+
+
+# The ordinary path: lax's convolution and what lax derives from it.
+
+
+def _plain_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
+    return lax.conv_general_dilated(
+        x, k, geometry.strides, geometry.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _plain_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
+    x = jax.ShapeDtypeStruct((g.shape[0], *geometry.image, k.shape[2]), g.dtype)
+    return jax.linear_transpose(lambda x: _plain_conv(x, k, geometry=geometry), x)(g)[0]
+
+
+def _plain_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
+    k = jax.ShapeDtypeStruct((*geometry.kernel, x.shape[3], g.shape[3]), g.dtype)
+    return jax.linear_transpose(lambda k: _plain_conv(x, k, geometry=geometry), k)(g)[0]
+
+
+# The formulas for the CPU.
+
+
+def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
+    strides, padding, image, window = geometry
+    if strides == (1, 1) and window != (1, 1):
+        # A convolution of g with the kernel turned round. Without the barrier XLA recognises it as
+        # a gradient and takes its slow path again.
+        kernel = lax.optimization_barrier(jnp.flip(k, (0, 1)).swapaxes(2, 3))
+        margins = [
+            (
+                window[axis] - 1 - padding[axis][0],
+                image[axis] - g.shape[1 + axis] + padding[axis][0],
+            )
+            for axis in (0, 1)
+        ]
+        turned = Geometry(strides, tuple(margins), g.shape[1:3], window)
+        return _plain_conv(g, kernel, geometry=turned)
+    # A convolution over the dilated g would mostly multiply zeros: one product per tap, each added
+    # to the pixels that the tap reads.
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    x = jnp.zeros((), wide)
+    for tap in np.ndindex(window):
+        product = jnp.tensordot(g, k[tap], axes=((3,), (1,)), preferred_element_type=wide)
+        margins = []
+        for axis in (0, 1):
+            low = tap[axis] - padding[axis][0]
+            span = (g.shape[1 + axis] - 1) * strides[axis] + 1
+            margins.append((low, image[axis] - span - low, strides[axis] - 1))
+        x += lax.pad(product, jnp.zeros((), wide), [(0, 0, 0), *margins, (0, 0, 0)])
+    return x.astype(g.dtype)
+
+
+def _cpu_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
+    # One matrix product per tap: the pixels that the tap reads, against the outputs they reach.
+    (down, right), padding, _, (rows, columns) = geometry
+    batch, height, width, outputs = g.shape
+    channels = x.shape[3]
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    margins = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), margins)
+    products = []
+    for i in range(rows):
+        taps = [
+            lax.slice(
+                x,
+                (0, i, j, 0),
+                (batch, i + (height - 1) * down + 1, j + (width - 1) * right + 1, channels),
+                (1, down, right, 1),
+            )
+            for j in range(columns)
+        ]
+        if channels < 16:  # too thin for a product of its own: the taps of a row side by side
+            taps = [jnp.concatenate(taps, axis=3)]
+        pixels = (0, 1, 2)
+        products += [
+            jnp.tensordot(g, tap, axes=(pixels, pixels), preferred_element_type=wide)
+            for tap in taps
+        ]
+    k = jnp.concatenate(products, axis=1).T.reshape(rows, columns, channels, outputs)
+    return k.astype(g.dtype)
+
+
+# The primitives.
+
+conv_p = Primitive("conv2d")
+input_gradient_p = Primitive("conv2d_input_gradient")
+kernel_gradient_p = Primitive("conv2d_kernel_gradient")
+
+
+def _define(
+    primitive: Primitive,
+    shape: Callable[[tuple[int, ...], tuple[int, ...], Geometry], tuple[int, ...]],
+    transposes: tuple[Callable[..., Array], Callable[..., Array]],
+    plain: Callable[..., Array],
+    cpu: Callable[..., Array],
+    batch_axes: tuple[Pair, Pair],
+) -> None:
+    """All of a primitive's rules; batch_axes is explained in _batch."""
+
+    def abstract(a, b, *, geometry):
+        if a.dtype != b.dtype:
+            raise TypeError(f"{primitive.name} of {a.dtype} and {b.dtype}: they must be the same")
+        return jax.core.ShapedArray(shape(a.shape, b.shape, geometry), a.dtype)
+
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="geometry"))
+    primitive.def_abstract_eval(abstract)
+    ad.defbilinear(primitive, *transposes)
+    batching.primitive_batchers[primitive] = partial(_batch, primitive, plain, batch_axes)
+    mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=False))
+    if cpu is not plain:
+        mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), "cpu")
+
+
+def _batch(primitive, plain, batch_axes, operands, dims, *, geometry):
+    """vmap. A batch of one operand is merged into the operand's axis that the result keeps.
+
+    That axis, and where it is found in the result, is batch_axes' entry for the operand: the
+    examples of x or g stay examples, the output channels of a kernel stay output channels.
+    """
+    if None not in dims:
+        # No axis is left to merge into: a grouped convolution, which lax knows how to write.
+        return jax.vmap(partial(plain, geometry=geometry), dims)(*operands), 0
+    side = dims.index(None) ^ 1
+    axis, out_axis = batch_axes[side]
+    operand = jnp.moveaxis(operands[side], dims[side], axis)
+    count, size = operand.shape[axis : axis + 2]
+    operand = operand.reshape(*operand.shape[:axis], count * size, *operand.shape[axis + 2 :])
+    pair = (operand, operands[1]) if side == 0 else (operands[0], operand)
+    out = primitive.bind(*pair, geometry=geometry)
+    split = (*out.shape[:out_axis], count, size, *out.shape[out_axis + 1 :])
+    return out.reshape(split), out_axis
+
+
+_define(
+    conv_p,
+    shape=lambda x, k, geometry: (x[0], *geometry.output, k[3]),
+    transposes=(
+        lambda ct, x, k, geometry: input_gradient_p.bind(ct, k, geometry=geometry),
+        lambda ct, x, k, geometry: kernel_gradient_p.bind(x, ct, geometry=geometry),
+    ),
+    plain=_plain_conv,
+    cpu=_plain_conv,
+    batch_axes=((0, 0), (3, 3)),
+)
+_define(
+    input_gradient_p,
+    shape=lambda g, k, geometry: (g[0], *geometry.image, k[2]),
+    transposes=(
+        lambda ct, g, k, geometry: conv_p.bind(ct, k, geometry=geometry),
+        lambda ct, g, k, geometry: kernel_gradient_p.bind(ct, g, geometry=geometry),
+    ),
+    plain=_plain_input_gradient,
+    cpu=_cpu_input_gradient,
+    batch_axes=((0, 0), (2, 3)),
+)
+_define(
+    kernel_gradient_p,
+    shape=lambda x, g, geometry: (*geometry.kernel, x[3], g[3]),
+    transposes=(
+        lambda ct, x, g, geometry: input_gradient_p.bind(g, ct, geometry=geometry),
+        lambda ct, x, g, geometry: conv_p.bind(x, ct, geometry=geometry),
+    ),
+    plain=_plain_kernel_gradient,
+    cpu=_cpu_kernel_gradient,
+    batch_axes=((3, 2), (3, 3)),
+)
+
+
+class Conv(nn.Module):
+    """`conv2d` with parameters `kernel` and `bias`, named and shaped as `flax.linen.Conv`'s."""
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    padding: Padding = "SAME"
+    use_bias: bool = True
+    dtype: Any = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b v u o"]:
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:]) if self.use_bias else None
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = conv2d(
+            x,
+            kernel,
+            strides=self.strides,
+            padding=self.padding,
+            implementation=self.implementation,
+        )
+        return y if bias is None else y + bias
+
+
+def max_pool2d(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v u c"]:
+    """Maximum of each window x window tile; rows and columns that fill no tile are dropped."""
+    return _tiles(x, window).max(axis=(2, 4))
+
+
+def avg_pool2d(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v u c"]:
+    """Mean of each window x window tile; rows and columns that fill no tile are dropped."""
+    return _tiles(x, window).mean(axis=(2, 4))
+
+
+def _tiles(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v window u window c"]:
+    batch, height, width, channels = x.shape
+    rows, columns = height // window, width // window
+    if rows == 0 or columns == 0:
+        raise ValueError(f"pool window {window}x{window} does not fit the image {height}x{width}")
+    x = x[:, : rows * window, : columns * window]
+    return x.reshape(batch, rows, window, columns, window, channels)

@@ -1,0 +1,100 @@
+"""What the models share: the normalised input, the logits, activations and norm layers."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from robust_jax.models.conv import IMPLEMENTATIONS, Conv
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": nn.relu, "silu": nn.silu}
+NORMS = ("batch", "group")
+
+dense_init = nn.initializers.he_normal()
+conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., 1502.01852
+
+
+def check_choice(field: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises a ValueError that names the field, the value and what it could have been."""
+    if value not in (choices := tuple(choices)):
+        raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def num_parameters(params: Any) -> int:
+    """Number of scalars in a tree of arrays or of ShapeDtypeStructs."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def normalize(
+    x: Float[Array, "b h w c"], mean: tuple[float, ...], std: tuple[float, ...], dtype: Any
+) -> Float[Array, "b h w c"]:
+    """(x - mean) / std per channel, computed in at least float32 and returned in dtype."""
+    for field, value in (("mean", mean), ("std", std)):
+        check_choice(f"len({field})", len(value), sorted({1, x.shape[-1]}))
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return ((x.astype(wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
+
+
+class Classifier(nn.Module, kw_only=True):
+    """Images in [0, 1] to logits; a subclass maps the normalised images to features [b, d]."""
+
+    num_classes: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    dtype: Any = jnp.float32  # of the computation; parameters are float32, logits at least that
+    axis_name: str | None = None  # mapped axis over which BatchNorm synchronises when training
+    conv_implementation: str = "auto"
+
+    def __post_init__(self):
+        check_choice("conv_implementation", self.conv_implementation, IMPLEMENTATIONS)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b k"]:
+        features = self.features(normalize(x, self.mean, self.std, self.dtype), train)
+        self.sow("intermediates", "features", features)
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(features)
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+    def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
+        """The input of the last dense layer."""
+        raise NotImplementedError
+
+    def conv(self, features: int, size: int, **kwargs) -> Conv:
+        """A size x size convolution that follows the model's fields."""
+        return Conv(
+            features,
+            (size, size),
+            dtype=self.dtype,
+            kernel_init=conv_init,
+            implementation=self.conv_implementation,
+            **kwargs,
+        )
+
+    def dense(self, features: int) -> nn.Dense:
+        """A hidden dense layer that follows the model's fields."""
+        return nn.Dense(features, dtype=self.dtype, kernel_init=dense_init)
+
+
+def flatten(x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
+    """Everything but the example axis, images in the order height, width, channel."""
+    return x.reshape(x.shape[0], -1)
+
+
+def make_norm(
+    norm: str, channels: int, *, train: bool, dtype: Any, axis_name: str | None
+) -> nn.Module:
+    """BatchNorm, or GroupNorm of 32 groups (1803.08494; fewer where 32 does not divide)."""
+    if norm == "group":
+        return nn.GroupNorm(math.gcd(32, channels), epsilon=1e-5, dtype=dtype)
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        axis_name=axis_name,
+    )

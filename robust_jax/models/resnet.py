@@ -1,0 +1,92 @@
+"""Pre-activation residual networks for images of about 32x32 (He et al., 1603.05027)."""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from robust_jax.models.layers import ACTIVATIONS, NORMS, Classifier, check_choice, make_norm
+
+
+class _PreActivationNet(Classifier, kw_only=True):
+    """Stem, stages of two-convolution blocks, norm, activation and global average pooling."""
+
+    norm: str = "batch"
+    activation: str = "relu"
+
+    def __post_init__(self):
+        check_choice("norm", self.norm, NORMS)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        super().__post_init__()
+
+    def stages(self) -> tuple[int, list[tuple[int, int, int]]]:
+        """Channels of the stem, and (blocks, channels, stride) of each stage."""
+        raise NotImplementedError
+
+    def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
+        stem, stages = self.stages()
+        x = self.conv3x3(stem, x)
+        self.sow("intermediates", "stem", x)
+        for i, (blocks, channels, stride) in enumerate(stages, start=1):
+            for block in range(blocks):
+                x = self.block(channels, stride if block == 0 else 1, x, train)
+            self.sow("intermediates", f"stage{i}", x)
+        return jnp.mean(self.norm_and_activation(x, train), axis=(1, 2))
+
+    def block(self, channels: int, stride: int, x: Array, train: bool) -> Array:
+        """x + conv(act(norm(conv(act(norm(x)))))); where the shape changes, x is projected."""
+        h = self.norm_and_activation(x, train)
+        if stride != 1 or x.shape[-1] != channels:
+            # The projection reads the activated input, as in both references.
+            x = self.conv(channels, 1, strides=(stride, stride), padding="VALID", use_bias=False)(h)
+        h = self.conv3x3(channels, h, stride)
+        return x + self.conv3x3(channels, self.norm_and_activation(h, train))
+
+    def conv3x3(self, channels: int, x: Array, stride: int = 1) -> Array:
+        # One pixel on each side: with stride 2, "SAME" would pad the bottom and right alone.
+        padding = ((1, 1), (1, 1))
+        conv = self.conv(channels, 3, strides=(stride, stride), padding=padding, use_bias=False)
+        return conv(x)
+
+    def norm_and_activation(self, x: Array, train: bool) -> Array:
+        norm = make_norm(
+            self.norm, x.shape[-1], train=train, dtype=self.dtype, axis_name=self.axis_name
+        )
+        return ACTIVATIONS[self.activation](norm(x))
+
+
+class PreActResNet(_PreActivationNet, kw_only=True):
+    """PreActResNet with the final norm and activation of Rice et al. (2002.11569)."""
+
+    BLOCKS: ClassVar[dict[int, tuple[int, ...]]] = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+
+    depth: int = 18
+    width: float = 1.0  # multiplies 64, 128, 256, 512 channels
+
+    def __post_init__(self):
+        check_choice("depth", self.depth, self.BLOCKS)
+        super().__post_init__()
+
+    def stages(self) -> tuple[int, list[tuple[int, int, int]]]:
+        channels = [round(64 * 2**i * self.width) for i in range(4)]
+        return channels[0], list(zip(self.BLOCKS[self.depth], channels, (1, 2, 2, 2), strict=True))
+
+
+class WideResNet(_PreActivationNet, kw_only=True):
+    """WideResNet-depth-width (1605.07146) without dropout, as in TRADES (1901.08573)."""
+
+    depth: int = 28
+    width: int = 10  # multiplies 16, 32, 64 channels
+
+    def __post_init__(self):
+        if self.depth < 10 or self.depth % 6 != 4:
+            raise ValueError(f"depth={self.depth!r} is not 6n + 4: one of 10, 16, 22, 28, 34, ...")
+        super().__post_init__()
+
+    def stages(self) -> tuple[int, list[tuple[int, int, int]]]:
+        blocks = (self.depth - 4) // 6
+        return 16, [
+            (blocks, 16 * self.width, 1),
+            (blocks, 32 * self.width, 2),
+            (blocks, 64 * self.width, 2),
+        ]

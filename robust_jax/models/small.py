@@ -1,0 +1,87 @@
+"""Networks for small images, each without normalisation layers or dropout."""
+
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from robust_jax.models.conv import max_pool2d
+from robust_jax.models.layers import ACTIVATIONS, Classifier, check_choice, flatten
+
+
+class Linear(Classifier):
+    """Logistic regression on the pixels."""
+
+    def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
+        return flatten(x)
+
+
+class _Activated(Classifier, kw_only=True):
+    """A classifier with one activation function throughout, its layers recorded by name."""
+
+    activation: str = "relu"
+
+    def __post_init__(self):
+        check_choice("activation", self.activation, ACTIVATIONS)
+        super().__post_init__()
+
+    def layer(self, name: str, linear: nn.Module, x: Array) -> Array:
+        """activation(linear(x)), recorded under name."""
+        x = ACTIVATIONS[self.activation](linear(x))
+        self.sow("intermediates", name, x)
+        return x
+
+
+class MLP(_Activated, kw_only=True):
+    """Dense layers on the pixels."""
+
+    hidden: tuple[int, ...] = (256, 256)
+
+    def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
+        x = flatten(x)
+        for i, width in enumerate(self.hidden, start=1):
+            x = self.layer(f"dense{i}", self.dense(width), x)
+        return x
+
+
+class LeNet5(_Activated):
+    """LeNet-5 with ReLU and max pooling, as Guided Complement Entropy uses it (1903.09799)."""
+
+    def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
+        x = max_pool2d(self.layer("conv1", self.conv(6, 5), x), 2)
+        x = max_pool2d(self.layer("conv2", self.conv(16, 5, padding="VALID"), x), 2)
+        x = self.layer("dense1", self.dense(120), flatten(x))
+        return self.layer("dense2", self.dense(84), x)
+
+
+class CNN(_Activated, kw_only=True):
+    """One 3x3 convolution per width, each pooled while the image is 8 pixels or more."""
+
+    widths: tuple[int, ...] = (16, 32)
+    hidden: int = 64
+
+    def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
+        for i, width in enumerate(self.widths, start=1):
+            x = self.layer(f"conv{i}", self.conv(width, 3), x)
+            if min(x.shape[1:3]) >= 8:
+                x = max_pool2d(x, 2)
+        return self.layer("dense1", self.dense(self.hidden), flatten(x))
+
+
+class MadryCNN(_Activated):
+    """The network of the MNIST challenge (Madry et al., 1706.06083)."""
+
+    def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
+        x = max_pool2d(self.layer("conv1", self.conv(32, 5), x), 2)
+        x = max_pool2d(self.layer("conv2", self.conv(64, 5), x), 2)
+        return self.layer("dense1", self.dense(1024), flatten(x))
+
+
+class SmallCNN(_Activated):
+    """SmallCNN of TRADES (1901.08573), without its dropout of 0.5 after the first dense layer."""
+
+    def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
+        for i, width in enumerate((32, 32, 64, 64), start=1):
+            x = self.layer(f"conv{i}", self.conv(width, 3, padding="VALID"), x)
+            if i % 2 == 0:
+                x = max_pool2d(x, 2)
+        x = self.layer("dense1", self.dense(200), flatten(x))
+        return self.layer("dense2", self.dense(200), x)

@@ -1,0 +1,141 @@
+"""What training minimises: a loss on one or both halves of the batch, plus weighted regularisers.
+
+The clean half is the batch; the adversarial half is made from it once, by one adversary against
+the evaluation-mode network, and shared by everything that needs it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from robust_jax import losses, regularizers
+from robust_jax.data import UNLABELED
+from robust_jax.keys import fold_each, fold_in_each
+from robust_jax.regularizers import Half
+
+Params = Any
+BatchStats = Any
+Batch = Mapping[str, Array]
+# Sums over examples and the number of examples summed, by name; the metric is their ratio.
+Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+Objective = Callable[..., tuple[Float[Array, " b"], tuple[BatchStats, Sums]]]
+# apply(params, batch_stats, x, train) -> (logits, new batch_stats)
+Apply = Callable[[Params, BatchStats, Array, bool], tuple[Array, BatchStats]]
+
+LossOn = Literal["clean", "adversarial", "both"]
+_HALVES: Mapping[str, tuple[str, ...]] = {
+    "clean": ("clean",),
+    "adversarial": ("adversarial",),
+    "both": ("clean", "adversarial"),
+}
+
+
+class Adversary(NamedTuple):
+    """attack(logits_fn, x, y, keys) -> x_adv; against_clean_logits: y is the clean logits."""
+
+    attack: Callable
+    against_clean_logits: bool = False
+
+
+class Term(NamedTuple):
+    """A regulariser with its keywords bound, its weight and the halves it is taken on."""
+
+    fn: Callable
+    weight: float
+    on: LossOn
+
+
+def make_objective(
+    apply: Apply,
+    *,
+    loss: losses.Loss,
+    loss_on: LossOn,
+    adversary: Adversary | None = None,
+    terms: Mapping[str, Term] | None = None,
+    labeled_fraction: float = 1.0,
+) -> Objective:
+    """objective(params, batch_stats, batch, key) -> (per_example [B], (batch_stats, sums)).
+
+    batch: image [B,H,W,C] in [0,1], label [B] (-1 where unlabelled), position [B], the row's
+    place in the global batch, with which key is folded. Over "both" halves a loss or a term is
+    their mean. Unlabelled examples have no loss; the others' is divided by labeled_fraction, the
+    share of labels in every global batch, so that the batch's mean is the mean over labels.
+    Running statistics are those of the forward passes the loss is taken on. Raises ValueError
+    where something needs the adversarial half and there is no adversary.
+    """
+    terms = terms or {}
+    loss_halves = _HALVES[_check_half("loss_on", loss_on)]
+    term_halves = {name: _term_halves(name, term) for name, term in terms.items()}
+    needed = {*loss_halves, *(half for halves in term_halves.values() for half in halves)}
+    if adversary is None and "adversarial" in needed:
+        users = [n for n, halves in term_halves.items() if "adversarial" in halves]
+        what = "loss_on" if "adversarial" in loss_halves else f"regularizers.{users[0]}"
+        raise ValueError(f"{what} needs the adversarial half of the batch, but adversary is None; "
+                         "give an adversary or use the clean half")  # fmt: skip
+
+    def objective(params, batch_stats, batch, key):
+        x, labels = batch["image"], batch["label"]
+        labeled = labels != UNLABELED
+        # Any class will do for an unlabelled example: what it enters is multiplied by zero.
+        known = jnp.where(labeled, labels, 0)
+        keys = fold_in_each(key, batch["position"])
+
+        def evaluation_network(params):
+            return lambda x: apply(params, batch_stats, x, False)[0]
+
+        images = {"clean": x}
+        if "adversarial" in needed:
+            # Stopping at the parameters, not at the result, keeps their derivative from being traced.
+            frozen = evaluation_network(jax.lax.stop_gradient(params))
+            y = frozen(x) if adversary.against_clean_logits else known
+            images["adversarial"] = adversary.attack(frozen, x, y, fold_each(keys, 0))
+        halves, new_stats = {}, batch_stats
+        for name in sorted(needed, reverse=True):  # clean first, as its statistics are
+            stats_before = new_stats if name in loss_halves else batch_stats
+            logits, stats = apply(params, stats_before, images[name], True)
+            halves[name] = Half(images[name], logits)
+            new_stats = stats if name in loss_halves else new_stats
+
+        weight = labeled / labeled_fraction
+        supervised = _mean(weight * loss(halves[h].logits, known) for h in loss_halves)
+        total, count = supervised, jnp.asarray(float(x.shape[0]))
+        sums: Sums = {}
+        for i, (name, term) in enumerate(terms.items()):
+            if name in regularizers.PAIR_REGULARIZERS:
+                values = term.fn(halves["clean"], halves["adversarial"], labels)
+            else:
+                term_keys = fold_each(keys, i + 1)
+                values = _mean(term.fn(evaluation_network(params), halves[h], labels, term_keys)
+                               for h in term_halves[name])  # fmt: skip
+            if name not in regularizers.LABEL_FREE:
+                values = values * weight
+            total = total + term.weight * values
+            sums[f"regularizers/{name}"] = (values.sum(), count)
+        for name in halves:
+            right = losses.correct(halves[name].logits, known) * labeled
+            sums[f"{name}_accuracy"] = (right.sum(), labeled.sum().astype(jnp.float32))
+        sums["supervised_loss"] = (supervised.sum(), count)
+        sums["loss"] = (total.sum(), count)
+        return total, (new_stats, sums)
+
+    return objective
+
+
+def _term_halves(name: str, term: Term) -> tuple[str, ...]:
+    if name in regularizers.PAIR_REGULARIZERS:
+        return _HALVES["both"]
+    return _HALVES[_check_half(f"regularizers.{name}.on", term.on)]
+
+
+def _check_half(name: str, value: str) -> str:
+    if value not in _HALVES:
+        raise ValueError(f"{name} must be one of {', '.join(get_args(LossOn))}, not {value!r}")
+    return value
+
+
+def _mean(values) -> Float[Array, " b"]:
+    values = list(values)
+    return sum(values[1:], values[0]) / len(values)

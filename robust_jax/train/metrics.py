@@ -1,0 +1,50 @@
+"""Where training's numbers go: metrics.jsonl and TensorBoard events."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+Totals = Mapping[str, tuple[float, float]]
+
+
+def reduce_sums(steps: Iterable[Totals]) -> dict[str, float]:
+    """Σ sum / Σ count over steps, by name: a mean over examples, never a mean of means."""
+    totals: dict[str, tuple[float, float]] = {}
+    for step in steps:
+        for name, (value, count) in step.items():
+            old_value, old_count = totals.get(name, (0.0, 0.0))
+            totals[name] = (old_value + float(value), old_count + float(count))
+    return {name: value / count for name, (value, count) in totals.items() if count}
+
+
+class MetricsWriter:
+    """Appends to workdir/metrics.jsonl and workdir/tensorboard.
+
+    A run resumed at a step drops the lines after it, so none is doubled.
+    """
+
+    def __init__(self, workdir: Path, *, resumed_at: int):
+        from tensorboardX import SummaryWriter  # slow to import, and only training needs it
+
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n")
+                and json.loads(line)["step"] <= resumed_at]  # fmt: skip
+        path.write_text("".join(kept))
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of values at a step, on disk when this returns."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()

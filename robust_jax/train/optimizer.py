@@ -1,0 +1,110 @@
+"""Optimisers and learning-rate schedules by name: thin entries over optax."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+Schedule = Callable[[Any], Any]
+# optimizer(schedule, weight_decay, mask, **keywords) -> optax.GradientTransformation
+
+
+def sgd(
+    schedule: Schedule, weight_decay: float, mask: Callable, *,
+    momentum: float = 0.9, nesterov: bool = False,
+) -> optax.GradientTransformation:  # fmt: skip
+    """SGD with momentum; the decay is added to the gradient, as in the AT literature."""
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov),
+    )
+
+
+def adam(
+    schedule: Schedule, weight_decay: float, mask: Callable, *,
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
+) -> optax.GradientTransformation:  # fmt: skip
+    """Adam; the decay is added to the gradient. For decoupled decay see adamw."""
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask), optax.adam(schedule, b1=b1, b2=b2, eps=eps)
+    )
+
+
+def adamw(
+    schedule: Schedule, weight_decay: float, mask: Callable, *,
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
+) -> optax.GradientTransformation:  # fmt: skip
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+
+
+OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adamw,
+}
+
+# schedule(peak, total_steps, **keywords) -> (step -> learning rate)
+
+
+def constant(peak: float, total_steps: int) -> Schedule:
+    """peak throughout."""
+    return optax.constant_schedule(peak)
+
+
+def piecewise(
+    peak: float, total_steps: int, *,
+    boundaries: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1,
+) -> Schedule:  # fmt: skip
+    """peak, multiplied by factor at each boundary, a fraction of the run (Rice et al. 2020)."""
+    if not all(0 < b < 1 for b in boundaries):
+        raise ValueError(f"boundaries must be fractions of the run in (0, 1), not {boundaries!r}")
+    steps = {int(b * total_steps): factor for b in boundaries}
+    return optax.piecewise_constant_schedule(peak, steps)
+
+
+def cosine(peak: float, total_steps: int, *, warmup: float = 0.0) -> Schedule:
+    """Linear warm-up over a fraction of the run, then half a cosine down to 0."""
+    _check_fraction("warmup", warmup)
+    warmup_steps = int(warmup * total_steps)
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup_steps else peak, peak, warmup_steps, total_steps
+    )
+
+
+def one_cycle(peak: float, total_steps: int, *, warmup: float = 0.3) -> Schedule:
+    """Linear up to peak over a fraction of the run, then linear down to 0 (arXiv 1708.07120)."""
+    _check_fraction("warmup", warmup)
+    return optax.linear_onecycle_schedule(
+        total_steps, peak, pct_start=warmup, pct_final=1.0, div_factor=1e4, final_div_factor=1e4
+    )
+
+
+SCHEDULES: Mapping[str, Callable[..., Schedule]] = {
+    "constant": constant,
+    "piecewise": piecewise,
+    "cosine": cosine,
+    "one_cycle": one_cycle,
+}
+
+
+def with_clipping(
+    optimizer: optax.GradientTransformation, max_norm: float | None
+) -> optax.GradientTransformation:
+    """The optimiser on gradients clipped to a global norm, before decay is added."""
+    if max_norm is None:
+        return optimizer
+    if max_norm <= 0:
+        raise ValueError(f"the norm to clip to must be above 0, not {max_norm!r}")
+    return optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
+
+
+def decayed(params: Any) -> Any:
+    """The weight-decay mask: kernels are decayed, biases and the scales of norms are not."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be a fraction of the run in [0, 1), not {value!r}")

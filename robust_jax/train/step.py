@@ -1,0 +1,78 @@
+"""One update on one device; parallel.py maps it over all of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+
+from robust_jax import data
+from robust_jax.keys import fold_each, fold_in_each
+from robust_jax.objectives import Batch, Objective, Sums
+from robust_jax.train.state import Average, TrainState
+
+TrainStep = Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Sums]]
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    axis_name: str,
+    crop_padding: int = 0,
+    flip: bool = False,
+    ema_decay: float | None = None,
+) -> TrainStep:
+    """train_step(state, batch, key) -> (state, sums), per device, with collectives over axis_name.
+
+    batch holds this device's rows of image, label and position; key is the run's, the same at
+    every step and on every device. sums are already summed over the devices.
+    """
+
+    def train_step(state, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        augment_keys = fold_each(fold_in_each(key, batch["position"]), -1)
+        images = data.augment(
+            data.to_pixels(batch["image"]), augment_keys, crop_padding=crop_padding, flip=flip
+        )
+        batch = {**batch, "image": images}
+
+        def mean_loss(params):
+            per_example, (batch_stats, sums) = objective(params, state.batch_stats, batch, key)
+            return per_example.mean(), (batch_stats, sums)
+
+        gradient, (batch_stats, sums) = jax.grad(mean_loss, has_aux=True)(state.params)
+        gradient = jax.lax.pmean(gradient, axis_name)
+        sums = jax.lax.psum(sums, axis_name)
+        one = jnp.ones(())
+        sums["gradient_norm"] = (optax.global_norm(gradient), one)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            average=_averaged(state, params, batch_stats, ema_decay),
+        )
+        return state, sums
+
+    return train_step
+
+
+def _averaged(
+    state: TrainState, params: Any, batch_stats: Any, decay: float | None
+) -> Average | None:
+    if decay is None:
+        return None
+    # The early average follows the parameters closely, not their random initial values.
+    decay = jnp.minimum(decay, (state.step + 1.0) / (state.step + 10.0))
+    return Average(
+        *jax.tree.map(
+            lambda old, new: decay * old + (1 - decay) * new,
+            (state.average.params, state.average.batch_stats),
+            (params, batch_stats),
+        )
+    )
