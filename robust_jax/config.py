@@ -13,12 +13,14 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import typeguard
 from ml_collections import ConfigDict
 
 from robust_jax.errors import UserError
+
+Name = TypeVar("Name", bound=str)
 
 # Tables that a config fills freely: any key, each value an entry that whoever uses it checks.
 TABLES = ("regularizers", "attacks")
@@ -56,25 +58,39 @@ def _check_section(config: ConfigDict, schema: ConfigDict, path: str) -> None:
 
 
 def bind(
-    choices: Mapping[str, Callable], entry: ConfigDict, path: str, *, reserved: Iterable[str] = ()
+    choices: Mapping[str, Callable],
+    entry: Any,
+    path: str,
+    *,
+    reserved: Iterable[str] = (),
+    named: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable:
     """The function an entry names, with its keywords bound; `reserved` ones are not the user's.
 
-    Raises UserError, naming the field, the value and the choices, for an unknown name, an
-    unknown or missing keyword, or a keyword of the wrong type.
+    A keyword in `named` is itself a name, looked up in the table given for it. Raises UserError,
+    naming the field, the value and the choices, for an unknown name, an unknown or missing keyword,
+    or a keyword of the wrong type.
     """
     if not isinstance(entry, Mapping | ConfigDict) or "name" not in entry:
-        raise UserError(f'{path} must be an entry like {{"name": …}}, not {_short(entry)}; '
-                        f"names: {', '.join(choices)}")  # fmt: skip
+        raise UserError(
+            f'{path} must be an entry like {{"name": …}}, not {_short(entry)}; '
+            f"names: {', '.join(choices)}"
+        )
     name = choose(choices, entry["name"], f"{path}.name")
     keywords = {key: _plain(value) for key, value in entry.items() if key != "name"}
     parameters = keyword_parameters(choices[name], reserved)
     for key, value in keywords.items():
         if key not in parameters:
             raise UserError(f"{path}.{key} is not a keyword of {name}; {_choices(key, parameters)}")
-        keywords[key] = check_type(value, parameters[key], f"{path}.{key}")
-    required = [p.name for p in inspect.signature(choices[name]).parameters.values()
-                if p.name in parameters and p.default is inspect.Parameter.empty]  # fmt: skip
+        if table := (named or {}).get(key):
+            keywords[key] = table[choose(table, value, f"{path}.{key}")]
+        else:
+            keywords[key] = check_type(value, parameters[key], f"{path}.{key}")
+    required = [
+        p.name
+        for p in inspect.signature(choices[name]).parameters.values()
+        if p.name in parameters and p.default is inspect.Parameter.empty
+    ]
     for key in required:
         if key not in keywords:
             raise UserError(f"{path}.{key} is missing: {name} needs it")
@@ -93,7 +109,7 @@ def keyword_parameters(fn: Callable, reserved: Iterable[str] = ()) -> dict[str, 
     }
 
 
-def choose(choices: Iterable[str], name: Any, path: str) -> str:
+def choose(choices: Iterable[Name], name: Any, path: str) -> Name:
     """The name, where it is one of the choices; UserError with the choices otherwise."""
     if name not in set(choices):
         raise UserError(f"{path} is {name!r}; {_choices(name, choices)}")
@@ -106,7 +122,7 @@ def check_type(value: Any, expected: Any, path: str) -> Any:
         value = tuple(value)
     try:
         if isinstance(value, bool) and expected in (int, float):
-            raise typeguard.TypeCheckError
+            raise typeguard.TypeCheckError("a flag is not a number")
         return typeguard.check_type(value, expected)
     except typeguard.TypeCheckError:
         raise UserError(f"{path} must be {_describe(expected)}, not {value!r}") from None
@@ -133,8 +149,10 @@ def num_steps(duration: str, path: str, *, batch_size: int, num_examples: int) -
     except ValueError:
         number = math.nan
     if match is None or not (number > 0 and math.isfinite(number)):
-        raise UserError(f"{path} is {duration!r}; give one positive number with one unit: "
-                        '"500 steps", "20 epochs" or "1e6 examples"')  # fmt: skip
+        raise UserError(
+            f"{path} is {duration!r}; give one positive number with one unit: "
+            '"500 steps", "20 epochs" or "1e6 examples"'
+        )
     examples_per_unit = {"step": batch_size, "epoch": num_examples, "example": 1}[match[2]]
     # The small slack keeps float error, as in 0.1 · 30, from adding a step.
     return math.ceil(number * examples_per_unit / batch_size - 1e-9)
@@ -143,9 +161,11 @@ def num_steps(duration: str, path: str, *, batch_size: int, num_examples: int) -
 def differences(one: Mapping, other: Mapping, *, ignore: Iterable[str] = ()) -> list[str]:
     """The fields in which two configs differ, each as "field: old → new"."""
     ours, theirs = (flatten({k: v for k, v in c.items() if k not in ignore}) for c in (one, other))
-    return [f"config.{field}: {ours.get(field)!r} → {theirs.get(field)!r}"
-            for field in sorted({*ours, *theirs})
-            if ours.get(field, _MISSING) != theirs.get(field, _MISSING)]  # fmt: skip
+    return [
+        f"config.{field}: {ours.get(field)!r} → {theirs.get(field)!r}"
+        for field in sorted({*ours, *theirs})
+        if ours.get(field, _MISSING) != theirs.get(field, _MISSING)
+    ]
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
@@ -184,8 +204,13 @@ def _describe(expected: Any) -> str:
         return "one of " + ", ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(arg) for arg in args)
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "True or False",
-             type(None): "None"}  # fmt: skip
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        bool: "True or False",
+        type(None): "None",
+    }
     return names.get(expected, str(expected).replace("typing.", ""))
 
 

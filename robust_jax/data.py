@@ -51,9 +51,13 @@ class Dataset:
 
 
 def load(
-    source: str, *, validation_size: int, num_labeled: int | None = None, seed: int = 0,
+    source: str,
+    *,
+    validation_size: int,
+    num_labeled: int | None = None,
+    seed: int = 0,
     data_dir: str | None = None,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """The data set `source` names: digits, tfds:<name> or npz:<path>.
 
     validation_size examples, drawn by seed, are split off the training set. num_labeled, a
@@ -76,11 +80,11 @@ def load(
     return Dataset(source, train, validation, test, num_classes, mean, std)
 
 
-def to_pixels(images: Array) -> Float[Array, "b h w c"]:
+def to_pixels(images: Array | np.ndarray) -> Float[Array, "b h w c"]:
     """uint8 or float images as float32 in [0,1], on the device."""
     if jnp.issubdtype(images.dtype, jnp.floating):
-        return images.astype(jnp.float32)
-    return images.astype(jnp.float32) / 255.0
+        return jnp.asarray(images, jnp.float32)
+    return jnp.asarray(images, jnp.float32) / 255.0
 
 
 def augment(
@@ -93,9 +97,7 @@ def augment(
         if crop_padding:
             padding = ((crop_padding, crop_padding), (crop_padding, crop_padding), (0, 0))
             row, column = jax.random.randint(crop_key, (2,), 0, 2 * crop_padding + 1)
-            image = jax.lax.dynamic_slice(
-                jnp.pad(image, padding), (row, column, 0), image.shape
-            )  # fmt: skip
+            image = jax.lax.dynamic_slice(jnp.pad(image, padding), (row, column, 0), image.shape)
         if flip:
             image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
         return image
@@ -116,9 +118,10 @@ class Stream:
 
     def __getitem__(self, positions: slice) -> np.ndarray:
         where = np.arange(positions.start, positions.stop)
-        parts = [self._epoch_order(epoch)[where[where // len(self._index) == epoch]
-                                          % len(self._index)]
-                 for epoch in np.unique(where // len(self._index))]  # fmt: skip
+        parts = [
+            self._epoch_order(epoch)[where[where // len(self._index) == epoch] % len(self._index)]
+            for epoch in np.unique(where // len(self._index))
+        ]
         return np.concatenate(parts)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
@@ -145,8 +148,9 @@ class TrainBatches:
             self._parts.append((Stream(unlabeled, (seed, 1)), batch_size - num_labeled_in_batch))
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        index = np.concatenate([stream[step * rows : (step + 1) * rows]
-                                for stream, rows in self._parts])  # fmt: skip
+        index = np.concatenate(
+            [stream[step * rows : (step + 1) * rows] for stream, rows in self._parts]
+        )
         images, labels = self._split.take(index)
         return {"image": images, "label": labels, "position": np.arange(self._batch_size)}
 
@@ -154,7 +158,7 @@ class TrainBatches:
 def padded_batches(
     split: Split, index: np.ndarray, batch_size: int
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """The examples at `index` in batches of one size, the last padded, with its number of real rows.
+    """The examples at `index` in batches of one size, the last padded; each with its real rows.
 
     A batch holds image, label and index [B], the example's place in the split.
     """
@@ -183,31 +187,38 @@ def _tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         close = difflib.get_close_matches(name, tfds.list_builders(), n=1)
-        raise UserError(f"config.dataset: TFDS has no data set {name!r}; "
-                        + (f"did you mean {close[0]}?" if close else
-                           "see tensorflow.org/datasets/catalog")) from None  # fmt: skip
+        raise UserError(
+            f"config.dataset: TFDS has no data set {name!r}; "
+            + (f"did you mean {close[0]}?" if close else "see tensorflow.org/datasets/catalog")
+        ) from None
     if not builder.info.splits:
         where = f", data_dir={data_dir!r}" if data_dir else ""
         raise UserError(
             f"config.dataset: tfds:{name} is not prepared as array_record in {builder.data_dir}; "
-            f"prepare it with: python -c \"import tensorflow_datasets as tfds; "
+            f'prepare it with: python -c "import tensorflow_datasets as tfds; '
             f"tfds.data_source('{name}'{where})\""
         )
     features, splits = builder.info.features, builder.info.splits
     if not {"image", "label"} <= set(features) or not {"train", "test"} <= set(splits):
-        raise UserError(f"config.dataset: tfds:{name} needs features image and label and splits "
-                        f"train and test; it has {', '.join(features)} and {', '.join(splits)}")
+        raise UserError(
+            f"config.dataset: tfds:{name} needs features image and label and splits "
+            f"train and test; it has {', '.join(features)} and {', '.join(splits)}"
+        )
     shapes = features["image"].shape
     if None in shapes:
-        raise UserError(f"config.dataset: tfds:{name} has images of varying size {shapes}; "
-                        "resize them and give an npz: file")  # fmt: skip
+        raise UserError(
+            f"config.dataset: tfds:{name} has images of varying size {shapes}; "
+            "resize them and give an npz: file"
+        )
     train, test = (_read_source(builder.as_data_source(split)) for split in ("train", "test"))
     return train, test, features["label"].num_classes
 
 
 def _read_source(source) -> Split:
-    chunks = (source.__getitems__(range(i, min(i + 1024, len(source))))
-              for i in range(0, len(source), 1024))  # fmt: skip
+    chunks = (
+        source.__getitems__(range(i, min(i + 1024, len(source))))
+        for i in range(0, len(source), 1024)
+    )
     examples = [(e["image"], e["label"]) for chunk in chunks for e in chunk]
     images, labels = zip(*examples, strict=True)
     return Split(np.stack(images), np.asarray(labels, np.int32))
@@ -217,8 +228,10 @@ def _npz(path: Path) -> tuple[Split, Split, int]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             if missing := [key for key in _NPZ_KEYS if key not in archive]:
-                raise UserError(f"{path} lacks {', '.join(missing)}; needed: {', '.join(_NPZ_KEYS)}"
-                                f"; found: {', '.join(archive) or 'nothing'}")  # fmt: skip
+                raise UserError(
+                    f"{path} lacks {', '.join(missing)}; needed: {', '.join(_NPZ_KEYS)}"
+                    f"; found: {', '.join(archive) or 'nothing'}"
+                )
             arrays = {key: archive[key] for key in _NPZ_KEYS}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; config.dataset is npz:<path>") from None
@@ -227,23 +240,33 @@ def _npz(path: Path) -> tuple[Split, Split, int]:
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} holds Python objects, which are never unpickled; save plain "
-                        "arrays with numpy.savez") from error  # fmt: skip
-    splits = [Split(_npz_images(path, f"x_{s}", arrays[f"x_{s}"]),
-                    _npz_labels(path, f"y_{s}", arrays[f"y_{s}"], len(arrays[f"x_{s}"])))
-              for s in ("train", "test")]  # fmt: skip
+        raise UserError(
+            f"{path} holds Python objects, which are never unpickled; save plain "
+            "arrays with numpy.savez"
+        ) from error
+    splits = [
+        Split(
+            _npz_images(path, f"x_{s}", arrays[f"x_{s}"]),
+            _npz_labels(path, f"y_{s}", arrays[f"y_{s}"], len(arrays[f"x_{s}"])),
+        )
+        for s in ("train", "test")
+    ]
     train, test = splits
     if train.images.shape[1:] != test.images.shape[1:]:
-        raise UserError(f"{path}: x_train and x_test differ in image shape: "
-                        f"{train.images.shape[1:]} and {test.images.shape[1:]}")  # fmt: skip
+        raise UserError(
+            f"{path}: x_train and x_test differ in image shape: "
+            f"{train.images.shape[1:]} and {test.images.shape[1:]}"
+        )
     if train.images.dtype != test.images.dtype:
         raise UserError(f"{path}: x_train is {train.images.dtype}, x_test {test.images.dtype}")
     num_classes = int(train.labels.max()) + 1
     if num_classes < 2:
         raise UserError(f"{path}: y_train holds one class only; at least two are needed")
     if test.labels.max() >= num_classes:
-        raise UserError(f"{path}: y_test has label {test.labels.max()}, which y_train, with labels "
-                        f"0 to {num_classes - 1}, does not")  # fmt: skip
+        raise UserError(
+            f"{path}: y_test has label {test.labels.max()}, which y_train, with labels "
+            f"0 to {num_classes - 1}, does not"
+        )
     return train, test, num_classes
 
 
@@ -251,24 +274,29 @@ def _npz_images(path: Path, key: str, images: np.ndarray) -> np.ndarray:
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or 0 in images.shape:
-        raise UserError(f"{path}: {key} must be [N,H,W] or [N,H,W,C] and not empty, "
-                        f"not {images.shape}")  # fmt: skip
+        raise UserError(
+            f"{path}: {key} must be [N,H,W] or [N,H,W,C] and not empty, not {images.shape}"
+        )
     if images.dtype not in (np.uint8, np.float32, np.float64):
-        raise UserError(f"{path}: {key} must be uint8 in 0…255 or float32 in [0,1], "
-                        f"not {images.dtype}")  # fmt: skip
+        raise UserError(
+            f"{path}: {key} must be uint8 in 0…255 or float32 in [0,1], not {images.dtype}"
+        )
     if images.dtype == np.uint8:
         return images
     low, high = images.min(), images.max()
     if not (low >= 0 and high <= 1):
-        raise UserError(f"{path}: {key} ranges over [{low:g}, {high:g}]; float pixels must be in "
-                        "[0, 1] (divide by 255?)")  # fmt: skip
+        raise UserError(
+            f"{path}: {key} ranges over [{low:g}, {high:g}]; float pixels must be in "
+            "[0, 1] (divide by 255?)"
+        )
     return images.astype(np.float32)
 
 
 def _npz_labels(path: Path, key: str, labels: np.ndarray, num_images: int) -> np.ndarray:
     if labels.shape != (num_images,):
-        raise UserError(f"{path}: {key} must be [{num_images}], one label an image, "
-                        f"not {list(labels.shape)}")  # fmt: skip
+        raise UserError(
+            f"{path}: {key} must be [{num_images}], one label an image, not {list(labels.shape)}"
+        )
     if not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{path}: {key} must hold integers, not {labels.dtype}")
     if labels.min() < 0:
@@ -279,8 +307,10 @@ def _npz_labels(path: Path, key: str, labels: np.ndarray, num_images: int) -> np
 def _split_off(train: Split, size: int, seed: int) -> tuple[Split, Split]:
     num_examples = len(train.labels)
     if not 0 < size < num_examples:
-        raise UserError(f"config.validation_size is {size}; it must be between 1 and "
-                        f"{num_examples - 1}, {num_examples} being the training set")  # fmt: skip
+        raise UserError(
+            f"config.validation_size is {size}; it must be between 1 and "
+            f"{num_examples - 1}, {num_examples} being the training set"
+        )
     order = np.random.default_rng([seed, 2]).permutation(num_examples)
     return train.take(np.sort(order[size:])), train.take(np.sort(order[:size]))
 
@@ -289,8 +319,10 @@ def _keep_labels(train: Split, num_labeled: int, num_classes: int, seed: int) ->
     counts = np.bincount(train.labels, minlength=num_classes)
     per_class, rest = divmod(num_labeled, num_classes)
     if rest or not 0 < per_class <= counts.min():
-        raise UserError(f"config.num_labeled is {num_labeled}; it must be a multiple of the "
-                        f"{num_classes} classes, up to {counts.min() * num_classes}")  # fmt: skip
+        raise UserError(
+            f"config.num_labeled is {num_labeled}; it must be a multiple of the "
+            f"{num_classes} classes, up to {counts.min() * num_classes}"
+        )
     order = np.random.default_rng([seed, 3]).permutation(len(train.labels))
     kept = np.concatenate([order[train.labels[order] == k][:per_class] for k in range(num_classes)])
     labels = np.full_like(train.labels, UNLABELED)

@@ -63,26 +63,23 @@ def squared_frobenius_samples(
     return jax.lax.map(sample, jnp.arange(num_projections))
 
 
-def frobenius_norm_estimate(
-    fn: Fn, x: Images, key: KeyOrKeys, *, num_projections: int
-) -> Estimate:
+def frobenius_norm_estimate(fn: Fn, x: Images, key: KeyOrKeys, *, num_projections: int) -> Estimate:
     """‖J‖_F from num_projections ≥ 2 random projections, with its standard error; both [B].
 
     E‖Jv‖² = ‖J‖_F² for v ~ N(0, I) (Hutchinson; as a regulariser: arXiv 1908.02729). The error
     of the square is carried to the norm by the delta method.
     """
     if num_projections < 2:
-        raise ValueError("num_projections must be at least 2 for a standard error, "
-                         f"not {num_projections!r}")  # fmt: skip
+        raise ValueError(
+            f"num_projections must be at least 2 for a standard error, not {num_projections!r}"
+        )
     squares = squared_frobenius_samples(fn, x, key, num_projections=num_projections)
     norm = jnp.sqrt(squares.mean(0))
     error_of_square = squares.std(0, ddof=1) / jnp.sqrt(num_projections)
     return Estimate(norm, error_of_square / jnp.maximum(2 * norm, jnp.finfo(norm.dtype).tiny))
 
 
-def spectral_norm(
-    fn: Fn, x: Images, key: KeyOrKeys, *, num_iterations: int = 20
-) -> PerExample:
+def spectral_norm(fn: Fn, x: Images, key: KeyOrKeys, *, num_iterations: int = 20) -> PerExample:
     """The largest singular value of J by power iteration on JᵀJ (a jvp and a vjp each) -> [B].
 
     A lower bound that converges from below, at the rate (σ₂/σ₁)² an iteration.

@@ -113,7 +113,6 @@ ATTACK_LOSSES: Mapping[str, Loss] = {
     "guided_complement_entropy": guided_complement_entropy,
     "carlini_wagner": carlini_wagner,
     "dlr": dlr,
-    "kl": kl,
 }
 
 
@@ -128,13 +127,16 @@ def _without(logits: Logits, labels: Labels) -> Logits:
 
 def _check_range(name: str, value: float, low: float, high: float, half_open: bool = False) -> None:
     if not (low <= value < high if half_open else low <= value <= high):
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}{')' if half_open else ']'}, "
-                         f"not {value!r}")
+        raise ValueError(
+            f"{name} must be in [{low:g}, {high:g}{')' if half_open else ']'}, not {value!r}"
+        )
 
 
 def _check_classes(name: str, logits: Logits, least: int, remedy: str = "") -> int:
     num_classes = logits.shape[-1]
     if num_classes < least:
-        raise ValueError(f"{name} needs at least {least} classes, not {num_classes}"
-                         + (f"; {remedy}" if remedy else ""))
+        raise ValueError(
+            f"{name} needs at least {least} classes, not {num_classes}"
+            + (f"; {remedy}" if remedy else "")
+        )
     return num_classes

@@ -73,8 +73,10 @@ def make_objective(
     if adversary is None and "adversarial" in needed:
         users = [n for n, halves in term_halves.items() if "adversarial" in halves]
         what = "loss_on" if "adversarial" in loss_halves else f"regularizers.{users[0]}"
-        raise ValueError(f"{what} needs the adversarial half of the batch, but adversary is None; "
-                         "give an adversary or use the clean half")  # fmt: skip
+        raise ValueError(
+            f"{what} needs the adversarial half of the batch, but adversary is None; "
+            "give an adversary or use the clean half"
+        )
 
     def objective(params, batch_stats, batch, key):
         x, labels = batch["image"], batch["label"]
@@ -87,8 +89,8 @@ def make_objective(
             return lambda x: apply(params, batch_stats, x, False)[0]
 
         images = {"clean": x}
-        if "adversarial" in needed:
-            # Stopping at the parameters, not at the result, keeps their derivative from being traced.
+        if adversary is not None and "adversarial" in needed:
+            # Stopped at the parameters, not at the result: their derivative is never traced.
             frozen = evaluation_network(jax.lax.stop_gradient(params))
             y = frozen(x) if adversary.against_clean_logits else known
             images["adversarial"] = adversary.attack(frozen, x, y, fold_each(keys, 0))
@@ -108,8 +110,10 @@ def make_objective(
                 values = term.fn(halves["clean"], halves["adversarial"], labels)
             else:
                 term_keys = fold_each(keys, i + 1)
-                values = _mean(term.fn(evaluation_network(params), halves[h], labels, term_keys)
-                               for h in term_halves[name])  # fmt: skip
+                values = _mean(
+                    term.fn(evaluation_network(params), halves[h], labels, term_keys)
+                    for h in term_halves[name]
+                )
             if name not in regularizers.LABEL_FREE:
                 values = values * weight
             total = total + term.weight * values

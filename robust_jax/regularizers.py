@@ -56,9 +56,14 @@ def input_gradient(logits_fn: LogitsFn, half: Half, labels: Labels, keys: Keys) 
 
 
 def vat(
-    logits_fn: LogitsFn, half: Half, labels: Labels, keys: Keys, *,
-    eps: float, num_iterations: int = 1,
-) -> PerExample:  # fmt: skip
+    logits_fn: LogitsFn,
+    half: Half,
+    labels: Labels,
+    keys: Keys,
+    *,
+    eps: float,
+    num_iterations: int = 1,
+) -> PerExample:
     """Virtual adversarial loss KL(p(x) ‖ p(x + r)), r the worst direction at l2 norm eps (pixels).
 
     r follows the top eigenvector of the KL's Hessian, found by power iterations (arXiv 1704.03976,
@@ -67,8 +72,9 @@ def vat(
     negative eps or num_iterations below 1.
     """
     if eps < 0 or num_iterations < 1:
-        raise ValueError("vat needs eps >= 0 and num_iterations >= 1, "
-                         f"not {eps!r} and {num_iterations!r}")  # fmt: skip
+        raise ValueError(
+            f"vat needs eps >= 0 and num_iterations >= 1, not {eps!r} and {num_iterations!r}"
+        )
     unit = jax.vmap(lambda d: norms.steepest(d, "l2"))
     reference = jax.lax.stop_gradient(logits_fn(half.images))
     p = jax.nn.softmax(reference)

@@ -69,49 +69,113 @@ def pgd(
         return value, hit
 
     ascend = partial(
-        _ascend_one, score, eps=eps, norm=norm, num_steps=num_steps, step_size=step_size,
-        num_restarts=num_restarts, random_start=random_start, momentum=momentum, keep_best=keep_best,
-    )  # fmt: skip
+        _ascend_one,
+        score,
+        eps=eps,
+        norm=norm,
+        num_steps=num_steps,
+        step_size=step_size,
+        num_restarts=num_restarts,
+        random_start=random_start,
+        momentum=momentum,
+        keep_best=keep_best,
+    )
     return jax.vmap(ascend)(x, y, example_keys(key, x.shape[0]))
 
 
 def fgsm(
-    logits_fn: LogitsFn, x: Images, y: Reference, key: KeyOrKeys, *,
-    eps: float, norm: Norm = "linf", loss: Callable = losses.cross_entropy,
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Reference,
+    key: KeyOrKeys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    loss: Callable = losses.cross_entropy,
     targets: Int[Array, " b"] | None = None,
-) -> Images:  # fmt: skip
+) -> Images:
     """Fast gradient sign method: one step of length eps from x (arXiv 1412.6572); see `pgd`."""
-    return pgd(logits_fn, x, y, key, eps=eps, norm=norm, num_steps=1, step_size=eps,
-               random_start=False, loss=loss, targets=targets)  # fmt: skip
+    return pgd(
+        logits_fn,
+        x,
+        y,
+        key,
+        eps=eps,
+        norm=norm,
+        num_steps=1,
+        step_size=eps,
+        random_start=False,
+        loss=loss,
+        targets=targets,
+    )
 
 
 def bim(
-    logits_fn: LogitsFn, x: Images, y: Reference, key: KeyOrKeys, *,
-    eps: float, norm: Norm = "linf", num_steps: int = 10, step_size: float | None = None,
-    loss: Callable = losses.cross_entropy, targets: Int[Array, " b"] | None = None,
-) -> Images:  # fmt: skip
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Reference,
+    key: KeyOrKeys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_steps: int = 10,
+    step_size: float | None = None,
+    loss: Callable = losses.cross_entropy,
+    targets: Int[Array, " b"] | None = None,
+) -> Images:
     """Basic iterative method: PGD started at x itself (arXiv 1607.02533).
 
     step_size defaults to eps/num_steps; everything else as in `pgd`.
     """
     step_size = eps / num_steps if step_size is None and num_steps else step_size
-    return pgd(logits_fn, x, y, key, eps=eps, norm=norm, num_steps=num_steps, step_size=step_size,
-               random_start=False, loss=loss, targets=targets)  # fmt: skip
+    return pgd(
+        logits_fn,
+        x,
+        y,
+        key,
+        eps=eps,
+        norm=norm,
+        num_steps=num_steps,
+        step_size=step_size,
+        random_start=False,
+        loss=loss,
+        targets=targets,
+    )
 
 
 def mim(
-    logits_fn: LogitsFn, x: Images, y: Reference, key: KeyOrKeys, *,
-    eps: float, norm: Norm = "linf", num_steps: int = 10, step_size: float | None = None,
-    momentum: float = 1.0, loss: Callable = losses.cross_entropy,
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Reference,
+    key: KeyOrKeys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_steps: int = 10,
+    step_size: float | None = None,
+    momentum: float = 1.0,
+    loss: Callable = losses.cross_entropy,
     targets: Int[Array, " b"] | None = None,
-) -> Images:  # fmt: skip
+) -> Images:
     """Momentum iterative method: steps along a decayed sum of l1-normalised gradients.
 
     Source: arXiv 1710.06081. step_size defaults to eps/num_steps; everything else as in `pgd`.
     """
     step_size = eps / num_steps if step_size is None and num_steps else step_size
-    return pgd(logits_fn, x, y, key, eps=eps, norm=norm, num_steps=num_steps, step_size=step_size,
-               random_start=False, momentum=momentum, loss=loss, targets=targets)  # fmt: skip
+    return pgd(
+        logits_fn,
+        x,
+        y,
+        key,
+        eps=eps,
+        norm=norm,
+        num_steps=num_steps,
+        step_size=step_size,
+        random_start=False,
+        momentum=momentum,
+        loss=loss,
+        targets=targets,
+    )
 
 
 class _Best(NamedTuple):
@@ -125,9 +189,20 @@ class _Best(NamedTuple):
 
 
 def _ascend_one(
-    score, x, y, key, *,
-    eps, norm, num_steps, step_size, num_restarts, random_start, momentum, keep_best,
-):  # fmt: skip
+    score,
+    x,
+    y,
+    key,
+    *,
+    eps,
+    norm,
+    num_steps,
+    step_size,
+    num_restarts,
+    random_start,
+    momentum,
+    keep_best,
+):
     """The best of num_restarts runs for one example x [H,W,C]; score(x, y) -> (value, hit)."""
 
     def run(best, restart_key):

@@ -23,7 +23,10 @@ class Checkpoints:
     def __init__(self, workdir: Path, template: TrainState):
         self._template = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
         # One more than needed: where the newest is damaged, the one before is used.
-        self._managers = {"last": _manager(workdir, "last", 2), "best": _manager(workdir, "best", 1)}
+        self._managers = {
+            "last": _manager(workdir, "last", 2),
+            "best": _manager(workdir, "best", 1),
+        }
 
     def save(self, kind: str, state: TrainState, notes: Notes) -> None:
         """Starts writing the state; returns once it may be donated."""
@@ -57,11 +60,17 @@ class Checkpoints:
                 )
                 return restored["state"], restored["notes"]
             except Exception as error:  # whatever a damaged file makes Orbax or TensorStore raise
-                logging.warning("checkpoint %s/%d cannot be read, trying the one before: %s",
-                                kind, step, str(error).splitlines()[0])  # fmt: skip
+                logging.warning(
+                    "checkpoint %s/%d cannot be read, trying the one before: %s",
+                    kind,
+                    step,
+                    str(error).splitlines()[0],
+                )
         if steps:
-            raise UserError(f"no checkpoint in {manager.directory} can be read; "
-                            "start in another --workdir, or remove this one")  # fmt: skip
+            raise UserError(
+                f"no checkpoint in {manager.directory} can be read; "
+                "start in another --workdir, or remove this one"
+            )
         return None
 
     def wait(self) -> None:

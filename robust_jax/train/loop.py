@@ -1,5 +1,6 @@
 """The training loop: steps, logs, validation, checkpoints, and going on where it stopped."""
 
+import contextlib
 import dataclasses
 import logging
 import signal
@@ -28,7 +29,7 @@ EXIT_TERMINATED = 143
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to train: train_step maps (state, global batch, key) to (state, sums); steps are counts."""
+    """What to train: train_step maps (state, batch, key) to (state, sums); durations are in steps."""
 
     init: Callable[[], TrainState]
     train_step: Callable
@@ -60,17 +61,34 @@ def train(plan: Plan, workdir: Path) -> Trained:
     Raises UserError at a non-finite loss or gradient, keeping the last good checkpoint; exits
     with EXIT_TERMINATED, after saving, on SIGTERM.
     """
-    checkpoints = Checkpoints(workdir, jax.eval_shape(plan.init))
-    try:
+    with _open(plan, workdir) as checkpoints:
         state, notes = checkpoints.restore("last") or (plan.init(), dict(_NEW_RUN))
         if int(state.step) < plan.total_steps:
             state, notes = _run(plan, workdir, checkpoints, state, notes)
-        best = checkpoints.restore("best")
-        if best is None:
-            raise UserError(f"{workdir} has no best checkpoint; start in another --workdir")
-        return Trained(best=best[0], last=state, timings=_timings(plan, notes))
-    finally:
-        checkpoints.close()
+        return _trained(plan, checkpoints, state, notes)
+
+
+def restore(plan: Plan, workdir: Path) -> Trained:
+    """What train returned when it finished. Raises UserError where it has not."""
+    with _open(plan, workdir) as checkpoints:
+        state, notes = checkpoints.restore("last") or (plan.init(), _NEW_RUN)
+        if int(state.step) < plan.total_steps:
+            raise UserError(
+                f"training in {workdir} is at step {int(state.step)} of {plan.total_steps}; "
+                "finish it with --mode=train"
+            )
+        return _trained(plan, checkpoints, state, notes)
+
+
+def _open(plan: Plan, workdir: Path):
+    return contextlib.closing(Checkpoints(workdir, jax.eval_shape(plan.init)))
+
+
+def _trained(plan: Plan, checkpoints: Checkpoints, last: TrainState, notes: Notes) -> Trained:
+    best = checkpoints.restore("best")
+    if best is None:
+        raise UserError("the best checkpoint is gone; train in another --workdir")
+    return Trained(best=best[0], last=last, timings=_timings(plan, notes))
 
 
 _NEW_RUN: Notes = {
@@ -107,11 +125,20 @@ def _run(
             fetched.append(sums)
         pending.clear()
 
-    with tqdm(total=plan.total_steps, initial=start, desc="train", unit="step",
-              dynamic_ncols=True, disable=not parallel.is_main_process()) as bar, \
-            _Terminated() as terminated:  # fmt: skip
+    with (
+        tqdm(
+            total=plan.total_steps,
+            initial=start,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not parallel.is_main_process(),
+        ) as bar,
+        _Terminated() as terminated,
+    ):
         for done in range(start + 1, plan.total_steps + 1):
-            state, sums = plan.train_step(state, plan.batches[done - 1], plan.key)
+            batch = parallel.own_rows(plan.batches[done - 1])
+            state, sums = plan.train_step(state, batch, plan.key)
             pending.append(sums)
             bar.update()
             if done == start + 1:

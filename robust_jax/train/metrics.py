@@ -29,8 +29,9 @@ class MetricsWriter:
 
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n")
-                and json.loads(line)["step"] <= resumed_at]  # fmt: skip
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_at
+        ]
         path.write_text("".join(kept))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(

@@ -11,9 +11,13 @@ Schedule = Callable[[Any], Any]
 
 
 def sgd(
-    schedule: Schedule, weight_decay: float, mask: Callable, *,
-    momentum: float = 0.9, nesterov: bool = False,
-) -> optax.GradientTransformation:  # fmt: skip
+    schedule: Schedule,
+    weight_decay: float,
+    mask: Callable,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+) -> optax.GradientTransformation:
     """SGD with momentum; the decay is added to the gradient, as in the AT literature."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask),
@@ -22,9 +26,14 @@ def sgd(
 
 
 def adam(
-    schedule: Schedule, weight_decay: float, mask: Callable, *,
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
-) -> optax.GradientTransformation:  # fmt: skip
+    schedule: Schedule,
+    weight_decay: float,
+    mask: Callable,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
     """Adam; the decay is added to the gradient. For decoupled decay see adamw."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask), optax.adam(schedule, b1=b1, b2=b2, eps=eps)
@@ -32,9 +41,14 @@ def adam(
 
 
 def adamw(
-    schedule: Schedule, weight_decay: float, mask: Callable, *,
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
-) -> optax.GradientTransformation:  # fmt: skip
+    schedule: Schedule,
+    weight_decay: float,
+    mask: Callable,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
     return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
 
@@ -54,9 +68,12 @@ def constant(peak: float, total_steps: int) -> Schedule:
 
 
 def piecewise(
-    peak: float, total_steps: int, *,
-    boundaries: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1,
-) -> Schedule:  # fmt: skip
+    peak: float,
+    total_steps: int,
+    *,
+    boundaries: tuple[float, ...] = (0.5, 0.75),
+    factor: float = 0.1,
+) -> Schedule:
     """peak, multiplied by factor at each boundary, a fraction of the run (Rice et al. 2020)."""
     if not all(0 < b < 1 for b in boundaries):
         raise ValueError(f"boundaries must be fractions of the run in (0, 1), not {boundaries!r}")

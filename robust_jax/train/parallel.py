@@ -4,16 +4,17 @@ Work is written per device and mapped over the axis AXIS. Two mappings do the sa
 and its successor jit(shard_map). With one CPU device both are just that device.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "batch"
 Method = Literal["pmap", "shard_map"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -21,65 +22,61 @@ def check_batch_size(batch_size: int) -> None:
     devices = jax.device_count()
     if batch_size < 1 or batch_size % devices:
         near = max(devices, round(batch_size / devices) * devices)
-        raise ValueError(f"{batch_size} examples cannot be shared by {devices} devices; "
-                         f"take a multiple of {devices}, such as {near}")  # fmt: skip
+        raise ValueError(
+            f"{batch_size} examples cannot be shared by {devices} device(s); "
+            f"take a multiple of {devices}, such as {near}"
+        )
 
 
-def map_step(step: Callable, method: Method) -> Callable:
-    """step(state, batch, key) -> (state, sums), per device, as the same on the whole batch.
+def map_step(
+    step: Callable, method: Method, devices: Sequence[jax.Device] | None = None
+) -> Callable:
+    """step(state, batch, key) -> (state, sums), written per device, on the rows of all of them.
 
     The state is unreplicated outside and donated; each process passes its own rows of the batch.
     """
-    if _checked(method) == "pmap":
+    if method == "pmap":
         mapped = jax.pmap(
-            step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0
+            step,
+            axis_name=AXIS,
+            in_axes=(None, 0, None),
+            out_axes=None,
+            donate_argnums=0,
+            devices=devices,
         )
-        return lambda state, batch, key: mapped(state, _split_rows(batch), key)
-    mesh = _mesh()
-    # check_vma=True would make a gradient that is averaged by hand n_devices times too large.
-    mapped = jax.shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(AXIS), PartitionSpec()),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
-    compiled = jax.jit(mapped, donate_argnums=0)
-    return lambda state, batch, key: compiled(state, _shard_rows(batch, mesh), key)
+        split = partial(_split_rows, devices=devices)
+        return lambda state, batch, key: mapped(state, split(batch), key)
+    mesh = _mesh(devices)
+    mapped = jax.jit(_shard_map(step, mesh, out_specs=PartitionSpec()), donate_argnums=0)
+    return lambda state, batch, key: mapped(state, _shard_rows(batch, mesh), key)
 
 
-def map_examples(fn: Callable, method: Method) -> Callable:
+def map_examples(
+    fn: Callable, method: Method, devices: Sequence[jax.Device] | None = None
+) -> Callable:
     """fn(variables, batch, *scalars) -> per-example outputs [B,…], its batch shared by the devices.
 
     Scalars are the same for every example and can change without recompiling.
     """
-    if _checked(method) == "pmap":
 
-        @partial(jax.pmap, in_axes=(None, 0, None))
-        def mapped(variables, batch, scalars):
-            return fn(variables, batch, *scalars)
+    def per_device(variables, batch, scalars):
+        return fn(variables, batch, *scalars)
 
-        def call(variables, batch, *scalars):
-            return _join_rows(mapped(variables, _split_rows(batch), scalars))
-
-        return call
-    mesh = _mesh()
-    compiled = jax.jit(
-        jax.shard_map(
-            lambda variables, batch, scalars: fn(variables, batch, *scalars),
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS), PartitionSpec()),
-            out_specs=PartitionSpec(AXIS),
-            check_vma=False,
+    if method == "pmap":
+        mapped = jax.pmap(per_device, in_axes=(None, 0, None), devices=devices)
+        split = partial(_split_rows, devices=devices)
+        return lambda variables, batch, *scalars: _join_rows(
+            mapped(variables, split(batch), scalars)
         )
-    )
-    return lambda variables, batch, *scalars: compiled(variables, _shard_rows(batch, mesh), scalars)
+    mesh = _mesh(devices)
+    sharded = jax.jit(_shard_map(per_device, mesh, out_specs=PartitionSpec(AXIS)))
+    return lambda variables, batch, *scalars: sharded(variables, _shard_rows(batch, mesh), scalars)
 
 
 def own_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """This process's rows of a global batch."""
     processes, process = jax.process_count(), jax.process_index()
-    return {k: np.array_split(v, processes)[process] for k, v in batch.items()}
+    return {name: np.array_split(rows, processes)[process] for name, rows in batch.items()}
 
 
 def is_main_process() -> bool:
@@ -87,23 +84,24 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def _checked(method: str) -> str:
-    if method not in get_args(Method):
-        raise ValueError(f"{method!r} is not one of {', '.join(get_args(Method))}")
-    return method
+def _shard_map(fn: Callable, mesh: Mesh, out_specs: PartitionSpec) -> Callable:
+    # check_vma=True would make a gradient that is averaged by hand n_devices times too large.
+    in_specs = (PartitionSpec(), PartitionSpec(AXIS), PartitionSpec())
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _mesh() -> jax.sharding.Mesh:
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+def _mesh(devices: Sequence[jax.Device] | None) -> Mesh:
+    devices = devices or jax.devices()
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def _shard_rows(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+def _shard_rows(batch: Any, mesh: Mesh) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
 
 
-def _split_rows(batch: Any) -> Any:
-    n = jax.local_device_count()
+def _split_rows(batch: Any, devices: Sequence[jax.Device] | None) -> Any:
+    n = len(devices or jax.local_devices())
     return jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), batch)
 
 

@@ -37,9 +37,13 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, key: Key[Array, ""],
-    image_shape: tuple[int, ...], *, average: bool,
-) -> TrainState:  # fmt: skip
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    image_shape: tuple[int, ...],
+    *,
+    average: bool,
+) -> TrainState:
     """The state at step 0, its parameters drawn with key."""
     variables = jax.jit(model.init)(key, jnp.zeros((1, *image_shape)))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Key
 
 from robust_jax import data
-from robust_jax.keys import fold_each, fold_in_each
+from robust_jax.keys import fold_in_each
 from robust_jax.objectives import Batch, Objective, Sums
 from robust_jax.train.state import Average, TrainState
 
@@ -32,8 +32,8 @@ def make_train_step(
     """
 
     def train_step(state, batch, key):
-        key = jax.random.fold_in(key, state.step)
-        augment_keys = fold_each(fold_in_each(key, batch["position"]), -1)
+        key, augment_key = jax.random.split(jax.random.fold_in(key, state.step))
+        augment_keys = fold_in_each(augment_key, batch["position"])
         images = data.augment(
             data.to_pixels(batch["image"]), augment_keys, crop_padding=crop_padding, flip=flip
         )
@@ -65,13 +65,13 @@ def make_train_step(
 def _averaged(
     state: TrainState, params: Any, batch_stats: Any, decay: float | None
 ) -> Average | None:
-    if decay is None:
+    if decay is None or state.average is None:
         return None
     # The early average follows the parameters closely, not their random initial values.
-    decay = jnp.minimum(decay, (state.step + 1.0) / (state.step + 10.0))
+    keep = jnp.minimum(decay, (state.step + 1.0) / (state.step + 10.0))
     return Average(
         *jax.tree.map(
-            lambda old, new: decay * old + (1 - decay) * new,
+            lambda old, new: keep * old + (1 - keep) * new,
             (state.average.params, state.average.batch_stats),
             (params, batch_stats),
         )

@@ -14,9 +14,14 @@ Validate = Callable[[Any], dict[str, float]]
 
 
 def make_validation(
-    network: Callable, attack: Callable, split: data.Split, *,
-    batch_size: int, key: jax.Array, method: parallel.Method,
-) -> Validate:  # fmt: skip
+    network: Callable,
+    attack: Callable,
+    split: data.Split,
+    *,
+    batch_size: int,
+    key: jax.Array,
+    method: parallel.Method,
+) -> Validate:
     """validate(variables) -> {clean_accuracy, robust_accuracy, cross_entropy} over the whole split.
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
@@ -41,9 +46,13 @@ def make_validation(
 
     def validate(variables):
         index = np.arange(len(split.labels))
-        parts = [jax.tree.map(lambda a, n=rows: np.asarray(a)[:n], mapped(variables, batch))
-                 for batch, rows in data.padded_batches(split, index, batch_size)]  # fmt: skip
-        return {name: float(np.concatenate([part[name] for part in parts]).mean(dtype=np.float64))
-                for name in parts[0]}  # fmt: skip
+        parts = [
+            jax.tree.map(lambda a, n=rows: np.asarray(a)[:n], mapped(variables, batch))
+            for batch, rows in data.padded_batches(split, index, batch_size)
+        ]
+        return {
+            name: float(np.concatenate([part[name] for part in parts]).mean(dtype=np.float64))
+            for name in parts[0]
+        }
 
     return validate

@@ -1,0 +1,90 @@
+"""PGD adversarial training of a small CNN on scikit-learn's digits; holds every field of a config.
+
+    python launch.py --config=configs/default.py --workdir=runs/demo
+
+Takes about a minute on 2 CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Every field with its default; the other configs are small deltas of this one."""
+    config = ConfigDict()
+    config.seed = 0
+
+    # Data. digits (embedded, no download) | tfds:<name> | npz:<path> with x_train, y_train, x_test
+    # and y_test. Pixels are in [0,1] everywhere outside the model, and so is every eps.
+    config.dataset = "digits"
+    config.data_dir = ""  # of TFDS; "" is TFDS's own default
+    config.validation_size = 197  # examples split off the training set, drawn by seed
+    config.num_labeled = 0  # 0: all. Else a class-balanced subset keeps its labels
+    config.labeled_fraction = 0.5  # of each batch, where only num_labeled examples have labels
+    config.augmentation = ConfigDict({"crop_padding": 0, "flip": False})  # on the device
+
+    # Model: a name in robust_jax.models.MODELS and its keywords.
+    config.model = ConfigDict({"name": "cnn"})
+    config.normalize = True  # by the training pixels' mean and deviation, inside the model
+    config.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
+
+    # Objective: a loss on the clean half, the adversarial half or both, plus weighted regularisers,
+    # such as config.regularizers.entropy = {"weight": 2.0, "on": "clean"}; "on" defaults to loss_on.
+    config.loss = ConfigDict({"name": "cross_entropy"})
+    config.loss_on = "adversarial"  # clean | adversarial | both
+    # The adversary makes the adversarial half; None where nothing needs one. Its loss may be "kl"
+    # too: away from the clean logits, as in TRADES.
+    config.adversary = ConfigDict(
+        {
+            "name": "pgd",
+            "norm": "linf",
+            "eps": 0.15,
+            "num_steps": 10,
+            "keep_best": False,
+            "loss": "cross_entropy",
+        }
+    )
+    config.regularizers = ConfigDict()
+
+    # Optimisation. Durations are "20 epochs", "500 steps" or "1e6 examples".
+    config.batch_size = 128  # over all devices
+    config.duration = "40 epochs"
+    config.optimizer = ConfigDict({"name": "adam"})  # sgd | adam | adamw and their keywords
+    config.learning_rate = 3e-3  # the schedule's peak
+    config.schedule = ConfigDict({"name": "cosine"})  # constant | piecewise | cosine | one_cycle
+    config.weight_decay = 1e-4  # of kernels only
+    config.ema_decay = 0.0  # 0: none. Else the averaged parameters are what is evaluated
+    config.gradient_clip_norm = 0.0  # 0: none
+
+    # Along the way. The best checkpoint is that of the highest accuracy under validation_attack.
+    config.log_every = "10 steps"
+    config.validate_every = "2 epochs"
+    config.checkpoint_every = "10 epochs"
+    config.validation_attack = ConfigDict({"name": "pgd", "norm": "linf", "eps": 0.15})
+
+    # The final evaluation, of best and last on the whole test set. The key is the attack's name in
+    # tables; eps is the list of radii, in pixel units.
+    linf, l2 = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3), (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+    config.attacks = ConfigDict(
+        {
+            f"{name}_{norm}": {"name": name, "norm": norm, "eps": eps, **keywords}
+            for norm, eps in (("linf", linf), ("l2", l2))
+            for name, keywords in (
+                ("fgsm", {}),
+                ("bim", {"num_steps": 10}),
+                ("mim", {"num_steps": 10}),
+                ("pgd", {"num_steps": 20, "num_restarts": 3}),
+            )
+        }
+    )
+    config.evaluation = ConfigDict(
+        {
+            "batch_size": 500,
+            "jacobian_chunk": 128,  # examples whose exact Jacobians a device holds at a time
+            "jacobian_projections": 16,  # of the estimated Frobenius norm
+            "spectral_iterations": 20,  # of the power iteration
+            "num_images": 10,  # in the report's grid
+        }
+    )
+
+    config.parallel = "pmap"  # or its successor, shard_map
+    return config

@@ -1,0 +1,340 @@
+"""Figures of a finished run: arrays or DataFrames in, matplotlib Figures out.
+
+Nothing here touches pyplot, so a figure is shown by returning it from a notebook's cell or saved
+with its own savefig. Accuracies come in [0, 1] and are drawn in percent.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+WIDTH = 7.2  # inches; the fonts below are readable where a figure is shown about this wide
+# Okabe and Ito's colours, which stay apart for colour-blind readers; black is the worst case's.
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+)  # fmt: skip
+ATTACK_COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "legend.fontsize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "legend.framealpha": 0.8,
+    "legend.edgecolor": "none",
+    "figure.constrained_layout.use": True,
+}
+ATTACK_MARKERS = "os^Dv"
+FATE_COLORS = {"held": BLUE, "broken": ORANGE, "misclassified": PURPLE}
+WORST_CASE = "worst case"
+NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
+JACOBIANS = {
+    "frobenius_logits": "Frobenius norm, logits",
+    "spectral_logits": "spectral norm, logits",
+    "frobenius_probabilities": "Frobenius norm, probabilities",
+    "spectral_probabilities": "spectral norm, probabilities",
+}
+
+
+def fates(records: pd.DataFrame, attacks: Iterable[str], eps: float) -> pd.Series:
+    """What became of each example under the worst of the named attacks with a radius up to eps.
+
+    "misclassified" without any attack, "broken" by at least one, or "held" against all.
+    """
+    names = set(attacks)
+    held = records["correct"].astype(bool)
+    for column in records.columns:
+        name, _, radius = column.removesuffix("/held").rpartition("@")
+        # Column names round the radius to six digits.
+        if column.endswith("/held") and name in names and float(radius) <= eps * (1 + 1e-5):
+            held &= records[column].astype(bool)
+    fate = np.where(held, "held", np.where(records["correct"], "broken", "misclassified"))
+    return pd.Series(fate, index=records.index, name="fate")
+
+
+@rc_context(STYLE)
+def accuracy_against_eps(
+    attacks: pd.DataFrame,
+    clean: Mapping[str, float],
+    *,
+    chance: float,
+    trained: tuple[str, float] | None = None,
+) -> Figure:
+    """Accuracy against ε: a panel for each norm, a line for each attack of the best checkpoint.
+
+    attacks: columns checkpoint ("best", "last"), norm, attack, eps, accuracy. The attack named
+    WORST_CASE is bold, and dashed for the last checkpoint. clean: accuracy at ε = 0 by checkpoint.
+    trained: the (norm, ε) trained against, if any.
+    """
+    norms = list(dict.fromkeys(attacks["norm"]))
+    names = [n for n in dict.fromkeys(attacks["attack"]) if n != WORST_CASE]
+    figure = Figure(figsize=(WIDTH, 3.7))
+    panels = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
+    for ax, norm in zip(panels, norms, strict=True):
+        here = attacks[attacks["norm"] == norm]
+
+        def draw(checkpoint, attack, label, ax=ax, here=here, **style):
+            rows = here[(here["checkpoint"] == checkpoint) & (here["attack"] == attack)]
+            if len(rows):
+                rows = rows.sort_values("eps")
+                accuracy = [clean[checkpoint], *rows["accuracy"]]
+                ax.plot([0, *rows["eps"]], 100 * np.array(accuracy), label=label, **style)
+
+        # The worst case lies under the attacks' thin lines, which often run along it.
+        draw("best", WORST_CASE, "worst case", color="black", lw=4, zorder=2)
+        draw("last", WORST_CASE, "worst case, last", color="0.45", lw=2.5, ls="--", zorder=2)
+        for i, name in enumerate(names):
+            color = ATTACK_COLORS[i % len(ATTACK_COLORS)]
+            marker = ATTACK_MARKERS[i % len(ATTACK_MARKERS)]
+            draw("best", name, name, color=color, marker=marker, ms=5, lw=1.3, zorder=3)
+        ax.axhline(100 * chance, color="0.4", ls=":", label="chance")
+        if trained is not None and trained[0] == norm:
+            ax.axvline(trained[1], color="0.4", ls="-.", lw=1, label="trained ε")
+        ax.set(title=NORMS.get(norm, norm), xlabel="ε", ylim=(-2, 102))
+        ax.set_xlim(left=0)
+    panels[0].set_ylabel("accuracy, %")
+    _legend_below(figure, panels)
+    return figure
+
+
+@rc_context(STYLE)
+def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> Figure:
+    """Losses, accuracies, regularisers, learning rate and gradient norm against the step.
+
+    metrics: a column "step" and any of those metrics.jsonl holds; a panel without any is left out.
+    """
+    terms = [c for c in metrics.columns if c.startswith("train/regularizers/")]
+    # Without terms the supervised loss is the total.
+    supervised = {"train/supervised_loss": ("train, supervised", dict(color=GREEN))}
+    # By panel and column: a label and a style.
+    plans: dict[str, dict[str, tuple[str | None, dict[str, Any]]]] = {
+        "loss": {
+            "train/loss": ("train, total", dict(color=BLUE)),
+            **(supervised if terms else {}),
+            "validation/cross_entropy": (
+                "validation, cross-entropy", _VALIDATION | dict(color=PURPLE)
+            ),
+        },
+        "accuracy, %": {
+            "train/clean_accuracy": ("train, clean", dict(color=SKY)),
+            "train/adversarial_accuracy": ("train, adversarial", dict(color=ORANGE)),
+            "validation/clean_accuracy": ("validation, clean", _VALIDATION | dict(color=BLUE)),
+            "validation/robust_accuracy": (
+                "validation, robust", _VALIDATION | dict(color=VERMILLION)
+            ),
+        },
+        "regulariser": {
+            c: (c.removeprefix("train/regularizers/"), dict(color=color))
+            for c, color in zip(terms, cycle(ATTACK_COLORS), strict=False)
+        },
+        "learning rate": {"train/learning_rate": (None, dict(color=BLUE))},
+        "gradient norm": {"train/gradient_norm": (None, dict(color=BLUE))},
+    }  # fmt: skip
+    plans = {title: lines for title, lines in plans.items() if set(lines) & set(metrics.columns)}
+    figure = Figure(figsize=(WIDTH, 2.6 * ((len(plans) + 1) // 2)))
+    axes: dict[str, Axes] = figure.subplot_mosaic(_two_columns(list(plans)))
+    for title, lines in plans.items():
+        ax = axes[title]
+        for column, (label, style) in lines.items():
+            if column in metrics:
+                rows = metrics[["step", column]].dropna()
+                scale = 100 if title.startswith("accuracy") else 1
+                ax.plot(rows["step"], scale * rows[column], label=label, **style)
+        if best_step is not None:
+            label = "best step" if title == "loss" else None
+            ax.axvline(best_step, color="0.4", ls="-.", lw=1, label=label)
+        ax.set(xlabel="step", ylabel=title, xlim=(0, 1.03 * metrics["step"].max()))
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend()
+    return figure
+
+
+_VALIDATION = {"ls": "--", "marker": "o", "ms": 4}
+
+
+@rc_context(STYLE)
+def jacobian_histograms(records: Mapping[str, pd.DataFrame]) -> Figure:
+    """Histograms of each example's Jacobian norms, medians marked, one panel for each norm.
+
+    records: by checkpoint; the first is filled, the others are outlines.
+    """
+    first = next(iter(records.values()))
+    columns = [c for c in JACOBIANS if c in first]
+    figure = Figure(figsize=(WIDTH, 2.5 * ((len(columns) + 1) // 2)))
+    axes: dict[str, Axes] = figure.subplot_mosaic(_two_columns(columns))
+    for column in columns:
+        ax = axes[column]
+        values = {name: _finite(table[column]) for name, table in records.items()}
+        bins, is_log = _bins(np.concatenate(list(values.values())))
+        for i, (name, v) in enumerate(values.items()):
+            style = dict(color=SKY, alpha=0.7) if i == 0 else dict(histtype="step", color="black")
+            label = f"{name}, median {np.median(v):.3g}"
+            ax.hist(np.clip(v, bins[0], bins[-1]), bins=bins, label=label, **style)
+            ax.axvline(np.median(v), color=BLUE if i == 0 else "black", ls="-" if i == 0 else "--")
+        ax.set(xlabel=JACOBIANS[column], ylabel="examples", xscale="log" if is_log else "linear")
+        ax.legend()
+    return figure
+
+
+@rc_context(STYLE)
+def estimate_against_exact(exact: ArrayLike, estimate: ArrayLike, error: ArrayLike) -> Figure:
+    """Estimated against exact Frobenius norm, one point an example with ±1 standard error."""
+    exact = np.asarray(exact, float)
+    figure = Figure(figsize=(0.62 * WIDTH, 0.55 * WIDTH))
+    ax = figure.subplots()
+    ax.errorbar(exact, estimate, yerr=error, fmt="o", ms=3, color=BLUE, ecolor=SKY, elinewidth=0.6,
+                alpha=float(np.clip(200 / len(exact), 0.15, 0.8)), rasterized=True,
+                label="examples, ±1 standard error")  # fmt: skip
+    ends = [exact.min(), exact.max()]
+    ax.plot(ends, ends, color="black", lw=1, label="estimate = exact", zorder=3)
+    ax.set(xlabel="exact Frobenius norm, logits", ylabel="estimate")
+    ax.legend(loc="upper left")
+    return figure
+
+
+@rc_context(STYLE)
+def fate_histograms(records: pd.DataFrame, fate: pd.Series) -> Figure:
+    """Histograms of margin and confidence, split by `fates`; bars of one fate sum to 100 %."""
+    figure = Figure(figsize=(WIDTH, 3.2))
+    panels = figure.subplots(1, 2)
+    labels = {"margin": "margin (true logit − largest other)", "confidence": "confidence"}
+    for ax, (column, label) in zip(panels, labels.items(), strict=True):
+        values = _finite(records[column])
+        bins = np.histogram_bin_edges(values, bins=_num_bins(len(values)))
+        for name, color in FATE_COLORS.items():
+            values = _finite(records.loc[fate == name, column])
+            if len(values):
+                weights = np.full(len(values), 100 / len(values))
+                style = dict(bins=bins, weights=weights, color=color, histtype="stepfilled")
+                ax.hist(values, alpha=0.3, **style)
+                ax.hist(values, label=f"{name} ({len(values)})",
+                        **style | dict(histtype="step", lw=1.6))  # fmt: skip
+        ax.set(xlabel=label, ylabel="share of the group, %")
+    _legend_below(figure, panels)
+    return figure
+
+
+@rc_context(STYLE)
+def jacobian_by_fate(records: pd.DataFrame, fate: pd.Series) -> Figure:
+    """Box plots of the Jacobian norms, split by `fates`, with each group's median written.
+
+    The box holds the middle half of a group and the whiskers its middle 90 %.
+    """
+    columns = [c for c in JACOBIANS if c in records]
+    names = [name for name in FATE_COLORS if (fate == name).any()]
+    figure = Figure(figsize=(WIDTH, 2.7 * ((len(columns) + 1) // 2)))
+    axes: dict[str, Axes] = figure.subplot_mosaic(_two_columns(columns))
+    for column in columns:
+        ax = axes[column]
+        groups = [_finite(records.loc[fate == name, column]) for name in names]
+        boxes = ax.boxplot(groups, whis=(5, 95), showfliers=False, widths=0.55, patch_artist=True,
+                           medianprops=dict(color="black", lw=1.5))  # fmt: skip
+        for box, name in zip(boxes["boxes"], names, strict=True):
+            box.set(facecolor=FATE_COLORS[name], alpha=0.6)
+        ticks = [f"{n}\nmedian {np.median(g):.3g}" for n, g in zip(names, groups, strict=True)]
+        ax.set_xticks(range(1, len(names) + 1), ticks)
+        ax.grid(axis="x", visible=False)
+        ax.set(title=JACOBIANS[column], ylabel="norm")
+        if _bins(np.concatenate(groups))[1]:
+            ax.set_yscale("log")
+    return figure
+
+
+@rc_context(STYLE)
+def image_grid(
+    clean: np.ndarray,
+    adversarial: np.ndarray,
+    labels: np.ndarray,
+    clean_predictions: np.ndarray,
+    adversarial_predictions: np.ndarray,
+    *,
+    columns: int = 5,
+) -> Figure:
+    """Clean and adversarial images [N,H,W,C] in [0,1] and their difference, with what is said.
+
+    The difference is drawn from -s to s, s the largest change of any pixel (`difference_scale`).
+    """
+    scale = difference_scale(clean, adversarial)
+    bands = -(-len(clean) // columns)
+    figure = Figure(figsize=(WIDTH, 4.7 * bands))
+    subfigures = figure.subfigures(bands, 1, squeeze=False, hspace=0.06)[:, 0]
+    grid = np.concatenate([part.subplots(3, columns, squeeze=False) for part in subfigures])
+    for ax in grid.flat:
+        ax.set_axis_off()
+    for i in range(len(clean)):
+        row, column = 3 * (i // columns), i % columns
+        said = (clean_predictions[i], adversarial_predictions[i])
+        for offset, (image, prediction) in enumerate(
+            zip((clean[i], adversarial[i]), said, strict=True)
+        ):
+            ax = grid[row + offset, column]
+            _show(ax, image, cmap="gray", vmin=0, vmax=1)
+            wrong = prediction != labels[i]
+            start = f"label {labels[i]}: " if offset == 0 else ""
+            ax.set_title(f"{start}says {prediction}", fontsize=9,
+                         color=VERMILLION if wrong else "black")  # fmt: skip
+        difference = adversarial[i] - clean[i]
+        if difference.shape[-1] != 1:
+            difference = 0.5 + difference / (2 * scale)
+        _show(grid[row + 2, column], difference, cmap="RdBu_r", vmin=-scale, vmax=scale)
+    for row, name in enumerate(["clean", "adversarial", f"difference\n±{scale:.3g}"] * bands):
+        # The axes are off, and a label of an axes that is off is not drawn.
+        grid[row, 0].text(-0.08, 0.5, name, transform=grid[row, 0].transAxes, rotation=90,
+                          ha="right", va="center", fontsize=9)  # fmt: skip
+    return figure
+
+
+def difference_scale(clean: np.ndarray, adversarial: np.ndarray) -> float:
+    """The largest change of any pixel, or 1 where nothing changed."""
+    return float(np.abs(adversarial - clean).max()) or 1.0
+
+
+def _show(ax: Axes, image: np.ndarray, **style) -> None:
+    ax.imshow(np.clip(image, 0, 1) if image.shape[-1] == 3 else image[..., 0],
+              interpolation="nearest", **style)  # fmt: skip
+
+
+def _legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend for all panels, each label once."""
+    entries = {label: handle for ax in panels
+               for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center",
+                  ncols=min(len(entries), 5))  # fmt: skip
+
+
+def _two_columns(names: list[str]) -> list[list[str]]:
+    """Rows of two; a last odd one is as wide as both."""
+    rows = [names[i : i + 2] for i in range(0, len(names), 2)]
+    return [row if len(row) == 2 else row * 2 for row in rows]
+
+
+def _bins(values: np.ndarray) -> tuple[list[float], bool]:
+    """Bin edges, and whether they are logarithmic: where the values spread over a factor of 30."""
+    positive = values[values > 0]
+    if len(positive) and np.quantile(positive, 0.99) > 30 * np.quantile(positive, 0.01):
+        # A softmax that saturates has norms down to 1e-30; ten decades are enough to look at.
+        low = max(positive.min(), positive.max() * 1e-10)
+        return np.geomspace(low, positive.max(), _num_bins(len(values)) + 1).tolist(), True
+    return np.histogram_bin_edges(values, bins=_num_bins(len(values))).tolist(), False
+
+
+def _num_bins(count: int) -> int:
+    return int(np.clip(1.5 * np.sqrt(count), 10, 40))
+
+
+def _finite(values: pd.Series) -> np.ndarray:
+    values = values.to_numpy(float)
+    return values[np.isfinite(values)]

@@ -1,0 +1,258 @@
+"""Attacks × eps and Jacobian norms on a test set: one record per example, and their summary.
+
+Anything drawn at random follows (seed, attack, example): never the batch or the device.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from robust_jax import data, jacobian, losses
+from robust_jax.attacks import norms
+from robust_jax.keys import fold_in_each
+from robust_jax.train import parallel
+
+Network = Callable[[Any, jax.Array], jax.Array]
+
+
+class AttackGrid(NamedTuple):
+    """attack(logits_fn, x, y, keys, eps=…) -> x_adv, its kind by name, its norm and its radii."""
+
+    kind: str
+    attack: Callable
+    norm: norms.Norm
+    eps: tuple[float, ...]
+
+
+class Settings(NamedTuple):
+    """How a test set is measured; the chunk bounds the Jacobians that a device holds at a time."""
+
+    batch_size: int
+    jacobian_chunk: int
+    jacobian_projections: int
+    spectral_iterations: int
+    num_images: int
+
+
+class Evaluator:
+    """Compiled measurements of one network(variables, x) -> logits; variables are arguments."""
+
+    def __init__(
+        self,
+        network: Network,
+        split: data.Split,
+        grids: Mapping[str, AttackGrid],
+        settings: Settings,
+        key: jax.Array,
+        method: parallel.Method,
+    ):
+        self._split, self._grids, self._settings, self._key = split, grids, settings, key
+        self._measure = parallel.map_examples(_measurement(network, settings, key), method)
+        self._attacks = {
+            name: parallel.map_examples(_attempt(network, grid, _named_key(key, name)), method)
+            for name, grid in grids.items()
+        }
+
+    def records(self, variables: Any, description: str) -> pd.DataFrame:
+        """One row per example of the split: measures, and for each attack and eps if it held.
+
+        An example broken at an eps stays broken, with the same adversarial, at every larger eps
+        (the balls are nested), so an attack sees only the examples that still stand.
+        """
+        index = np.arange(len(self._split.labels))
+        work = 2 + sum(len(grid.eps) for grid in self._grids.values())
+        with tqdm(
+            total=work,
+            desc=description,
+            unit="pass",
+            dynamic_ncols=True,
+            disable=not parallel.is_main_process(),
+        ) as bar:
+            columns = self._over(self._measure, variables, index)
+            bar.update(2)
+            for name, grid in self._grids.items():
+                held = columns["correct"].astype(bool)
+                distance = np.where(held, np.nan, 0.0)
+                for eps in sorted(grid.eps):
+                    bar.set_postfix_str(f"{name} at eps {eps:g}", refresh=False)
+                    standing = np.flatnonzero(held)
+                    if len(standing):
+                        out = self._over(self._attacks[name], variables, standing, eps)
+                        held[standing] = out["held"]
+                        distance[standing] = np.where(out["held"], np.nan, out["distance"])
+                    columns[f"{name}@{eps:g}/held"] = held.copy()
+                    columns[f"{name}@{eps:g}/distance"] = distance.copy()
+                    bar.update()
+        columns["correct"] = columns["correct"].astype(bool)
+        return pd.DataFrame({"index": index, "label": self._split.labels, **columns})
+
+    def images(self, variables: Any, name: str, eps: float) -> dict[str, np.ndarray]:
+        """The first examples of the split, clean and attacked, for people to look at."""
+        index = np.arange(min(self._settings.num_images, len(self._split.labels)))
+        out = self._over(self._attacks[name], variables, index, eps)
+        clean = np.asarray(data.to_pixels(self._split.images[index]))
+        return {
+            "clean": clean,
+            "adversarial": out["x_adv"],
+            "label": self._split.labels[index],
+            "clean_prediction": out["clean_prediction"],
+            "adversarial_prediction": out["adversarial_prediction"],
+            "attack": np.asarray(name),
+            "eps": np.asarray(eps),
+        }
+
+    def _over(self, mapped: Callable, variables: Any, index: np.ndarray, *scalars: float):
+        parts = [
+            jax.tree.map(lambda a, n=rows: np.asarray(a)[:n], mapped(variables, batch, *scalars))
+            for batch, rows in data.padded_batches(self._split, index, self._settings.batch_size)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[str, Any]:
+    """The means over a table of records: clean, attacks[] and jacobian, as results.json has them.
+
+    The worst case of a norm at an eps is over every attack of that norm with a radius up to it.
+    """
+    count = len(records)
+    attacks = []
+    for name, grid in grids.items():
+        for eps in sorted(grid.eps):
+            held = records[f"{name}@{eps:g}/held"]
+            distance = records[f"{name}@{eps:g}/distance"][records["correct"]].mean()
+            attacks.append(
+                {
+                    "name": name,
+                    "attack": grid.kind,
+                    "norm": grid.norm,
+                    "eps": eps,
+                    "robust_accuracy": float(held.mean()),
+                    "count": count,
+                    "mean_distance": None if np.isnan(distance) else float(distance),
+                }
+            )
+    for norm in dict.fromkeys(grid.norm for grid in grids.values()):
+        for eps in sorted({e for grid in grids.values() if grid.norm == norm for e in grid.eps}):
+            attacks.append(
+                {
+                    "name": f"worst_case_{norm}",
+                    "attack": "worst_case",
+                    "norm": norm,
+                    "eps": eps,
+                    "robust_accuracy": float(worst_case(records, grids, norm, eps).mean()),
+                    "count": count,
+                    "mean_distance": None,
+                }
+            )
+    return {
+        "clean": {
+            "accuracy": float(records["correct"].mean()),
+            "cross_entropy": float(records["cross_entropy"].mean()),
+            "count": count,
+        },
+        "attacks": attacks,
+        "jacobian": {fn: _jacobian_summary(records, fn) for fn in ("logits", "probabilities")},
+    }
+
+
+def worst_case(
+    records: pd.DataFrame, grids: Mapping[str, AttackGrid], norm: str, eps: float
+) -> pd.Series:
+    """Whether each example held against every attack of a norm with a radius up to eps."""
+    held = records["correct"].copy()
+    for name, grid in grids.items():
+        if grid.norm == norm:
+            for radius in grid.eps:
+                if radius <= eps:
+                    held &= records[f"{name}@{radius:g}/held"]
+    return held
+
+
+def _jacobian_summary(records: pd.DataFrame, fn: str) -> dict[str, dict[str, float]]:
+    def statistics(values):
+        return {
+            "mean": float(values.mean()),
+            "median": float(values.median()),
+            "standard_error": float(values.sem()),
+        }
+
+    summary = {norm: statistics(records[f"{norm}_{fn}"]) for norm in ("frobenius", "spectral")}
+    if fn == "logits":
+        summary["frobenius_estimate"] = {
+            **statistics(records["frobenius_estimate_logits"]),
+            "mean_error_of_estimate": float(records["frobenius_estimate_error_logits"].mean()),
+        }
+    return summary
+
+
+def _measurement(network: Network, settings: Settings, key: jax.Array) -> Callable:
+    estimate_key, spectral_key = (_named_key(key, name) for name in ("estimate", "spectral"))
+
+    def measure(variables, batch):
+        def logits_fn(x):
+            return network(variables, x)
+
+        x, y, index = data.to_pixels(batch["image"]), batch["label"], batch["index"]
+        logits = logits_fn(x)
+        estimate = jacobian.frobenius_norm_estimate(
+            logits_fn,
+            x,
+            fold_in_each(estimate_key, index),
+            num_projections=settings.jacobian_projections,
+        )
+        norms_of = {}
+        for name, fn in (
+            ("logits", logits_fn),
+            ("probabilities", jacobian.probabilities(logits_fn)),
+        ):
+            norms_of[f"frobenius_{name}"] = jacobian.frobenius_norm(
+                fn, x, chunk_size=settings.jacobian_chunk
+            )
+            norms_of[f"spectral_{name}"] = jacobian.spectral_norm(
+                fn,
+                x,
+                fold_in_each(spectral_key, index),
+                num_iterations=settings.spectral_iterations,
+            )
+        return {
+            "prediction": jnp.argmax(logits, -1),
+            "correct": losses.correct(logits, y),
+            "cross_entropy": losses.cross_entropy(logits, y),
+            "margin": losses.margin(logits, y),
+            "confidence": losses.confidence(logits, y),
+            "entropy": losses.entropy(logits),
+            **norms_of,
+            "frobenius_estimate_logits": estimate.norm,
+            "frobenius_estimate_error_logits": estimate.standard_error,
+        }
+
+    return measure
+
+
+def _attempt(network: Network, grid: AttackGrid, key: jax.Array) -> Callable:
+    def attempt(variables, batch, eps):
+        def logits_fn(x):
+            return network(variables, x)
+
+        x, y = data.to_pixels(batch["image"]), batch["label"]
+        x_adv = grid.attack(logits_fn, x, y, fold_in_each(key, batch["index"]), eps=eps)
+        logits = logits_fn(x_adv)
+        return {
+            "held": losses.correct(logits, y).astype(bool),
+            "distance": jax.vmap(lambda d: norms.size(d, grid.norm))(x_adv - x),
+            "x_adv": x_adv,
+            "clean_prediction": jnp.argmax(logits_fn(x), -1),
+            "adversarial_prediction": jnp.argmax(logits, -1),
+        }
+
+    return attempt
+
+
+def _named_key(key: jax.Array, name: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))

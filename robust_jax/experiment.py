@@ -1,0 +1,287 @@
+"""From a config to the pieces of a run, with every mistake refused before anything is compiled."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from robust_jax import config as config_lib
+from robust_jax import data, losses, regularizers
+from robust_jax.attacks import ATTACKS
+from robust_jax.config import bind, choose, guard
+from robust_jax.errors import UserError
+from robust_jax.evaluate import AttackGrid, Evaluator, Settings
+from robust_jax.models import MODELS
+from robust_jax.objectives import Adversary, Apply, Term, make_objective
+from robust_jax.train import optimizer, parallel
+from robust_jax.train.loop import Plan
+from robust_jax.train.state import init_state
+from robust_jax.train.step import make_train_step
+from robust_jax.train.validate import make_validation
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_MODEL_FIELDS_SET_HERE = ("num_classes", "mean", "std", "dtype", "axis_name")
+# The loss of an adversary that leaves the clean logits, not the label: TRADES' and MART's.
+_AGAINST_CLEAN_LOGITS = {"kl": losses.kl}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A checked config and what it composes."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    model: nn.Module
+    plan: Plan
+    grids: dict[str, AttackGrid]
+    evaluator: Evaluator
+
+
+def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
+    """Checks the config against the schema (configs/default.py) and builds what it composes.
+
+    Raises UserError, naming the field, the value and the choices. Loads the data; compiles nothing.
+    """
+    config_lib.check_fields(config, schema)
+    _check_numbers(config)
+    method = choose(parallel.METHODS, config.parallel, "config.parallel")
+    make_model = partial(
+        bind(MODELS, config.model, "config.model", reserved=_MODEL_FIELDS_SET_HERE),
+        dtype=_DTYPES[choose(_DTYPES, config.dtype, "config.dtype")],
+        axis_name=parallel.AXIS,
+    )
+    make_schedule = bind(optimizer.SCHEDULES, config.schedule, "config.schedule")
+    make_optimizer = bind(optimizer.OPTIMIZERS, config.optimizer, "config.optimizer")
+    loss = bind(losses.LOSSES, config.loss, "config.loss")
+    adversary = _adversary(config.adversary)
+    terms = {
+        name: _term(name, entry, config.loss_on) for name, entry in config.regularizers.items()
+    }
+    validation_attack = bind(
+        ATTACKS,
+        config.validation_attack,
+        "config.validation_attack",
+        reserved=("targets",),
+        named={"loss": losses.ATTACK_LOSSES},
+    )
+    grids = {name: _grid(entry, f"config.attacks.{name}") for name, entry in config.attacks.items()}
+
+    dataset = data.load(
+        config.dataset,
+        validation_size=config.validation_size,
+        num_labeled=config.num_labeled or None,
+        seed=config.seed,
+        data_dir=config.data_dir or None,
+    )
+    statistics = {"mean": dataset.mean, "std": dataset.std} if config.normalize else {}
+    model = guard("config.model", make_model, num_classes=dataset.num_classes, **statistics)
+    num_labeled_in_batch = _num_labeled_in_batch(config)
+    objective = guard(
+        "config",
+        make_objective,
+        _apply(model),
+        loss=loss,
+        loss_on=config.loss_on,
+        adversary=adversary,
+        terms=terms,
+        labeled_fraction=num_labeled_in_batch / config.batch_size,
+    )
+    _try_out(dataset, model, loss, adversary, terms, validation_attack, grids)
+
+    def steps(field):
+        return config_lib.num_steps(
+            config[field],
+            f"config.{field}",
+            batch_size=config.batch_size,
+            num_examples=len(dataset.train.labels),
+        )
+
+    total_steps = steps("duration")
+    schedule = guard("config.schedule", make_schedule, config.learning_rate, total_steps)
+    tx = optimizer.with_clipping(
+        make_optimizer(schedule, config.weight_decay, optimizer.decayed),
+        config.gradient_clip_norm or None,
+    )
+    train_step = make_train_step(
+        objective,
+        tx,
+        axis_name=parallel.AXIS,
+        ema_decay=config.ema_decay or None,
+        crop_padding=config.augmentation.crop_padding,
+        flip=config.augmentation.flip,
+    )
+    init_key, train_key, validation_key, evaluation_key = jax.random.split(
+        jax.random.key(config.seed), 4
+    )
+    plan = Plan(
+        init=partial(
+            init_state, model, tx, init_key, dataset.image_shape, average=config.ema_decay > 0
+        ),
+        train_step=parallel.map_step(train_step, method),
+        validate=make_validation(
+            _network(model),
+            validation_attack,
+            dataset.validation,
+            batch_size=config.evaluation.batch_size,
+            key=validation_key,
+            method=method,
+        ),
+        batches=data.TrainBatches(
+            dataset.train,
+            batch_size=config.batch_size,
+            num_labeled_in_batch=num_labeled_in_batch,
+            seed=config.seed,
+        ),
+        schedule=schedule,
+        key=train_key,
+        total_steps=total_steps,
+        steps_per_epoch=len(dataset.train.labels) / config.batch_size,
+        batch_size=config.batch_size,
+        log_every=steps("log_every"),
+        validate_every=steps("validate_every"),
+        checkpoint_every=steps("checkpoint_every"),
+    )
+    evaluator = Evaluator(
+        _network(model),
+        dataset.test,
+        grids,
+        Settings(**config.evaluation.to_dict()),
+        key=evaluation_key,
+        method=method,
+    )
+    return Experiment(config, dataset, model, plan, grids, evaluator)
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    at_least = {
+        "seed": 0,
+        "num_labeled": 0,
+        "augmentation.crop_padding": 0,
+        "weight_decay": 0,
+        "gradient_clip_norm": 0,
+        "evaluation.jacobian_chunk": 1,
+        "evaluation.jacobian_projections": 2,
+        "evaluation.spectral_iterations": 1,
+        "evaluation.num_images": 1,
+    }
+    for field, least in at_least.items():
+        if not (value := _get(config, field)) >= least:
+            raise UserError(f"config.{field} is {value}; it must be at least {least}")
+    if not config.learning_rate > 0:
+        raise UserError(f"config.learning_rate is {config.learning_rate}; it must be above 0")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"config.ema_decay is {config.ema_decay}; it must be in [0, 1)")
+    if not 0 < config.labeled_fraction <= 1:
+        raise UserError(
+            f"config.labeled_fraction is {config.labeled_fraction}; it must be in (0, 1]"
+        )
+    for field in ("batch_size", "evaluation.batch_size"):
+        guard(f"config.{field}", parallel.check_batch_size, _get(config, field))
+
+
+def _get(config: ConfigDict, path: str):
+    for field in path.split("."):
+        config = config[field]
+    return config
+
+
+def _adversary(entry: ConfigDict | None) -> Adversary | None:
+    if entry is None:
+        return None
+    named = {"loss": {**losses.ATTACK_LOSSES, **_AGAINST_CLEAN_LOGITS}}
+    attack = bind(ATTACKS, entry, "config.adversary", reserved=("targets",), named=named)
+    return Adversary(attack, against_clean_logits=entry.get("loss") in _AGAINST_CLEAN_LOGITS)
+
+
+def _term(name: str, entry: ConfigDict, loss_on: str) -> Term:
+    path = f"config.regularizers.{name}"
+    if not isinstance(entry, ConfigDict):
+        raise UserError(f'{path} must be an entry like {{"weight": 1.0}}, not {entry!r}')
+    choices = {**regularizers.REGULARIZERS, **regularizers.PAIR_REGULARIZERS}
+    keywords = {k: v for k, v in entry.items() if k not in ("weight", "on")}
+    fn = bind(choices, {"name": name, **keywords}, path)
+    if "weight" not in entry:
+        raise UserError(f"{path}.weight is missing")
+    weight = config_lib.check_type(entry["weight"], float, f"{path}.weight")
+    return Term(fn, weight, entry.get("on", loss_on))
+
+
+def _grid(entry: ConfigDict, path: str) -> AttackGrid:
+    if not isinstance(entry, ConfigDict):
+        raise UserError(
+            f'{path} must be an entry like {{"name": "pgd", "eps": (0.1,)}}, not {entry!r}'
+        )
+    keywords = {k: v for k, v in entry.items() if k != "eps"}
+    attack = bind(
+        ATTACKS, keywords, path, reserved=("eps", "targets"), named={"loss": losses.ATTACK_LOSSES}
+    )
+    eps = entry.get("eps")
+    eps = config_lib.check_type(
+        (eps,) if isinstance(eps, int | float) else eps, tuple[float, ...], f"{path}.eps"
+    )
+    if not eps:
+        raise UserError(f"{path}.eps is empty; give at least one radius")
+    return AttackGrid(entry["name"], attack, entry.get("norm", "linf"), tuple(map(float, eps)))
+
+
+def _num_labeled_in_batch(config: ConfigDict) -> int:
+    if not config.num_labeled:
+        return config.batch_size
+    return max(1, round(config.labeled_fraction * config.batch_size))
+
+
+def _try_out(dataset, model, loss, adversary, terms, validation_attack, grids) -> None:
+    """Traces each piece on the data's shapes, which is where they check their arguments.
+
+    The network is traced once; the others see a linear one, which takes no time.
+    """
+    x = jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.float32)
+    y = jax.ShapeDtypeStruct((2,), jnp.int32)
+    key = jax.eval_shape(partial(jax.random.key, 0))
+    logits = jax.ShapeDtypeStruct((2, dataset.num_classes), jnp.float32)
+
+    def logits_fn(x):
+        return jnp.broadcast_to(x.mean((1, 2, 3))[:, None], (x.shape[0], dataset.num_classes))
+
+    def attacked(attack, y, **keywords):
+        jax.eval_shape(lambda x, y, k: attack(logits_fn, x, y, k, **keywords), x, y, key)
+
+    def regularized(fn, pair):
+        def term(x, logits, y, key):
+            half = regularizers.Half(x, logits)
+            if pair:
+                return fn(half, half, y)
+            return fn(logits_fn, half, y, jax.random.split(key, 2))
+
+        jax.eval_shape(term, x, logits, y, key)
+
+    guard("config.model", jax.eval_shape, model.init, key, x)
+    guard("config.loss", jax.eval_shape, loss, logits, y)
+    if adversary is not None:
+        target = logits if adversary.against_clean_logits else y
+        guard("config.adversary", attacked, adversary.attack, target)
+    for name, term in terms.items():
+        pair = name in regularizers.PAIR_REGULARIZERS
+        guard(f"config.regularizers.{name}", regularized, term.fn, pair)
+    guard("config.validation_attack", attacked, validation_attack, y)
+    for name, grid in grids.items():
+        for eps in grid.eps:
+            guard(f"config.attacks.{name}", attacked, grid.attack, y, eps=eps)
+
+
+def _apply(model: nn.Module) -> Apply:
+    def apply(params, batch_stats, x, train):
+        variables = {"params": params, "batch_stats": batch_stats}
+        if not train:
+            return model.apply(variables, x), batch_stats
+        logits, mutated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return logits, mutated.get("batch_stats", batch_stats)
+
+    return apply
+
+
+def _network(model: nn.Module):
+    return lambda variables, x: model.apply(variables, x)

@@ -1,0 +1,378 @@
+"""A finished run's folder as one self-contained report.html, and as a table in plain text."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from importlib import resources
+from math import isclose, sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from robust_jax.analysis import plots
+from robust_jax.config import flatten
+
+Results = Mapping[str, Any]
+_LINE = 80
+
+
+class Radius(NamedTuple):
+    """The perturbation size that the report speaks about; trained: it is the adversary's."""
+
+    norm: str
+    eps: float
+    trained: bool
+
+
+def write(workdir: Path) -> Path:
+    """Writes workdir/report.html from what the run left in workdir, and returns its path."""
+    results = json.loads((workdir / "results.json").read_text())
+    names = checkpoints(results)
+    records = {name: pd.read_csv(workdir / "records" / f"{name}.csv") for name in names}
+    metrics = _metrics(workdir / "metrics.jsonl")
+    examples = _examples(workdir / "examples.npz")
+    figures = _figures(results, records, metrics, examples)
+    template = resources.files("robust_jax").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(template).render(
+        title=title(results),
+        headline=headline(results),
+        figures=figures,
+        checkpoints=names,
+        steps={name: results[name]["step"] for name in ("best", "last")},
+        summary=_summary(results),
+        blocks=_blocks(results),
+        worst_case=plots.WORST_CASE,
+        facts=_facts(results),
+        config={k: json.dumps(v) for k, v in flatten(results["config"]).items()},
+    )
+    path = workdir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def table(results: Results) -> str:
+    """The numbers as plain text of at most 80 columns, accuracies in percent."""
+    names = checkpoints(results)
+    heads = [f"{name} (step {results[name]['step']})" for name in names]
+    lines = [_row("", heads, 34, 20)]
+    lines += [_row(label, values, 34, 20) for label, values in _summary(results)]
+    for block in _blocks(results):
+        per_line = (_LINE - 26) // 9
+        for start in range(0, len(block["eps"]), per_line):
+            part = slice(start, start + per_line)
+            lines += ["", _row(f"{block['norm']}, accuracy in % at ε =", block["eps"][part], 26, 9)]
+            for attack, by_checkpoint in block["rows"]:
+                for i, (name, cells) in enumerate(by_checkpoint.items()):
+                    label = f"{attack[:19] if i == 0 else '':<19} {name}"
+                    values = [cell["accuracy"] for cell in cells[part]]
+                    lines.append(_row(label, values, 26, 9))
+    return "\n".join(lines)
+
+
+def checkpoints(results: Results) -> list[str]:
+    """best and last, or best alone where they are the same."""
+    same = results["best"]["step"] == results["last"]["step"]
+    return ["best"] if same else ["best", "last"]
+
+
+def title(results: Results) -> str:
+    """The data set, the model and the method in words."""
+    config = results["config"]
+    on = {"both": "clean and adversarial"}.get(config["loss_on"], config["loss_on"])
+    method = f"{_words(config['loss']['name'])} on {on} images"
+    terms = [_words(name) for name in config.get("regularizers") or {}]
+    if terms:
+        method += f", with {' and '.join(terms)} regularisation"
+    if adversary := config.get("adversary"):
+        method += f"; adversary {_words(adversary['name'])}"
+        method += f", {_at(*trained)}" if (trained := _trained(results)) else ""
+    return f"{results['data']['name']}, {_words(results['model']['name'])}: {method}"
+
+
+def headline(results: Results) -> str:
+    """Clean and worst-case accuracy of the best checkpoint, with 95 % intervals, as a sentence."""
+    clean = results["clean"]
+    text = (f"Of {clean['count']:,} test images, the best checkpoint classifies "
+            f"{_with_interval(clean['accuracy'], clean['count'])} right")  # fmt: skip
+    radius = reference_radius(results)
+    if radius is None:
+        return f"{text}. No attack was evaluated."
+    entry = _worst_case(results, radius)
+    trained = "the size" if radius.trained else "not a size"
+    return (f"{text}, and {_with_interval(entry['robust_accuracy'], entry['count'])} still under "
+            f"the worst of all {_at(radius.norm, radius.eps, 'attacks at ')}, "
+            f"{trained} it was trained against.")  # fmt: skip
+
+
+def reference_radius(results: Results) -> Radius | None:
+    """The norm and ε of the adversary where it was evaluated, or else one that tells most.
+
+    That is the largest ε, ℓ∞ before other norms, at which the worst case is above chance, or the
+    smallest there is. None without attacks.
+    """
+    worst = [a for a in results["attacks"] if a["attack"] == "worst_case"]
+    if (trained := _trained(results)) is not None:
+        for a in worst:
+            if a["norm"] == trained[0] and isclose(a["eps"], trained[1], rel_tol=1e-6):
+                return Radius(a["norm"], a["eps"], trained=True)
+    if not worst:
+        return None
+    norms = {a["norm"] for a in worst}
+    norm = (
+        trained[0] if trained and trained[0] in norms else "linf" if "linf" in norms else min(norms)
+    )
+    worst = [a for a in worst if a["norm"] == norm]
+    above = [a["eps"] for a in worst if a["robust_accuracy"] > 1 / results["data"]["num_classes"]]
+    return Radius(norm, max(above, default=min(a["eps"] for a in worst)), trained=False)
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share of count independent examples."""
+    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def format_eps(eps: float) -> str:
+    """0.1 as 0.1, and 0.0313725… as 8/255."""
+    levels = round(eps * 255)
+    is_fraction = levels and isclose(eps * 255, levels, rel_tol=1e-6) and len(f"{eps:g}") > 5
+    return f"{levels}/255" if is_fraction else f"{eps:g}"
+
+
+def _at(norm: str, eps: float, between: str = "") -> str:
+    return f"{plots.NORMS.get(norm, norm)} {between}ε = {format_eps(eps)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _with_interval(share: float, count: int) -> str:
+    low, high = wilson_interval(share, count)
+    return f"{_percent(share)} % (95 % interval {_percent(low)} to {_percent(high)} %)"
+
+
+def _words(name: str) -> str:
+    """guided_complement_entropy as words; a short name such as pgd is an abbreviation."""
+    if len(name) <= 4:
+        return name.upper()
+    return name.replace("_", " ").replace("cross entropy", "cross-entropy")
+
+
+def _norm(adversary: Mapping[str, Any]) -> str:
+    return adversary.get("norm", "linf")  # the attacks' own default
+
+
+def _trained(results: Results) -> tuple[str, float] | None:
+    adversary = results["config"].get("adversary") or {}
+    return (_norm(adversary), adversary["eps"]) if "eps" in adversary else None
+
+
+def _worst_case(results: Results, radius: Radius) -> Mapping[str, Any]:
+    return next(a for a in results["attacks"] if a["attack"] == "worst_case"
+                and (a["norm"], a["eps"]) == (radius.norm, radius.eps))  # fmt: skip
+
+
+def _attack_table(results: Results) -> pd.DataFrame:
+    """The attacks of each checkpoint, one row an ε, as `plots.accuracy_against_eps` takes them.
+
+    An attack goes without its norm, so that it is called and coloured alike in each norm, unless
+    two of one norm would then have the same name.
+    """
+    rows = [{"checkpoint": name, **a} for name in checkpoints(results)
+            for a in results[name]["attacks"]]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["checkpoint", "name", "attack", "norm", "eps",
+                                        "robust_accuracy", "count"])  # fmt: skip
+    names = zip(table["name"], table["norm"], strict=True)
+    short = pd.Series([name.removesuffix(f"_{norm}") for name, norm in names], dtype=object)
+    clashes = table["name"].groupby([table["norm"], short]).transform("nunique") > 1
+    label = short.where(~clashes, table["name"])
+    label = label.where(table["attack"] != "worst_case", plots.WORST_CASE)
+    return table.assign(attack=label).rename(columns={"robust_accuracy": "accuracy"})
+
+
+# Tables: strings, shared by the page and the plain text.
+
+
+def _summary(results: Results) -> list[tuple[str, list[str]]]:
+    """Clean accuracy and the Jacobian's means: a label and a value for each checkpoint."""
+    entries = [results[name] for name in checkpoints(results)]
+    rows = [
+        ("clean accuracy, %", [_percent(e["clean"]["accuracy"]) for e in entries]),
+        ("clean cross-entropy, nats", [f"{e['clean']['cross_entropy']:.3f}" for e in entries]),
+    ]
+    for fn, norms in entries[0]["jacobian"].items():
+        for norm in norms:
+            values = [e["jacobian"][fn][norm] for e in entries]
+            rows.append((
+                f"{_JACOBIAN_WORDS.get(norm, norm)}, {fn}",
+                [f"{v['mean']:.3g} ± {v['standard_error']:.1g}" for v in values],
+            ))  # fmt: skip
+    return rows
+
+
+_JACOBIAN_WORDS = {
+    "frobenius": "‖J‖ Frobenius",
+    "spectral": "‖J‖ spectral",
+    "frobenius_estimate": "‖J‖ Frobenius est.",
+}
+
+
+def _blocks(results: Results) -> list[dict[str, Any]]:
+    """For each norm its ε and its rows: an attack with, for each checkpoint, a cell for each ε."""
+    blocks = []
+    for norm, of_norm in _attack_table(results).groupby("norm", sort=False):
+        sizes = sorted(of_norm["eps"].unique())
+        rows = [
+            (attack, {name: _cells(part, sizes) for name, part in rows.groupby("checkpoint")})
+            for attack, rows in of_norm.groupby("attack", sort=False)
+        ]
+        heads = [format_eps(eps) for eps in sizes]
+        blocks.append({"norm": plots.NORMS.get(norm, norm), "eps": heads, "rows": rows})
+    return blocks
+
+
+def _cells(rows: pd.DataFrame, sizes: list[float]) -> list[dict[str, str]]:
+    """One attack's accuracy at each ε, with the interval of the worst case."""
+    found = {row["eps"]: row for row in rows.to_dict("records")}
+    cells = []
+    for eps in sizes:
+        cell = {"accuracy": "–", "interval": ""}
+        if row := found.get(eps):
+            cell["accuracy"] = _percent(row["accuracy"])
+            if row["attack"] == plots.WORST_CASE:
+                low, high = wilson_interval(row["accuracy"], row["count"])
+                cell["interval"] = f"{_percent(low)}–{_percent(high)}"
+        cells.append(cell)
+    return cells
+
+
+def _row(label: str, values: list[str], label_width: int, width: int) -> str:
+    return (f"{label:<{label_width}}" + "".join(f"{v:>{width}}" for v in values)).rstrip()
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    data, device, timings = results["data"], results["device"], results["timings"]
+    shape = "×".join(map(str, data["image_shape"]))
+    return [
+        ("data", f"{data['name']}: {data['train']:,} training, {data['validation']:,} validation, "
+                 f"{data['test']:,} test images of {shape}, {data['num_classes']} classes"),
+        ("model", f"{results['model']['name']}, {results['model']['parameters']:,} parameters"),
+        ("device", f"{device['count']} × {device['kind']} ({device['platform']})"),
+        ("seed", str(results["seed"])),
+        *((_words(k), f"{v:,.0f}" if v >= 100 else f"{v:.3g}") for k, v in timings.items()),
+        ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),
+    ]  # fmt: skip
+
+
+# Figures: each an image with its text, by name, where the run holds what it needs.
+
+
+def _figures(
+    results: Results,
+    records: Mapping[str, pd.DataFrame],
+    metrics: pd.DataFrame,
+    examples: Mapping[str, np.ndarray] | None,
+) -> dict[str, dict[str, Any]]:
+    best, radius = records["best"], reference_radius(results)
+    figures = {}
+    if results["attacks"]:
+        figures["accuracy"] = _image(
+            plots.accuracy_against_eps(
+                _attack_table(results),
+                {name: results[name]["clean"]["accuracy"] for name in records},
+                chance=1 / results["data"]["num_classes"],
+                trained=_trained(results),
+            ),
+            "Accuracy against perturbation size, one panel for each norm, a line for each attack.",
+        )
+    if len(metrics):
+        figures["training"] = _image(
+            plots.training_curves(metrics, best_step=results["best"]["step"]),
+            "Loss, accuracy and learning rate against the training step.",
+        )
+    figures["jacobian"] = _image(
+        plots.jacobian_histograms(records),
+        "Histograms of Frobenius and spectral norms of the Jacobian, of logits and probabilities.",
+    )
+    if "frobenius_estimate_logits" in best:
+        figures["estimate"] = _image(
+            plots.estimate_against_exact(
+                best["frobenius_logits"], best["frobenius_estimate_logits"],
+                best["frobenius_estimate_error_logits"],
+            ),
+            "Scatter of the estimated against the exact Frobenius norm, with the diagonal.",
+        )  # fmt: skip
+    if radius is not None:
+        of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
+        fate = plots.fates(best, of_norm, radius.eps)
+        at = _at(radius.norm, radius.eps)
+        figures["fate"] = _image(
+            plots.fate_histograms(best, fate),
+            f"Histograms of margin and confidence by what the worst case at {at} does.", at=at,
+        )  # fmt: skip
+        figures["jacobian_fate"] = _image(
+            plots.jacobian_by_fate(best, fate),
+            f"Box plots of Jacobian norms by what the worst case at {at} does.",
+            at=at, medians=_median_sentence(best, fate),
+        )  # fmt: skip
+    if examples is not None:
+        figures["images"] = _image(
+            plots.image_grid(
+                examples["clean"], examples["adversarial"], examples["label"],
+                examples["clean_prediction"], examples["adversarial_prediction"],
+            ),
+            "Clean images, adversarial images and their differences, with labels and predictions.",
+            attack=str(examples["attack"]), eps=format_eps(float(examples["eps"])),
+            scale=f"{plots.difference_scale(examples['clean'], examples['adversarial']):.3g}",
+            is_gray=examples["clean"].shape[-1] == 1,
+        )  # fmt: skip
+    return figures
+
+
+def _median_sentence(records: pd.DataFrame, fate: pd.Series) -> str:
+    medians = records["frobenius_logits"].groupby(fate).median()
+    if not {"held", "broken"} <= set(medians.index):
+        return ""
+    return (f"The median Frobenius norm of the logits is {medians['held']:.3g} where the label "
+            f"held and {medians['broken']:.3g} where it was broken.")  # fmt: skip
+
+
+def _image(figure: Figure, alt: str, **about: Any) -> dict[str, Any]:
+    """The figure as a data URI, SVG or PNG, whichever is smaller, with its size in CSS pixels."""
+    uris = []
+    # Fixed salt and no date: the same run gives the same page.
+    with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
+        for kind, mime, metadata in (("svg", "svg+xml", {"Date": None}), ("png", "png", {})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+            figure.set_layout_engine(
+                "none"
+            )  # the layout stays as it is, and is not worked out twice
+            encoded = base64.b64encode(buffer.getvalue()).decode()
+            uris.append(f"data:image/{mime};base64,{encoded}")
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    return {"src": min(uris, key=len), "alt": alt, "width": width, "height": height, **about}
+
+
+def _metrics(path: Path) -> pd.DataFrame:
+    lines = path.read_text().splitlines() if path.exists() else []
+    # A value that was not finite is null there.
+    return pd.DataFrame([json.loads(line) for line in lines]).astype(float)
+
+
+def _examples(path: Path) -> dict[str, np.ndarray] | None:
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)

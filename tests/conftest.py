@@ -1,0 +1,45 @@
+"""Eight fake devices for every test, and a compilation cache that the workers share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
+    "XLA_FLAGS", ""
+)
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+CACHE = os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "robust_jax_test_cache")
+)
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """launch(*flags, devices=1) runs launch.py in a process of its own, as a user does."""
+
+    def run(*flags: str, devices: int = 1, timeout: float = 400) -> subprocess.CompletedProcess:
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+        }
+        return subprocess.run(
+            [sys.executable, "launch.py", *flags],
+            cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return run

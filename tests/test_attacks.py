@@ -1,0 +1,220 @@
+"""Gradient attacks: optimal on linear models, inside ball and box, independent of the batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robust_jax import attacks, losses
+from robust_jax.attacks import ATTACKS, norms
+from tests.linear import interior_images, make_linear, make_nonlinear
+
+KEY = jax.random.key(0)
+
+
+def sizes(x_adv, x, norm):
+    flat = np.asarray(x_adv - x, np.float64).reshape(len(x), -1)
+    return np.abs(flat).max(-1) if norm == "linf" else np.linalg.norm(flat, axis=-1)
+
+
+def relative_slack(eps, x):
+    """1e-6 of the radius, or what rounding a pixel near 1 to float32 costs."""
+    return 1e-6 * eps + 1e-7 * np.sqrt(np.prod(x.shape[1:]))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_reaches_the_optimum_of_a_binary_linear_model(name, norm):
+    """There, the best attack is eps along the dual direction of w_other - w_y."""
+    logits_fn, weights, _ = make_linear(KEY, num_classes=2)
+    x = interior_images(KEY, 8)
+    y = jnp.argmax(logits_fn(x), -1)
+    eps = 0.05
+    # From a random start the iterates turn towards the optimum, the faster the longer the step.
+    steps = {"num_steps": 20, "step_size": 2 * eps} if name == "pgd" else {}
+    x_adv = ATTACKS[name](logits_fn, x, y, KEY, eps=eps, norm=norm, **steps)
+    gap = np.asarray(weights[0] - weights[1])
+    dual = np.abs(gap).sum() if norm == "linf" else np.linalg.norm(gap)
+    drop = losses.margin(logits_fn(x), y) - losses.margin(logits_fn(x_adv), y)
+    np.testing.assert_allclose(drop, np.full(8, eps * dual), rtol=1e-3)
+
+
+@functools.cache
+def compiled(name, norm, shape):
+    logits_fn = make_nonlinear(KEY, shape)
+    return jax.jit(lambda x, y, key, eps: ATTACKS[name](logits_fn, x, y, key, eps=eps, norm=norm))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ATTACKS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
+    shape=st.sampled_from([(4, 5, 1), (1, 7, 2)]),
+)  # fmt: skip
+def test_stays_in_the_ball_and_the_box(name, norm, eps, seed, shape):
+    key = jax.random.key(seed)
+    x = jax.random.uniform(key, (4, *shape))  # some pixels close to the walls
+    y = jax.random.randint(key, (4,), 0, 3)
+    x_adv = compiled(name, norm, shape)(x, y, key, eps)
+    assert x_adv.shape == x.shape
+    assert (x_adv >= 0).all()
+    assert (x_adv <= 1).all()
+    assert (sizes(x_adv, x, norm) <= eps + relative_slack(eps, x)).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("loss", losses.ATTACK_LOSSES)
+def test_never_ends_below_its_start(norm, loss):
+    logits_fn = make_nonlinear(KEY)
+    x = jax.random.uniform(KEY, (32, 4, 5, 1))
+    y = jax.random.randint(KEY, (32,), 0, 3)
+    loss_fn = losses.ATTACK_LOSSES[loss]
+    # A huge step makes the last iterate often worse than the first.
+    x_adv = attacks.pgd(
+        logits_fn, x, y, KEY, eps=0.3, norm=norm, step_size=5.0, num_steps=4,
+        random_start=False, loss=loss_fn,
+    )  # fmt: skip
+    wrong_before, wrong_after = (losses.correct(logits_fn(z), y) == 0 for z in (x, x_adv))
+    assert (wrong_after | ~wrong_before).all()
+    before, after = loss_fn(logits_fn(x), y), loss_fn(logits_fn(x_adv), y)
+    assert (after >= before - 1e-5)[wrong_before == wrong_after].all()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_result_is_independent_of_batch_size_and_company(name):
+    logits_fn = make_nonlinear(KEY)
+    x = jax.random.uniform(KEY, (12, 4, 5, 1))
+    y = jnp.arange(12) % 3
+    keys = jax.random.split(KEY, 12)
+    attack = jax.jit(lambda x, y, k: ATTACKS[name](logits_fn, x, y, k, eps=0.2))
+    whole = attack(x, y, keys)
+    for index in (np.arange(5, 12), np.array([7]), np.array([11, 3, 7, 0])):
+        part = attack(x[index], y[index], keys[index])
+        np.testing.assert_allclose(part, whole[index], atol=1e-6)
+
+
+def test_elementwise_network_is_bit_for_bit_independent_of_the_batch():
+    """With no matrix product, whose blocking depends on the batch, not a bit may differ."""
+
+    def logits_fn(x):
+        s = (jnp.sin(7 * x) * jnp.arange(1.0, 21).reshape(4, 5, 1)).sum((1, 2, 3))
+        return jnp.stack([s, -s, 0.3 * s**2], -1)
+
+    x = jax.random.uniform(KEY, (9, 4, 5, 1))
+    y = jnp.arange(9) % 3
+    keys = jax.random.split(KEY, 9)
+    attack = jax.jit(lambda x, y, k: attacks.pgd(logits_fn, x, y, k, eps=0.1))
+    np.testing.assert_array_equal(attack(x, y, keys)[4:6], attack(x[4:6], y[4:6], keys[4:6]))
+
+
+def test_one_key_is_folded_with_the_place_in_the_batch():
+    logits_fn = make_nonlinear(KEY)
+    x = jnp.broadcast_to(jax.random.uniform(KEY, (1, 4, 5, 1)), (3, 4, 5, 1))
+    y = jnp.zeros(3, jnp.int32)
+    x_adv = attacks.pgd(logits_fn, x, y, KEY, eps=0.1, num_steps=1, step_size=0.0, keep_best=False)
+    assert np.abs(x_adv[0] - x_adv[1]).max() > 1e-3  # different starts
+    folded = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(3))
+    again = attacks.pgd(logits_fn, x, y, folded, eps=0.1, num_steps=1, step_size=0.0,
+                        keep_best=False)  # fmt: skip
+    np.testing.assert_array_equal(x_adv, again)
+
+
+def test_more_restarts_never_hurt_and_stronger_attacks_break_more():
+    logits_fn = make_nonlinear(jax.random.key(4))
+    x = jax.random.uniform(KEY, (200, 4, 5, 1))
+    y = jnp.argmax(logits_fn(x), -1)
+
+    def accuracy(name, **keywords):
+        x_adv = ATTACKS[name](logits_fn, x, y, KEY, eps=0.1, **keywords)
+        return float(losses.correct(logits_fn(x_adv), y).mean())
+
+    fgsm, pgd = accuracy("fgsm"), accuracy("pgd", num_steps=20, num_restarts=5)
+    assert 0.05 < pgd <= fgsm < 0.95
+    # Restarts are split from one key, so five of them are not the one plus four more.
+    assert pgd <= accuracy("pgd", num_steps=2)
+
+
+def test_targeted_attack_goes_to_its_target():
+    logits_fn, _, _ = make_linear(KEY, num_classes=4)
+    x = interior_images(KEY, 16)
+    y = jnp.argmax(logits_fn(x), -1)
+    targets = (y + 2) % 4
+    x_adv = attacks.pgd(logits_fn, x, y, KEY, eps=0.5, num_steps=40, targets=targets)
+    assert (jnp.argmax(logits_fn(x_adv), -1) == targets).mean() > 0.9
+
+
+def test_kl_attack_leaves_the_clean_prediction():
+    """The TRADES adversary: y is the clean logits."""
+    logits_fn = make_nonlinear(KEY)
+    x = interior_images(KEY, 16)
+    clean = logits_fn(x)
+    x_adv = attacks.pgd(logits_fn, x, clean, KEY, eps=0.1, loss=losses.kl)
+    assert (losses.kl(logits_fn(x_adv), clean) > 1e-4).all()
+
+
+def test_zero_and_nan_gradients_leave_the_point_in_place():
+    x = interior_images(KEY, 3)
+    y = jnp.zeros(3, jnp.int32)
+    for value in (0.0, jnp.nan):
+        x_adv = attacks.bim(
+            lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
+            x, y, KEY, eps=0.1,
+        )  # fmt: skip
+        np.testing.assert_array_equal(x_adv, x)
+
+
+def test_attacks_any_framework_through_logits_fn():
+    x = interior_images(KEY, 4, (6, 6, 1))
+    y = jnp.zeros(4, jnp.int32)
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+    linen = Linen()
+    variables = linen.init(KEY, x)
+    net = nnx.Linear(36, 3, rngs=nnx.Rngs(0))
+    plain, _, _ = make_linear(KEY, (6, 6, 1))
+    for logits_fn in (
+        lambda x: linen.apply(variables, x), lambda x: net(x.reshape(x.shape[0], -1)), plain,
+    ):  # fmt: skip
+        before = losses.cross_entropy(logits_fn(x), y)
+        x_adv = attacks.pgd(logits_fn, x, y, KEY, eps=0.1)
+        assert (losses.cross_entropy(logits_fn(x_adv), y) > before).all()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"eps": -0.1}, "eps must not be negative, not -0.1"),
+        ({"eps": 0.1, "step_size": -1.0}, "step_size must not be negative"),
+        ({"eps": 0.1, "num_steps": 0}, "num_steps must be a whole number of at least 1, not 0"),
+        ({"eps": 0.1, "num_restarts": 0}, "num_restarts"),
+        ({"eps": 0.1, "norm": "l7"}, "norm must be one of linf, l2, not 'l7'"),
+        ({"eps": 0.1, "momentum": 2.0}, "momentum"),
+        ({"eps": 0.1, "num_restarts": 2, "keep_best": False}, "keep_best=True"),
+    ],
+)
+def test_mistakes_are_told(keywords, message):
+    logits_fn, _, _ = make_linear(KEY)
+    with pytest.raises(ValueError, match=message):
+        attacks.pgd(logits_fn, interior_images(KEY, 2), jnp.zeros(2, jnp.int32), KEY, **keywords)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_starts_fill_the_ball(norm):
+    draw = jax.vmap(lambda k: norms.random_in_ball(k, (2, 1, 1), 0.5, norm))
+    points = np.asarray(draw(jax.random.split(KEY, 4000))).reshape(-1, 2)
+    radii = np.abs(points).max(-1) if norm == "linf" else np.linalg.norm(points, axis=-1)
+    assert radii.max() <= 0.5 + 1e-6
+    # Uniform in two dimensions: a quarter of the mass is within half the radius.
+    np.testing.assert_allclose((radii < 0.25).mean(), 0.25, atol=0.03)
+    np.testing.assert_allclose(points.mean(0), 0, atol=0.02)

@@ -1,0 +1,244 @@
+"""The convolution against `lax.conv_general_dilated`, under every transformation."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from jax.test_util import check_grads
+
+from robust_jax.models.conv import Conv, avg_pool2d, conv2d, max_pool2d
+
+# (image, kernel, strides, padding): odd and even sizes, every kernel, stride and kind of padding;
+# a stride above the kernel leaves pixels that no output reads.
+GEOMETRIES = [
+    ((7, 6), (3, 3), (1, 1), "SAME"),
+    ((7, 6), (3, 3), (2, 2), "SAME"),
+    ((8, 5), (5, 5), (1, 1), "VALID"),
+    ((7, 8), (5, 5), (2, 1), "SAME"),
+    ((6, 5), (1, 1), (1, 1), "VALID"),
+    ((6, 5), (1, 1), (2, 2), "VALID"),
+    ((5, 6), (1, 3), (1, 2), ((0, 0), (1, 2))),
+]
+geometries = pytest.mark.parametrize("image, window, strides, padding", GEOMETRIES)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def operands(image, window, *, batch=2, inputs=3, outputs=4, lead_x=(), lead_k=()):
+    # NumPy's generator: jax.random would compile for every shape.
+    normal = np.random.default_rng(0).standard_normal
+    x, k = normal((*lead_x, batch, *image, inputs)), normal((*lead_k, *window, inputs, outputs))
+    return jnp.asarray(x), jnp.asarray(k)
+
+
+def both(strides, padding):
+    """The convolution under test, and lax's."""
+
+    def reference(x, k):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=numbers)
+
+    return partial(conv2d, strides=strides, padding=padding), reference
+
+
+def assert_same(transform, convs, *args):
+    """transform(conv) is a function of args; it must be the same one for both convolutions."""
+    # Compiling is what takes the time here, and nothing depends on how well it is done.
+    jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    actual, expected = jit(lambda *args: [transform(conv)(*args) for conv in convs])(*args)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), actual, expected)
+
+
+def energy(conv):
+    return lambda x, k: jnp.sum(jnp.sin(conv(x, k)))
+
+
+def gradient_energy(conv):
+    """The squares of both gradients: its own gradient differentiates through them."""
+
+    def squares(x, k):
+        gradients = jax.grad(energy(conv), argnums=(0, 1))(x, k)
+        return sum(jnp.sum(g**2) for g in gradients)
+
+    return squares
+
+
+@geometries
+@pytest.mark.parametrize("inputs", [1, 17])  # on either side of the kernel gradient's two layouts
+def test_reverse_mode(image, window, strides, padding, inputs):
+    def value_and_gradients(conv):
+        return lambda x, k: (conv(x, k), jax.grad(energy(conv), argnums=(0, 1))(x, k))
+
+    args = operands(image, window, inputs=inputs)
+    assert_same(value_and_gradients, both(strides, padding), *args)
+
+
+@geometries
+def test_forward_mode(image, window, strides, padding):
+    args = operands(image, window)
+    tangents = jax.tree.map(jnp.cos, args)
+
+    def jvps(conv):
+        gradient = jax.grad(energy(conv), argnums=(0, 1))
+        return lambda *args: (jax.jvp(conv, args, tangents), jax.jvp(gradient, args, tangents))
+
+    assert_same(jvps, both(strides, padding), *args)
+
+
+@geometries
+def test_double_backprop(image, window, strides, padding):
+    args = operands(image, window)
+    gradients = partial(jax.grad, argnums=(0, 1))
+    assert_same(lambda conv: gradients(gradient_energy(conv)), both(strides, padding), *args)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev, jax.hessian])
+def test_jacobians(jacobian, strides):
+    args = operands((4, 3), (3, 3), batch=1, inputs=1, outputs=2)
+    scalar = energy if jacobian is jax.hessian else lambda conv: conv
+    assert_same(lambda conv: jacobian(scalar(conv), argnums=(0, 1)), both(strides, "SAME"), *args)
+
+
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0), (2, None), (None, 4), (1, 3)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_vmap(in_axes, strides):
+    x, k = operands((5, 6), (3, 3), lead_x=(3,), lead_k=(3,))
+    x = x[0] if in_axes[0] is None else jnp.moveaxis(x, 0, in_axes[0])
+    k = k[0] if in_axes[1] is None else jnp.moveaxis(k, 0, in_axes[1])
+
+    def mapped(conv):
+        # The gradients one by one: each batches the other two maps' operands in its own way.
+        gradients = [jax.grad(energy(conv), argnums=argnum) for argnum in (0, 1)]
+        functions = [conv, *gradients, jax.grad(gradient_energy(conv))]
+        return lambda x, k: [jax.vmap(f, in_axes)(x, k) for f in functions]
+
+    assert_same(mapped, both(strides, "SAME"), x, k)
+
+
+def test_vmap_of_vmap_over_one_operand_each():
+    x, k = operands((5, 6), (3, 3), lead_x=(3,), lead_k=(2,))
+
+    def nested(conv):
+        value_and_gradients = jax.value_and_grad(energy(conv), argnums=(0, 1))
+        return jax.vmap(jax.vmap(value_and_gradients, (0, None)), (None, 0))
+
+    assert_same(nested, both((2, 1), "SAME"), x, k)
+
+
+def test_inside_scan_and_remat():
+    args = operands((5, 6), (3, 3), inputs=3, outputs=3)
+
+    def ascend(conv):
+        gradient = jax.grad(jax.checkpoint(energy(conv)))
+
+        def end(x, k):
+            x, _ = lax.scan(lambda x, _: (x + 0.1 * gradient(x, k), None), x, length=3)
+            return energy(conv)(x, k)
+
+        return jax.grad(end, argnums=(0, 1))
+
+    assert_same(ascend, both((1, 1), "SAME"), *args)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_finite_differences(strides):
+    conv, _ = both(strides, "SAME")
+    args = operands((4, 5), (3, 3), batch=1, inputs=2, outputs=2)
+    check_grads(lambda x, k: jnp.sin(conv(x, k)), args, order=2, modes=("fwd", "rev"))
+
+
+@settings(deadline=None, max_examples=25, derandomize=True, database=None)
+@given(st.data())
+def test_any_shape(data):
+    def pair(low, high):
+        return data.draw(st.tuples(st.integers(low, high), st.integers(low, high)))
+
+    window = pair(1, 4)
+    image = tuple(k + extra for k, extra in zip(window, pair(0, 4), strict=True))
+    padding = data.draw(
+        st.sampled_from(["SAME", "VALID"])
+        | st.tuples(*[st.tuples(st.integers(0, 5), st.integers(-1, 2))] * 2)
+    )
+    if not isinstance(padding, str):  # at least one output along each axis
+        padding = tuple((low, max(high, -low)) for low, high in padding)
+    batch, inputs = pair(1, 3)
+    args = operands(image, window, batch=batch, inputs=inputs, outputs=data.draw(st.integers(1, 3)))
+    gradients = partial(jax.value_and_grad, argnums=(0, 1))
+    assert_same(lambda conv: gradients(energy(conv)), both(pair(1, 3), padding), *args)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_bfloat16_gradients_accumulate_in_float32(strides):
+    args = [a.astype(jnp.bfloat16) for a in operands((12, 12), (3, 3), batch=32)]
+    conv, _ = both(strides, "SAME")
+    gradients = jax.jit(jax.grad(lambda *args: jnp.sum(conv(*args)), argnums=(0, 1)))
+    actual, exact = gradients(*args), gradients(*[a.astype(jnp.float64) for a in args])
+    for a, e in zip(actual, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            a.astype(jnp.float64), e, rtol=0.02, atol=0.02 * jnp.abs(e).max()
+        )
+
+
+def test_plain_has_no_primitive_of_ours():
+    x, k = operands((5, 5), (3, 3))
+    jaxprs = {
+        implementation: str(jax.make_jaxpr(partial(conv2d, implementation=implementation))(x, k))
+        for implementation in ("auto", "plain")
+    }
+    assert "conv_general_dilated" in jaxprs["plain"]
+    assert "conv_general_dilated" not in jaxprs["auto"]
+
+
+def test_other_platforms_keep_the_ordinary_convolution():
+    x, k = operands((5, 5), (3, 3))
+    gradient = jax.grad(energy(conv2d), argnums=(0, 1))
+    code = {
+        platform: jax.jit(gradient).trace(x, k).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda")
+    }
+    assert "optimization_barrier" in code["cpu"]
+    assert "optimization_barrier" not in code["cuda"]
+    assert "dot_general" not in code["cuda"]
+
+
+def test_wrong_arguments():
+    x, k = operands((2, 2), (3, 3))
+    with pytest.raises(ValueError, match=r"kernel \(3, 3\).* does not fit the image \(2, 2\)"):
+        conv2d(x, k, padding="VALID")
+    with pytest.raises(ValueError, match="implementation='fast' is not one of"):
+        conv2d(x, k, implementation="fast")
+    with pytest.raises(TypeError, match="float64 and float32"):
+        conv2d(x, k.astype(jnp.float32))
+    with pytest.raises(ValueError, match="window 3x3 does not fit the image 2x2"):
+        max_pool2d(x, 3)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_module_is_interchangeable_with_linens(use_bias):
+    x, _ = operands((7, 6), (3, 3))
+    arguments = {"features": 4, "kernel_size": (3, 3), "strides": (2, 2), "use_bias": use_bias}
+    ours, theirs = Conv(**arguments), nn.Conv(**arguments)
+    variables = theirs.init(jax.random.key(1), x)
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(
+        jnp.shape, variables
+    )
+    np.testing.assert_allclose(ours.apply(variables, x), theirs.apply(variables, x), rtol=1e-10)
+
+
+@pytest.mark.parametrize("image", [(4, 6), (5, 7)])
+def test_pools(image):
+    x, _ = operands(image, (1, 1))
+    np.testing.assert_array_equal(max_pool2d(x, 2), nn.max_pool(x, (2, 2), (2, 2)))
+    np.testing.assert_allclose(avg_pool2d(x, 2), nn.avg_pool(x, (2, 2), (2, 2)), rtol=1e-12)

@@ -1,0 +1,111 @@
+"""Jacobian norms: closed form for linear maps, SVD of the exact Jacobian for a network."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_jax import jacobian
+from tests.linear import interior_images, make_linear, make_nonlinear
+
+KEY = jax.random.key(0)
+
+
+def exact_by_finite_differences(fn, x, step=1e-3):
+    """[B,K,D] in float64, an independent reference."""
+    flat = np.asarray(x, np.float64).reshape(len(x), -1)
+    columns = []
+    for d in range(flat.shape[1]):
+        e = np.zeros(flat.shape[1])
+        e[d] = step
+        up, down = (fn(jnp.float32((flat + s * e).reshape(x.shape))) for s in (1, -1))
+        columns.append((np.asarray(up, np.float64) - np.asarray(down, np.float64)) / (2 * step))
+    return np.stack(columns, -1)
+
+
+def test_linear_map_is_its_own_jacobian():
+    fn, weights, _ = make_linear(KEY)
+    x = interior_images(KEY, 7)
+    norms = jacobian.frobenius_norm(fn, x, chunk_size=3)
+    np.testing.assert_allclose(norms, np.full(7, np.linalg.norm(weights)), rtol=1e-5)
+    spectral = jacobian.spectral_norm(fn, x, KEY, num_iterations=100)
+    np.testing.assert_allclose(spectral, np.full(7, np.linalg.norm(weights, 2)), rtol=1e-3)
+    full = jacobian.jacobian(fn, x)
+    chex.assert_shape(full, (7, 3, 4, 5, 1))
+    np.testing.assert_allclose(full[0].reshape(3, -1), weights, rtol=1e-5)
+
+
+def test_network_matches_finite_differences_and_svd():
+    fn = make_nonlinear(KEY)
+    x = interior_images(jax.random.key(1), 4)
+    reference = exact_by_finite_differences(fn, x)
+    exact = jacobian.jacobian(fn, x, chunk_size=2)
+    np.testing.assert_allclose(exact.reshape(reference.shape), reference, atol=5e-3)
+    np.testing.assert_allclose(
+        jacobian.frobenius_norm(fn, x), np.linalg.norm(reference, axis=(1, 2)), rtol=5e-3
+    )
+    np.testing.assert_allclose(
+        jacobian.spectral_norm(fn, x, KEY, num_iterations=100),
+        np.linalg.norm(reference, 2, axis=(1, 2)), rtol=5e-3,
+    )  # fmt: skip
+
+
+def test_probabilities_jacobian_is_softmax_after_logits():
+    fn, weights, _ = make_linear(KEY)
+    x = interior_images(KEY, 3)
+    p = np.asarray(jax.nn.softmax(fn(x)), np.float64)
+    for i, norm in enumerate(jacobian.frobenius_norm(jacobian.probabilities(fn), x)):
+        expected = (np.diag(p[i]) - np.outer(p[i], p[i])) @ np.asarray(weights)
+        np.testing.assert_allclose(norm, np.linalg.norm(expected), rtol=1e-4)
+
+
+def test_forward_mode_where_pixels_are_few_agrees():
+    fn, weights, _ = make_linear(KEY, image_shape=(1, 2, 1), num_classes=6)
+    x = interior_images(KEY, 3, (1, 2, 1))
+    np.testing.assert_allclose(
+        jacobian.frobenius_norm(fn, x), np.full(3, np.linalg.norm(weights)), rtol=1e-5
+    )
+
+
+def test_estimate_is_unbiased_and_its_error_is_honest():
+    fn = make_nonlinear(KEY)
+    x = interior_images(jax.random.key(1), 200)
+    exact = np.asarray(jacobian.frobenius_norm(fn, x))
+    squares = jacobian.squared_frobenius_samples(fn, x, KEY, num_projections=64)
+    # 12,800 samples of relative deviation below √2: 3 % is more than two standard errors.
+    np.testing.assert_allclose((squares.mean(0) / exact**2).mean(), 1.0, atol=0.03)
+    estimate = jacobian.frobenius_norm_estimate(fn, x, KEY, num_projections=64)
+    z = (np.asarray(estimate.norm) - exact) / np.asarray(estimate.standard_error)
+    assert 0.85 < np.mean(np.abs(z) < 2) <= 1.0
+
+
+def test_spectral_never_exceeds_frobenius_and_grows_with_iterations():
+    fn = make_nonlinear(KEY, num_classes=4)
+    x = interior_images(jax.random.key(2), 16)
+    few, many = (jacobian.spectral_norm(fn, x, KEY, num_iterations=n) for n in (1, 30))
+    assert (many >= few - 1e-5).all()
+    assert (many <= jacobian.frobenius_norm(fn, x) * (1 + 1e-5)).all()
+
+
+def test_per_example_keys_make_results_independent_of_the_batch():
+    fn = make_nonlinear(KEY)
+    x = interior_images(KEY, 6)
+    keys = jax.random.split(KEY, 6)
+    whole = jacobian.frobenius_norm_estimate(fn, x, keys, num_projections=4)
+    part = jacobian.frobenius_norm_estimate(fn, x[3:], keys[3:], num_projections=4)
+    np.testing.assert_allclose(whole.norm[3:], part.norm, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda fn, x: jacobian.frobenius_norm_estimate(fn, x, KEY, num_projections=1),
+        lambda fn, x: jacobian.squared_frobenius_samples(fn, x, KEY, num_projections=0),
+        lambda fn, x: jacobian.spectral_norm(fn, x, KEY, num_iterations=0),
+    ],
+)
+def test_too_few_samples_are_refused(call):
+    fn, _, _ = make_linear(KEY)
+    with pytest.raises(ValueError, match="at least"):
+        call(fn, interior_images(KEY, 2))

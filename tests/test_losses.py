@@ -1,0 +1,173 @@
+"""Every loss against an independent float64 formula, its gradient, and its limits."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.test_util import check_grads
+from scipy.special import softmax
+
+from robust_jax import losses
+
+K = 5
+
+
+def reference_cross_entropy(z, y, smoothing=0.0):
+    p = softmax(z)
+    target = np.full(len(z), smoothing / len(z))
+    target[y] += 1 - smoothing
+    return -(target * np.log(p)).sum()
+
+
+def reference_gce(z, y, alpha=1 / 3):
+    p = softmax(z)
+    q = np.delete(p, y) / (1 - p[y])
+    return p[y] ** alpha * (q * np.log(q)).sum() / np.log(len(z) - 1)
+
+
+def reference_boosted(z, y):
+    p = softmax(z)
+    return -np.log(p[y]) - np.log(1 - np.delete(p, y).max())
+
+
+def reference_margin(z, y):
+    return z[y] - np.delete(z, y).max()
+
+
+def reference_dlr(z, y):
+    ordered = np.sort(z)[::-1]
+    return -reference_margin(z, y) / (ordered[0] - ordered[2])
+
+
+CASES = {
+    "cross_entropy": (losses.cross_entropy, reference_cross_entropy),
+    "label_smoothing": (
+        lambda z, y: losses.cross_entropy(z, y, label_smoothing=0.3),
+        lambda z, y: reference_cross_entropy(z, y, 0.3),
+    ),
+    "gce": (losses.guided_complement_entropy, reference_gce),
+    "gce_alpha_0": (
+        lambda z, y: losses.guided_complement_entropy(z, y, alpha=0.0),
+        lambda z, y: reference_gce(z, y, 0.0),
+    ),
+    "boosted": (losses.boosted_cross_entropy, reference_boosted),
+    "margin": (losses.margin, reference_margin),
+    "carlini_wagner": (losses.carlini_wagner, lambda z, y: -reference_margin(z, y)),
+    "dlr": (losses.dlr, reference_dlr),
+    "confidence": (losses.confidence, lambda z, y: softmax(z)[y]),
+}
+
+
+@pytest.fixture
+def batch(rng):
+    return rng.normal(size=(64, K)) * 4, rng.integers(0, K, 64)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_is_the_float64_formula(name, batch):
+    logits, labels = batch
+    ours, reference = CASES[name]
+    got = ours(jnp.float32(logits), jnp.asarray(labels))
+    expected = [reference(z, y) for z, y in zip(logits, labels, strict=True)]
+    chex.assert_shape(got, (64,))
+    np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_is_the_numerical_one(name, batch):
+    logits, labels = batch
+    check_grads(
+        lambda z: CASES[name][0](z, jnp.asarray(labels[:8])), (jnp.float32(logits[:8]),),
+        order=1, modes=("rev", "fwd"), atol=2e-2, rtol=2e-2,
+    )  # fmt: skip
+
+
+def test_entropy_and_kl(batch):
+    logits, _ = batch
+    p = softmax(logits, axis=-1)
+    np.testing.assert_allclose(
+        losses.entropy(jnp.float32(logits)), -(p * np.log(p)).sum(-1), rtol=1e-3, atol=1e-5
+    )
+    other = logits[::-1].copy()
+    q = softmax(other, axis=-1)
+    got = losses.kl(jnp.float32(logits), jnp.float32(other))
+    np.testing.assert_allclose(got, (q * np.log(q / p)).sum(-1), rtol=1e-3, atol=1e-4)
+    check_grads(losses.entropy, (jnp.float32(logits[:4]),), order=2, atol=2e-2, rtol=2e-2)
+
+
+def test_optax_agrees(batch):
+    logits, labels = jnp.float32(batch[0]), jnp.asarray(batch[1])
+    smoothed = optax.smooth_labels(jax.nn.one_hot(labels, K), 0.2)
+    np.testing.assert_allclose(
+        losses.cross_entropy(logits, labels, label_smoothing=0.2),
+        optax.softmax_cross_entropy(logits, smoothed), rtol=1e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("scale", [1e4, 1e-4])
+def test_extreme_logits_stay_finite(name, scale, rng):
+    signs = np.sign(rng.normal(size=(32, K))).astype(np.float32)
+    signs += np.linspace(0, 1e-3, K, dtype=np.float32)  # no ties
+    labels = jnp.asarray(rng.integers(0, K, 32))
+    value, gradient = jax.value_and_grad(lambda z: CASES[name][0](z, labels).sum())(scale * signs)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+logit_batches = hnp.arrays(np.float32, (6, K), elements=st.floats(-50, 50, width=32))
+label_batches = hnp.arrays(np.int32, (6,), elements=st.integers(0, K - 1))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(logit_batches, label_batches)
+def test_bounds_and_symmetries(logits, labels):
+    gce = losses.guided_complement_entropy(logits, labels)
+    assert (gce >= -1 - 1e-5).all()
+    assert (gce <= 1e-6).all()
+    entropy = losses.entropy(logits)
+    assert (entropy >= -1e-6).all()
+    assert (entropy <= np.log(K) + 1e-5).all()
+    assert (losses.kl(logits, logits[::-1]) >= -1e-5).all()
+    # A shift of the logits changes no probability.
+    np.testing.assert_allclose(losses.cross_entropy(logits + 3.0, labels),
+                               losses.cross_entropy(logits, labels), atol=1e-4)  # fmt: skip
+    # correct() is the sign of the margin, wherever it is not a tie.
+    margin = np.asarray(losses.margin(logits, labels))
+    untied = margin != 0
+    np.testing.assert_array_equal(losses.correct(logits, labels)[untied], margin[untied] > 0)
+
+
+def test_gce_is_lowest_where_the_label_is_sure_and_the_rest_is_flat():
+    best = losses.guided_complement_entropy(jnp.asarray([[50.0, 0, 0, 0]]), jnp.asarray([0]))
+    np.testing.assert_allclose(best, -1.0, rtol=1e-5)
+
+
+def test_nan_logits_are_wrong():
+    assert losses.correct(jnp.asarray([[jnp.nan, 0.0, 1.0]]), jnp.asarray([0]))[0] == 0
+
+
+def test_complement_keeps_order():
+    logits = jnp.asarray([[0.0, 1.0, 2.0, 3.0]] * 4)
+    np.testing.assert_array_equal(
+        losses.complement(logits, jnp.arange(4)), [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z, y: losses.cross_entropy(z, y, label_smoothing=1.0), r"\[0, 1\), not 1.0"),
+        (lambda z, y: losses.guided_complement_entropy(z, y, alpha=-1), r"\[0, 1\], not -1"),
+        (lambda z, y: losses.dlr(z[:, :2], y), "at least 3 classes, not 2; use carlini_wagner"),
+        (lambda z, y: losses.guided_complement_entropy(z[:, :2], y), "at least 3 classes"),
+    ],
+)
+def test_mistakes_are_told(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.zeros((2, 4)), jnp.zeros(2, jnp.int32))

@@ -1,0 +1,228 @@
+"""The models: sizes against the published ones, precision, normalisation and batch statistics."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_jax.models import MODELS, num_parameters
+from robust_jax.models.layers import ACTIVATIONS
+
+MNIST, CIFAR = (28, 28, 1), (32, 32, 3)
+SMALL = {  # what makes the deep ones small enough to run
+    "preact_resnet": {"width": 0.125},
+    "wide_resnet": {"depth": 10, "width": 1},
+}
+# Compiling is what takes the time, and nothing here depends on how well it is done.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+every_model = pytest.mark.parametrize("name", MODELS)
+# The two residual nets are one class but for the number of layers: the shallow one speaks for both.
+shallow_models = pytest.mark.parametrize("name", [n for n in MODELS if n != "preact_resnet"])
+
+
+def build(name, **fields):
+    return MODELS[name](**{"num_classes": 10, **SMALL.get(name, {}), **fields})
+
+
+def images(shape, batch=4, seed=0):
+    return jax.random.uniform(jax.random.key(seed), (batch, *shape))
+
+
+def init(model, shape):
+    return jit(model.init)(jax.random.key(0), images(shape, batch=1))
+
+
+@pytest.mark.parametrize(
+    "name, fields, shape, count",
+    [
+        ("linear", {}, MNIST, 7_850),
+        ("mlp", {}, MNIST, 269_322),
+        ("lenet5", {}, MNIST, 61_706),
+        ("madry_cnn", {}, MNIST, 3_274_634),
+        ("small_cnn", {}, MNIST, 312_202),
+        ("preact_resnet", {"depth": 18, "width": 1}, CIFAR, 11_172_170),
+        ("preact_resnet", {"depth": 34, "width": 1}, CIFAR, 21_280_330),
+        ("wide_resnet", {"depth": 28, "width": 10}, CIFAR, 36_479_194),
+        ("wide_resnet", {"depth": 34, "width": 10}, CIFAR, 46_160_474),
+    ],
+)
+def test_number_of_parameters(name, fields, shape, count):
+    model = build(name, **fields)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images(shape, batch=1))
+    assert num_parameters(variables["params"]) == count
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_are_finite_float32(name, dtype):
+    model = build(name, num_classes=7, dtype=dtype)
+    variables = init(model, (20, 16, 1))  # neither square nor of three channels
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    logits = jit(model.apply)(variables, images((20, 16, 1)))
+    assert logits.shape == (4, 7)
+    assert logits.dtype == jnp.float32
+    assert jnp.isfinite(logits).all()
+    assert jnp.std(logits) > 1e-3  # the signal survives the depth
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("lenet5", "small_cnn")])
+def test_digits_of_eight_pixels(name):
+    model = build(name)
+    assert jax.eval_shape(
+        lambda x: model.apply(model.init(jax.random.key(0), x), x), images((8, 8, 1))
+    ).shape == (4, 10)
+
+
+def test_bfloat16_is_close_to_float32():
+    variables = init(build("cnn"), (8, 8, 1))
+    wide, narrow = (
+        build("cnn", dtype=dtype).apply(variables, images((8, 8, 1)))
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    np.testing.assert_allclose(narrow, wide, atol=0.05)
+    assert not jnp.array_equal(narrow, wide)
+
+
+@shallow_models
+def test_normalization_is_the_first_layer(name):
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    x = images((16, 16, 3))
+    inside, outside = build(name, mean=mean, std=std), build(name)
+    variables = init(outside, (16, 16, 3))
+    expected = jit(outside.apply)(variables, (x - jnp.array(mean)) / jnp.array(std))
+    np.testing.assert_allclose(jit(inside.apply)(variables, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@shallow_models
+def test_features_are_the_last_layers_input(name):
+    model, x = build(name), images((16, 16, 1))
+    variables = init(model, (16, 16, 1))
+    apply = jit(partial(model.apply, mutable=["intermediates"]))
+    logits, state = apply(variables, x)
+    (features,) = state["intermediates"]["features"]
+    head = variables["params"]["head"]
+    np.testing.assert_allclose(features @ head["kernel"] + head["bias"], logits, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, layers",
+    [
+        ("linear", []),
+        ("mlp", ["dense1", "dense2"]),
+        ("lenet5", ["conv1", "conv2", "dense1", "dense2"]),
+        ("cnn", ["conv1", "conv2", "dense1"]),
+        ("madry_cnn", ["conv1", "conv2", "dense1"]),
+        ("small_cnn", ["conv1", "conv2", "conv3", "conv4", "dense1", "dense2"]),
+        ("preact_resnet", ["stem", "stage1", "stage2", "stage3", "stage4"]),
+        ("wide_resnet", ["stem", "stage1", "stage2", "stage3"]),
+    ],
+)
+def test_names_of_the_layers(name, layers):
+    model, x = build(name), images((16, 16, 1))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    apply = partial(model.apply, mutable=["intermediates"])
+    _, state = jax.eval_shape(apply, variables, x)
+    assert set(state["intermediates"]) == {*layers, "features"}
+
+
+def test_batch_statistics_change_in_training_only():
+    model, x = build("wide_resnet"), images((8, 8, 1))
+    variables = init(model, (8, 8, 1))
+    apply = jit(partial(model.apply, mutable=["batch_stats"]), static_argnames="train")
+    logits, state = apply(variables, x, train=False)
+    jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
+    trained_logits, state = apply(variables, x, train=True)
+    for before, after in zip(
+        *map(jax.tree.leaves, (variables["batch_stats"], state["batch_stats"])), strict=True
+    ):
+        assert not np.array_equal(before, after)
+    assert not jnp.allclose(logits, trained_logits)
+
+
+def test_synchronized_batch_norm_equals_one_big_batch():
+    x = images((8, 8, 1), batch=6)
+    variables = init(build("wide_resnet"), (8, 8, 1))
+    single, split = (
+        partial(build("wide_resnet", axis_name=axis).apply, train=True, mutable=["batch_stats"])
+        for axis in (None, "batch")
+    )
+    logits, state = jit(single)(variables, x)
+    mapped = jit(jax.vmap(split, in_axes=(None, 0), axis_name="batch"))
+    split_logits, split_state = mapped(variables, x.reshape(3, 2, 8, 8, 1))
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    close(split_logits.reshape(logits.shape), logits)
+    for device in range(3):
+        jax.tree.map(close, jax.tree.map(lambda a, d=device: a[d], split_state), state)
+
+
+def test_group_norm_has_no_state_and_keeps_examples_apart():
+    model, x = build("wide_resnet", norm="group"), images((8, 8, 1))
+    variables = init(model, (8, 8, 1))
+    assert set(variables) == {"params"}
+    apply = jit(partial(model.apply, train=True))
+    alone = jnp.concatenate([apply(variables, one[None]) for one in x])
+    np.testing.assert_allclose(apply(variables, x), alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "linear"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_is_used(name, activation):
+    model, x = build(name, activation=activation), images((16, 16, 1))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    smooth = "logistic" in str(jax.make_jaxpr(model.apply)(variables, x))
+    assert smooth == (activation == "silu")
+
+
+@pytest.mark.parametrize("name", ["lenet5", "wide_resnet"])
+def test_plain_convolutions_give_the_same_gradients(name):
+    x = images((16, 16, 1), batch=2)
+    variables = init(build(name), (16, 16, 1))
+
+    def gradients(implementation):
+        model = build(name, conv_implementation=implementation)
+
+        def scalar(params, x):
+            return jnp.sum(jnp.sin(model.apply({**variables, "params": params}, x)))
+
+        return jit(jax.grad(scalar, argnums=(0, 1)))(variables["params"], x)
+
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(close, gradients("auto"), gradients("plain"))
+
+
+def test_initialization_is_he_normal():
+    params = init(build("small_cnn"), (28, 28, 1))["params"]
+    for layer, fan in (("Conv_3", 9 * 64), ("Dense_0", 1024)):
+        np.testing.assert_allclose(jnp.std(params[layer]["kernel"]), (2 / fan) ** 0.5, rtol=0.03)
+        assert not params[layer]["bias"].any()
+
+
+@pytest.mark.parametrize(
+    "name, fields, message",
+    [
+        ("wide_resnet", {"depth": 30}, r"depth=30 is not 6n \+ 4: one of 10, 16, 22, 28, 34"),
+        ("wide_resnet", {"depth": 4}, r"depth=4 is not 6n \+ 4"),
+        ("preact_resnet", {"depth": 20}, "depth=20 is not one of 18, 34"),
+        ("preact_resnet", {"norm": "layer"}, "norm='layer' is not one of 'batch', 'group'"),
+        ("wide_resnet", {"activation": "tanh"}, "activation='tanh' is not one of 'relu', 'silu'"),
+        ("mlp", {"activation": "tanh"}, "activation='tanh' is not one of 'relu', 'silu'"),
+        ("cnn", {"conv_implementation": "fast"}, "conv_implementation='fast' is not one of"),
+    ],
+)
+def test_wrong_fields(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, **fields)
+
+
+def test_wrong_shapes():
+    with pytest.raises(ValueError, match=r"len\(mean\)=3 is not one of 1"):
+        init(build("linear", mean=(0.1, 0.2, 0.3)), (8, 8, 1))
+    with pytest.raises(ValueError, match="does not fit the image"):
+        init(build("small_cnn"), (8, 8, 1))
+
+
+def test_every_model_is_a_linen_module():
+    assert all(issubclass(model, nn.Module) for model in MODELS.values())

@@ -1,0 +1,400 @@
+"""The report of a made-up run whose results follow from its records."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from robust_jax import report
+from robust_jax.analysis import plots
+
+EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
+ATTACKS = {"fgsm": 1.3, "pgd": 1.0}  # how much further than the nearest boundary each must go
+HOSTILE = "<script>alert('x')</script>"
+
+
+def make_records(seed: int, norms=("linf", "l2"), num: int = 120) -> pd.DataFrame:
+    """Examples with a distance to the boundary that shrinks as their Jacobian grows."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 10, num)
+    margin = rng.normal(3.0, 1.6, num)
+    frobenius = rng.lognormal(1.5, 0.4, num)
+    correct = margin > 0
+    confidence = 1 / (1 + np.exp(-margin))
+    error = 0.1 * frobenius
+    records = pd.DataFrame({
+        "index": np.arange(num), "label": label,
+        "prediction": np.where(correct, label, (label + 1) % 10), "correct": correct,
+        "cross_entropy": -np.log(confidence), "margin": margin, "confidence": confidence,
+        "entropy": confidence * (1 - confidence),
+        "frobenius_logits": frobenius,
+        "frobenius_probabilities": frobenius * confidence * (1 - confidence),
+        "frobenius_estimate_logits": frobenius + error * rng.normal(size=num),
+        "frobenius_estimate_error_logits": error,
+        "spectral_logits": 0.7 * frobenius,
+        "spectral_probabilities": 0.7 * frobenius * confidence * (1 - confidence),
+    })  # fmt: skip
+    columns = {}
+    for norm in norms:
+        reach = np.where(correct, margin / frobenius, 0) * (0.2 if norm == "linf" else 1.2)
+        for attack, effort in ATTACKS.items():
+            for eps in EPS[norm]:
+                held = correct & (effort * reach > eps)
+                columns[f"{attack}_{norm}@{eps:g}/held"] = held
+                columns[f"{attack}_{norm}@{eps:g}/distance"] = np.where(held, np.nan, reach)
+    return records.join(pd.DataFrame(columns))
+
+
+def summarize(records: pd.DataFrame, step: int, norms=("linf", "l2")) -> dict:
+    """results.json's entry of one checkpoint."""
+    attacks = []
+    for norm in norms:
+        for kind in (*ATTACKS, "worst_case"):
+            for eps in EPS[norm]:
+                names = ATTACKS if kind == "worst_case" else [kind]
+                held = [records[f"{n}_{norm}@{eps:g}/held"] for n in names]
+                attacks.append({
+                    "name": f"{kind}_{norm}", "attack": kind, "norm": norm, "eps": eps,
+                    "robust_accuracy": float(np.all(held, axis=0).mean()), "count": len(records),
+                    "mean_distance": None,
+                })  # fmt: skip
+
+    def statistics(column):
+        values = records[column]
+        return {"mean": values.mean(), "median": values.median(), "standard_error": values.sem()}
+
+    jacobian = {fn: {norm: statistics(f"{norm}_{fn}") for norm in ("frobenius", "spectral")}
+                for fn in ("logits", "probabilities")}  # fmt: skip
+    error = records["frobenius_estimate_error_logits"].mean()
+    jacobian["logits"]["frobenius_estimate"] = {
+        **statistics("frobenius_estimate_logits"), "mean_error_of_estimate": error,
+    }  # fmt: skip
+    clean = {"accuracy": float(records["correct"].mean()), "count": len(records),
+             "cross_entropy": float(records["cross_entropy"].mean())}  # fmt: skip
+    return {"step": step, "clean": clean, "attacks": attacks, "jacobian": jacobian}
+
+
+def make_metrics(steps: int, best: int) -> list[dict]:
+    lines = []
+    for step in range(10, steps + 1, 10):
+        progress = step / steps
+        lines.append({
+            "step": step, "epoch": step / 9, "train/loss": 2.3 * np.exp(-3 * progress),
+            "train/supervised_loss": 2 * np.exp(-3 * progress),
+            "train/adversarial_accuracy": 0.9 - 0.8 * np.exp(-4 * progress),
+            "train/regularizers/entropy": -1 + progress,
+            "train/learning_rate": 1e-3 * (1 - progress),
+            "train/gradient_norm": 1 + progress if step > 10 else None,
+        })  # fmt: skip
+        if step % 50 == 0:
+            robust = 0.7 - 0.5 * abs(step - best) / steps
+            lines.append({
+                "step": step, "validation/clean_accuracy": 0.95 - 0.4 / step,
+                "validation/robust_accuracy": robust, "validation/cross_entropy": 0.2 + 5 / step,
+            })  # fmt: skip
+    return lines
+
+
+def make_run(
+    workdir: Path, *, channels=1, adversary=True, best=250, norms=("linf", "l2"), **config
+) -> dict:
+    """Writes what a finished run leaves, and returns its results."""
+    tables = {"best": make_records(0, norms), "last": make_records(int(best != 300), norms)}
+    (workdir / "records").mkdir(parents=True)
+    for name, table in tables.items():
+        table.to_csv(workdir / "records" / f"{name}.csv", index=False)
+    summaries = {"best": summarize(tables["best"], best, norms),
+                 "last": summarize(tables["last"], 300, norms)}  # fmt: skip
+    entry = {"name": "pgd", "norm": "linf", "eps": 0.1, "num_steps": 10} if adversary else None
+    results = {
+        "config": {"seed": 0, "dataset": "digits", "model": {"name": "cnn"}, "adversary": entry,
+                   "loss": {"name": "cross_entropy"}, "regularizers": {"entropy": {"weight": 2.0}},
+                   "loss_on": "adversarial" if adversary else "clean", **config},
+        "versions": {"robust_jax": "0.1.0", "python": "3.12.0", "numpy": "2.0.0"},
+        "seed": 0, "device": {"platform": "cpu", "kind": "cpu", "count": 1},
+        "data": {"name": "digits", "train": 1100, "validation": 197, "test": 120,
+                 "num_classes": 10, "image_shape": [8, 8, channels]},
+        "model": {"name": "cnn", "parameters": 12345},
+        "timings": {"train_seconds": 61.2, "compile_seconds": 4.5, "evaluate_seconds": 20.25,
+                    "examples_per_second": 1234.5},
+        "checkpoint": "best", **summaries["best"], **summaries,
+    }  # fmt: skip
+    (workdir / "results.json").write_text(json.dumps(results))
+    lines = map(json.dumps, make_metrics(300, best))
+    (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    np.savez(workdir / "examples.npz", attack="pgd_linf", eps=0.1, **make_images(channels))
+    return results
+
+
+def make_images(channels: int, num: int = 10) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(2)
+    label = rng.integers(0, 10, num)
+    clean = rng.random((num, 8, 8, channels)).astype(np.float32)
+    noise = 0.1 * np.sign(rng.normal(size=clean.shape))
+    return {"clean": clean, "adversarial": np.clip(clean + noise, 0, 1).astype(np.float32),
+            "label": label, "clean_prediction": label,
+            "adversarial_prediction": (label + rng.integers(0, 2, num)) % 10}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Tags that balance, the attributes of each, and the text in them."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    results = make_run(workdir, dataset=HOSTILE, note={HOSTILE: [1, HOSTILE]})
+    path = report.write(workdir)
+    assert path == workdir / "report.html"
+    return results, path.read_text(encoding="utf-8")
+
+
+def test_the_page_is_whole_and_loads_nothing(run):
+    _, html = run
+    page = Page(html)
+    sources = [attrs["src"] for attrs in page.all("img")]
+    assert len(sources) == 7
+    assert all(source.startswith("data:image/") for source in sources)
+    assert all(attrs["alt"] for attrs in page.all("img"))
+    assert not page.all("script") and not page.all("link") and "http" not in html
+    assert len(html) < 2e6
+    assert html.startswith("<!DOCTYPE html>")
+
+
+def test_what_came_from_the_config_is_escaped(run):
+    _, html = run
+    assert HOSTILE not in html
+    assert "&lt;script&gt;" in html
+
+
+def test_the_page_and_the_table_hold_the_results(run):
+    results, html = run
+    text, plain = Page(html).text, report.table(results)
+    for name in ("best", "last"):
+        for share in (results[name]["clean"]["accuracy"],
+                      *(a["robust_accuracy"] for a in results[name]["attacks"])):  # fmt: skip
+            assert f"{100 * share:.1f}" in text
+            assert f"{100 * share:.1f}" in plain
+        for norms in results[name]["jacobian"].values():
+            for values in norms.values():
+                assert f"{values['mean']:.3g} ± {values['standard_error']:.1g}" in text
+                assert f"{values['mean']:.3g} ± {values['standard_error']:.1g}" in plain
+    assert "step 250" in text and "step 300" in text
+
+
+def test_each_accuracy_is_in_its_own_row_and_column(run):
+    results, _ = run
+    lines = report.table(results).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("ℓ∞"))
+    assert lines[start].split()[-3:] == ["0.05", "0.1", "0.2"]
+    for i, kind in enumerate(("fgsm", "pgd", "worst_case")):
+        for j, name in enumerate(("best", "last")):
+            expected = [f"{100 * a['robust_accuracy']:.1f}" for a in results[name]["attacks"]
+                        if a["name"] == f"{kind}_linf"]  # fmt: skip
+            assert lines[start + 1 + 2 * i + j].split()[-4:] == [name, *expected]
+
+
+def test_the_headline_is_about_the_trained_radius(run):
+    results, html = run
+    worst = next(a for a in results["attacks"]
+                 if a["name"] == "worst_case_linf" and a["eps"] == 0.1)  # fmt: skip
+    low, high = report.wilson_interval(worst["robust_accuracy"], worst["count"])
+    sentence = report.headline(results)
+    assert (f"{100 * worst['robust_accuracy']:.1f} % (95 % interval {100 * low:.1f} to "
+            f"{100 * high:.1f} %)") in sentence  # fmt: skip
+    assert sentence in Page(html).text
+    assert "ε = 0.1, the size it was trained against" in sentence
+
+
+def test_no_adversary_no_metrics_and_no_images(tmp_path):
+    results = make_run(tmp_path, adversary=False, norms=("linf",), regularizers={})
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "examples.npz").unlink()
+    page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
+    assert "not a size it was trained against" in page.text
+    assert "adversary" not in report.title(results)
+    assert len(page.all("img")) == 5
+    largest = max(a["eps"] for a in results["attacks"]
+                  if a["attack"] == "worst_case" and a["robust_accuracy"] > 0.1)  # fmt: skip
+    assert report.reference_radius(results) == ("linf", largest, False)
+
+
+def test_best_is_last_in_colour(tmp_path):
+    results = make_run(tmp_path, channels=3, best=300)
+    page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
+    assert "is the last one too (step 300)" in page.text
+    assert "grey where nothing changed" in page.text
+    assert " last " not in report.table(results)
+
+
+def test_no_attack_at_all(tmp_path):
+    results = make_run(tmp_path, norms=())
+    (tmp_path / "examples.npz").unlink()
+    page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
+    assert "No attack was evaluated." in page.text
+    assert len(page.all("img")) == 3
+    assert "clean accuracy" in report.table(results)
+
+
+def test_the_table_fits_eighty_columns(tmp_path, monkeypatch):
+    monkeypatch.setitem(EPS, "linf", tuple(i / 255 for i in range(1, 10)))
+    monkeypatch.setitem(ATTACKS, "a_name_too_long_for_any_table", 1.1)
+    plain = report.table(make_run(tmp_path))
+    assert max(map(len, plain.splitlines())) <= 80
+    assert "9/255" in plain
+
+
+def test_attacks_that_differ_in_the_norm_they_are_named_after_only_stay_apart(run):
+    results, _ = run
+    clash = [{**a, "name": "pgd", "robust_accuracy": 0.123} for a in results["attacks"]
+             if a["name"] == "pgd_linf"]  # fmt: skip
+    entry = {**results["best"], "attacks": [*clash, *results["attacks"]]}
+    plain = report.table({**results, **entry, "best": entry})
+    assert re.search(r"^pgd +best +12\.3 +12\.3 +12\.3$", plain, re.MULTILINE)
+    assert re.search(r"^pgd_linf +best", plain, re.MULTILINE)
+
+
+def test_wilson_interval_against_published_values():
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
+    for successes, count, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
+                                        (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:  # fmt: skip
+        assert report.wilson_interval(successes / count, count) == pytest.approx(
+            (low, high), abs=5e-5
+        )
+
+
+@pytest.mark.parametrize("eps, text", [(0.1, "0.1"), (8 / 255, "8/255"), (1.0, "1"), (0.2, "0.2")])
+def test_format_eps(eps, text):
+    assert report.format_eps(eps) == text
+
+
+def test_the_report_needs_no_jax():
+    code = "import sys, robust_jax.report; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_fates_follow_every_radius_up_to_eps():
+    records = pd.DataFrame({
+        "correct": [False, True, True, True],
+        "pgd_linf@0.0313725/held": [False, False, True, True],
+        "pgd_linf@0.1/held": [False, True, False, True],
+        "pgd_l2@0.01/held": [False, False, False, False],
+    })  # fmt: skip
+    fate = list(plots.fates(records, ["pgd_linf"], 8 / 255))
+    assert fate == ["misclassified", "broken", "held", "held"]
+    fate = list(plots.fates(records, ["pgd_linf"], 0.1))
+    assert fate == ["misclassified", "broken", "broken", "held"]
+
+
+def check_labels(figure, num_panels: int) -> list:
+    assert len(figure.axes) == num_panels
+    assert all(ax.get_ylabel() for ax in figure.axes if ax.get_subplotspec().is_first_col())
+    return figure.axes
+
+
+def test_accuracy_against_eps_draws_each_attack_from_the_clean_accuracy():
+    table = pd.DataFrame(
+        [(c, n, a, e, 0.9 - e / 4) for c in ("best", "last") for n in EPS
+         for a in (*ATTACKS, plots.WORST_CASE) for e in EPS[n]],
+        columns=["checkpoint", "norm", "attack", "eps", "accuracy"],
+    )  # fmt: skip
+    figure = plots.accuracy_against_eps(
+        table, {"best": 0.95, "last": 0.9}, chance=0.1, trained=("linf", 0.1)
+    )
+    linf, l2 = check_labels(figure, 2)
+    assert linf.get_xlabel() == l2.get_xlabel() == "ε"
+    # worst case of best and of last, two attacks, chance; and the trained ε
+    assert (len(linf.lines), len(l2.lines)) == (6, 5)
+    assert list(linf.lines[0].get_ydata()) == pytest.approx([95, 88.75, 87.5, 85])
+    colors = [{line.get_label(): line.get_color() for line in ax.lines} for ax in (linf, l2)]
+    assert colors[0]["pgd"] == colors[1]["pgd"] != colors[0]["fgsm"]
+
+
+def test_training_curves_draw_what_there_is():
+    metrics = pd.DataFrame(make_metrics(300, 250)).astype(float)
+    axes = check_labels(plots.training_curves(metrics, best_step=250), 5)
+    assert [len(ax.lines) for ax in axes] == [4, 4, 2, 2, 2]
+    assert all(ax.get_xlabel() == "step" for ax in axes)
+    few = metrics[["step", "train/loss", "validation/robust_accuracy"]].iloc[:7]
+    assert [len(ax.lines) for ax in check_labels(plots.training_curves(few), 2)] == [1, 1]
+
+
+def test_jacobian_histograms_count_every_example_and_mark_medians():
+    records = {"best": make_records(0), "last": make_records(1)}
+    records["best"].loc[:3, "frobenius_probabilities"] = 0.0
+    axes = check_labels(plots.jacobian_histograms(records), 4)
+    assert all(ax.get_xlabel() and len(ax.lines) == 2 for ax in axes)
+    assert [ax.get_xscale() for ax in axes] == ["linear", "linear", "log", "log"]
+    for ax in axes:
+        bars = [p.get_height() for p in ax.patches if hasattr(p, "get_height")]
+        assert sum(bars) == len(records["best"])
+
+
+def test_estimate_against_exact_has_the_diagonal():
+    records = make_records(0)
+    columns = ("frobenius_logits", "frobenius_estimate_logits", "frobenius_estimate_error_logits")
+    (ax,) = check_labels(plots.estimate_against_exact(*(records[c] for c in columns)), 1)
+    assert ax.get_xlabel()
+    assert len(ax.lines) == 2
+    assert np.array_equal(*ax.lines[1].get_data())
+
+
+def test_fates_are_drawn_and_counted():
+    records = make_records(0)
+    fate = plots.fates(records, ["pgd_linf", "fgsm_linf"], 0.1)
+    figure = plots.fate_histograms(records, fate)
+    axes = check_labels(figure, 2)
+    assert all(ax.get_xlabel() for ax in axes)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [f"{name} ({(fate == name).sum()})" for name in plots.FATE_COLORS]
+    boxes = check_labels(plots.jacobian_by_fate(records, fate), 4)
+    assert all(ax.get_title() and len(ax.patches) == 3 for ax in boxes)
+    median = records.loc[fate == "held", "frobenius_logits"].median()
+    assert boxes[0].get_xticklabels()[0].get_text() == f"held\nmedian {median:.3g}"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_grid_says_what_is_seen(channels):
+    images = make_images(channels, num=7)
+    figure = plots.image_grid(
+        images["clean"], images["adversarial"], images["label"], images["clean_prediction"],
+        images["adversarial_prediction"], columns=4,
+    )  # fmt: skip
+    shown = [ax for ax in figure.axes if ax.images]
+    assert len(figure.axes) == 24
+    assert len(shown) == 21
+    says = [ax.get_title() for ax in figure.axes[:4]]
+    assert says == [f"label {y}: says {y}" for y in images["label"][:4]]
+    assert plots.difference_scale(images["clean"], images["adversarial"]) == pytest.approx(0.1)
+    assert plots.difference_scale(images["clean"], images["clean"]) == 1.0
