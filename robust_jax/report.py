@@ -186,9 +186,10 @@ def _worst_case(results: Results, radius: Radius) -> Mapping[str, Any]:
 def _attack_table(results: Results) -> pd.DataFrame:
     """The attacks of each checkpoint, one row an ε, as `plots.accuracy_against_eps` takes them.
 
-    An attack goes without its norm, so that it is called and coloured alike in each norm, unless
-    two of one norm would then have the same name.
+    The norm that the headline is about comes first. An attack goes without its norm, so that it is
+    called and coloured alike in each norm, unless two of one norm would then have the same name.
     """
+    radius = reference_radius(results)
     rows = [{"checkpoint": name, **a} for name in checkpoints(results)
             for a in results[name]["attacks"]]  # fmt: skip
     table = pd.DataFrame(rows, columns=["checkpoint", "name", "attack", "norm", "eps",
@@ -198,7 +199,8 @@ def _attack_table(results: Results) -> pd.DataFrame:
     clashes = table["name"].groupby([table["norm"], short]).transform("nunique") > 1
     label = short.where(~clashes, table["name"])
     label = label.where(table["attack"] != "worst_case", plots.WORST_CASE)
-    return table.assign(attack=label).rename(columns={"robust_accuracy": "accuracy"})
+    table = table.assign(attack=label).rename(columns={"robust_accuracy": "accuracy"})
+    return table.sort_values("norm", key=lambda n: n != (radius and radius.norm), kind="stable")
 
 
 # Tables: strings, shared by the page and the plain text.

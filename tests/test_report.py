@@ -245,6 +245,8 @@ def test_no_adversary_no_metrics_and_no_images(tmp_path):
     assert "not a size it was trained against" in page.text
     assert "adversary" not in report.title(results)
     assert len(page.all("img")) == 5
+    sizes = [line.split()[-1] for line in report.table(results).splitlines() if "at ε" in line]
+    assert sizes == ["0.2"]
     largest = max(a["eps"] for a in results["attacks"]
                   if a["attack"] == "worst_case" and a["robust_accuracy"] > 0.1)  # fmt: skip
     assert report.reference_radius(results) == ("linf", largest, False)

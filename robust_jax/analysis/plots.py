@@ -184,6 +184,7 @@ def jacobian_histograms(records: Mapping[str, pd.DataFrame]) -> Figure:
             label = f"{name}, median {np.median(v):.3g}"
             ax.hist(np.clip(v, bins[0], bins[-1]), bins=bins, label=label, **style)
             ax.axvline(np.median(v), color=BLUE if i == 0 else "black", ls="-" if i == 0 else "--")
+        ax.margins(y=0.25)  # room for the legend
         ax.set(xlabel=JACOBIANS[column], ylabel="examples", xscale="log" if is_log else "linear")
         ax.legend()
     return figure

@@ -89,6 +89,11 @@ def _plain_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
 # The formulas for the CPU.
 
 
+def _widen(*arrays: Array) -> list[Array]:
+    """In float32 at least: not every bfloat16 product accumulated in float32 runs on the CPU."""
+    return [array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in arrays]
+
+
 def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
     strides, padding, image, window = geometry
     if strides == (1, 1) and window != (1, 1):
@@ -106,16 +111,17 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
         return _plain_conv(g, kernel, geometry=turned)
     # A convolution over the dilated g would mostly multiply zeros: one product per tap, each added
     # to the pixels that the tap reads.
-    wide = jnp.promote_types(g.dtype, jnp.float32)
-    x = jnp.zeros((), wide)
+    wide_g, wide_k = _widen(g, k)
+    zero = jnp.zeros((), wide_g.dtype)
+    x = zero
     for tap in np.ndindex(window):
-        product = jnp.tensordot(g, k[tap], axes=((3,), (1,)), preferred_element_type=wide)
+        product = jnp.tensordot(wide_g, wide_k[tap], axes=((3,), (1,)))
         margins = []
         for axis in (0, 1):
             low = tap[axis] - padding[axis][0]
             span = (g.shape[1 + axis] - 1) * strides[axis] + 1
             margins.append((low, image[axis] - span - low, strides[axis] - 1))
-        x += lax.pad(product, jnp.zeros((), wide), [(0, 0, 0), *margins, (0, 0, 0)])
+        x += lax.pad(product, zero, [(0, 0, 0), *margins, (0, 0, 0)])
     return x.astype(g.dtype)
 
 
@@ -124,14 +130,14 @@ def _cpu_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
     (down, right), padding, _, (rows, columns) = geometry
     batch, height, width, outputs = g.shape
     channels = x.shape[3]
-    wide = jnp.promote_types(g.dtype, jnp.float32)
+    wide_x, wide_g = _widen(x, g)
     margins = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), margins)
+    padded = lax.pad(wide_x, jnp.zeros((), wide_x.dtype), margins)
     products = []
     for i in range(rows):
         taps = [
             lax.slice(
-                x,
+                padded,
                 (0, i, j, 0),
                 (batch, i + (height - 1) * down + 1, j + (width - 1) * right + 1, channels),
                 (1, down, right, 1),
@@ -141,10 +147,7 @@ def _cpu_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
         if channels < 16:  # too thin for a product of its own: the taps of a row side by side
             taps = [jnp.concatenate(taps, axis=3)]
         pixels = (0, 1, 2)
-        products += [
-            jnp.tensordot(g, tap, axes=(pixels, pixels), preferred_element_type=wide)
-            for tap in taps
-        ]
+        products += [jnp.tensordot(wide_g, tap, axes=(pixels, pixels)) for tap in taps]
     k = jnp.concatenate(products, axis=1).T.reshape(rows, columns, channels, outputs)
     return k.astype(g.dtype)
 
@@ -273,6 +276,14 @@ def max_pool2d(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v u c
 def avg_pool2d(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v u c"]:
     """Mean of each window x window tile; rows and columns that fill no tile are dropped."""
     return _tiles(x, window).mean(axis=(2, 4))
+
+
+def global_avg_pool2d(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+    """Mean over the image."""
+    if x.dtype == jnp.bfloat16:
+        # JAX 0.11's CPU backend fuses batch normalisation and this mean into NaN.
+        x = lax.optimization_barrier(x)
+    return x.mean(axis=(1, 2))
 
 
 def _tiles(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v window u window c"]:

@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from robust_jax.models.conv import global_avg_pool2d
 from robust_jax.models.layers import ACTIVATIONS, NORMS, Classifier, check_choice, make_norm
 
 
@@ -31,7 +31,7 @@ class _PreActivationNet(Classifier, kw_only=True):
             for block in range(blocks):
                 x = self.block(channels, stride if block == 0 else 1, x, train)
             self.sow("intermediates", f"stage{i}", x)
-        return jnp.mean(self.norm_and_activation(x, train), axis=(1, 2))
+        return global_avg_pool2d(self.norm_and_activation(x, train))
 
     def block(self, channels: int, stride: int, x: Array, train: bool) -> Array:
         """x + conv(act(norm(conv(act(norm(x)))))); where the shape changes, x is projected."""
