@@ -63,18 +63,8 @@ def get_config() -> ConfigDict:
 
     # The final evaluation, of best and last on the whole test set. The key is the attack's name in
     # tables; eps is the list of radii, in pixel units.
-    linf, l2 = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3), (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-    config.attacks = ConfigDict(
-        {
-            f"{name}_{norm}": {"name": name, "norm": norm, "eps": eps, **keywords}
-            for norm, eps in (("linf", linf), ("l2", l2))
-            for name, keywords in (
-                ("fgsm", {}),
-                ("bim", {"num_steps": 10}),
-                ("mim", {"num_steps": 10}),
-                ("pgd", {"num_steps": 20, "num_restarts": 3}),
-            )
-        }
+    config.attacks = attack_grid(
+        linf=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3), l2=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
     )
     config.evaluation = ConfigDict(
         {
@@ -88,3 +78,20 @@ def get_config() -> ConfigDict:
 
     config.parallel = "pmap"  # or its successor, shard_map
     return config
+
+
+def attack_grid(linf: tuple[float, ...], l2: tuple[float, ...] = ()) -> ConfigDict:
+    """FGSM, BIM, MIM and PGD with restarts in each norm, at the radii given for it."""
+    return ConfigDict(
+        {
+            f"{name}_{norm}": {"name": name, "norm": norm, "eps": eps, **keywords}
+            for norm, eps in (("linf", linf), ("l2", l2))
+            if eps
+            for name, keywords in (
+                ("fgsm", {}),
+                ("bim", {"num_steps": 10}),
+                ("mim", {"num_steps": 10}),
+                ("pgd", {"num_steps": 20, "num_restarts": 3}),
+            )
+        }
+    )

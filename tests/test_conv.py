@@ -178,9 +178,10 @@ def test_any_shape(data):
     assert_same(lambda conv: gradients(energy(conv)), both(pair(1, 3), padding), *args)
 
 
+@pytest.mark.parametrize("inputs", [3, 17])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
-def test_bfloat16_gradients_accumulate_in_float32(strides):
-    args = [a.astype(jnp.bfloat16) for a in operands((12, 12), (3, 3), batch=32)]
+def test_bfloat16_gradients_accumulate_in_float32(strides, inputs):
+    args = [a.astype(jnp.bfloat16) for a in operands((12, 12), (3, 3), batch=32, inputs=inputs)]
     conv, _ = both(strides, "SAME")
     gradients = jax.jit(jax.grad(lambda *args: jnp.sum(conv(*args)), argnums=(0, 1)))
     actual, exact = gradients(*args), gradients(*[a.astype(jnp.float64) for a in args])

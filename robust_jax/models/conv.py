@@ -100,13 +100,10 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
         # A convolution of g with the kernel turned round. Without the barrier XLA recognises it as
         # a gradient and takes its slow path again.
         kernel = lax.optimization_barrier(jnp.flip(k, (0, 1)).swapaxes(2, 3))
-        margins = [
-            (
-                window[axis] - 1 - padding[axis][0],
-                image[axis] - g.shape[1 + axis] + padding[axis][0],
-            )
-            for axis in (0, 1)
-        ]
+        margins = []
+        for axis in (0, 1):
+            low = padding[axis][0]
+            margins.append((window[axis] - 1 - low, image[axis] - g.shape[1 + axis] + low))
         turned = Geometry(strides, tuple(margins), g.shape[1:3], window)
         return _plain_conv(g, kernel, geometry=turned)
     # A convolution over the dilated g would mostly multiply zeros: one product per tap, each added

@@ -1,0 +1,25 @@
+"""PGD-10 adversarial training of PreActResNet-18 on CIFAR-10, linf 8/255 (Rice et al. 2020).
+
+    python launch.py --config=configs/cifar10_preact_resnet18_at.py --workdir=runs/cifar10_at
+
+For an accelerator. Published (arXiv 2002.11569, logs): best epoch 82.9 % clean, 53.5 % PGD-10; last
+of 200 epochs 84.9 % and 45.6 %: robust overfitting.
+"""
+
+from configs import cifar10_lenet5_fast_at
+
+
+def get_config():
+    config = cifar10_lenet5_fast_at.get_config()
+    config.model = {"name": "preact_resnet", "depth": 18}
+    config.dtype = "bfloat16"
+
+    config.adversary.num_steps = 10
+    config.adversary.step_size = 2 / 255
+
+    config.duration = "200 epochs"
+    config.optimizer = {"name": "sgd", "momentum": 0.9}
+    config.learning_rate = 0.1
+    config.schedule = {"name": "piecewise", "boundaries": (0.5, 0.75), "factor": 0.1}
+    config.weight_decay = 5e-4
+    return config

@@ -1,0 +1,15 @@
+"""Smoothness without adversaries on digits: Jacobian (arXiv 1908.02729) and input-gradient norms.
+
+python launch.py --config=configs/digits_cnn_smooth.py --workdir=runs/digits_smooth
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.loss_on = "clean"
+    config.adversary = None
+    config.regularizers.jacobian = {"weight": 0.005}
+    config.regularizers.input_gradient = {"weight": 0.1}
+    return config

@@ -1,0 +1,16 @@
+"""PGD adversarial training of LeNet-5 on Fashion-MNIST, linf 0.1: affordable on CPU.
+
+python launch.py --config=configs/fashion_mnist_lenet5_at.py --workdir=runs/fashion_at
+"""
+
+from configs import default, mnist_lenet5_at
+
+
+def get_config():
+    config = mnist_lenet5_at.get_config()
+    config.dataset = "tfds:fashion_mnist"
+    config.augmentation.flip = True
+    config.adversary.eps = 0.1
+    config.validation_attack.eps = 0.1
+    config.attacks = default.attack_grid(linf=(0.05, 0.1, 0.15), l2=(0.5, 1.0, 1.5))
+    return config

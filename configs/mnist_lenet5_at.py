@@ -1,0 +1,25 @@
+"""PGD adversarial training (arXiv 1706.06083) of LeNet-5 on MNIST, linf 0.2: affordable on CPU.
+
+python launch.py --config=configs/mnist_lenet5_at.py --workdir=runs/mnist_at
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.dataset = "tfds:mnist"
+    config.validation_size = 1000
+    config.model = {"name": "lenet5"}
+    config.adversary.eps = 0.2
+
+    config.duration = "4 epochs"
+    config.learning_rate = 2e-3
+    config.schedule = {"name": "one_cycle"}
+    config.log_every = "50 steps"
+    config.validate_every = "0.5 epochs"
+    config.checkpoint_every = "0.5 epochs"
+
+    config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.2}
+    config.attacks = default.attack_grid(linf=(0.1, 0.2, 0.3), l2=(1.0, 2.0, 3.0))
+    return config
