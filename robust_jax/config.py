@@ -41,10 +41,10 @@ def _check_section(config: ConfigDict, schema: ConfigDict, path: str) -> None:
         if field not in schema:
             raise UserError(f"{path}.{field} is not a field of a config; {_choices(field, schema)}")
     for field in schema:
-        here, default = f"{path}.{field}", schema.get_ref(field).get()
+        here, default = f"{path}.{field}", schema[field]
         if field not in config:
             raise UserError(f"{here} is missing; the default is {_short(default)}")
-        value = config.get_ref(field).get()
+        value = config[field]
         if field in TABLES:
             if not isinstance(value, ConfigDict):
                 raise UserError(f"{here} must be a table of entries, not {value!r}")

@@ -32,13 +32,13 @@ IMPLEMENTATIONS = ("auto", "plain")
 class Geometry(NamedTuple):
     """The static half of a convolution, common to it and its two gradients."""
 
-    strides: Pair
-    padding: tuple[Pair, Pair]
-    image: Pair  # height and width of x
-    kernel: Pair  # height and width of k
+    strides: tuple[int, ...]
+    padding: tuple[Pair, ...]
+    image: tuple[int, ...]  # height and width of x
+    kernel: tuple[int, ...]  # height and width of k
 
     @property
-    def output(self) -> Pair:
+    def output(self) -> tuple[int, ...]:
         """Height and width of the convolution."""
         axes = zip(self.strides, self.padding, self.image, self.kernel, strict=True)
         return tuple((size + sum(pad) - k) // stride + 1 for stride, pad, size, k in axes)
@@ -113,12 +113,12 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
     x = zero
     for tap in np.ndindex(window):
         product = jnp.tensordot(wide_g, wide_k[tap], axes=((3,), (1,)))
-        margins = []
+        config = [(0, 0, 0)] * 4
         for axis in (0, 1):
             low = tap[axis] - padding[axis][0]
             span = (g.shape[1 + axis] - 1) * strides[axis] + 1
-            margins.append((low, image[axis] - span - low, strides[axis] - 1))
-        x += lax.pad(product, zero, [(0, 0, 0), *margins, (0, 0, 0)])
+            config[1 + axis] = (low, image[axis] - span - low, strides[axis] - 1)
+        x += lax.pad(product, zero, config)
     return x.astype(g.dtype)
 
 
