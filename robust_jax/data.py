@@ -186,7 +186,7 @@ def _tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        close = difflib.get_close_matches(name, tfds.list_builders(), n=1)
+        close = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
         raise UserError(
             f"config.dataset: TFDS has no data set {name!r}; "
             + (f"did you mean {close[0]}?" if close else "see tensorflow.org/datasets/catalog")
@@ -226,7 +226,7 @@ def _read_source(source) -> Split:
 
 def _npz(path: Path) -> tuple[Split, Split, int]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if missing := [key for key in _NPZ_KEYS if key not in archive]:
                 raise UserError(
                     f"{path} lacks {', '.join(missing)}; needed: {', '.join(_NPZ_KEYS)}"

@@ -1,0 +1,189 @@
+"""What bad input gets: one line that names the field, the value and the choices."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from configs import default
+from robust_jax import config as config_lib
+from robust_jax import losses
+from robust_jax.errors import UserError
+from robust_jax.experiment import build
+from tests.conftest import REPOSITORY
+
+CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
+
+
+def changed(**fields):
+    """The default config with dotted fields set ("." written "__")."""
+    config = default.get_config()
+    with config.unlocked():
+        for path, value in fields.items():
+            section, parts = config, path.split("__")
+            for part in parts[:-1]:
+                if part not in section:
+                    section[part] = ConfigDict()
+                section = section[part]
+            section.pop(parts[-1]) if value is REMOVED else section.__setitem__(parts[-1], value)
+    return config
+
+
+REMOVED = object()
+MISTAKES = {
+    "unknown field": ({"bacth_size": 8}, "config.bacth_size is not a field.*did you mean batch_size"),
+    "missing field": ({"seed": REMOVED}, "config.seed is missing; the default is 0"),
+    "unknown nested field": ({"augmentation__flp": True}, "augmentation.flp is not.*mean flip"),
+    "field of another type": ({"seed": "one"}, "config.seed must be a whole number, not 'one'"),
+    "flag for a number": ({"batch_size": True}, "config.batch_size must be a whole number"),
+    "section for a field": ({"evaluation": 3}, "config.evaluation must be a section"),
+    "unknown data set": ({"dataset": "minst"}, "'minst'; choices: digits, tfds:<name>, npz:<path>"),
+    "unknown model": ({"model__name": "resnet"}, "config.model.name is 'resnet'.*preact_resnet"),
+    "unknown model keyword": ({"model__wdths": (8,)}, "model.wdths is not a keyword of cnn.*widths"),
+    "model keyword of a wrong type": ({"model__widths": "a"}, "config.model.widths must be"),
+    "model keyword set elsewhere": ({"model__num_classes": 3}, "num_classes is not a keyword"),
+    "impossible depth": ({"model": {"name": "wide_resnet", "depth": 29}}, "config.model: depth=29"),
+    "unknown dtype": ({"dtype": "float16"}, "config.dtype is 'float16'; .*float32, bfloat16"),
+    "unknown loss": ({"loss__name": "ce"}, "config.loss.name is 'ce'.*choices: cross_entropy"),
+    "unknown loss keyword": ({"loss__smoothing": 0.1}, "config.loss.smoothing.*mean label_smoothing"),
+    "loss out of range": ({"loss__label_smoothing": 1.5}, r"config.loss: .* in \[0, 1\), not 1.5"),
+    "loss not an entry": ({"loss": "cross_entropy"}, 'config.loss must be an entry like {"name"'),
+    "unknown half": ({"loss_on": "advers"}, "loss_on must be one of clean, adversarial, both"),
+    "no adversary": ({"adversary": None}, "config: loss_on needs the adversarial half"),
+    "unknown adversary": ({"adversary__name": "apgdx"}, "config.adversary.name is 'apgdx'"),
+    "negative eps": ({"adversary__eps": -0.1}, "config.adversary: eps must not be negative"),
+    "negative steps": ({"adversary__num_steps": -1}, "adversary: num_steps must be .* not -1"),
+    "eps missing": ({"adversary__eps": REMOVED}, "config.adversary.eps is missing: pgd needs it"),
+    "unknown norm": ({"adversary__norm": "l3"}, "adversary.norm must be one of 'linf', 'l2'"),
+    "unknown attack loss": ({"adversary__loss": "x"}, "config.adversary.loss is 'x'; choices:"),
+    "unknown regulariser": ({"regularizers__entrpy": {"weight": 1.0}}, "entrpy.*mean entropy"),
+    "no weight": ({"regularizers__entropy": ConfigDict()}, "regularizers.entropy.weight is missing"),
+    "weight not a number": ({"regularizers__entropy__weight": "1"}, "weight must be a number"),
+    "regulariser keyword": ({"regularizers__vat": {"weight": 1.0}}, "vat.eps is missing"),
+    "regulariser on nothing": (
+        {"regularizers__entropy": {"weight": 1.0, "on": "x"}}, "regularizers.entropy.on must be one",
+    ),
+    "regulariser out of range": (
+        {"regularizers__jacobian": {"weight": 1.0, "num_projections": 0}},
+        "config.regularizers.jacobian: num_projections must be at least 1",
+    ),
+    "attack without radii": ({"attacks__pgd_linf__eps": ()}, "attacks.pgd_linf.eps is empty"),
+    "attack with negative radius": ({"attacks__pgd_linf__eps": (-1.0,)}, "eps must not be negative"),
+    "attack not an entry": ({"attacks__pgd": "pgd"}, "config.attacks.pgd must be an entry"),
+    "epochs and steps": ({"duration": "2 epochs 5 steps"}, "one positive number with one unit"),
+    "no unit": ({"duration": "20"}, "config.duration is '20'; give one positive number"),
+    "negative duration": ({"validate_every": "-1 steps"}, "config.validate_every is '-1 steps'"),
+    "zero duration": ({"log_every": "0 steps"}, "config.log_every is '0 steps'"),
+    "batch that 8 devices cannot share": ({"batch_size": 12}, "batch_size: 12 .* by 8 device"),
+    "empty batch": ({"batch_size": 0}, "take a multiple of 8"),
+    "unknown optimiser": ({"optimizer__name": "sdg"}, "config.optimizer.name is 'sdg'.*mean sgd"),
+    "unknown schedule": ({"schedule__name": "cos"}, "config.schedule.name is 'cos'"),
+    "schedule out of range": ({"schedule__warmup": 2.0}, "schedule: warmup must be a fraction"),
+    "learning rate": ({"learning_rate": 0.0}, "config.learning_rate is 0.0; it must be above 0"),
+    "weight decay": ({"weight_decay": -1.0}, "config.weight_decay is -1.0; it must be at least 0"),
+    "averaging": ({"ema_decay": 1.0}, r"config.ema_decay is 1.0; it must be in \[0, 1\)"),
+    "labels": ({"num_labeled": 15}, "config.num_labeled is 15; it must be a multiple"),
+    "projections": ({"evaluation__jacobian_projections": 1}, "jacobian_projections is 1.*least 2"),
+    "mapping": ({"parallel": "xmap"}, "config.parallel is 'xmap'; choices: pmap, shard_map"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistake_is_told_in_one_line(case):
+    fields, message = MISTAKES[case]
+    with pytest.raises(UserError, match=message) as error:
+        build(changed(**fields), default.get_config())
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_launch_tells_a_mistake_in_one_line_and_writes_nothing(launch, tmp_path):
+    workdir = tmp_path / "run"
+    result = launch(f"--workdir={workdir}", "--config.loss.name=ce")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: config.loss.name is 'ce'")
+    assert "Traceback" not in result.stderr
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_has_a_command_in_its_docstring(name):
+    doc = importlib.import_module(f"configs.{name}").__doc__
+    assert f"--config=configs/{name}.py --workdir=runs/" in doc
+
+
+class Tracked(ConfigDict):
+    """A config that notes which of its fields are read."""
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        if not isinstance(value, ConfigDict):
+            object.__getattribute__(self, "_read").add((id(self), key))
+        return value
+
+
+def test_every_field_is_read(monkeypatch):
+    """Each leaf of the default is looked up while the run is built or by the run itself."""
+    read = set()
+    plain = ConfigDict.__getitem__
+
+    def getitem(self, key):
+        read.add((id(self), key))
+        return plain(self, key)
+
+    config = default.get_config()
+    config_lib.check_fields(config, default.get_config())
+    monkeypatch.setattr(config_lib, "check_fields", lambda *_: None)  # it reads everything
+    monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
+    monkeypatch.setattr(ConfigDict, "__getattr__", lambda self, key: getitem(self, key))
+    build(config, default.get_config())
+    unread = [field for field in config if (id(config), field) not in read]
+    unread += [
+        f"{section}.{field}" for section in ("augmentation", "evaluation")
+        for field in plain(config, section) if (id(plain(config, section)), field) not in read
+        and section != "evaluation"
+    ]  # fmt: skip
+    assert unread == []
+
+
+def test_names_in_a_config_are_found_with_their_keywords():
+    loss = config_lib.bind(losses.LOSSES, ConfigDict({"name": "cross_entropy",
+                                                      "label_smoothing": 0.1}), "x")  # fmt: skip
+    assert loss.func is losses.cross_entropy
+    assert loss.keywords == {"label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [("500 steps", 500), ("1 step", 1), ("2 epochs", 16), ("0.5 epochs", 4), ("1e3 examples", 8),
+     ("129 examples", 2), (" 3 epochs ", 24)],
+)  # fmt: skip
+def test_durations_in_steps(duration, steps):
+    assert config_lib.num_steps(duration, "x", batch_size=128, num_examples=1000) == steps
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.text(max_size=20))
+def test_any_text_is_a_duration_or_a_one_line_error(text):
+    try:
+        assert config_lib.num_steps(text, "x", batch_size=8, num_examples=100) >= 1
+    except UserError as error:
+        assert "give one positive number" in str(error)
+
+
+def test_differences_are_named():
+    one, other = {"a": {"b": 1, "c": 2}, "d": 0}, {"a": {"b": 1, "c": 3}, "e": 0, "d": 0}
+    assert config_lib.differences(one, other) == ["config.a.c: 2 → 3", "config.e: None → 0"]
+    assert config_lib.differences(one, other, ignore=("a", "e")) == []
+
+
+def test_config_modules_are_small_deltas():
+    assert "default" in CONFIGS
+    for name in CONFIGS:
+        lines = Path(REPOSITORY / "configs" / f"{name}.py").read_text().splitlines()
+        assert name == "default" or len(lines) < 70
+    jax.clear_caches()

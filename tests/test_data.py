@@ -1,0 +1,240 @@
+"""Data: sources, splits, streams that are a function of the position, padding, augmentation."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from robust_jax import data
+from robust_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", validation_size=197)
+
+
+def test_digits_are_all_there_and_split_without_overlap(digits):
+    splits = (digits.train, digits.validation, digits.test)
+    assert [len(s.labels) for s in splits] == [1100, 197, 500]
+    everything = np.concatenate([s.images.reshape(len(s.labels), -1) for s in splits])
+    from sklearn.datasets import load_digits
+
+    original = load_digits().data / 16
+    assert sorted(map(tuple, everything)) == sorted(map(tuple, original.astype(np.float32)))
+    assert digits.image_shape == (8, 8, 1)
+    assert everything.min() == 0
+    assert everything.max() == 1
+    np.testing.assert_allclose(digits.mean[0], digits.train.images.mean(), rtol=1e-6)
+
+
+def test_seed_moves_validation_but_never_the_test_set(digits):
+    other = data.load("digits", validation_size=197, seed=1)
+    np.testing.assert_array_equal(digits.test.images, other.test.images)
+    assert (digits.validation.images != other.validation.images).any()
+    again = data.load("digits", validation_size=197, seed=1)
+    np.testing.assert_array_equal(other.validation.images, again.validation.images)
+
+
+def test_labelled_subset_is_balanced_and_seeded():
+    one, same, other = (
+        data.load("digits", validation_size=197, num_labeled=50, seed=s).train.labels
+        for s in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(np.bincount(one[one >= 0]), [5] * 10)
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(3, 40), st.integers(1, 60), st.integers(0, 5))
+def test_stream_drops_nothing_and_depends_on_the_position_only(size, batch, seed):
+    index = np.arange(100, 100 + size)
+    whole = data.Stream(index, (seed,))[0 : 4 * size]
+    for epoch in range(4):
+        np.testing.assert_array_equal(np.sort(whole[epoch * size : (epoch + 1) * size]), index)
+    fresh = data.Stream(index, (seed,))
+    for start in range((4 * size // batch - 1) * batch, -1, -batch):  # backwards, as no run does
+        np.testing.assert_array_equal(fresh[start : start + batch], whole[start : start + batch])
+
+
+def test_epochs_differ():
+    stream = data.Stream(np.arange(50), (0,))
+    assert (stream[0:50] != stream[50:100]).any()
+
+
+def test_semi_supervised_batches_hold_the_same_number_of_labels():
+    split = data.load("digits", validation_size=197, num_labeled=100).train
+    batches = data.TrainBatches(split, batch_size=32, num_labeled_in_batch=8, seed=0)
+    for step in (0, 5, 77):
+        batch = batches[step]
+        assert (batch["label"] >= 0).sum() == 8
+        assert batch["image"].shape == (32, 8, 8, 1)
+        np.testing.assert_array_equal(batch["position"], np.arange(32))
+
+
+def test_padded_batches_cover_everything_once():
+    split = data.Split(np.zeros((10, 2, 2, 1), np.uint8), np.arange(10, dtype=np.int32))
+    index = np.array([1, 3, 5, 7, 9])
+    batches = list(data.padded_batches(split, index, 3))
+    assert [rows for _, rows in batches] == [3, 2]
+    assert all(len(batch["label"]) == 3 for batch, _ in batches)
+    seen = np.concatenate([batch["index"][:rows] for batch, rows in batches])
+    np.testing.assert_array_equal(seen, index)
+
+
+def test_pixels_are_in_unit_range_from_either_dtype():
+    np.testing.assert_allclose(data.to_pixels(jnp.asarray([[0, 128, 255]], jnp.uint8)),
+                               [[0, 128 / 255, 1]])  # fmt: skip
+    assert data.to_pixels(jnp.asarray([0.5], jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_augmentation_crops_and_flips_each_example_by_its_own_key():
+    image = np.arange(1, 26, dtype=np.float32).reshape(1, 5, 5, 1) / 25
+    images = jnp.asarray(np.repeat(image, 400, 0))
+    keys = jax.random.split(jax.random.key(0), 400)
+    flipped = np.asarray(data.augment(images, keys, crop_padding=0, flip=True))
+    is_flip = np.array([(f == image[0, :, ::-1]).all() for f in flipped])
+    is_same = np.array([(f == image[0]).all() for f in flipped])
+    assert (is_flip ^ is_same).all()
+    assert 0.4 < is_flip.mean() < 0.6
+    cropped = np.asarray(data.augment(images, keys, crop_padding=1, flip=False))
+    padded = np.pad(image[0], ((1, 1), (1, 1), (0, 0)))
+    windows = {padded[i : i + 5, j : j + 5].tobytes() for i in range(3) for j in range(3)}
+    assert {c.tobytes() for c in cropped} == windows
+    unchanged = data.augment(images, keys, crop_padding=0, flip=False)
+    assert unchanged is images
+    np.testing.assert_array_equal(
+        data.augment(images[7:9], keys[7:9], crop_padding=1, flip=False), cropped[7:9]
+    )
+
+
+def save(path, **changes):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x_train": rng.integers(0, 256, (30, 6, 7), dtype=np.uint8),
+        "y_train": np.arange(30) % 3,
+        "x_test": rng.integers(0, 256, (9, 6, 7), dtype=np.uint8),
+        "y_test": np.arange(9) % 3,
+    } | changes
+    np.savez(path, allow_pickle=True, **{k: v for k, v in arrays.items() if v is not None})
+    return f"npz:{path}"
+
+
+def test_npz_of_grey_images(tmp_path):
+    dataset = data.load(save(tmp_path / "a.npz"), validation_size=5)
+    assert dataset.image_shape == (6, 7, 1)
+    assert dataset.num_classes == 3
+    assert [len(s.labels) for s in (dataset.train, dataset.validation, dataset.test)] == [25, 5, 9]
+
+
+def test_npz_of_float_colour_images(tmp_path):
+    x = np.random.default_rng(0).random((12, 4, 4, 3))
+    source = save(tmp_path / "a.npz", x_train=x, y_train=np.arange(12) % 2, x_test=x[:4],
+                  y_test=np.arange(4) % 2)  # fmt: skip
+    dataset = data.load(source, validation_size=2)
+    assert dataset.train.images.dtype == np.float32
+    assert len(dataset.mean) == 3
+
+
+BAD_NPZ = {
+    "missing key": ({"y_test": None}, "lacks y_test; needed: x_train, y_train, x_test, y_test"),
+    "objects inside": ({"y_train": np.array([{}] * 30)}, "never unpickled"),
+    "image dtype": ({"x_train": np.zeros((30, 6, 7), np.int64)}, "must be uint8 in 0…255"),
+    "image rank": ({"x_train": np.zeros((30, 6), np.uint8)}, r"\[N,H,W\] or \[N,H,W,C\]"),
+    "pixel range": ({"x_train": np.full((30, 6, 7), 255.0)}, r"must be in \[0, 1\]"),
+    "nan pixels": ({"x_train": np.full((30, 6, 7), np.nan)}, r"must be in \[0, 1\]"),
+    "label dtype": ({"y_train": np.zeros(30)}, "must hold integers, not float64"),
+    "label shape": ({"y_train": np.zeros((30, 1), int)}, r"must be \[30\], one label an image"),
+    "negative label": ({"y_train": np.arange(30) - 1}, "labels run from 0 to K-1"),
+    "unseen label": ({"y_test": np.arange(9)}, "which y_train, with labels 0 to 2, does not"),
+    "one class": ({"y_train": np.zeros(30, int)}, "one class only"),
+    "two shapes": ({"x_test": np.zeros((9, 7, 7), np.uint8)}, "differ in image shape"),
+    "two dtypes": ({"x_test": np.zeros((9, 6, 7), np.float32)}, "x_train is uint8, x_test float32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NPZ)
+def test_bad_npz_is_refused_in_one_line(case, tmp_path):
+    changes, message = BAD_NPZ[case]
+    with pytest.raises(UserError, match=message) as error:
+        data.load(save(tmp_path / "a.npz", **changes), validation_size=5)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), (b"", "not a readable npz"), (b"PK\x03\x04 cut", "not a readable")],
+)
+def test_unreadable_npz_is_refused(content, message, tmp_path):
+    path = tmp_path / "a.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        data.load(f"npz:{path}", validation_size=5)
+
+
+def test_a_truncated_npz_is_refused(tmp_path):
+    save(tmp_path / "a.npz")
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a readable npz"):
+        data.load(f"npz:{tmp_path / 'a.npz'}", validation_size=5)
+
+
+def test_tfds_reads_what_its_own_builder_wrote(tmp_path):
+    """A small MNIST in TFDS's real format, so that this runs where nothing can be downloaded."""
+    import tensorflow_datasets as tfds
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (50, 28, 28, 1), dtype=np.uint8)
+
+    def examples(start, stop):
+        for i in range(start, stop):
+            png = io.BytesIO()  # an array would have TFDS look for TensorFlow to encode it
+            Image.fromarray(images[i, ..., 0]).save(png, "PNG")
+            png.seek(0)
+            yield i, {"image": png, "label": i % 10}
+
+    builder = tfds.builder_cls("mnist")(data_dir=tmp_path, file_format="array_record")
+    builder._split_generators = lambda *_: {"train": examples(0, 30), "test": examples(30, 50)}
+    builder.download_and_prepare()
+    dataset = data.load("tfds:mnist", validation_size=10, data_dir=str(tmp_path))
+    assert dataset.image_shape == (28, 28, 1)
+    assert dataset.num_classes == 10
+    assert len(dataset.train.labels) == 20
+    got = sorted(im.tobytes() for im in dataset.test.images)
+    assert got == sorted(im.tobytes() for im in images[30:])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("cifar10", "choices: digits, tfds:<name>, npz:<path>"),
+        ("tfds:", "choices: digits, tfds:<name>, npz:<path>"),
+        ("tfds:mnst", "did you mean mnist"),
+        ("tfds:mnist", r"not prepared as array_record .* prepare it with: python -c"),
+    ],
+)
+def test_unknown_and_unprepared_sources_are_refused(source, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        data.load(source, validation_size=10, data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"validation_size": 0}, "between 1 and 1296"),
+        ({"validation_size": 5000}, "between 1 and 1296"),
+        ({"validation_size": 197, "num_labeled": 55}, "multiple of the 10 classes"),
+        ({"validation_size": 197, "num_labeled": 10**6}, "up to"),
+    ],
+)
+def test_bad_split_sizes_are_refused(keywords, message):
+    with pytest.raises(UserError, match=message):
+        data.load("digits", **keywords)
