@@ -13,7 +13,7 @@ def get_config():
     config.model = {"name": "wide_resnet", "depth": 34, "width": 10}
     config.loss_on = "clean"
     config.adversary.loss = "kl"
-    config.regularizers.kl = {"weight": 6.0}
+    config.regularizers.kl.weight = 6.0
     config.duration = "100 epochs"
     config.schedule = {"name": "piecewise", "boundaries": (0.75, 0.9), "factor": 0.1}
     config.ema_decay = 0.995

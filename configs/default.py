@@ -27,12 +27,12 @@ def get_config() -> ConfigDict:
     config.normalize = True  # by the training pixels' mean and deviation, inside the model
     config.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
 
-    # Objective: a loss on the clean half, the adversarial half or both, plus weighted regularisers,
-    # such as config.regularizers.entropy = {"weight": 2.0, "on": "clean"}; "on" defaults to loss_on.
+    # Objective: a loss on the clean half of the batch, the adversarial half or both, plus weighted
+    # regularisers. A name in robust_jax.losses.LOSSES and its keywords.
     config.loss = ConfigDict({"name": "cross_entropy"})
     config.loss_on = "adversarial"  # clean | adversarial | both
-    # The adversary makes the adversarial half; None where nothing needs one. Its loss may be "kl"
-    # too: away from the clean logits, as in TRADES.
+    # Makes the adversarial half, once, where something is taken on it; may be None where nothing
+    # is. Its loss may be "kl" too: away from the clean logits, as in TRADES.
     config.adversary = ConfigDict(
         {
             "name": "pgd",
@@ -43,7 +43,18 @@ def get_config() -> ConfigDict:
             "loss": "cross_entropy",
         }
     )
-    config.regularizers = ConfigDict()
+    # Terms of robust_jax.regularizers; weight 0 leaves one out. "on" is a half, as in loss_on,
+    # which it follows if it is not given; kl and weighted_kl compare the halves.
+    config.regularizers = ConfigDict(
+        {
+            "entropy": {"weight": 0.0},  # EntM
+            "kl": {"weight": 0.0},  # TRADES
+            "weighted_kl": {"weight": 0.0},  # MART
+            "vat": {"weight": 0.0, "eps": 0.5, "num_iterations": 1},
+            "jacobian": {"weight": 0.0, "num_projections": 1},
+            "input_gradient": {"weight": 0.0},
+        }
+    )
 
     # Optimisation. Durations are "20 epochs", "500 steps" or "1e6 examples".
     config.batch_size = 128  # over all devices

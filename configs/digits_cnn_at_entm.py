@@ -8,5 +8,5 @@ from configs import default
 
 def get_config():
     config = default.get_config()
-    config.regularizers.entropy = {"weight": 0.5}
+    config.regularizers.entropy.weight = 0.5
     return config

@@ -9,5 +9,5 @@ from configs import default
 def get_config():
     config = default.get_config()
     config.loss = {"name": "boosted_cross_entropy"}
-    config.regularizers.weighted_kl = {"weight": 5.0}
+    config.regularizers.weighted_kl.weight = 5.0
     return config

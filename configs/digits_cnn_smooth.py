@@ -10,6 +10,6 @@ def get_config():
     config = default.get_config()
     config.loss_on = "clean"
     config.adversary = None
-    config.regularizers.jacobian = {"weight": 0.005}
-    config.regularizers.input_gradient = {"weight": 0.1}
+    config.regularizers.jacobian.weight = 0.005
+    config.regularizers.input_gradient.weight = 0.1
     return config

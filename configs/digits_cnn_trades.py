@@ -10,5 +10,5 @@ def get_config():
     config = default.get_config()
     config.loss_on = "clean"
     config.adversary.loss = "kl"
-    config.regularizers.kl = {"weight": 6.0}
+    config.regularizers.kl.weight = 6.0
     return config

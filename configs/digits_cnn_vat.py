@@ -11,5 +11,5 @@ def get_config():
     config.num_labeled = 100
     config.loss_on = "clean"
     config.adversary = None
-    config.regularizers.vat = {"weight": 1.0, "eps": 0.75}
+    config.regularizers.vat.update(weight=1.0, eps=0.75)
     return config

@@ -186,7 +186,9 @@ def _tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        close = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
+        close = difflib.get_close_matches(
+            name, tfds.list_builders(with_community_datasets=False), n=1
+        )
         raise UserError(
             f"config.dataset: TFDS has no data set {name!r}; "
             + (f"did you mean {close[0]}?" if close else "see tensorflow.org/datasets/catalog")

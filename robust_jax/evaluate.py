@@ -5,6 +5,7 @@ Anything drawn at random follows (seed, attack, example): never the batch or the
 
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -52,10 +53,11 @@ class Evaluator:
         key: jax.Array,
         method: parallel.Method,
     ):
-        self._split, self._grids, self._settings, self._key = split, grids, settings, key
-        self._measure = parallel.map_examples(_measurement(network, settings, key), method)
+        self._split, self._grids, self._num_images = split, grids, settings.num_images
+        mapped = partial(parallel.map_split, method=method, batch_size=settings.batch_size)
+        self._measure = mapped(_measurement(network, settings, key))
         self._attacks = {
-            name: parallel.map_examples(_attempt(network, grid, _named_key(key, name)), method)
+            name: mapped(_attempt(network, grid, _named_key(key, name)))
             for name, grid in grids.items()
         }
 
@@ -74,7 +76,7 @@ class Evaluator:
             dynamic_ncols=True,
             disable=not parallel.is_main_process(),
         ) as bar:
-            columns = self._over(self._measure, variables, index)
+            columns = self._measure(variables, self._split, index)
             bar.update(2)
             for name, grid in self._grids.items():
                 held = columns["correct"].astype(bool)
@@ -83,7 +85,7 @@ class Evaluator:
                     bar.set_postfix_str(f"{name} at eps {eps:g}", refresh=False)
                     standing = np.flatnonzero(held)
                     if len(standing):
-                        out = self._over(self._attacks[name], variables, standing, eps)
+                        out = self._attacks[name](variables, self._split, standing, eps)
                         held[standing] = out["held"]
                         distance[standing] = np.where(out["held"], np.nan, out["distance"])
                     columns[f"{name}@{eps:g}/held"] = held.copy()
@@ -94,8 +96,8 @@ class Evaluator:
 
     def images(self, variables: Any, name: str, eps: float) -> dict[str, np.ndarray]:
         """The first examples of the split, clean and attacked, for people to look at."""
-        index = np.arange(min(self._settings.num_images, len(self._split.labels)))
-        out = self._over(self._attacks[name], variables, index, eps)
+        index = np.arange(min(self._num_images, len(self._split.labels)))
+        out = self._attacks[name](variables, self._split, index, eps)
         clean = np.asarray(data.to_pixels(self._split.images[index]))
         return {
             "clean": clean,
@@ -106,13 +108,6 @@ class Evaluator:
             "attack": np.asarray(name),
             "eps": np.asarray(eps),
         }
-
-    def _over(self, mapped: Callable, variables: Any, index: np.ndarray, *scalars: float):
-        parts = [
-            jax.tree.map(lambda a, n=rows: np.asarray(a)[:n], mapped(variables, batch, *scalars))
-            for batch, rows in data.padded_batches(self._split, index, self._settings.batch_size)
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[str, Any]:

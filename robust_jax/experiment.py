@@ -79,6 +79,7 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
     statistics = {"mean": dataset.mean, "std": dataset.std} if config.normalize else {}
     model = guard("config.model", make_model, num_classes=dataset.num_classes, **statistics)
     num_labeled_in_batch = _num_labeled_in_batch(config)
+    terms = {name: term for name, term in terms.items() if term.weight}
     objective = guard(
         "config",
         make_objective,
@@ -162,6 +163,7 @@ def _check_numbers(config: ConfigDict) -> None:
         "augmentation.crop_padding": 0,
         "weight_decay": 0,
         "gradient_clip_norm": 0,
+        "evaluation.batch_size": 1,
         "evaluation.jacobian_chunk": 1,
         "evaluation.jacobian_projections": 2,
         "evaluation.spectral_iterations": 1,
@@ -178,8 +180,7 @@ def _check_numbers(config: ConfigDict) -> None:
         raise UserError(
             f"config.labeled_fraction is {config.labeled_fraction}; it must be in (0, 1]"
         )
-    for field in ("batch_size", "evaluation.batch_size"):
-        guard(f"config.{field}", parallel.check_batch_size, _get(config, field))
+    guard("config.batch_size", parallel.check_batch_size, config.batch_size)
 
 
 def _get(config: ConfigDict, path: str):

@@ -1,7 +1,6 @@
 """One run in its folder: train, evaluate, report; resumed where it stopped, never overwritten."""
 
 import json
-import logging
 import platform
 import time
 from importlib import metadata
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import pandas as pd
+from absl import logging
 from ml_collections import ConfigDict
 
 from robust_jax import __version__, report

@@ -22,20 +22,23 @@ CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 def changed(**fields):
     """The default config with dotted fields set ("." written "__")."""
     config = default.get_config()
-    with config.unlocked():
+    with config.unlocked(), config.ignore_type():
         for path, value in fields.items():
             section, parts = config, path.split("__")
             for part in parts[:-1]:
                 if part not in section:
                     section[part] = ConfigDict()
                 section = section[part]
-            section.pop(parts[-1]) if value is REMOVED else section.__setitem__(parts[-1], value)
+            if value is REMOVED:
+                del section[parts[-1]]
+            else:
+                section[parts[-1]] = value
     return config
 
 
 REMOVED = object()
 MISTAKES = {
-    "unknown field": ({"bacth_size": 8}, "config.bacth_size is not a field.*did you mean batch_size"),
+    "unknown field": ({"bacth_size": 8}, "config.bacth_size is not a field.*you mean batch_size"),
     "missing field": ({"seed": REMOVED}, "config.seed is missing; the default is 0"),
     "unknown nested field": ({"augmentation__flp": True}, "augmentation.flp is not.*mean flip"),
     "field of another type": ({"seed": "one"}, "config.seed must be a whole number, not 'one'"),
@@ -60,19 +63,19 @@ MISTAKES = {
     "eps missing": ({"adversary__eps": REMOVED}, "config.adversary.eps is missing: pgd needs it"),
     "unknown norm": ({"adversary__norm": "l3"}, "adversary.norm must be one of 'linf', 'l2'"),
     "unknown attack loss": ({"adversary__loss": "x"}, "config.adversary.loss is 'x'; choices:"),
-    "unknown regulariser": ({"regularizers__entrpy": {"weight": 1.0}}, "entrpy.*mean entropy"),
-    "no weight": ({"regularizers__entropy": ConfigDict()}, "regularizers.entropy.weight is missing"),
+    "unknown regulariser": ({"regularizers__entrpy": {"weight": 1.0}}, "entrpy.*entropy"),
+    "no weight": ({"regularizers__entropy": ConfigDict()}, "entropy.weight is missing"),
     "weight not a number": ({"regularizers__entropy__weight": "1"}, "weight must be a number"),
     "regulariser keyword": ({"regularizers__vat": {"weight": 1.0}}, "vat.eps is missing"),
     "regulariser on nothing": (
-        {"regularizers__entropy": {"weight": 1.0, "on": "x"}}, "regularizers.entropy.on must be one",
+        {"regularizers__entropy": {"weight": 1.0, "on": "x"}}, "entropy.on must be one of clean",
     ),
     "regulariser out of range": (
         {"regularizers__jacobian": {"weight": 1.0, "num_projections": 0}},
         "config.regularizers.jacobian: num_projections must be at least 1",
     ),
     "attack without radii": ({"attacks__pgd_linf__eps": ()}, "attacks.pgd_linf.eps is empty"),
-    "attack with negative radius": ({"attacks__pgd_linf__eps": (-1.0,)}, "eps must not be negative"),
+    "attack with negative radius": ({"attacks__pgd_linf__eps": (-1.0,)}, "eps must not be neg"),
     "attack not an entry": ({"attacks__pgd": "pgd"}, "config.attacks.pgd must be an entry"),
     "epochs and steps": ({"duration": "2 epochs 5 steps"}, "one positive number with one unit"),
     "no unit": ({"duration": "20"}, "config.duration is '20'; give one positive number"),
@@ -88,7 +91,7 @@ MISTAKES = {
     "averaging": ({"ema_decay": 1.0}, r"config.ema_decay is 1.0; it must be in \[0, 1\)"),
     "labels": ({"num_labeled": 15}, "config.num_labeled is 15; it must be a multiple"),
     "projections": ({"evaluation__jacobian_projections": 1}, "jacobian_projections is 1.*least 2"),
-    "mapping": ({"parallel": "xmap"}, "config.parallel is 'xmap'; choices: pmap, shard_map"),
+    "mapping": ({"parallel": "xmap"}, "config.parallel is 'xmap'; .*choices: pmap, shard_map"),
 }  # fmt: skip
 
 
@@ -114,16 +117,6 @@ def test_launch_tells_a_mistake_in_one_line_and_writes_nothing(launch, tmp_path)
 def test_every_config_has_a_command_in_its_docstring(name):
     doc = importlib.import_module(f"configs.{name}").__doc__
     assert f"--config=configs/{name}.py --workdir=runs/" in doc
-
-
-class Tracked(ConfigDict):
-    """A config that notes which of its fields are read."""
-
-    def __getitem__(self, key):
-        value = super().__getitem__(key)
-        if not isinstance(value, ConfigDict):
-            object.__getattribute__(self, "_read").add((id(self), key))
-        return value
 
 
 def test_every_field_is_read(monkeypatch):

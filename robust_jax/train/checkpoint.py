@@ -3,13 +3,13 @@
 A checkpoint holds the state and `notes`, a small JSON dict of what else the run must remember.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 
 from robust_jax.errors import UserError
 from robust_jax.train.state import TrainState

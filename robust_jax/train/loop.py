@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import signal
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from robust_jax.data import TrainBatches
@@ -29,7 +29,7 @@ EXIT_TERMINATED = 143
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to train: train_step maps (state, batch, key) to (state, sums); durations are in steps."""
+    """What to train: train_step maps (state, batch, key) to (state, sums); durations in steps."""
 
     init: Callable[[], TrainState]
     train_step: Callable

@@ -85,9 +85,9 @@ def cosine(peak: float, total_steps: int, *, warmup: float = 0.0) -> Schedule:
     """Linear warm-up over a fraction of the run, then half a cosine down to 0."""
     _check_fraction("warmup", warmup)
     warmup_steps = int(warmup * total_steps)
-    return optax.warmup_cosine_decay_schedule(
-        0.0 if warmup_steps else peak, peak, warmup_steps, total_steps
-    )
+    if not warmup_steps:
+        return optax.cosine_decay_schedule(peak, total_steps)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps)
 
 
 def one_cycle(peak: float, total_steps: int, *, warmup: float = 0.3) -> Schedule:

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from robust_jax import data
+
 AXIS = "batch"
 Method = Literal["pmap", "shard_map"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -51,26 +53,31 @@ def map_step(
     return lambda state, batch, key: mapped(state, _shard_rows(batch, mesh), key)
 
 
-def map_examples(
-    fn: Callable, method: Method, devices: Sequence[jax.Device] | None = None
+def map_split(
+    fn: Callable,
+    method: Method,
+    *,
+    batch_size: int,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Callable:
-    """fn(variables, batch, *scalars) -> per-example outputs [B,…], its batch shared by the devices.
+    """fn(variables, batch, *scalars) -> {name: [B,…]} over any part of a data split.
 
-    Scalars are the same for every example and can change without recompiling.
+    The result is called as (variables, split, index, *scalars) -> {name: [len(index),…]}. Batches
+    are of batch_size rounded up to a multiple of the devices, the last one padded and the padding
+    dropped. Scalars are the same for every example and can change without recompiling.
     """
+    num_devices = len(devices or jax.devices())
+    batch_size = -(-batch_size // num_devices) * num_devices
+    mapped = _map_examples(fn, method, devices)
 
-    def per_device(variables, batch, scalars):
-        return fn(variables, batch, *scalars)
+    def call(variables, split, index, *scalars):
+        parts = [
+            {name: np.asarray(a)[:rows] for name, a in mapped(variables, batch, scalars).items()}
+            for batch, rows in data.padded_batches(split, index, batch_size)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    if method == "pmap":
-        mapped = jax.pmap(per_device, in_axes=(None, 0, None), devices=devices)
-        split = partial(_split_rows, devices=devices)
-        return lambda variables, batch, *scalars: _join_rows(
-            mapped(variables, split(batch), scalars)
-        )
-    mesh = _mesh(devices)
-    sharded = jax.jit(_shard_map(per_device, mesh, out_specs=PartitionSpec(AXIS)))
-    return lambda variables, batch, *scalars: sharded(variables, _shard_rows(batch, mesh), scalars)
+    return call
 
 
 def own_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -82,6 +89,23 @@ def own_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def is_main_process() -> bool:
     """Whether this process is the one that writes, logs and shows progress."""
     return jax.process_index() == 0
+
+
+def _map_examples(fn: Callable, method: Method, devices: Sequence[jax.Device] | None) -> Callable:
+    """The per-device fn on the rows of all devices: (variables, batch, scalars) -> outputs."""
+
+    def per_device(variables, batch, scalars):
+        return fn(variables, batch, *scalars)
+
+    if method == "pmap":
+        mapped = jax.pmap(per_device, in_axes=(None, 0, None), devices=devices)
+        split = partial(_split_rows, devices=devices)
+        return lambda variables, batch, scalars: _join_rows(
+            mapped(variables, split(batch), scalars)
+        )
+    mesh = _mesh(devices)
+    sharded = jax.jit(_shard_map(per_device, mesh, out_specs=PartitionSpec(AXIS)))
+    return lambda variables, batch, scalars: sharded(variables, _shard_rows(batch, mesh), scalars)
 
 
 def _shard_map(fn: Callable, mesh: Mesh, out_specs: PartitionSpec) -> Callable:

@@ -42,17 +42,10 @@ def make_validation(
             "cross_entropy": losses.cross_entropy(logits, y),
         }
 
-    mapped = parallel.map_examples(measure, method)
+    mapped = parallel.map_split(measure, method, batch_size=batch_size)
 
     def validate(variables):
-        index = np.arange(len(split.labels))
-        parts = [
-            jax.tree.map(lambda a, n=rows: np.asarray(a)[:n], mapped(variables, batch))
-            for batch, rows in data.padded_batches(split, index, batch_size)
-        ]
-        return {
-            name: float(np.concatenate([part[name] for part in parts]).mean(dtype=np.float64))
-            for name in parts[0]
-        }
+        values = mapped(variables, split, np.arange(len(split.labels)))
+        return {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
 
     return validate
