@@ -89,7 +89,8 @@ def title(results: Results) -> str:
     config = results["config"]
     on = {"both": "clean and adversarial"}.get(config["loss_on"], config["loss_on"])
     method = f"{_words(config['loss']['name'])} on {on} images"
-    terms = [_words(name) for name in config.get("regularizers") or {}]
+    regularizers = config.get("regularizers") or {}
+    terms = [_words(name) for name, term in regularizers.items() if term.get("weight", 1)]
     if terms:
         method += f", with {' and '.join(terms)} regularisation"
     if adversary := config.get("adversary"):

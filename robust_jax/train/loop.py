@@ -106,7 +106,6 @@ def _run(
     start = int(state.step)
     if start:
         logging.info("resuming at step %d of %d", start, plan.total_steps)
-    writer = MetricsWriter(workdir, resumed_at=start)
     pending: list[Any] = []  # sums on the device, not yet fetched
     fetched: list[Any] = list(notes["pending"])  # sums since the last log line
     clock = time.perf_counter()
@@ -126,6 +125,7 @@ def _run(
         pending.clear()
 
     with (
+        contextlib.closing(MetricsWriter(workdir, resumed_at=start)) as writer,
         tqdm(
             total=plan.total_steps,
             initial=start,
@@ -174,7 +174,6 @@ def _run(
                 logging.warning("terminated: saved step %d; the same command goes on", done)
                 sys.exit(EXIT_TERMINATED)
     checkpoints.wait()
-    writer.close()
     return state, notes
 
 

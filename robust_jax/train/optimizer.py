@@ -93,9 +93,10 @@ def cosine(peak: float, total_steps: int, *, warmup: float = 0.0) -> Schedule:
 def one_cycle(peak: float, total_steps: int, *, warmup: float = 0.3) -> Schedule:
     """Linear up to peak over a fraction of the run, then linear down to 0 (arXiv 1708.07120)."""
     _check_fraction("warmup", warmup)
-    return optax.linear_onecycle_schedule(
-        total_steps, peak, pct_start=warmup, pct_final=1.0, div_factor=1e4, final_div_factor=1e4
-    )
+    warmup_steps = int(warmup * total_steps)
+    up = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
+    down = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
+    return optax.join_schedules([up, down], [warmup_steps])
 
 
 SCHEDULES: Mapping[str, Callable[..., Schedule]] = {

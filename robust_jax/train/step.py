@@ -47,7 +47,7 @@ def make_train_step(
         gradient = jax.lax.pmean(gradient, axis_name)
         sums = jax.lax.psum(sums, axis_name)
         one = jnp.ones(())
-        sums["gradient_norm"] = (optax.global_norm(gradient), one)
+        sums["gradient_norm"] = (optax.tree.norm(gradient), one)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = TrainState(

@@ -1,0 +1,237 @@
+"""Objectives: what is composed, on which half, with which statistics; and its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from robust_jax import attacks, losses, regularizers
+from robust_jax import jacobian as jacobians
+from robust_jax.objectives import Adversary, Term, make_objective
+
+KEY = jax.random.key(0)
+K = 3
+
+
+class Net(nn.Module):
+    """A smooth network with BatchNorm, so that training and evaluation modes differ."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Dense(8)(x.reshape(x.shape[0], -1))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return nn.Dense(K)(jnp.tanh(x))
+
+
+NET = Net()
+
+
+def apply(params, batch_stats, x, train):
+    variables = {"params": params, "batch_stats": batch_stats}
+    if not train:
+        return NET.apply(variables, x), batch_stats
+    logits, mutated = NET.apply(variables, x, train=True, mutable=["batch_stats"])
+    return logits, mutated["batch_stats"]
+
+
+@pytest.fixture(scope="module")
+def setting():
+    x = jax.random.uniform(KEY, (8, 4, 4, 1))
+    variables = NET.init(KEY, x)
+    batch = {"image": x, "label": jnp.arange(8) % K, "position": jnp.arange(8)}
+    return variables["params"], variables["batch_stats"], batch
+
+
+def adversary(**keywords):
+    def attack(f, x, y, k):
+        return attacks.pgd(f, x, y, k, eps=0.1, num_steps=3, **keywords)
+
+    return Adversary(attack, against_clean_logits=keywords.get("loss") is losses.kl)
+
+
+def run(setting, **keywords):
+    params, stats, batch = setting
+    objective = make_objective(apply, loss=losses.cross_entropy, **keywords)
+    per_example, (new_stats, sums) = jax.jit(objective)(params, stats, batch, KEY)
+    return np.asarray(per_example), new_stats, sums
+
+
+def test_clean_loss_is_the_loss_of_the_training_mode_network(setting):
+    params, stats, batch = setting
+    values, new_stats, sums = run(setting, loss_on="clean")
+    logits, expected_stats = apply(params, stats, batch["image"], True)
+    np.testing.assert_allclose(values, losses.cross_entropy(logits, batch["label"]), rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), new_stats,
+                 expected_stats)  # fmt: skip
+    np.testing.assert_allclose(sums["loss"][0], values.sum(), rtol=1e-5)
+    assert sums["loss"][1] == 8
+    assert set(sums) == {"loss", "supervised_loss", "clean_accuracy"}
+
+
+def test_adversarial_half_raises_the_loss_and_alone_moves_the_statistics(setting):
+    clean, clean_stats, _ = run(setting, loss_on="clean")
+    adversarial, stats, sums = run(setting, loss_on="adversarial", adversary=adversary())
+    assert adversarial.mean() > clean.mean()
+    assert "clean_accuracy" not in sums
+    leaves = zip(jax.tree.leaves(stats), jax.tree.leaves(clean_stats), strict=True)
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in leaves)
+
+
+def test_both_is_the_mean_of_the_halves(setting):
+    clean, _, _ = run(setting, loss_on="clean")
+    adversarial, _, _ = run(setting, loss_on="adversarial", adversary=adversary())
+    both, _, _ = run(setting, loss_on="both", adversary=adversary())
+    np.testing.assert_allclose(both, (clean + adversarial) / 2, rtol=1e-4)
+
+
+def test_entm_is_cross_entropy_minus_weighted_entropy(setting):
+    params, stats, batch = setting
+    plain, _, _ = run(setting, loss_on="clean")
+    terms = {"entropy": Term(regularizers.entropy, 2.0, "clean")}
+    values, _, sums = run(setting, loss_on="clean", terms=terms)
+    logits, _ = apply(params, stats, batch["image"], True)
+    np.testing.assert_allclose(values, plain - 2.0 * losses.entropy(logits), rtol=1e-4)
+    np.testing.assert_allclose(
+        sums["regularizers/entropy"][0], -losses.entropy(logits).sum(), rtol=1e-4
+    )
+
+
+def test_trades_takes_its_loss_and_its_statistics_from_the_clean_half(setting):
+    clean, clean_stats, _ = run(setting, loss_on="clean")
+    terms = {"kl": Term(regularizers.kl, 6.0, "clean")}
+    values, stats, sums = run(
+        setting, loss_on="clean", terms=terms, adversary=adversary(loss=losses.kl)
+    )
+    assert (values >= clean - 1e-4).all()
+    np.testing.assert_allclose(
+        values.mean() - clean.mean(), 6 * sums["regularizers/kl"][0] / 8, rtol=1e-3
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats, clean_stats)
+
+
+def test_weighted_kl_is_mart(setting):
+    params, stats, batch = setting
+    clean = regularizers.Half(batch["image"], apply(params, stats, batch["image"], False)[0])
+    other = regularizers.Half(batch["image"], clean.logits[::-1])
+    doubt = 1 - losses.confidence(clean.logits, batch["label"])
+    np.testing.assert_allclose(
+        regularizers.weighted_kl(clean, other, batch["label"]),
+        losses.kl(other.logits, clean.logits) * doubt, rtol=1e-5,
+    )  # fmt: skip
+
+
+def test_unlabelled_examples_enter_label_free_terms_only(setting):
+    params, stats, batch = setting
+    labels = jnp.where(jnp.arange(8) < 4, batch["label"], -1)
+    half = (params, stats, {**batch, "label": labels})
+    full, _, _ = run(setting, loss_on="clean")
+    values, _, sums = run(half, loss_on="clean", labeled_fraction=0.5)
+    np.testing.assert_allclose(values[:4], 2 * full[:4], rtol=1e-5)  # the mean over labels
+    np.testing.assert_array_equal(values[4:], 0)
+    assert sums["clean_accuracy"][1] == 4
+    terms = {
+        "entropy": Term(regularizers.entropy, 1.0, "clean"),
+        "input_gradient": Term(regularizers.input_gradient, 1.0, "clean"),
+    }
+    _, _, sums = run(half, loss_on="clean", labeled_fraction=0.5, terms=terms)
+    _, _, all_sums = run(setting, loss_on="clean", terms=terms)
+    np.testing.assert_allclose(
+        sums["regularizers/entropy"][0], all_sums["regularizers/entropy"][0], rtol=1e-5
+    )
+    assert sums["regularizers/input_gradient"][0] != all_sums["regularizers/input_gradient"][0]
+
+
+def test_key_follows_the_position_not_the_row(setting):
+    params, stats, batch = setting
+    terms = {"jacobian": Term(regularizers.jacobian, 1.0, "clean")}
+    objective = make_objective(apply, loss=losses.cross_entropy, loss_on="clean", terms=terms)
+    values, _ = objective(params, stats, batch, KEY)
+    reversed_batch = jax.tree.map(lambda a: a[::-1], batch)
+    reversed_values, _ = objective(params, stats, reversed_batch, KEY)
+    np.testing.assert_allclose(values, reversed_values[::-1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["entropy", "jacobian", "input_gradient", "vat"])
+def test_parameters_are_pulled_in_the_direction_that_lowers_the_term(name, setting):
+    """A small step against the gradient of the whole objective lowers it: nothing is cut off."""
+    params, stats, batch = setting
+    keywords = {"vat": {"eps": 0.5}}.get(name, {})
+    fn = regularizers.REGULARIZERS[name]
+    term = Term(lambda *a: fn(*a, **keywords), 5.0, "clean")
+    objective = make_objective(apply, loss=losses.cross_entropy, loss_on="clean",
+                               terms={name: term})  # fmt: skip
+
+    def value(params):
+        return objective(params, stats, batch, KEY)[0].mean()
+
+    before, gradient = jax.value_and_grad(value)(params)
+    squared_norm = sum((g**2).sum() for g in jax.tree.leaves(gradient))
+    step = 1e-3
+    after = value(jax.tree.map(lambda p, g: p - step * g, params, gradient))
+    np.testing.assert_allclose(before - after, step * squared_norm, rtol=0.15)
+
+
+def frozen_network(setting):
+    params, stats, batch = setting
+    return (lambda x: apply(params, stats, x, False)[0]), batch
+
+
+def test_jacobian_term_is_unbiased(setting):
+    logits_fn, batch = frozen_network(setting)
+    half = regularizers.Half(batch["image"], logits_fn(batch["image"]))
+    values = regularizers.jacobian(
+        logits_fn, half, batch["label"], jax.random.split(KEY, 8), num_projections=4000
+    )
+    exact = jacobians.frobenius_norm(logits_fn, batch["image"]) ** 2
+    np.testing.assert_allclose(values, exact, rtol=0.1)
+
+
+def test_input_gradient_term_is_the_squared_norm(setting):
+    logits_fn, batch = frozen_network(setting)
+    half = regularizers.Half(batch["image"], logits_fn(batch["image"]))
+    values = regularizers.input_gradient(logits_fn, half, batch["label"], None)
+    for i in range(8):
+
+        def loss(image, i=i):
+            return losses.cross_entropy(logits_fn(image[None]), batch["label"][i : i + 1])[0]
+
+        np.testing.assert_allclose(values[i], (jax.grad(loss)(batch["image"][i]) ** 2).sum(),
+                                   rtol=1e-4)  # fmt: skip
+
+
+def test_vat_direction_is_the_top_eigenvector_of_the_fisher_metric(setting):
+    """At small eps, VAT's KL is ½ eps² times the largest eigenvalue of JᵀFJ, from an SVD."""
+    logits_fn, batch = frozen_network(setting)
+    x = batch["image"]
+    half = regularizers.Half(x, logits_fn(x))
+    eps = 0.02
+    values = regularizers.vat(
+        logits_fn, half, batch["label"], jax.random.split(KEY, 8), eps=eps, num_iterations=30
+    )
+    jacobian = np.asarray(jacobians.jacobian(logits_fn, x), np.float64).reshape(8, K, -1)
+    p = np.asarray(jax.nn.softmax(half.logits), np.float64)
+    for i in range(8):
+        fisher = np.diag(p[i]) - np.outer(p[i], p[i])
+        top = np.linalg.eigvalsh(jacobian[i].T @ fisher @ jacobian[i])[-1]
+        np.testing.assert_allclose(values[i], eps**2 / 2 * top, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"loss_on": "adversarial"}, "loss_on needs the adversarial half .* adversary is None"),
+        ({"loss_on": "x"}, "loss_on must be one of clean, adversarial, both, not 'x'"),
+        (
+            {"loss_on": "clean", "terms": {"kl": Term(regularizers.kl, 1.0, "clean")}},
+            "regularizers.kl needs the adversarial half",
+        ),
+        (
+            {"loss_on": "clean", "terms": {"entropy": Term(regularizers.entropy, 1.0, "z")}},
+            "regularizers.entropy.on must be one of",
+        ),
+    ],
+)
+def test_mistakes_are_told(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        make_objective(apply, loss=losses.cross_entropy, **keywords)

@@ -1,0 +1,264 @@
+"""Training: the same on any number of devices, resumed bit for bit, stopped where it must."""
+
+import json
+import signal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import default
+from robust_jax import losses
+from robust_jax.attacks import pgd
+from robust_jax.errors import UserError
+from robust_jax.experiment import _apply, build
+from robust_jax.models import MODELS
+from robust_jax.objectives import Adversary, make_objective
+from robust_jax.train import loop, optimizer, parallel
+from robust_jax.train.checkpoint import Checkpoints
+from robust_jax.train.metrics import MetricsWriter, reduce_sums
+from robust_jax.train.state import init_state
+from robust_jax.train.step import make_train_step
+
+KEY = jax.random.key(0)
+
+
+def small_config(**fields):
+    """A run of a few steps of a tiny network on digits."""
+    config = default.get_config()
+    config.model = {"name": "cnn", "widths": (4, 4), "hidden": 8}
+    config.adversary.num_steps = 2
+    config.batch_size = 64
+    config.duration = "12 steps"
+    config.log_every = "5 steps"
+    config.validate_every = "6 steps"
+    config.checkpoint_every = "4 steps"
+    config.validation_attack = {"name": "fgsm", "eps": 0.1}
+    config.attacks = ConfigDict({"fgsm_linf": {"name": "fgsm", "eps": (0.1,)}})
+    config.update(fields)
+    return config
+
+
+def plan_of(config):
+    return build(config, default.get_config()).plan
+
+
+@pytest.fixture(scope="module")
+def wide_resnet_step():
+    """(train_step, fresh state, batch) with BatchNorm, an adversary, augmentation and averaging."""
+    model = MODELS["wide_resnet"](
+        num_classes=10, depth=10, width=1, activation="silu", axis_name=parallel.AXIS
+    )
+    # Smooth all along: a sign or a kink would turn a rounding difference into a large one.
+    adversary = Adversary(lambda f, x, y, k: pgd(f, x, y, k, eps=0.5, norm="l2", num_steps=2))
+    objective = make_objective(
+        _apply(model), loss=losses.cross_entropy, loss_on="both", adversary=adversary
+    )
+    tx = optimizer.sgd(optax.constant_schedule(0.01), 1e-3, optimizer.decayed)
+    step = make_train_step(
+        objective, tx, axis_name=parallel.AXIS, crop_padding=1, flip=True, ema_decay=0.9
+    )
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8),
+        "label": rng.integers(0, 10, 16).astype(np.int32),
+        "position": np.arange(16),
+    }
+    return step, lambda: init_state(model, tx, KEY, (8, 8, 1), average=True), batch
+
+
+def train_three_steps(wide_resnet_step, method, num_devices):
+    step, fresh, batch = wide_resnet_step
+    mapped = parallel.map_step(step, method, jax.devices()[:num_devices])
+    state = fresh()
+    for _ in range(3):
+        state, sums = mapped(state, batch, KEY)
+    return jax.device_get((state, sums))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(wide_resnet_step):
+    return train_three_steps(wide_resnet_step, "pmap", 1)
+
+
+@pytest.mark.parametrize(("method", "num_devices"), [("pmap", 8), ("shard_map", 1),
+                                                     ("shard_map", 2)])  # fmt: skip
+def test_any_number_of_devices_gives_the_same_step(
+    wide_resnet_step, on_one_device, method, num_devices
+):
+    state, sums = train_three_steps(wide_resnet_step, method, num_devices)
+    expected_state, expected_sums = on_one_device
+    for name in sums:
+        value, expected = (totals[name][0] / totals[name][1] for totals in (sums, expected_sums))
+        np.testing.assert_allclose(value, expected, rtol=1e-4, err_msg=name)
+    chex.assert_trees_all_close(state, expected_state, rtol=1e-3, atol=1e-5)
+
+
+def test_step_learns_and_averages(on_one_device, wide_resnet_step):
+    state, _ = on_one_device
+    start = wide_resnet_step[1]()
+    assert state.step == 3
+    between = jax.tree.map(
+        lambda a, p, s: np.abs(a - s).sum() <= np.abs(p - s).sum() * 1.5 + 1e-3,
+        state.average.params, state.params, start.params,
+    )  # fmt: skip
+    assert all(jax.tree.leaves(between))
+    assert state.variables["params"] is state.average.params
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    return loop.train(plan_of(small_config()), workdir), workdir
+
+
+def test_loop_writes_what_it_says(undisturbed):
+    trained, workdir = undisturbed
+    assert int(trained.last.step) == 12
+    assert int(trained.best.step) in (6, 12)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 6, 10, 12, 12]
+    assert "train/adversarial_accuracy" in lines[0]
+    assert "validation/robust_accuracy" in lines[1]
+    best = max((line for line in lines if "validation/robust_accuracy" in line),
+               key=lambda line: line["validation/robust_accuracy"])  # fmt: skip
+    assert int(trained.best.step) == best["step"]
+    assert list(workdir.glob("tensorboard/events.*"))
+
+
+@pytest.mark.parametrize("stop_at", [4, 7, 11])
+def test_resumed_run_is_bit_identical(undisturbed, stop_at, tmp_path, monkeypatch):
+    """A crash at a step, then the same command: the same bits, and no line lost or doubled."""
+    plan = plan_of(small_config())
+
+    class Crash(BaseException):
+        pass
+
+    plain = plan.train_step
+
+    def crash(state, batch, key):
+        if int(state.step) == stop_at:
+            raise Crash
+        return plain(state, batch, key)
+
+    object.__setattr__(plan, "train_step", crash)
+    with pytest.raises(Crash):
+        loop.train(plan, tmp_path)
+    trained = loop.train(plan_of(small_config()), tmp_path)
+    expected, workdir = undisturbed
+    chex.assert_trees_all_equal(trained.last, expected.last)
+    chex.assert_trees_all_equal(trained.best, expected.best)
+    assert (tmp_path / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
+
+
+def test_sigterm_saves_and_exits(undisturbed, tmp_path):
+    plan = plan_of(small_config())
+    plain = plan.train_step
+
+    def terminate(state, batch, key):
+        if int(state.step) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(state, batch, key)
+
+    object.__setattr__(plan, "train_step", terminate)
+    with pytest.raises(SystemExit) as stopped:
+        loop.train(plan, tmp_path)
+    assert stopped.value.code == loop.EXIT_TERMINATED
+    checkpoints = Checkpoints(tmp_path, jax.eval_shape(plan.init))
+    assert int(checkpoints.restore("last")[0].step) == 7
+    checkpoints.close()
+    trained = loop.train(plan_of(small_config()), tmp_path)
+    chex.assert_trees_all_equal(trained.last, undisturbed[0].last)
+    text = (undisturbed[1] / "metrics.jsonl").read_text()
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = small_config(learning_rate=1e30, optimizer=ConfigDict({"name": "sgd"}),
+                          checkpoint_every="1 step")  # fmt: skip
+    plan = plan_of(config)
+    with pytest.raises(UserError, match=r"became (nan|inf) at step \d.*last good checkpoint"):
+        loop.train(plan, tmp_path)
+    checkpoints = Checkpoints(tmp_path, jax.eval_shape(plan.init))
+    state, _ = checkpoints.restore("last")
+    checkpoints.close()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_unfinished_training_cannot_be_evaluated(tmp_path):
+    with pytest.raises(UserError, match="is at step 0 of 12; finish it with --mode=train"):
+        loop.restore(plan_of(small_config()), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_skipped_and_all_damaged_refused(undisturbed, tmp_path):
+    trained, _ = undisturbed
+    checkpoints = Checkpoints(tmp_path, jax.eval_shape(lambda: trained.last))
+    for step in (3, 5):
+        checkpoints.save("last", trained.last.replace(step=jnp.asarray(step, jnp.int32)), {})
+    checkpoints.wait()
+    for file in (tmp_path / "checkpoints/last/5/state").rglob("manifest*"):
+        file.unlink()
+    assert int(checkpoints.restore("last")[0].step) == 3
+    for file in (tmp_path / "checkpoints/last/3/state").rglob("manifest*"):
+        file.unlink()
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        checkpoints.restore("last")
+    assert checkpoints.restore("best") is None
+    checkpoints.close()
+
+
+def test_sums_are_reduced_over_examples_not_over_steps():
+    steps = [{"a": (3.0, 1.0)}, {"a": (1.0, 3.0)}, {"b": (0.0, 0.0)}]
+    assert reduce_sums(steps) == {"a": 1.0}
+
+
+def test_metrics_drop_lines_after_the_resumed_step_and_half_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 5}\n{"step": 4, "x"')
+    writer = MetricsWriter(tmp_path, resumed_at=3)
+    writer.write(4, {"x": float("nan")})
+    writer.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 4, "x": null}\n'
+
+
+def test_decay_spares_biases_and_norms():
+    model = MODELS["wide_resnet"](num_classes=10, depth=10, width=1)
+    params = jax.eval_shape(model.init, KEY, jnp.zeros((1, 8, 8, 1)))["params"]
+    flat = {jax.tree_util.keystr(path): value for path, value in
+            jax.tree_util.tree_leaves_with_path(optimizer.decayed(params))}  # fmt: skip
+    assert all(value == ("kernel" in path) for path, value in flat.items())
+    assert 0 < sum(flat.values()) < len(flat)
+
+
+@pytest.mark.parametrize("name", optimizer.SCHEDULES)
+def test_schedules_reach_their_peak_and_their_end(name):
+    values = [float(optimizer.SCHEDULES[name](0.4, 100)(t)) for t in range(101)]
+    np.testing.assert_allclose(max(values), 0.4, rtol=1e-5)
+    end = {"constant": 0.4, "piecewise": 0.004, "cosine": 0.0, "one_cycle": 0.0}[name]
+    np.testing.assert_allclose(values[-1], end, atol=1e-5)
+
+
+def test_piecewise_drops_where_it_says():
+    schedule = optimizer.piecewise(1.0, 100, boundaries=(0.5,), factor=0.1)
+    np.testing.assert_allclose([schedule(49), schedule(50)], [1.0, 0.1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_optimisers_decay_kernels_only_and_descend(name):
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    tx = optimizer.OPTIMIZERS[name](optax.constant_schedule(0.1), 0.5, optimizer.decayed)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    assert (updates["kernel"] < 0).all()
+    assert (updates["bias"] == 0).all()
+
+
+def test_clipping_bounds_the_gradient():
+    tx = optimizer.with_clipping(optax.sgd(1.0), 2.0)
+    gradient = {"w": jnp.full(4, 100.0)}
+    updates, _ = tx.update(gradient, tx.init(gradient), gradient)
+    np.testing.assert_allclose(optax.tree.norm(updates), 2.0, rtol=1e-5)
