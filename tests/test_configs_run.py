@@ -1,0 +1,74 @@
+"""Every config in configs/ composes and takes two steps, on a network and images made small."""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs import default
+from robust_jax.experiment import build
+from tests.conftest import REPOSITORY
+
+CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
+# Fields that make a network of the same class small.
+SMALL = {
+    "cnn": {"widths": (4, 4), "hidden": 8},
+    "preact_resnet": {"width": 1 / 16},
+    "wide_resnet": {"depth": 10, "width": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def npz_files(tmp_path_factory):
+    """Random images of 10 classes in the shapes of the data sets that the configs name."""
+    folder = tmp_path_factory.mktemp("npz")
+    rng = np.random.default_rng(0)
+    shapes = {"tfds:mnist": (28, 28, 1), "tfds:fashion_mnist": (28, 28, 1),
+              "tfds:cifar10": (32, 32, 3)}  # fmt: skip
+    files = {}
+    for name, shape in shapes.items():
+        path = folder / f"{name.removeprefix('tfds:')}.npz"
+        arrays = {f"x_{s}": rng.integers(0, 256, (40, *shape), dtype=np.uint8)
+                  for s in ("train", "test")}  # fmt: skip
+        np.savez(path, **arrays, y_train=np.arange(40) % 10, y_test=np.arange(40) % 10)
+        files[name] = f"npz:{path}"
+    return files
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_takes_two_steps(name, npz_files):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    if config.dataset != "digits":
+        config.dataset = npz_files[config.dataset]
+        config.validation_size = 8
+    config.batch_size = 16
+    config.duration = "2 steps"
+    config.model.update(SMALL.get(config.model.name, {}))
+    if config.adversary is not None:
+        config.adversary.num_steps = min(config.adversary.num_steps, 2)
+    plan = build(config, default.get_config()).plan
+    assert plan.total_steps == 2
+    state = plan.init()
+    before = jax.device_get(state.params)
+    for step in range(2):
+        state, sums = plan.train_step(state, plan.batches[step], plan.key)
+    assert int(state.step) == 2
+    assert np.isfinite(sums["loss"][0])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 0, before, jax.device_get(state.params))
+    assert all(jax.tree.leaves(moved))
+
+
+def test_bfloat16_keeps_parameters_and_statistics_in_float32():
+    config = default.get_config()
+    config.model = {"name": "wide_resnet", "depth": 10, "width": 1}
+    config.dtype = "bfloat16"
+    config.adversary.num_steps = 1
+    config.batch_size = 16
+    config.ema_decay = 0.9
+    config.gradient_clip_norm = 1.0
+    plan = build(config, default.get_config()).plan
+    state, sums = plan.train_step(plan.init(), plan.batches[0], plan.key)
+    floats = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype != np.int32]
+    assert {leaf.dtype for leaf in floats} == {np.dtype("float32")}
+    assert np.isfinite(sums["loss"][0])

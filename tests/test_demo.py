@@ -1,0 +1,219 @@
+"""The demo as its user runs it: launch.py in a process of its own, and everything it leaves."""
+
+import html.parser
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from robust_jax import report
+
+TINY = (
+    "--config=configs/default.py",
+    "--config.model.widths=(4,4)",
+    "--config.model.hidden=8",
+    "--config.adversary.num_steps=2",
+    "--config.duration=3 epochs",
+    "--config.attacks=" + repr({"pgd_linf": {"name": "pgd", "eps": (0.1, 0.2), "num_steps": 3}}),
+)
+
+
+@pytest.fixture(scope="module")
+def demo(launch, tmp_path_factory):
+    """(what launch.py printed, the run's folder): the default config, as in `make demo`."""
+    workdir = tmp_path_factory.mktemp("demo") / "run"
+    result = launch("--config=configs/default.py", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result, workdir
+
+
+@pytest.fixture(scope="module")
+def results(demo):
+    return json.loads((demo[1] / "results.json").read_text())
+
+
+def accuracy(results, name, eps):
+    return next(a["robust_accuracy"] for a in results["attacks"]
+                if a["name"] == name and a["eps"] == eps)  # fmt: skip
+
+
+def test_learns_and_is_robust_beyond_what_chance_and_standard_training_reach(results):
+    assert results["clean"]["accuracy"] > 0.95
+    assert results["clean"]["count"] == 500
+    assert accuracy(results, "worst_case_linf", 0.1) > 0.7
+    assert accuracy(results, "worst_case_linf", 0.15) > 0.5
+    assert accuracy(results, "worst_case_l2", 0.5) > 0.6
+
+
+def test_attacks_do_bite(results):
+    """A robust accuracy that no eps brings down would be masked gradients, not robustness."""
+    assert accuracy(results, "pgd_linf", 0.3) < 0.1
+    assert accuracy(results, "pgd_l2", 2.0) < 0.1
+    for norm, eps in (("linf", 0.2), ("l2", 1.0)):
+        assert accuracy(results, f"pgd_{norm}", eps) <= accuracy(results, f"fgsm_{norm}", eps)
+
+
+def test_an_untrained_network_does_not_pass(launch, tmp_path):
+    result = launch("--config=configs/default.py", f"--workdir={tmp_path / 'run'}",
+                    "--config.learning_rate=1e-9", "--config.duration=1 step")  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["clean"]["accuracy"] < 0.5
+    assert accuracy(results, "worst_case_linf", 0.1) < 0.2
+
+
+def test_results_are_the_means_of_the_records(demo, results):
+    records = pd.read_csv(demo[1] / "records" / "best.csv")
+    assert len(records) == 500
+    assert (records["index"] == np.arange(500)).all()
+    assert records["correct"].mean() == results["clean"]["accuracy"]
+    assert ((records["prediction"] == records["label"]) == records["correct"]).all()
+    assert ((records["margin"] > 0) == records["correct"]).all()
+    assert (records["spectral_logits"] <= records["frobenius_logits"] * (1 + 1e-4)).all()
+    assert records["entropy"].between(0, np.log(10) + 1e-5).all()
+    assert records["confidence"].between(0, 1).all()
+    for attack in results["attacks"]:
+        if attack["attack"] != "worst_case":
+            column = f"{attack['name']}@{attack['eps']:g}"
+            held, distance = records[f"{column}/held"], records[f"{column}/distance"]
+            assert held.mean() == attack["robust_accuracy"]
+            assert (distance.isna() == held).all()
+            assert distance.max() <= attack["eps"] * (1 + 1e-6) + 1e-6
+    error = records["frobenius_estimate_error_logits"]
+    z = (records["frobenius_estimate_logits"] - records["frobenius_logits"]) / error
+    assert (z.abs() < 3).mean() > 0.9
+
+
+def test_accuracy_falls_with_eps_and_the_worst_case_is_the_worst(results):
+    by_name = {}
+    for attack in results["attacks"]:
+        by_name.setdefault(attack["name"], []).append(attack["robust_accuracy"])
+    for values in by_name.values():
+        assert values == sorted(values, reverse=True)
+        assert values[0] <= results["clean"]["accuracy"]
+    for norm in ("linf", "l2"):
+        worst = by_name[f"worst_case_{norm}"]
+        for name, values in by_name.items():
+            if name.endswith(norm):
+                assert all(w <= v for w, v in zip(worst, values, strict=True))
+
+
+def test_best_is_the_step_of_the_highest_robust_validation_accuracy(demo, results):
+    lines = [json.loads(line) for line in (demo[1] / "metrics.jsonl").read_text().splitlines()]
+    accuracies = {line["step"]: line["validation/robust_accuracy"] for line in lines
+                  if "validation/robust_accuracy" in line}  # fmt: skip
+    best = max(accuracies.values())
+    assert results["best"]["step"] == min(s for s, a in accuracies.items() if a == best)
+    assert results["last"]["step"] == max(accuracies)
+    assert results["step"] == results["best"]["step"]
+
+
+def test_results_say_how_they_were_made(results):
+    assert results["seed"] == 0
+    assert results["config"]["adversary"]["eps"] == 0.15
+    assert results["device"] == {"platform": "cpu", "kind": "cpu", "count": 1}
+    assert {"jax", "flax", "optax", "python", "robust_jax"} <= set(results["versions"])
+    assert results["timings"]["examples_per_second"] > 0
+    assert results["jacobian"]["logits"]["frobenius"]["mean"] > 0
+
+
+def test_the_table_is_printed_and_the_page_is_self_contained(demo, results):
+    printed, workdir = demo
+    assert report.table(results) in printed.stdout
+    page = (workdir / "report.html").read_text()
+
+    class Links(html.parser.HTMLParser):
+        found: list = []
+
+        def handle_starttag(self, tag, attributes):
+            self.found += [v for k, v in attributes if k in ("src", "href")]
+
+    Links().feed(page)
+    assert all(link.startswith(("data:", "#")) for link in Links.found)
+    assert f"{100 * results['clean']['accuracy']:.1f}" in page
+
+
+def test_a_finished_run_says_so_and_keeps_its_files(demo, launch):
+    _, workdir = demo
+    before = (workdir / "results.json").read_bytes()
+    result = launch("--config=configs/default.py", f"--workdir={workdir}")
+    assert result.returncode == 0
+    assert "is finished" in result.stderr
+    assert (workdir / "results.json").read_bytes() == before
+
+
+def test_another_config_in_the_same_folder_is_refused(demo, launch):
+    _, workdir = demo
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    result = launch("--config=configs/default.py", f"--workdir={workdir}", "--config.seed=7")
+    assert result.returncode == 1
+    assert "holds a run of another config (config.seed: 0 → 7)" in result.stderr
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
+
+
+def test_report_mode_writes_the_page_again(demo, launch, tmp_path):
+    workdir = tmp_path / "copied"  # a run can be moved
+    shutil.copytree(demo[1], workdir)
+    page = (workdir / "report.html").read_text()
+    (workdir / "report.html").unlink()
+    result = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=report")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (workdir / "report.html").read_text() == page
+
+
+def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_same(
+    demo, results, launch, tmp_path
+):
+    workdir = tmp_path / "copied"
+    shutil.copytree(demo[1], workdir)
+    attacks = {"pgd_linf": {"name": "pgd", "norm": "linf", "eps": (0.05, 0.1, 0.12),
+                            "num_steps": 20, "num_restarts": 3}}  # fmt: skip
+    result = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=evaluate",
+                    f"--config.attacks={attacks!r}")  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    again = json.loads((workdir / "results.json").read_text())
+    assert {a["name"] for a in again["attacks"]} >= {"pgd_linf", "worst_case_linf"}
+    for eps in (0.05, 0.1):
+        assert accuracy(again, "pgd_linf", eps) == accuracy(results, "pgd_linf", eps)
+    assert again["clean"] == results["clean"]
+
+
+def test_modes_need_a_finished_run(launch, tmp_path):
+    for mode in ("evaluate", "report"):
+        result = launch("--config=configs/default.py", f"--workdir={tmp_path / 'none'}",
+                        f"--mode={mode}")  # fmt: skip
+        assert result.returncode == 1
+        assert "holds no run" in result.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_with_other_things_is_refused(launch, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    result = launch("--config=configs/default.py", f"--workdir={tmp_path}")
+    assert result.returncode == 1
+    assert "is not empty and holds no run" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
+    found = {}
+    for devices, mapping in ((1, "pmap"), (8, "pmap"), (8, "shard_map")):
+        workdir = tmp_path / f"{devices}_{mapping}"
+        result = launch(*TINY, f"--workdir={workdir}", f"--config.parallel={mapping}",
+                        devices=devices)  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        found[devices, mapping] = json.loads((workdir / "results.json").read_text())
+    one = found.pop((1, "pmap"))
+    for other in found.values():
+        assert other["device"]["count"] == 8
+        # Sign steps turn rounding into a few different pixels, hence a few different examples.
+        np.testing.assert_allclose(other["clean"]["accuracy"], one["clean"]["accuracy"], atol=0.02)
+        for eps in (0.1, 0.2):
+            np.testing.assert_allclose(accuracy(other, "pgd_linf", eps),
+                                       accuracy(one, "pgd_linf", eps), atol=0.03)  # fmt: skip
+        np.testing.assert_allclose(
+            other["jacobian"]["logits"]["frobenius"]["mean"],
+            one["jacobian"]["logits"]["frobenius"]["mean"], rtol=0.02,
+        )  # fmt: skip
