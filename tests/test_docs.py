@@ -1,0 +1,78 @@
+"""The examples in CONTRIBUTING.md, run as they stand, and the README's claims about files."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_jax import attacks, losses
+from robust_jax.attacks import norms
+from robust_jax.keys import example_keys
+from tests.conftest import REPOSITORY
+from tests.linear import interior_images, make_linear
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_example_loss_works(blocks):
+    namespace = dict(vars(losses))
+    exec(next(b for b in blocks if "def focal" in b), namespace)
+    logits, labels = jax.random.normal(KEY, (6, 4)), jnp.arange(6) % 4
+    p = losses.confidence(logits, labels)
+    np.testing.assert_allclose(
+        namespace["focal"](logits, labels), -((1 - p) ** 2) * jnp.log(p), rtol=1e-4
+    )
+
+
+def test_the_example_attack_works(blocks):
+    namespace = {"jax": jax, "norms": norms, "example_keys": example_keys}
+    exec(next(b for b in blocks if "def uniform_noise" in b), namespace)
+    logits_fn, _, _ = make_linear(KEY)
+    x = interior_images(KEY, 5)
+    x_adv = namespace["uniform_noise"](logits_fn, x, jnp.zeros(5, jnp.int32), KEY, eps=0.1)
+    assert 0 < np.abs(x_adv - x).max() <= 0.1 + 1e-6
+
+
+def test_the_example_data_set_loads(blocks, tmp_path, monkeypatch):
+    from robust_jax import data
+
+    rng = np.random.default_rng(0)
+    x_train, x_test = (rng.integers(0, 256, (20, 5, 5), dtype=np.uint8) for _ in range(2))
+    y_train = y_test = np.arange(20) % 2
+    monkeypatch.chdir(tmp_path)
+    exec(next(b for b in blocks if "mine.npz" in b), {"np": np, "x_train": x_train,
+         "x_test": x_test, "y_train": y_train, "y_test": y_test})  # fmt: skip
+    assert data.load("npz:mine.npz", validation_size=4).num_classes == 2
+
+
+def test_the_readme_names_files_that_exist():
+    text = (REPOSITORY / "README.md").read_text()
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert (REPOSITORY / "configs" / name).exists() or (REPOSITORY / name).exists(), name
+    for link in re.findall(r"\]\(([\w/.]+)\)", text):
+        assert (REPOSITORY / link).exists(), link
+
+
+def test_the_readme_library_example_runs():
+    text = (REPOSITORY / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    logits_fn, _, _ = make_linear(KEY)
+
+    class Model:
+        def apply(self, variables, x):
+            return logits_fn(x)
+
+    namespace = {"model": Model(), "variables": {}, "x": interior_images(KEY, 3),
+                 "y": jnp.zeros(3, jnp.int32)}  # fmt: skip
+    exec(code, namespace)
+    assert namespace["x_adv"].shape == (3, 4, 5, 1)
+    assert namespace["norms"].shape == (3,)
+    assert set(attacks.ATTACKS) >= {"pgd", "fgsm", "bim", "mim"}
