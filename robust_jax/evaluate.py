@@ -17,6 +17,7 @@ from tqdm import tqdm
 from robust_jax import data, jacobian, losses
 from robust_jax.attacks import norms
 from robust_jax.keys import fold_in_each
+from robust_jax.records import column, worst_case
 from robust_jax.train import parallel
 
 Network = Callable[[Any, jax.Array], jax.Array]
@@ -88,8 +89,8 @@ class Evaluator:
                         out = self._attacks[name](variables, self._split, standing, eps)
                         held[standing] = out["held"]
                         distance[standing] = np.where(out["held"], np.nan, out["distance"])
-                    columns[f"{name}@{eps:g}/held"] = held.copy()
-                    columns[f"{name}@{eps:g}/distance"] = distance.copy()
+                    columns[column(name, eps, "held")] = held.copy()
+                    columns[column(name, eps, "distance")] = distance.copy()
                     bar.update()
         columns["correct"] = columns["correct"].astype(bool)
         return pd.DataFrame({"index": index, "label": self._split.labels, **columns})
@@ -119,8 +120,8 @@ def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[st
     attacks = []
     for name, grid in grids.items():
         for eps in sorted(grid.eps):
-            held = records[f"{name}@{eps:g}/held"]
-            distance = records[f"{name}@{eps:g}/distance"][records["correct"]].mean()
+            held = records[column(name, eps, "held")]
+            distance = records[column(name, eps, "distance")][records["correct"]].mean()
             attacks.append(
                 {
                     "name": name,
@@ -133,14 +134,15 @@ def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[st
                 }
             )
     for norm in dict.fromkeys(grid.norm for grid in grids.values()):
-        for eps in sorted({e for grid in grids.values() if grid.norm == norm for e in grid.eps}):
+        of_norm = {name: grid for name, grid in grids.items() if grid.norm == norm}
+        for eps in sorted({eps for grid in of_norm.values() for eps in grid.eps}):
             attacks.append(
                 {
                     "name": f"worst_case_{norm}",
                     "attack": "worst_case",
                     "norm": norm,
                     "eps": eps,
-                    "robust_accuracy": float(worst_case(records, grids, norm, eps).mean()),
+                    "robust_accuracy": float(worst_case(records, of_norm, eps).mean()),
                     "count": count,
                     "mean_distance": None,
                 }
@@ -154,19 +156,6 @@ def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[st
         "attacks": attacks,
         "jacobian": {fn: _jacobian_summary(records, fn) for fn in ("logits", "probabilities")},
     }
-
-
-def worst_case(
-    records: pd.DataFrame, grids: Mapping[str, AttackGrid], norm: str, eps: float
-) -> pd.Series:
-    """Whether each example held against every attack of a norm with a radius up to eps."""
-    held = records["correct"].copy()
-    for name, grid in grids.items():
-        if grid.norm == norm:
-            for radius in grid.eps:
-                if radius <= eps:
-                    held &= records[f"{name}@{radius:g}/held"]
-    return held
 
 
 def _jacobian_summary(records: pd.DataFrame, fn: str) -> dict[str, dict[str, float]]:

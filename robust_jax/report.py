@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from robust_jax.analysis import plots
+from robust_jax.analysis import plots, runs
 from robust_jax.config import flatten
+from robust_jax.records import fates
 
 Results = Mapping[str, Any]
 _LINE = 80
@@ -32,12 +33,10 @@ class Radius(NamedTuple):
 
 def write(workdir: Path) -> Path:
     """Writes workdir/report.html from what the run left in workdir, and returns its path."""
-    results = json.loads((workdir / "results.json").read_text())
-    names = checkpoints(results)
-    records = {name: pd.read_csv(workdir / "records" / f"{name}.csv") for name in names}
-    metrics = _metrics(workdir / "metrics.jsonl")
-    examples = _examples(workdir / "examples.npz")
-    figures = _figures(results, records, metrics, examples)
+    run = runs.load(workdir)
+    results, names = run.results, checkpoints(run.results)
+    records = {name: run.records[name] for name in names}
+    figures = _figures(results, records, run.metrics, run.images)
     template = resources.files("robust_jax").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -318,7 +317,7 @@ def _figures(
         )  # fmt: skip
     if radius is not None:
         of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
-        fate = plots.fates(best, of_norm, radius.eps)
+        fate = fates(best, of_norm, radius.eps)
         at = _at(radius.norm, radius.eps)
         figures["fate"] = _image(
             plots.fate_histograms(best, fate),
@@ -366,16 +365,3 @@ def _image(figure: Figure, alt: str, **about: Any) -> dict[str, Any]:
             uris.append(f"data:image/{mime};base64,{encoded}")
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     return {"src": min(uris, key=len), "alt": alt, "width": width, "height": height, **about}
-
-
-def _metrics(path: Path) -> pd.DataFrame:
-    lines = path.read_text().splitlines() if path.exists() else []
-    # A value that was not finite is null there.
-    return pd.DataFrame([json.loads(line) for line in lines]).astype(float)
-
-
-def _examples(path: Path) -> dict[str, np.ndarray] | None:
-    if not path.exists():
-        return None
-    with np.load(path, allow_pickle=False) as archive:
-        return dict(archive)

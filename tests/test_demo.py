@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from robust_jax import report
+from tests.conftest import REPOSITORY
 
 TINY = (
     "--config=configs/default.py",
@@ -217,3 +218,17 @@ def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
             other["jacobian"]["logits"]["frobenius"]["mean"],
             one["jacobian"]["logits"]["frobenius"]["mean"], rtol=0.02,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (REPOSITORY / "notebooks").glob("*.ipynb")))
+def test_notebook_runs_on_the_demo(name, demo, monkeypatch):
+    import nbclient
+    import nbformat
+
+    monkeypatch.setenv("ROBUST_JAX_RUN", str(demo[1]))
+    path = REPOSITORY / "notebooks" / name
+    notebook = nbformat.read(path, as_version=4)
+    committed = sum(len(cell.get("outputs", ())) for cell in notebook.cells)
+    resources = {"metadata": {"path": str(path.parent)}}
+    nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
+    assert committed == sum(len(cell.get("outputs", ())) for cell in notebook.cells) > 0

@@ -13,6 +13,7 @@ import pytest
 
 from robust_jax import report
 from robust_jax.analysis import plots
+from robust_jax.records import fates
 
 EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
 ATTACKS = {"fgsm": 1.3, "pgd": 1.0}  # how much further than the nearest boundary each must go
@@ -239,7 +240,7 @@ def test_the_headline_is_about_the_trained_radius(run):
 
 def test_no_adversary_no_metrics_and_no_images(tmp_path):
     results = make_run(tmp_path, adversary=False, norms=("linf",), regularizers={})
-    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "examples.npz").unlink()
     page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
     assert "not a size it was trained against" in page.text
@@ -313,9 +314,9 @@ def test_fates_follow_every_radius_up_to_eps():
         "pgd_linf@0.1/held": [False, True, False, True],
         "pgd_l2@0.01/held": [False, False, False, False],
     })  # fmt: skip
-    fate = list(plots.fates(records, ["pgd_linf"], 8 / 255))
+    fate = list(fates(records, ["pgd_linf"], 8 / 255))
     assert fate == ["misclassified", "broken", "held", "held"]
-    fate = list(plots.fates(records, ["pgd_linf"], 0.1))
+    fate = list(fates(records, ["pgd_linf"], 0.1))
     assert fate == ["misclassified", "broken", "broken", "held"]
 
 
@@ -374,7 +375,7 @@ def test_estimate_against_exact_has_the_diagonal():
 
 def test_fates_are_drawn_and_counted():
     records = make_records(0)
-    fate = plots.fates(records, ["pgd_linf", "fgsm_linf"], 0.1)
+    fate = fates(records, ["pgd_linf", "fgsm_linf"], 0.1)
     figure = plots.fate_histograms(records, fate)
     axes = check_labels(figure, 2)
     assert all(ax.get_xlabel() for ax in axes)

@@ -49,22 +49,6 @@ JACOBIANS = {
 }
 
 
-def fates(records: pd.DataFrame, attacks: Iterable[str], eps: float) -> pd.Series:
-    """What became of each example under the worst of the named attacks with a radius up to eps.
-
-    "misclassified" without any attack, "broken" by at least one, or "held" against all.
-    """
-    names = set(attacks)
-    held = records["correct"].astype(bool)
-    for column in records.columns:
-        name, _, radius = column.removesuffix("/held").rpartition("@")
-        # Column names round the radius to six digits.
-        if column.endswith("/held") and name in names and float(radius) <= eps * (1 + 1e-5):
-            held &= records[column].astype(bool)
-    fate = np.where(held, "held", np.where(records["correct"], "broken", "misclassified"))
-    return pd.Series(fate, index=records.index, name="fate")
-
-
 @rc_context(STYLE)
 def accuracy_against_eps(
     attacks: pd.DataFrame,
@@ -208,7 +192,7 @@ def estimate_against_exact(exact: ArrayLike, estimate: ArrayLike, error: ArrayLi
 
 @rc_context(STYLE)
 def fate_histograms(records: pd.DataFrame, fate: pd.Series) -> Figure:
-    """Histograms of margin and confidence, split by `fates`; bars of one fate sum to 100 %."""
+    """Histograms of margin and confidence, split by `records.fates`; a fate sums to 100 %."""
     figure = Figure(figsize=(WIDTH, 3.2))
     panels = figure.subplots(1, 2)
     labels = {"margin": "margin (true logit − largest other)", "confidence": "confidence"}
@@ -230,7 +214,7 @@ def fate_histograms(records: pd.DataFrame, fate: pd.Series) -> Figure:
 
 @rc_context(STYLE)
 def jacobian_by_fate(records: pd.DataFrame, fate: pd.Series) -> Figure:
-    """Box plots of the Jacobian norms, split by `fates`, with each group's median written.
+    """Box plots of the Jacobian norms, split by `records.fates`, with each group's median written.
 
     The box holds the middle half of a group and the whiskers its middle 90 %.
     """
