@@ -106,7 +106,7 @@ def test_mistake_is_told_in_one_line(case):
 
 def test_launch_tells_a_mistake_in_one_line_and_writes_nothing(launch, tmp_path):
     workdir = tmp_path / "run"
-    result = launch(f"--workdir={workdir}", "--config.loss.name=ce")
+    result = launch("--config=configs/default.py", f"--workdir={workdir}", "--config.loss.name=ce")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: config.loss.name is 'ce'")
     assert "Traceback" not in result.stderr
