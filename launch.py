@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
         results = run.run(FLAGS.config, default.get_config(), Path(FLAGS.workdir), FLAGS.mode)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(report.table(results))
+    if results:  # of several processes only the first has them
+        print(report.table(results))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

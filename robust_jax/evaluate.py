@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from robust_jax import data, jacobian, losses
 from robust_jax.attacks import norms
 from robust_jax.keys import fold_in_each
+from robust_jax.progress import progress
 from robust_jax.records import column, worst_case
 from robust_jax.train import parallel
 
@@ -70,13 +70,7 @@ class Evaluator:
         """
         index = np.arange(len(self._split.labels))
         work = 2 + sum(len(grid.eps) for grid in self._grids.values())
-        with tqdm(
-            total=work,
-            desc=description,
-            unit="pass",
-            dynamic_ncols=True,
-            disable=not parallel.is_main_process(),
-        ) as bar:
+        with progress(work, description, "pass") as bar:
             columns = self._measure(variables, self._split, index)
             bar.update(2)
             for name, grid in self._grids.items():

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from robust_jax.data import TrainBatches
 from robust_jax.errors import UserError
+from robust_jax.progress import progress
 from robust_jax.train import parallel
 from robust_jax.train.checkpoint import Checkpoints, Notes
 from robust_jax.train.metrics import MetricsWriter, reduce_sums
@@ -126,14 +126,7 @@ def _run(
 
     with (
         contextlib.closing(MetricsWriter(workdir, resumed_at=start)) as writer,
-        tqdm(
-            total=plan.total_steps,
-            initial=start,
-            desc="train",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not parallel.is_main_process(),
-        ) as bar,
+        progress(plan.total_steps, "train", "step", initial=start) as bar,
         _Terminated() as terminated,
     ):
         for done in range(start + 1, plan.total_steps + 1):

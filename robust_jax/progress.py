@@ -1,0 +1,20 @@
+"""Progress on the terminal of the main process."""
+
+import sys
+
+import jax
+from tqdm import tqdm
+
+
+def progress(total: int, description: str, unit: str, *, initial: int = 0) -> tqdm:
+    """A bar with an estimate of what is left; in a log file a line every half minute."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=unit,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+        smoothing=0,  # steps are dispatched in bursts: only the average says what is left
+        disable=jax.process_index() != 0,
+    )
