@@ -106,6 +106,7 @@ def _run(
     start = int(state.step)
     if start:
         logging.info("resuming at step %d of %d", start, plan.total_steps)
+    timed_before = notes["steps_timed"]  # the first step of each start compiles: not timed
     pending: list[Any] = []  # sums on the device, not yet fetched
     fetched: list[Any] = list(notes["pending"])  # sums since the last log line
     clock = time.perf_counter()
@@ -115,12 +116,7 @@ def _run(
             sums = {name: [float(v) for v in pair] for name, pair in sums.items()}
             step = done - len(pending) + offset + 1
             for name in ("loss", "gradient_norm"):
-                if not np.isfinite(sums[name][0]):
-                    raise UserError(
-                        f"the {name.replace('_', ' ')} became {sums[name][0]} at step {step}; "
-                        f"the last good checkpoint is kept in {workdir / 'checkpoints'}; a lower "
-                        "learning_rate or a gradient_clip_norm may help"
-                    )
+                _check_finite(name.replace("_", " "), sums[name][0], step, workdir)
             fetched.append(sums)
         pending.clear()
 
@@ -150,6 +146,7 @@ def _run(
                 fetch()
                 notes["seconds"], clock = _add_time(notes["seconds"], clock)
                 values = plan.validate(state.variables)
+                _check_finite("validation loss", values["cross_entropy"], done, workdir)
                 writer.write(done, {f"validation/{name}": v for name, v in values.items()})
                 if values["robust_accuracy"] > notes["best_accuracy"]:
                     notes["best_accuracy"] = values["robust_accuracy"]
@@ -158,7 +155,7 @@ def _run(
             if done % plan.checkpoint_every == 0 or last or terminated.flag:
                 fetch()
                 notes["seconds"], clock = _add_time(notes["seconds"], clock)
-                notes["steps_timed"] = done
+                notes["steps_timed"] = timed_before + done - start - 1
                 # The best must be on disk before a later `last` makes a resumed run skip it.
                 checkpoints.wait()
                 checkpoints.save("last", state, {**notes, "pending": list(fetched)})
@@ -168,6 +165,14 @@ def _run(
                 sys.exit(EXIT_TERMINATED)
     checkpoints.wait()
     return state, notes
+
+
+def _check_finite(name: str, value: float, step: int, workdir: Path) -> None:
+    if not np.isfinite(value):
+        raise UserError(
+            f"the {name} became {value} at step {step}; the last good checkpoint is kept in "
+            f"{workdir / 'checkpoints'}; a lower learning_rate or a gradient_clip_norm may help"
+        )
 
 
 def _add_time(seconds: float, clock: float) -> tuple[float, float]:
@@ -180,7 +185,7 @@ def _timings(plan: Plan, notes: Notes) -> dict[str, float]:
     return {
         "compile_seconds": notes["compile_seconds"],
         "train_seconds": seconds,
-        "examples_per_second": (notes["steps_timed"] - 1) * plan.batch_size / max(seconds, 1e-9),
+        "examples_per_second": notes["steps_timed"] * plan.batch_size / max(seconds, 1e-9),
     }
 
 
