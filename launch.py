@@ -6,6 +6,7 @@ python launch.py --config=configs/default.py --workdir=runs/demo [--config.field
 import logging as python_logging
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -45,19 +46,28 @@ def main(argv: list[str]) -> None:
         results = run.run(FLAGS.config, default.get_config(), Path(FLAGS.workdir), FLAGS.mode)
     except UserError as error:
         sys.exit(f"error: {error}")
-    if results:  # of several processes only the first has them
-        print(report.table(results))
+    print(report.table(results))
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one line for whatever is wrong with the flags or the config's path."""
+    """absl's parser, with one line for whatever is wrong with the flags or the config file."""
     try:
         rest = FLAGS(argv)
-        iter(FLAGS.config)  # a config file that failed to load says so when it is first used
+        FLAGS.config.keys()  # a config file that failed to load says so when it is first used
         return rest
-    except (flags.Error, KeyError, AttributeError, OSError) as error:
-        reason = " ".join(str(error.args[-1]).split())
-        sys.exit(f"error: {reason} (--help lists the flags, configs/default.py the fields)")
+    except Exception as error:  # a config file is code and may raise anything
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause.args[-1] if cause.args else type(cause).__name__)
+        if "Traceback" in reason:  # ml_collections folds one into its message
+            reason = reason.strip().splitlines()[-1]
+        where = traceback.extract_tb(cause.__traceback__)
+        lines = [f" in {Path(f.filename).name}:{f.lineno}" for f in where if "config" in f.filename
+                 and "ml_collections" not in f.filename]  # fmt: skip
+        sys.exit(f"error: {type(cause).__name__}{lines[-1] if lines else ''}: "
+                 f"{' '.join(str(reason).split())} "
+                 "(--help lists the flags, configs/default.py the fields)")  # fmt: skip
 
 
 def _not_orbax(record: python_logging.LogRecord) -> bool:

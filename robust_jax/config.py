@@ -24,8 +24,8 @@ Name = TypeVar("Name", bound=str)
 
 # Tables that a config fills freely: any key, each value an entry that whoever uses it checks.
 TABLES = ("regularizers", "attacks")
-# What --mode=evaluate and --mode=report may change in a run that is already trained.
-EVALUATION_FIELDS = ("attacks", "evaluation")
+# What --mode=evaluate and --mode=report may change: no training depends on it.
+FIELDS_OF_NO_TRAINING = ("attacks", "evaluation", "data_dir", "parallel")
 
 
 def check_fields(config: ConfigDict, schema: ConfigDict) -> None:
@@ -111,7 +111,7 @@ def keyword_parameters(fn: Callable, reserved: Iterable[str] = ()) -> dict[str, 
 
 def choose(choices: Iterable[Name], name: Any, path: str) -> Name:
     """The name, where it is one of the choices; UserError with the choices otherwise."""
-    if name not in set(choices):
+    if name not in list(choices):
         raise UserError(f"{path} is {name!r}; {_choices(name, choices)}")
     return name
 
@@ -123,18 +123,22 @@ def check_type(value: Any, expected: Any, path: str) -> Any:
     try:
         if isinstance(value, bool) and expected in (int, float):
             raise typeguard.TypeCheckError("a flag is not a number")
-        return typeguard.check_type(value, expected)
+        return typeguard.check_type(
+            value,
+            expected,
+            collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS,
+        )
     except typeguard.TypeCheckError:
         raise UserError(f"{path} must be {_describe(expected)}, not {value!r}") from None
 
 
 def guard(path: str, fn: Callable, *args: Any, **kwargs: Any) -> Any:
-    """fn(*args, **kwargs), its ValueError turned into a UserError that names the config field."""
+    """fn(*args, **kwargs), what it raises turned into a UserError that names the config field."""
     try:
         return fn(*args, **kwargs)
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
@@ -155,7 +159,7 @@ def num_steps(duration: str, path: str, *, batch_size: int, num_examples: int) -
         )
     examples_per_unit = {"step": batch_size, "epoch": num_examples, "example": 1}[match[2]]
     # The small slack keeps float error, as in 0.1 · 30, from adding a step.
-    return math.ceil(number * examples_per_unit / batch_size - 1e-9)
+    return max(1, math.ceil(number * examples_per_unit / batch_size - 1e-9))
 
 
 def differences(one: Mapping, other: Mapping, *, ignore: Iterable[str] = ()) -> list[str]:

@@ -183,22 +183,25 @@ def _digits() -> tuple[Split, Split, int]:
 def _tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
     import tensorflow_datasets as tfds
 
+    where = f", data_dir={data_dir!r}" if data_dir else ""
+    prepare = f"python -c \"import tensorflow_datasets as tfds; tfds.data_source('{name}'{where})\""
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         close = difflib.get_close_matches(
-            name, tfds.list_builders(with_community_datasets=False), n=1
+            name, tfds.list_builders(with_community_datasets=False), 1
         )
-        raise UserError(
-            f"config.dataset: TFDS has no data set {name!r}; "
-            + (f"did you mean {close[0]}?" if close else "see tensorflow.org/datasets/catalog")
-        ) from None
+        hint = f"did you mean {close[0]}?" if close else "see tensorflow.org/datasets/catalog"
+        raise UserError(f"config.dataset: TFDS has no data set {name!r}; {hint}") from None
+    except Exception as error:  # TFDS has no base class for what it raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "file format" in reason.lower():
+            reason += "; prepare it once more as array_record, in another config.data_dir"
+        raise UserError(f"config.dataset: tfds:{name} cannot be opened: {reason}") from error
     if not builder.info.splits:
-        where = f", data_dir={data_dir!r}" if data_dir else ""
         raise UserError(
             f"config.dataset: tfds:{name} is not prepared as array_record in {builder.data_dir}; "
-            f'prepare it with: python -c "import tensorflow_datasets as tfds; '
-            f"tfds.data_source('{name}'{where})\""
+            f"prepare it with: {prepare}"
         )
     features, splits = builder.info.features, builder.info.splits
     if not {"image", "label"} <= set(features) or not {"train", "test"} <= set(splits):
@@ -223,10 +226,14 @@ def _read_source(source) -> Split:
     )
     examples = [(e["image"], e["label"]) for chunk in chunks for e in chunk]
     images, labels = zip(*examples, strict=True)
+    if min(labels) < 0:
+        raise UserError("config.dataset: the data set has examples without a label")
     return Split(np.stack(images), np.asarray(labels, np.int32))
 
 
 def _npz(path: Path) -> tuple[Split, Split, int]:
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is not a readable npz file; save one with numpy.savez")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if missing := [key for key in _NPZ_KEYS if key not in archive]:
@@ -261,7 +268,15 @@ def _npz(path: Path) -> tuple[Split, Split, int]:
         )
     if train.images.dtype != test.images.dtype:
         raise UserError(f"{path}: x_train is {train.images.dtype}, x_test {test.images.dtype}")
-    num_classes = int(train.labels.max()) + 1
+    num_classes = len(np.unique(train.labels))
+    if train.labels.max() >= num_classes:
+        absent = np.setdiff1d(np.arange(train.labels.max()), train.labels)[0]
+        raise UserError(
+            f"{path}: y_train goes up to {train.labels.max()} but has no label {absent}; labels "
+            "run from 0 to K-1 without a gap"
+        )
+    if len(test.labels) < 2:
+        raise UserError(f"{path}: x_test holds one image only; a mean needs more")
     if num_classes < 2:
         raise UserError(f"{path}: y_train holds one class only; at least two are needed")
     if test.labels.max() >= num_classes:
@@ -301,8 +316,9 @@ def _npz_labels(path: Path, key: str, labels: np.ndarray, num_images: int) -> np
         )
     if not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{path}: {key} must hold integers, not {labels.dtype}")
-    if labels.min() < 0:
-        raise UserError(f"{path}: {key} has label {labels.min()}; labels run from 0 to K-1")
+    if labels.min() < 0 or labels.max() >= len(labels):
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise UserError(f"{path}: {key} has label {wrong}; labels run from 0 to K-1")
     return labels.astype(np.int32)
 
 
@@ -334,6 +350,12 @@ def _keep_labels(train: Split, num_labeled: int, num_classes: int, seed: int) ->
 
 def _pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     scale = 255.0 if images.dtype == np.uint8 else 1.0
-    mean = images.mean((0, 1, 2), dtype=np.float64) / scale
-    std = images.std((0, 1, 2), dtype=np.float64) / scale
+    total = square = np.zeros(images.shape[-1])
+    for start in range(0, len(images), 1024):  # float64 of all at once would be eight times as big
+        chunk = images[start : start + 1024].astype(np.float64) / scale
+        total = total + chunk.sum((0, 1, 2))
+        square = square + (chunk**2).sum((0, 1, 2))
+    count = images[..., 0].size
+    mean = total / count
+    std = np.sqrt(np.maximum(square / count - mean**2, 0))
     return tuple(map(float, mean)), tuple(map(float, np.maximum(std, 1e-6)))

@@ -92,13 +92,14 @@ class Evaluator:
     def images(self, variables: Any, name: str, eps: float) -> dict[str, np.ndarray]:
         """The first examples of the split, clean and attacked, for people to look at."""
         index = np.arange(min(self._num_images, len(self._split.labels)))
+        measures = self._measure(variables, self._split, index)
         out = self._attacks[name](variables, self._split, index, eps)
         clean = np.asarray(data.to_pixels(self._split.images[index]))
         return {
             "clean": clean,
             "adversarial": out["x_adv"],
             "label": self._split.labels[index],
-            "clean_prediction": out["clean_prediction"],
+            "clean_prediction": measures["prediction"],
             "adversarial_prediction": out["adversarial_prediction"],
             "attack": np.asarray(name),
             "eps": np.asarray(eps),
@@ -183,6 +184,7 @@ def _measurement(network: Network, settings: Settings, key: jax.Array) -> Callab
             x,
             fold_in_each(estimate_key, index),
             num_projections=settings.jacobian_projections,
+            chunk_size=settings.jacobian_chunk,
         )
         norms_of = {}
         for name, fn in (
@@ -197,6 +199,7 @@ def _measurement(network: Network, settings: Settings, key: jax.Array) -> Callab
                 x,
                 fold_in_each(spectral_key, index),
                 num_iterations=settings.spectral_iterations,
+                chunk_size=settings.jacobian_chunk,
             )
         return {
             "prediction": jnp.argmax(logits, -1),
@@ -225,7 +228,6 @@ def _attempt(network: Network, grid: AttackGrid, key: jax.Array) -> Callable:
             "held": losses.correct(logits, y).astype(bool),
             "distance": jax.vmap(lambda d: norms.size(d, grid.norm))(x_adv - x),
             "x_adv": x_adv,
-            "clean_prediction": jnp.argmax(logits_fn(x), -1),
             "adversarial_prediction": jnp.argmax(logits, -1),
         }
 

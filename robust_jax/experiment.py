@@ -1,6 +1,7 @@
 """From a config to the pieces of a run, with every mistake refused before anything is compiled."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -15,7 +16,7 @@ from robust_jax.config import bind, choose, guard
 from robust_jax.errors import UserError
 from robust_jax.evaluate import AttackGrid, Evaluator, Settings
 from robust_jax.models import MODELS
-from robust_jax.objectives import Adversary, Apply, Term, make_objective
+from robust_jax.objectives import Adversary, Apply, Term, halves_needed, make_objective
 from robust_jax.train import optimizer, parallel
 from robust_jax.train.loop import Plan
 from robust_jax.train.state import init_state
@@ -36,6 +37,7 @@ class Experiment:
     dataset: data.Dataset
     model: nn.Module
     plan: Plan
+    uses_adversary: bool
     grids: dict[str, AttackGrid]
     evaluator: Evaluator
 
@@ -78,7 +80,7 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
     )
     statistics = {"mean": dataset.mean, "std": dataset.std} if config.normalize else {}
     model = guard("config.model", make_model, num_classes=dataset.num_classes, **statistics)
-    num_labeled_in_batch = _num_labeled_in_batch(config)
+    num_labeled_in_batch = _num_labeled_in_batch(config, dataset.train)
     terms = {name: term for name, term in terms.items() if term.weight}
     objective = guard(
         "config",
@@ -153,7 +155,8 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         key=evaluation_key,
         method=method,
     )
-    return Experiment(config, dataset, model, plan, grids, evaluator)
+    uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)
+    return Experiment(config, dataset, model, plan, uses_adversary, grids, evaluator)
 
 
 def _check_numbers(config: ConfigDict) -> None:
@@ -207,6 +210,10 @@ def _term(name: str, entry: ConfigDict, loss_on: str) -> Term:
     if "weight" not in entry:
         raise UserError(f"{path}.weight is missing")
     weight = config_lib.check_type(entry["weight"], float, f"{path}.weight")
+    if not math.isfinite(weight):
+        raise UserError(f"{path}.weight is {weight}; it must be finite")
+    if name in regularizers.PAIR_REGULARIZERS and "on" in entry:
+        raise UserError(f"{path}.on: {name} compares the halves and is not on one of them")
     return Term(fn, weight, entry.get("on", loss_on))
 
 
@@ -228,8 +235,8 @@ def _grid(entry: ConfigDict, path: str) -> AttackGrid:
     return AttackGrid(entry["name"], attack, entry.get("norm", "linf"), tuple(map(float, eps)))
 
 
-def _num_labeled_in_batch(config: ConfigDict) -> int:
-    if not config.num_labeled:
+def _num_labeled_in_batch(config: ConfigDict, train: data.Split) -> int:
+    if (train.labels != data.UNLABELED).all():
         return config.batch_size
     return max(1, round(config.labeled_fraction * config.batch_size))
 

@@ -3,11 +3,11 @@
 fn maps [B,H,W,C] to [B,K], each example on its own: logits, or probabilities with
 `probabilities(logits_fn)`. Norms are in units of fn's output per pixel unit ([0,1]).
 Cost in passes through the network for each example: exact min(K, H·W·C), estimated
-num_projections, spectral 2·num_iterations.
+num_projections, spectral 2·num_iterations. chunk_size bounds how many examples are in memory.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,9 @@ def squared_frobenius_samples(
     return jax.lax.map(sample, jnp.arange(num_projections))
 
 
-def frobenius_norm_estimate(fn: Fn, x: Images, key: KeyOrKeys, *, num_projections: int) -> Estimate:
+def frobenius_norm_estimate(
+    fn: Fn, x: Images, key: KeyOrKeys, *, num_projections: int, chunk_size: int | None = None
+) -> Estimate:
     """‖J‖_F from num_projections ≥ 2 random projections, with its standard error; both [B].
 
     E‖Jv‖² = ‖J‖_F² for v ~ N(0, I) (Hutchinson; as a regulariser: arXiv 1908.02729). The error
@@ -73,13 +75,25 @@ def frobenius_norm_estimate(fn: Fn, x: Images, key: KeyOrKeys, *, num_projection
         raise ValueError(
             f"num_projections must be at least 2 for a standard error, not {num_projections!r}"
         )
-    squares = squared_frobenius_samples(fn, x, key, num_projections=num_projections)
-    norm = jnp.sqrt(squares.mean(0))
-    error_of_square = squares.std(0, ddof=1) / jnp.sqrt(num_projections)
+
+    def samples_one(one, key):
+        return squared_frobenius_samples(fn, one[None], key[None], num_projections=num_projections)
+
+    keys = example_keys(key, x.shape[0])
+    squares = _map_examples(lambda args: samples_one(*args)[:, 0], (x, keys), chunk_size)
+    norm = jnp.sqrt(squares.mean(-1))
+    error_of_square = squares.std(-1, ddof=1) / jnp.sqrt(num_projections)
     return Estimate(norm, error_of_square / jnp.maximum(2 * norm, jnp.finfo(norm.dtype).tiny))
 
 
-def spectral_norm(fn: Fn, x: Images, key: KeyOrKeys, *, num_iterations: int = 20) -> PerExample:
+def spectral_norm(
+    fn: Fn,
+    x: Images,
+    key: KeyOrKeys,
+    *,
+    num_iterations: int = 20,
+    chunk_size: int | None = None,
+) -> PerExample:
     """The largest singular value of J by power iteration on JᵀJ (a jvp and a vjp each) -> [B].
 
     A lower bound that converges from below, at the rate (σ₂/σ₁)² an iteration.
@@ -103,7 +117,8 @@ def spectral_norm(fn: Fn, x: Images, key: KeyOrKeys, *, num_iterations: int = 20
         v = jax.lax.fori_loop(0, num_iterations, iterate, v)
         return jnp.linalg.norm(jax.jvp(f, (one,), (v,))[1])
 
-    return jax.vmap(spectral_norm_one)(x, example_keys(key, x.shape[0]))
+    keys = example_keys(key, x.shape[0])
+    return _map_examples(lambda args: spectral_norm_one(*args), (x, keys), chunk_size)
 
 
 def _jacobian_one(fn: Fn, image: Float[Array, "h w c"]) -> Float[Array, "k h w c"]:
@@ -114,7 +129,9 @@ def _jacobian_one(fn: Fn, image: Float[Array, "h w c"]) -> Float[Array, "k h w c
     return (jax.jacrev if num_outputs <= image.size else jax.jacfwd)(f)(image)
 
 
-def _map_examples(fn_one: Callable, x: Images, chunk_size: int | None):
-    if chunk_size is None or chunk_size >= x.shape[0]:
-        return jax.vmap(fn_one)(x)
-    return jax.lax.map(fn_one, x, batch_size=chunk_size)
+def _map_examples(fn_one: Callable, args: Any, chunk_size: int | None):
+    """fn_one over the examples of args (an array, or several of one length), chunk by chunk."""
+    num_examples = jax.tree.leaves(args)[0].shape[0]
+    if chunk_size is None or chunk_size >= num_examples:
+        return jax.vmap(fn_one)(args)
+    return jax.lax.map(fn_one, args, batch_size=chunk_size)

@@ -69,7 +69,7 @@ def make_objective(
     terms = terms or {}
     loss_halves = _HALVES[_check_half("loss_on", loss_on)]
     term_halves = {name: _term_halves(name, term) for name, term in terms.items()}
-    needed = {*loss_halves, *(half for halves in term_halves.values() for half in halves)}
+    needed = halves_needed(loss_on, terms)
     if adversary is None and "adversarial" in needed:
         users = [n for n, halves in term_halves.items() if "adversarial" in halves]
         what = "loss_on" if "adversarial" in loss_halves else f"regularizers.{users[0]}"
@@ -81,7 +81,7 @@ def make_objective(
     def objective(params, batch_stats, batch, key):
         x, labels = batch["image"], batch["label"]
         labeled = labels != UNLABELED
-        # Any class will do for an unlabelled example: what it enters is multiplied by zero.
+        # Any class will do in an unlabelled example's loss, which is multiplied by zero.
         known = jnp.where(labeled, labels, 0)
         keys = fold_in_each(key, batch["position"])
 
@@ -92,7 +92,12 @@ def make_objective(
         if adversary is not None and "adversarial" in needed:
             # Stopped at the parameters, not at the result: their derivative is never traced.
             frozen = evaluation_network(jax.lax.stop_gradient(params))
-            y = frozen(x) if adversary.against_clean_logits else known
+            if adversary.against_clean_logits:
+                y = frozen(x)
+            elif labeled_fraction < 1:  # an unlabelled example is moved from what it is taken for
+                y = jnp.where(labeled, labels, jnp.argmax(frozen(x), -1))
+            else:
+                y = labels
             images["adversarial"] = adversary.attack(frozen, x, y, fold_each(keys, 0))
         halves, new_stats = {}, batch_stats
         for name in sorted(needed, reverse=True):  # clean first, as its statistics are
@@ -126,6 +131,12 @@ def make_objective(
         return total, (new_stats, sums)
 
     return objective
+
+
+def halves_needed(loss_on: LossOn, terms: Mapping[str, Term]) -> set[str]:
+    """The halves of the batch, "clean" and "adversarial", that an objective looks at."""
+    halves = [_HALVES[loss_on], *(_term_halves(name, term) for name, term in terms.items())]
+    return {half for some in halves for half in some}
 
 
 def _term_halves(name: str, term: Term) -> tuple[str, ...]:

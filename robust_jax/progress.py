@@ -1,8 +1,7 @@
-"""Progress on the terminal of the main process."""
+"""Progress on the terminal."""
 
 import sys
 
-import jax
 from tqdm import tqdm
 
 
@@ -16,5 +15,4 @@ def progress(total: int, description: str, unit: str, *, initial: int = 0) -> tq
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 30,
         smoothing=0,  # steps are dispatched in bursts: only the average says what is left
-        disable=jax.process_index() != 0,
     )

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from robust_jax.analysis import plots, runs
 from robust_jax.config import flatten
+from robust_jax.files import write_atomically
 from robust_jax.records import fates
 
 Results = Mapping[str, Any]
@@ -31,10 +32,9 @@ class Radius(NamedTuple):
     trained: bool
 
 
-def write(workdir: Path) -> Path:
-    """Writes workdir/report.html from what the run left in workdir, and returns its path."""
-    run = runs.load(workdir)
-    results, names = run.results, checkpoints(run.results)
+def write(workdir: Path, results: Results) -> Path:
+    """Writes workdir/report.html from the results and what else the run left; returns its path."""
+    run, names = runs.load(workdir), checkpoints(results)
     records = {name: run.records[name] for name in names}
     figures = _figures(results, records, run.metrics, run.images)
     template = resources.files("robust_jax").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -53,9 +53,7 @@ def write(workdir: Path) -> Path:
         facts=_facts(results),
         config={k: json.dumps(v) for k, v in flatten(results["config"]).items()},
     )
-    path = workdir / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write_atomically(workdir / "report.html", page)
 
 
 def table(results: Results) -> str:
@@ -92,9 +90,8 @@ def title(results: Results) -> str:
     terms = [_words(name) for name, term in regularizers.items() if term.get("weight", 1)]
     if terms:
         method += f", with {' and '.join(terms)} regularisation"
-    if adversary := config.get("adversary"):
-        method += f"; adversary {_words(adversary['name'])}"
-        method += f", {_at(*trained)}" if (trained := _trained(results)) else ""
+    if trained := _trained(results):
+        method += f"; adversary {_words(config['adversary']['name'])}, {_at(*trained)}"
     return f"{results['data']['name']}, {_words(results['model']['name'])}: {method}"
 
 
@@ -169,13 +166,9 @@ def _words(name: str) -> str:
     return name.replace("_", " ").replace("cross entropy", "cross-entropy")
 
 
-def _norm(adversary: Mapping[str, Any]) -> str:
-    return adversary.get("norm", "linf")  # the attacks' own default
-
-
 def _trained(results: Results) -> tuple[str, float] | None:
-    adversary = results["config"].get("adversary") or {}
-    return (_norm(adversary), adversary["eps"]) if "eps" in adversary else None
+    against = results["trained_against"]
+    return (against["norm"], against["eps"]) if against else None
 
 
 def _worst_case(results: Results, radius: Radius) -> Mapping[str, Any]:
@@ -337,7 +330,7 @@ def _figures(
             "Clean images, adversarial images and their differences, with labels and predictions.",
             attack=str(examples["attack"]), eps=format_eps(float(examples["eps"])),
             scale=f"{plots.difference_scale(examples['clean'], examples['adversarial']):.3g}",
-            is_gray=examples["clean"].shape[-1] == 1,
+            is_gray=examples["clean"].shape[-1] != 3,
         )  # fmt: skip
     return figures
 

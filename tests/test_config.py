@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +12,9 @@ from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax import config as config_lib
-from robust_jax import losses
+from robust_jax import experiment, losses
 from robust_jax.errors import UserError
+from robust_jax.evaluate import Settings
 from robust_jax.experiment import build
 from tests.conftest import REPOSITORY
 
@@ -49,6 +51,8 @@ MISTAKES = {
     "unknown model keyword": ({"model__wdths": (8,)}, "model.wdths is not a keyword of cnn.*wid"),
     "model keyword of a wrong type": ({"model__widths": "a"}, "config.model.widths must be"),
     "model keyword set elsewhere": ({"model__num_classes": 3}, "num_classes is not a keyword"),
+    "model of no size": ({"model__hidden": 0}, "config.model: hidden=0 must be above 0"),
+    "negative width": ({"model__widths": (-4, 4)}, r"config.model: widths=\(-4, 4\) must be above"),
     "impossible depth": ({"model": {"name": "wide_resnet", "depth": 29}}, "config.model: depth=29"),
     "unknown dtype": ({"dtype": "float16"}, "config.dtype is 'float16'; .*float32, bfloat16"),
     "unknown loss": ({"loss__name": "ce"}, "config.loss.name is 'ce'.*choices: cross_entropy"),
@@ -70,12 +74,18 @@ MISTAKES = {
     "regulariser on nothing": (
         {"regularizers__entropy": {"weight": 1.0, "on": "x"}}, "entropy.on must be one of clean",
     ),
+    "pair on one half": (
+        {"regularizers__kl": {"weight": 1.0, "on": "clean"}}, "kl compares the halves",
+    ),
+    "infinite weight": ({"regularizers__kl": {"weight": float("nan")}}, "it must be finite"),
     "regulariser out of range": (
         {"regularizers__jacobian": {"weight": 1.0, "num_projections": 0}},
         "config.regularizers.jacobian: num_projections must be at least 1",
     ),
     "attack without radii": ({"attacks__pgd_linf__eps": ()}, "attacks.pgd_linf.eps is empty"),
     "attack with negative radius": ({"attacks__pgd_linf__eps": (-1.0,)}, "eps must not be neg"),
+    "attack with a word for a radius": ({"attacks__pgd_linf__eps": (0.1, "x")}, "eps must be"),
+    "name that is a list": ({"model__name": ["cnn"]}, "config.model.name is"),
     "attack not an entry": ({"attacks__pgd": "pgd"}, "config.attacks.pgd must be an entry"),
     "epochs and steps": ({"duration": "2 epochs 5 steps"}, "one positive number with one unit"),
     "no unit": ({"duration": "20"}, "config.duration is '20'; give one positive number"),
@@ -119,8 +129,53 @@ def test_every_config_has_a_command_in_its_docstring(name):
     assert f"--config=configs/{name}.py --workdir=runs/" in doc
 
 
+EFFECTS = {
+    "seed": 1, "validation_size": 100, "num_labeled": 100, "augmentation.crop_padding": 1,
+    "augmentation.flip": True, "normalize": False, "dtype": "bfloat16", "loss_on": "clean",
+    "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip_norm": 0.01,
+    "model.hidden": (9,), "loss.name": "boosted_cross_entropy", "adversary.eps": 0.3,
+    "regularizers.entropy.weight": 1.0, "optimizer.name": "sgd", "schedule.name": "constant",
+    "duration": "7 steps",
+}  # fmt: skip
+
+
+def two_steps(field=None, value=None):
+    """The parameters after two steps of a tiny run whose config has one field changed."""
+    config = default.get_config()
+    config.model = {"name": "mlp", "hidden": (8,)}
+    config.adversary.num_steps = 1
+    config.batch_size = 64
+    config.duration = "3 steps"
+    config.optimizer = {"name": "sgd" if field == "gradient_clip_norm" else "adam"}
+    if field is not None:
+        with config.unlocked():
+            *sections, last = field.split(".")
+            part = config
+            for section in sections:
+                part = part[section]
+            part[last] = value
+    plan = build(config, default.get_config()).plan
+    state = plan.init()
+    for step in range(2):
+        state, _ = plan.train_step(state, plan.batches[step], plan.key)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    return two_steps(), two_steps("optimizer.name", "sgd")
+
+
+@pytest.mark.parametrize("field", EFFECTS)
+def test_field_has_an_effect_on_training(field, unchanged):
+    before = unchanged[field == "gradient_clip_norm"]
+    after = two_steps(field, EFFECTS[field])
+    same = [a.shape == b.shape and (a == b).all() for a, b in zip(before, after, strict=True)]
+    assert not all(same)
+
+
 def test_every_field_is_read(monkeypatch):
-    """Each leaf of the default is looked up while the run is built or by the run itself."""
+    """Each field, also of sections, is looked up to build the run, not just to check it."""
     read = set()
     plain = ConfigDict.__getitem__
 
@@ -129,18 +184,18 @@ def test_every_field_is_read(monkeypatch):
         return plain(self, key)
 
     config = default.get_config()
-    config_lib.check_fields(config, default.get_config())
-    monkeypatch.setattr(config_lib, "check_fields", lambda *_: None)  # it reads everything
+    config.num_labeled = 100
+    monkeypatch.setattr(config_lib, "check_fields", lambda *_: None)
+    monkeypatch.setattr(experiment, "_check_numbers", lambda *_: None)
     monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
-    monkeypatch.setattr(ConfigDict, "__getattr__", lambda self, key: getitem(self, key))
+    monkeypatch.setattr(ConfigDict, "__getattr__", getitem)
     build(config, default.get_config())
-    unread = [field for field in config if (id(config), field) not in read]
-    unread += [
-        f"{section}.{field}" for section in ("augmentation", "evaluation")
-        for field in plain(config, section) if (id(plain(config, section)), field) not in read
-        and section != "evaluation"
-    ]  # fmt: skip
+    sections = {"": config, "augmentation.": plain(config, "augmentation")}
+    unread = [prefix + field for prefix, section in sections.items() for field in section
+              if (id(section), field) not in read]  # fmt: skip
     assert unread == []
+    # The section `evaluation` is taken whole, and its fields are the ones there are.
+    assert set(plain(config, "evaluation")) == set(Settings._fields)
 
 
 def test_names_in_a_config_are_found_with_their_keywords():

@@ -153,6 +153,12 @@ BAD_NPZ = {
     "label shape": ({"y_train": np.zeros((30, 1), int)}, r"must be \[30\], one label an image"),
     "negative label": ({"y_train": np.arange(30) - 1}, "labels run from 0 to K-1"),
     "unseen label": ({"y_test": np.arange(9)}, "which y_train, with labels 0 to 2, does not"),
+    "a gap in the labels": ({"y_train": np.arange(30) % 3 * 2}, "has no label 1; labels run from"),
+    "a label out of all range": ({"y_train": np.arange(30) + 2**32}, "labels run from 0 to K-1"),
+    "one test image": (
+        {"x_test": np.zeros((1, 6, 7), np.uint8), "y_test": np.zeros(1, int)},
+        "one image only",
+    ),
     "one class": ({"y_train": np.zeros(30, int)}, "one class only"),
     "two shapes": ({"x_test": np.zeros((9, 7, 7), np.uint8)}, "differ in image shape"),
     "two dtypes": ({"x_test": np.zeros((9, 6, 7), np.float32)}, "x_train is uint8, x_test float32"),
@@ -169,7 +175,12 @@ def test_bad_npz_is_refused_in_one_line(case, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), (b"", "not a readable npz"), (b"PK\x03\x04 cut", "not a readable")],
+    [
+        (None, "does not exist"),
+        (b"", "not a readable npz"),
+        (b"text", "not a readable npz"),
+        (b"PK\x03\x04 cut", "not a readable"),
+    ],
 )
 def test_unreadable_npz_is_refused(content, message, tmp_path):
     path = tmp_path / "a.npz"
@@ -218,6 +229,7 @@ def test_tfds_reads_what_its_own_builder_wrote(tmp_path):
         ("cifar10", "choices: digits, tfds:<name>, npz:<path>"),
         ("tfds:", "choices: digits, tfds:<name>, npz:<path>"),
         ("tfds:mnst", "did you mean mnist"),
+        ("tfds:mnist/foo", "tfds:mnist/foo cannot be opened"),
         ("tfds:mnist", r"not prepared as array_record .* prepare it with: python -c"),
     ],
 )

@@ -75,6 +75,10 @@ def test_results_are_the_means_of_the_records(demo, results):
     assert (records["spectral_logits"] <= records["frobenius_logits"] * (1 + 1e-4)).all()
     assert records["entropy"].between(0, np.log(10) + 1e-5).all()
     assert records["confidence"].between(0, 1).all()
+    # The softmax's own Jacobian has a norm of at most ½.
+    for norm in ("frobenius", "spectral"):
+        assert (records[f"{norm}_probabilities"] <= 0.5001 * records[f"{norm}_logits"]).all()
+        assert (records[f"{norm}_probabilities"] > 0).all()
     for attack in results["attacks"]:
         if attack["attack"] != "worst_case":
             column = f"{attack['name']}@{attack['eps']:g}"
@@ -85,6 +89,13 @@ def test_results_are_the_means_of_the_records(demo, results):
     error = records["frobenius_estimate_error_logits"]
     z = (records["frobenius_estimate_logits"] - records["frobenius_logits"]) / error
     assert (z.abs() < 3).mean() > 0.9
+
+
+def test_last_has_records_of_its_own(demo, results):
+    best, last = (pd.read_csv(demo[1] / "records" / f"{name}.csv") for name in ("best", "last"))
+    assert results["best"]["step"] != results["last"]["step"]
+    assert (best["margin"] != last["margin"]).mean() > 0.9
+    assert last["correct"].mean() == results["last"]["clean"]["accuracy"]
 
 
 def test_accuracy_falls_with_eps_and_the_worst_case_is_the_worst(results):
@@ -159,6 +170,7 @@ def test_report_mode_writes_the_page_again(demo, launch, tmp_path):
     shutil.copytree(demo[1], workdir)
     page = (workdir / "report.html").read_text()
     (workdir / "report.html").unlink()
+    assert not list(workdir.rglob("*.pending"))
     result = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=report")
     assert result.returncode == 0, result.stderr[-3000:]
     assert (workdir / "report.html").read_text() == page
@@ -179,6 +191,33 @@ def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_sa
     for eps in (0.05, 0.1):
         assert accuracy(again, "pgd_linf", eps) == accuracy(results, "pgd_linf", eps)
     assert again["clean"] == results["clean"]
+    # The folder is now that of a run with these attacks.
+    result = launch("--config=configs/default.py", f"--workdir={workdir}")
+    assert result.returncode == 1
+    assert "other attacks: --mode=evaluate" in result.stderr
+
+
+def test_a_run_whose_evaluation_was_killed_is_evaluated_again(demo, results, launch, tmp_path):
+    workdir = tmp_path / "copied"
+    shutil.copytree(demo[1], workdir)
+    (workdir / "results.json").unlink()  # written last
+    (workdir / "report.html").unlink()
+    result = launch("--config=configs/default.py", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    again = json.loads((workdir / "results.json").read_text())
+    for key in ("clean", "attacks", "jacobian", "last", "best"):
+        assert again[key] == results[key]
+    assert (workdir / "report.html").exists()
+
+
+def test_a_clean_objective_does_not_claim_an_adversary(launch, tmp_path):
+    workdir = tmp_path / "run"
+    result = launch(*TINY, f"--workdir={workdir}", "--config.loss_on=clean")
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["trained_against"] is None
+    assert "adversary" not in report.title(results)
+    assert "not a size it was trained against" in report.headline(results)
 
 
 def test_modes_need_a_finished_run(launch, tmp_path):
@@ -206,6 +245,9 @@ def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
                         devices=devices)  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]
         found[devices, mapping] = json.loads((workdir / "results.json").read_text())
+    # A run goes on, or is measured again, on another number of devices.
+    again = launch(*TINY, f"--workdir={tmp_path / '8_pmap'}", "--mode=evaluate", devices=1)
+    assert again.returncode == 0, again.stderr[-3000:]
     one = found.pop((1, "pmap"))
     for other in found.values():
         assert other["device"]["count"] == 8

@@ -78,6 +78,50 @@ def test_adversarial_half_raises_the_loss_and_alone_moves_the_statistics(setting
     assert any(np.abs(a - b).max() > 1e-4 for a, b in leaves)
 
 
+def test_adversary_sees_the_evaluation_mode_network(setting):
+    params, stats, batch = setting
+    seen = []
+
+    def spy(logits_fn, x, y, keys):
+        seen.append(logits_fn(x))
+        return x
+
+    objective = make_objective(
+        apply, loss=losses.cross_entropy, loss_on="adversarial", adversary=Adversary(spy)
+    )
+    objective(params, stats, batch, KEY)
+    np.testing.assert_allclose(seen[0], apply(params, stats, batch["image"], False)[0], rtol=1e-5)
+    assert np.abs(seen[0] - apply(params, stats, batch["image"], True)[0]).max() > 0.1
+
+
+def test_over_both_halves_the_statistics_pass_through_each(setting):
+    params, stats, batch = setting
+    shifted = Adversary(lambda f, x, y, k: jnp.clip(x + 0.3, 0, 1))
+    _, new_stats, _ = run(setting, loss_on="both", adversary=shifted)
+    _, expected = apply(params, stats, batch["image"], True)
+    _, expected = apply(params, expected, jnp.clip(batch["image"] + 0.3, 0, 1), True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), new_stats, expected)
+
+
+def test_unlabelled_examples_are_attacked_away_from_their_prediction(setting):
+    params, stats, batch = setting
+    seen = []
+
+    def spy(logits_fn, x, y, keys):
+        seen.append(y)
+        return x
+
+    objective = make_objective(
+        apply, loss=losses.cross_entropy, loss_on="adversarial", adversary=Adversary(spy),
+        labeled_fraction=0.5,
+    )  # fmt: skip
+    labels = jnp.where(jnp.arange(8) < 4, batch["label"], -1)
+    objective(params, stats, {**batch, "label": labels}, KEY)
+    predictions = jnp.argmax(apply(params, stats, batch["image"], False)[0], -1)
+    np.testing.assert_array_equal(seen[0][:4], batch["label"][:4])
+    np.testing.assert_array_equal(seen[0][4:], predictions[4:])
+
+
 def test_both_is_the_mean_of_the_halves(setting):
     clean, _, _ = run(setting, loss_on="clean")
     adversarial, _, _ = run(setting, loss_on="adversarial", adversary=adversary())
@@ -108,6 +152,22 @@ def test_trades_takes_its_loss_and_its_statistics_from_the_clean_half(setting):
         values.mean() - clean.mean(), 6 * sums["regularizers/kl"][0] / 8, rtol=1e-3
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats, clean_stats)
+
+
+def test_kl_term_is_from_clean_to_adversarial():
+    """Σ p log(p/q) with p of the clean half, by hand in float64: not its reverse."""
+    p, q = np.array([0.7, 0.2, 0.1]), np.array([0.1, 0.3, 0.6])
+    clean, adversarial = (
+        regularizers.Half(jnp.zeros((1, 1, 1, 1)), jnp.log(jnp.asarray(r, jnp.float32))[None])
+        for r in (p, q)
+    )
+    forward = (p * np.log(p / q)).sum()
+    assert abs(forward - (q * np.log(q / p)).sum()) > 0.05
+    labels = jnp.asarray([1])
+    np.testing.assert_allclose(regularizers.kl(clean, adversarial, labels), [forward], rtol=1e-5)
+    np.testing.assert_allclose(
+        regularizers.weighted_kl(clean, adversarial, labels), [forward * 0.8], rtol=1e-5
+    )
 
 
 def test_weighted_kl_is_mart(setting):

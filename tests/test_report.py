@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from robust_jax import report
-from robust_jax.analysis import plots
+from robust_jax.analysis import plots, runs
 from robust_jax.records import fates
 
 EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
@@ -124,6 +124,7 @@ def make_run(
         "model": {"name": "cnn", "parameters": 12345},
         "timings": {"train_seconds": 61.2, "compile_seconds": 4.5, "evaluate_seconds": 20.25,
                     "examples_per_second": 1234.5},
+        "trained_against": entry and {"norm": entry["norm"], "eps": entry["eps"]},
         "checkpoint": "best", **summaries["best"], **summaries,
     }  # fmt: skip
     (workdir / "results.json").write_text(json.dumps(results))
@@ -176,7 +177,7 @@ class Page(HTMLParser):
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     results = make_run(workdir, dataset=HOSTILE, note={HOSTILE: [1, HOSTILE]})
-    path = report.write(workdir)
+    path = report.write(workdir, runs.results(workdir))
     assert path == workdir / "report.html"
     return results, path.read_text(encoding="utf-8")
 
@@ -242,7 +243,7 @@ def test_no_adversary_no_metrics_and_no_images(tmp_path):
     results = make_run(tmp_path, adversary=False, norms=("linf",), regularizers={})
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "examples.npz").unlink()
-    page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
+    page = Page(report.write(tmp_path, runs.results(tmp_path)).read_text(encoding="utf-8"))
     assert "not a size it was trained against" in page.text
     assert "adversary" not in report.title(results)
     assert len(page.all("img")) == 5
@@ -255,7 +256,7 @@ def test_no_adversary_no_metrics_and_no_images(tmp_path):
 
 def test_best_is_last_in_colour(tmp_path):
     results = make_run(tmp_path, channels=3, best=300)
-    page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
+    page = Page(report.write(tmp_path, runs.results(tmp_path)).read_text(encoding="utf-8"))
     assert "is the last one too (step 300)" in page.text
     assert "grey where nothing changed" in page.text
     assert " last " not in report.table(results)
@@ -264,7 +265,7 @@ def test_best_is_last_in_colour(tmp_path):
 def test_no_attack_at_all(tmp_path):
     results = make_run(tmp_path, norms=())
     (tmp_path / "examples.npz").unlink()
-    page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
+    page = Page(report.write(tmp_path, runs.results(tmp_path)).read_text(encoding="utf-8"))
     assert "No attack was evaluated." in page.text
     assert len(page.all("img")) == 3
     assert "clean accuracy" in report.table(results)

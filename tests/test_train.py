@@ -1,5 +1,6 @@
 """Training: the same on any number of devices, resumed bit for bit, stopped where it must."""
 
+import functools
 import gc
 import json
 import signal
@@ -13,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from robust_jax import losses
+from robust_jax import data, losses
 from robust_jax.attacks import pgd
 from robust_jax.errors import UserError
 from robust_jax.experiment import _apply, build
@@ -24,6 +25,7 @@ from robust_jax.train.checkpoint import Checkpoints
 from robust_jax.train.metrics import MetricsWriter, reduce_sums
 from robust_jax.train.state import init_state
 from robust_jax.train.step import make_train_step
+from robust_jax.train.validate import make_validation
 
 KEY = jax.random.key(0)
 
@@ -99,16 +101,39 @@ def test_any_number_of_devices_gives_the_same_step(
     chex.assert_trees_all_close(state, expected_state, rtol=1e-3, atol=1e-5)
 
 
-def test_step_learns_and_averages(on_one_device, wide_resnet_step):
-    state, _ = on_one_device
-    start = wide_resnet_step[1]()
-    assert state.step == 3
-    between = jax.tree.map(
-        lambda a, p, s: np.abs(a - s).sum() <= np.abs(p - s).sum() * 1.5 + 1e-3,
-        state.average.params, state.params, start.params,
-    )  # fmt: skip
-    assert all(jax.tree.leaves(between))
+def test_average_is_the_exponential_one_with_its_warm_up(wide_resnet_step):
+    step, fresh, batch = wide_resnet_step
+    mapped = parallel.map_step(step, "pmap", jax.devices()[:1])
+    state = fresh()
+    expected = jax.device_get((state.params, state.batch_stats))
+    for t in range(3):
+        state, _ = mapped(state, batch, KEY)
+        keep = min(0.9, (t + 1) / (t + 10))
+        expected = jax.tree.map(
+            lambda old, new, keep=keep: keep * old + (1 - keep) * new,
+            expected, jax.device_get((state.params, state.batch_stats)),
+        )  # fmt: skip
+    chex.assert_trees_all_close(
+        (state.average.params, state.average.batch_stats), expected, rtol=1e-4, atol=1e-6
+    )
     assert state.variables["params"] is state.average.params
+
+
+def test_validation_attacks_and_counts_an_example_once():
+    """A linear network on two pixels, where who is right and who can be moved is plain to see."""
+    images = np.array([[0.1, 0.9], [0.45, 0.55], [0.9, 0.1], [0.2, 0.3]], np.float32)
+    split = data.Split(images.reshape(4, 1, 2, 1), np.array([1, 1, 0, 0], np.int32))
+
+    def network(variables, x):
+        return variables["scale"] * x.reshape(x.shape[0], 2)
+
+    validate = make_validation(
+        network, functools.partial(pgd, eps=0.1), split, batch_size=3, key=KEY, method="pmap"
+    )
+    values = validate({"scale": np.float32(3)})
+    # Right: the first three. Held at 0.1, which moves the gap by 0.2: the first and the third.
+    assert values["clean_accuracy"] == 0.75
+    assert values["robust_accuracy"] == 0.5
 
 
 @pytest.fixture(scope="module")
@@ -178,15 +203,35 @@ def test_sigterm_saves_and_exits(undisturbed, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
+def test_sigterm_in_the_last_step_is_not_swallowed(tmp_path):
+    plan = plan_of(small_config())
+    plain = plan.validate
+
+    def terminate(variables):
+        signal.raise_signal(signal.SIGTERM)
+        return plain(variables)
+
+    object.__setattr__(plan, "validate", terminate)
+    object.__setattr__(plan, "validate_every", 100)  # at the end only
+    with pytest.raises(SystemExit) as stopped:
+        loop.train(plan, tmp_path)
+    assert stopped.value.code == loop.EXIT_TERMINATED
+    assert loop.is_trained(plan_of(small_config()), tmp_path)
+
+
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    config = small_config(learning_rate=1e30, optimizer=ConfigDict({"name": "sgd"}),
-                          checkpoint_every="1 step")  # fmt: skip
+    config = small_config(
+        optimizer=ConfigDict({"name": "sgd"}),
+        schedule=ConfigDict({"name": "piecewise", "boundaries": (0.5,), "factor": 1e38}),
+        checkpoint_every="1 step",
+    )
     plan = plan_of(config)
-    with pytest.raises(UserError, match=r"became (nan|inf) at step \d.*last good checkpoint"):
+    with pytest.raises(UserError, match=r"became (nan|inf) at step [78].*last good checkpoint"):
         loop.train(plan, tmp_path)
     checkpoints = Checkpoints(tmp_path, jax.eval_shape(plan.init))
     state, _ = checkpoints.restore("last")
     checkpoints.close()
+    assert int(state.step) in (6, 7)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
@@ -206,6 +251,13 @@ def test_a_damaged_checkpoint_is_skipped_and_all_damaged_refused(undisturbed, tm
     for file in (tmp_path / "checkpoints/last/5/state").rglob("manifest*"):
         file.unlink()
     assert int(checkpoints.restore("last")[0].step) == 3
+    assert [p.name for p in (tmp_path / "checkpoints/damaged").iterdir()] == ["last_5"]
+    assert checkpoints.latest_step() == 3
+    checkpoints.save("last", trained.last.replace(step=jnp.asarray(5, jnp.int32)), {})
+    checkpoints.wait()
+    assert int(checkpoints.restore("last")[0].step) == 5  # the damaged one is replaced
+    for file in (tmp_path / "checkpoints/last/5/state").rglob("manifest*"):
+        file.unlink()
     for file in (tmp_path / "checkpoints/last/3/state").rglob("manifest*"):
         file.unlink()
     with pytest.raises(UserError, match="no checkpoint in .* can be read"):
@@ -261,8 +313,26 @@ def test_optimisers_decay_kernels_only_and_descend(name):
     assert (updates["bias"] == 0).all()
 
 
-def test_clipping_bounds_the_gradient():
-    tx = optimizer.with_clipping(optax.sgd(1.0), 2.0)
-    gradient = {"w": jnp.full(4, 100.0)}
-    updates, _ = tx.update(gradient, tx.init(gradient), gradient)
-    np.testing.assert_allclose(optax.tree.norm(updates), 2.0, rtol=1e-5)
+def test_clipping_bounds_the_gradient_before_decay_and_step():
+    decayed_sgd = optimizer.sgd(optax.constant_schedule(0.5), 0.1, optimizer.decayed, momentum=0.0)
+    tx = optimizer.with_clipping(decayed_sgd, 2.0)
+    params = {"w": jnp.ones((2, 2))}
+    gradient = {"w": jnp.full((2, 2), 100.0)}
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    # 100s of norm 200 become 1s of norm 2; decay adds 0.1; the step is half of that.
+    np.testing.assert_allclose(updates["w"], np.full((2, 2), -0.55), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at", "expected"),
+    [
+        (optimizer.cosine(1.0, 100), 25, (1 + np.cos(np.pi / 4)) / 2),
+        (optimizer.cosine(1.0, 100, warmup=0.2), 10, 0.5),
+        (optimizer.cosine(1.0, 100, warmup=0.2), 60, 0.5),
+        (optimizer.one_cycle(1.0, 100, warmup=0.4), 20, 0.5),
+        (optimizer.one_cycle(1.0, 100, warmup=0.4), 70, 0.5),
+        (optimizer.one_cycle(1.0, 100, warmup=0.0), 50, 0.5),
+    ],
+)
+def test_schedules_in_between(schedule, at, expected):
+    np.testing.assert_allclose(schedule(at), expected, rtol=1e-4)

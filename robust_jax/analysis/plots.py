@@ -272,7 +272,7 @@ def image_grid(
             ax.set_title(f"{start}says {prediction}", fontsize=9,
                          color=VERMILLION if wrong else "black")  # fmt: skip
         difference = adversarial[i] - clean[i]
-        if difference.shape[-1] != 1:
+        if difference.shape[-1] == 3:
             difference = 0.5 + difference / (2 * scale)
         _show(grid[row + 2, column], difference, cmap="RdBu_r", vmin=-scale, vmax=scale)
     for row, name in enumerate(["clean", "adversarial", f"difference\n±{scale:.3g}"] * bands):

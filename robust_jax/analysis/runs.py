@@ -1,4 +1,4 @@
-"""What a finished run left in its folder, as pandas and numpy have it."""
+"""What a run left in its folder, as pandas and numpy have it."""
 
 import json
 from pathlib import Path
@@ -9,25 +9,34 @@ import pandas as pd
 
 
 class Run(NamedTuple):
-    """results.json; the records of best and last; a row per line of metrics.jsonl; the images."""
+    """The records of best and last; a row per line of metrics.jsonl; the images, if any."""
 
-    results: dict[str, Any]
     records: dict[str, pd.DataFrame]
     metrics: pd.DataFrame
     images: dict[str, np.ndarray] | None
 
 
+def results(workdir: Path | str) -> dict[str, Any]:
+    """What results.json holds. Raises OSError where the run is not finished."""
+    return json.loads((Path(workdir) / "results.json").read_text())
+
+
 def load(workdir: Path | str) -> Run:
-    """Reads a run's folder; nothing in it is unpickled. Raises OSError where it is not finished."""
+    """Reads the rest of an evaluated run; nothing in it is unpickled."""
     workdir = Path(workdir)
-    images = workdir / "examples.npz"
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return Run(
-        results=json.loads((workdir / "results.json").read_text()),
         records={
             name: pd.read_csv(workdir / "records" / f"{name}.csv") for name in ("best", "last")
         },
         # A value that was not finite is null there.
         metrics=pd.DataFrame([json.loads(line) for line in lines]).astype(float),
-        images=dict(np.load(images, allow_pickle=False)) if images.exists() else None,
+        images=_arrays(workdir / "examples.npz"),
     )
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray] | None:
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)

@@ -24,6 +24,13 @@ def check_choice(field: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, choices))}")
 
 
+def check_sizes(field: str, sizes: float | Iterable[float]) -> None:
+    """Raises a ValueError that names the field and the value where a size is not above 0."""
+    values = (sizes,) if isinstance(sizes, int | float) else tuple(sizes)
+    if not all(size > 0 for size in values):
+        raise ValueError(f"{field}={sizes!r} must be above 0")
+
+
 def num_parameters(params: Any) -> int:
     """Number of scalars in a tree of arrays or of ShapeDtypeStructs."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -5,7 +5,14 @@ from typing import ClassVar
 from jaxtyping import Array, Float
 
 from robust_jax.models.conv import global_avg_pool2d
-from robust_jax.models.layers import ACTIVATIONS, NORMS, Classifier, check_choice, make_norm
+from robust_jax.models.layers import (
+    ACTIVATIONS,
+    NORMS,
+    Classifier,
+    check_choice,
+    check_sizes,
+    make_norm,
+)
 
 
 class _PreActivationNet(Classifier, kw_only=True):
@@ -65,6 +72,7 @@ class PreActResNet(_PreActivationNet, kw_only=True):
 
     def __post_init__(self):
         check_choice("depth", self.depth, self.BLOCKS)
+        check_sizes("width", round(64 * self.width))
         super().__post_init__()
 
     def stages(self) -> tuple[int, list[tuple[int, int, int]]]:
@@ -79,6 +87,7 @@ class WideResNet(_PreActivationNet, kw_only=True):
     width: int = 10  # multiplies 16, 32, 64 channels
 
     def __post_init__(self):
+        check_sizes("width", self.width)
         if self.depth < 10 or self.depth % 6 != 4:
             raise ValueError(f"depth={self.depth!r} is not 6n + 4: one of 10, 16, 22, 28, 34, ...")
         super().__post_init__()

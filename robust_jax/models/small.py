@@ -4,7 +4,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from robust_jax.models.conv import max_pool2d
-from robust_jax.models.layers import ACTIVATIONS, Classifier, check_choice, flatten
+from robust_jax.models.layers import ACTIVATIONS, Classifier, check_choice, check_sizes, flatten
 
 
 class Linear(Classifier):
@@ -35,6 +35,10 @@ class MLP(_Activated, kw_only=True):
 
     hidden: tuple[int, ...] = (256, 256)
 
+    def __post_init__(self):
+        check_sizes("hidden", self.hidden)
+        super().__post_init__()
+
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
         x = flatten(x)
         for i, width in enumerate(self.hidden, start=1):
@@ -57,6 +61,11 @@ class CNN(_Activated, kw_only=True):
 
     widths: tuple[int, ...] = (16, 32)
     hidden: int = 64
+
+    def __post_init__(self):
+        check_sizes("widths", self.widths)
+        check_sizes("hidden", self.hidden)
+        super().__post_init__()
 
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
         for i, width in enumerate(self.widths, start=1):

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from robust_jax.errors import UserError
+from robust_jax.train import parallel
 from robust_jax.train.state import TrainState
 
 Notes = dict[str, Any]
@@ -21,7 +22,14 @@ class Checkpoints:
     """The newest checkpoints of a run in workdir/checkpoints/last, the best one in …/best."""
 
     def __init__(self, workdir: Path, template: TrainState):
-        self._template = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        self._workdir = workdir
+        # Whole on every device there is now, however many there were when it was saved.
+        self._template = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=parallel.replicated()
+            ),
+            template,
+        )
         # One more than needed: where the newest is damaged, the one before is used.
         self._managers = {
             "last": _manager(workdir, "last", 2),
@@ -43,12 +51,14 @@ class Checkpoints:
         )
 
     def restore(self, kind: str) -> tuple[TrainState, Notes] | None:
-        """The newest readable checkpoint, or None where there is none; damaged ones are reported.
+        """The newest readable checkpoint, or None where there is none.
 
-        Raises UserError where checkpoints exist and none can be read.
+        Newer ones that cannot be read are reported and moved to workdir/checkpoints/damaged.
+        Raises UserError where checkpoints exist and none can be read; they stay where they are.
         """
         manager = self._managers[kind]
         steps = sorted(manager.all_steps(), reverse=True)
+        damaged: list[int] = []
         for step in steps:
             try:
                 restored = manager.restore(
@@ -58,8 +68,10 @@ class Checkpoints:
                         notes=ocp.args.JsonRestore(),
                     ),
                 )
+                self._set_aside(kind, damaged)
                 return restored["state"], restored["notes"]
             except Exception as error:  # whatever a damaged file makes Orbax or TensorStore raise
+                damaged.append(step)
                 logging.warning(
                     "checkpoint %s/%d cannot be read, trying the one before: %s",
                     kind,
@@ -68,10 +80,22 @@ class Checkpoints:
                 )
         if steps:
             raise UserError(
-                f"no checkpoint in {manager.directory} can be read; "
-                "start in another --workdir, or remove this one"
+                f"no checkpoint in {manager.directory} can be read (see the warnings above); "
+                "start in another --workdir if they are damaged"
             )
         return None
+
+    def _set_aside(self, kind: str, steps: list[int]) -> None:
+        folder = self._workdir / "checkpoints" / "damaged"
+        for step in steps:
+            folder.mkdir(exist_ok=True)
+            (Path(self._managers[kind].directory) / str(step)).rename(folder / f"{kind}_{step}")
+        if steps:
+            self._managers[kind].reload()
+
+    def latest_step(self) -> int:
+        """The step of the newest `last` checkpoint, readable or not; 0 where there is none."""
+        return self._managers["last"].latest_step() or 0
 
     def wait(self) -> None:
         """Returns once everything saved so far is on disk."""

@@ -16,7 +16,6 @@ from absl import logging
 from robust_jax.data import TrainBatches
 from robust_jax.errors import UserError
 from robust_jax.progress import progress
-from robust_jax.train import parallel
 from robust_jax.train.checkpoint import Checkpoints, Notes
 from robust_jax.train.metrics import MetricsWriter, reduce_sums
 from robust_jax.train.optimizer import Schedule
@@ -80,6 +79,12 @@ def restore(plan: Plan, workdir: Path) -> Trained:
         return _trained(plan, checkpoints, state, notes)
 
 
+def is_trained(plan: Plan, workdir: Path) -> bool:
+    """Whether the last checkpoint of the plan is there."""
+    with _open(plan, workdir) as checkpoints:
+        return checkpoints.latest_step() >= plan.total_steps
+
+
 def _open(plan: Plan, workdir: Path):
     return contextlib.closing(Checkpoints(workdir, jax.eval_shape(plan.init)))
 
@@ -115,7 +120,7 @@ def _run(
         for offset, sums in enumerate(jax.device_get(pending)):
             sums = {name: [float(v) for v in pair] for name, pair in sums.items()}
             step = done - len(pending) + offset + 1
-            for name in ("loss", "gradient_norm"):
+            for name in ("loss", "gradient_norm", "parameter_norm"):
                 _check_finite(name.replace("_", " "), sums[name][0], step, workdir)
             fetched.append(sums)
         pending.clear()
@@ -126,8 +131,7 @@ def _run(
         _Terminated() as terminated,
     ):
         for done in range(start + 1, plan.total_steps + 1):
-            batch = parallel.own_rows(plan.batches[done - 1])
-            state, sums = plan.train_step(state, batch, plan.key)
+            state, sums = plan.train_step(state, plan.batches[done - 1], plan.key)
             pending.append(sums)
             bar.update()
             if done == start + 1:
@@ -159,7 +163,7 @@ def _run(
                 # The best must be on disk before a later `last` makes a resumed run skip it.
                 checkpoints.wait()
                 checkpoints.save("last", state, {**notes, "pending": list(fetched)})
-            if terminated.flag and not last:
+            if terminated.flag:
                 checkpoints.wait()
                 logging.warning("terminated: saved step %d; the same command goes on", done)
                 sys.exit(EXIT_TERMINATED)
@@ -170,8 +174,9 @@ def _run(
 def _check_finite(name: str, value: float, step: int, workdir: Path) -> None:
     if not np.isfinite(value):
         raise UserError(
-            f"the {name} became {value} at step {step}; the last good checkpoint is kept in "
-            f"{workdir / 'checkpoints'}; a lower learning_rate or a gradient_clip_norm may help"
+            f"the {name} became {value} at step {step}; the last good checkpoint, if there was "
+            f"one, is kept in {workdir / 'checkpoints'}; a lower learning_rate or a "
+            "gradient_clip_norm may help"
         )
 
 

@@ -4,7 +4,7 @@ Work is written per device and mapped over the axis AXIS. Two mappings do the sa
 and its successor jit(shard_map). With one CPU device both are just that device.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -35,7 +35,7 @@ def map_step(
 ) -> Callable:
     """step(state, batch, key) -> (state, sums), written per device, on the rows of all of them.
 
-    The state is unreplicated outside and donated; each process passes its own rows of the batch.
+    The state is unreplicated outside and donated.
     """
     if method == "pmap":
         mapped = jax.pmap(
@@ -80,15 +80,9 @@ def map_split(
     return call
 
 
-def own_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """This process's rows of a global batch."""
-    processes, process = jax.process_count(), jax.process_index()
-    return {name: np.array_split(rows, processes)[process] for name, rows in batch.items()}
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes, logs and shows progress."""
-    return jax.process_index() == 0
+def replicated() -> NamedSharding:
+    """An array's whole copy on every device."""
+    return NamedSharding(_mesh(None), PartitionSpec())
 
 
 def _map_examples(fn: Callable, method: Method, devices: Sequence[jax.Device] | None) -> Callable:

@@ -50,6 +50,7 @@ def make_train_step(
         sums["gradient_norm"] = (optax.tree.norm(gradient), one)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        sums["parameter_norm"] = (optax.tree.norm(params), one)
         state = TrainState(
             step=state.step + 1,
             params=params,
