@@ -2,7 +2,8 @@
 
     python launch.py --config=configs/cifar10_wide_resnet34_trades.py --workdir=runs/cifar10_trades
 
-For several accelerators. Published without averaging: 84.9 % clean, AutoAttack 53.1 %.
+For several accelerators. Published, in float32 and without averaging: 84.9 % clean, 53.1 % under
+AutoAttack.
 """
 
 from configs import cifar10_preact_resnet18_at
@@ -16,5 +17,6 @@ def get_config():
     config.regularizers.kl.weight = 6.0
     config.duration = "100 epochs"
     config.schedule = {"name": "piecewise", "boundaries": (0.75, 0.9), "factor": 0.1}
+    config.weight_decay = 2e-4
     config.ema_decay = 0.995
     return config
