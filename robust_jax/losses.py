@@ -67,6 +67,23 @@ def dlr(logits: Logits, labels: Labels) -> PerExample:
     return -margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
 
+def targeted_dlr(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
+    """Targeted DLR, -(z_y - z_t) / (z_π1 - (z_π3 + z_π4)/2), maximised by an attack towards t.
+
+    [B,K], [B], [B] -> [B]; invariant to shift and scale of the logits. Raises ValueError for
+    K < 4, where z_π4 does not exist: use targeted_margin there. Source: arXiv 2003.01690, eq. 7.
+    """
+    _check_classes("targeted_dlr", logits, 4, "use targeted_margin instead")
+    ordered = jnp.sort(logits, axis=-1)
+    scale = ordered[:, -1] - (ordered[:, -3] + ordered[:, -4]) / 2
+    return targeted_margin(logits, labels, targets) / (scale + 1e-12)
+
+
+def targeted_margin(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
+    """z_t - z_y, maximised by an attack from y towards t, [B,K], [B], [B] -> [B]."""
+    return _at(logits, targets) - _at(logits, labels)
+
+
 def kl(logits: Logits, reference: Logits) -> PerExample:
     """KL(softmax(reference) ‖ softmax(logits)), [B,K], [B,K] -> [B] (TRADES, arXiv 1901.08573)."""
     log_p = jax.nn.log_softmax(reference)

@@ -29,7 +29,8 @@ def relative_slack(eps, x):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("name", ATTACKS)
+# FAB looks for the nearest adversarial and Square stops at its first: neither goes on to the rim.
+@pytest.mark.parametrize("name", sorted({*ATTACKS} - {"fab", "square"}))
 def test_reaches_the_optimum_of_a_binary_linear_model(name, norm):
     """There, the best attack is eps along the dual direction of w_other - w_y."""
     logits_fn, weights, _ = make_linear(KEY, num_classes=2)

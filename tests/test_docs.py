@@ -75,4 +75,5 @@ def test_the_readme_library_example_runs():
     exec(code, namespace)
     assert namespace["x_adv"].shape == (3, 4, 5, 1)
     assert namespace["norms"].shape == (3,)
+    assert namespace["result"].robust.shape == (3,)
     assert set(attacks.ATTACKS) >= {"pgd", "fgsm", "bim", "mim"}

@@ -3,6 +3,7 @@
 A perturbation has the image's shape [H,W,C] and pixel units ([0,1]).
 """
 
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -19,13 +20,13 @@ _TINY = 1e-30
 
 def size(delta: Perturbation, norm: Norm) -> Scalar:
     """The norm of a perturbation, in pixel units."""
-    _check(norm)
+    check(norm)
     return jnp.abs(delta).max() if norm == "linf" else jnp.sqrt((delta**2).sum())
 
 
 def project(delta: Perturbation, eps: float | Scalar, norm: Norm) -> Perturbation:
     """The nearest perturbation (in l2) whose norm is at most eps."""
-    _check(norm)
+    check(norm)
     if norm == "linf":
         return jnp.clip(delta, -eps, eps)
     return delta * jnp.minimum(1.0, eps / jnp.maximum(size(delta, norm), _TINY))
@@ -43,7 +44,7 @@ def project_to_ball_and_box(
 
 def steepest(gradient: Perturbation, norm: Norm) -> Perturbation:
     """The direction of norm 1 with the largest inner product with the gradient (0 for 0)."""
-    _check(norm)
+    check(norm)
     if norm == "linf":
         return jnp.sign(gradient)
     # Scaled by the largest entry first, so that squares neither underflow nor overflow.
@@ -55,7 +56,7 @@ def random_in_ball(
     key: Key[Array, ""], shape: tuple[int, ...], eps: float | Scalar, norm: Norm
 ) -> Perturbation:
     """A perturbation drawn uniformly from the ball of radius eps."""
-    _check(norm)
+    check(norm)
     if norm == "linf":
         return eps * jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
     direction_key, radius_key = jax.random.split(key)
@@ -63,6 +64,17 @@ def random_in_ball(
     return eps * direction * jax.random.uniform(radius_key) ** (1 / direction.size)
 
 
-def _check(norm: str) -> None:
+def random_on_sphere(
+    key: Key[Array, ""], shape: tuple[int, ...], eps: float | Scalar, norm: Norm
+) -> Perturbation:
+    """A perturbation of norm eps: uniform noise (linf) or Gaussian noise (l2), rescaled to it."""
+    check(norm)
+    draw = jax.random.normal if norm == "l2" else partial(jax.random.uniform, minval=-1.0)
+    noise = draw(key, shape)
+    return eps * (noise / jnp.maximum(size(noise, norm), _TINY))
+
+
+def check(norm: str) -> None:
+    """Raises ValueError for a norm that is not one of these."""
     if norm not in get_args(Norm):
         raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, not {norm!r}")

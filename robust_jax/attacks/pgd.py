@@ -5,14 +5,14 @@ Each is written for one example and lifted over the batch by jax.vmap, once.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from robust_jax import losses
 from robust_jax.attacks import norms
+from robust_jax.attacks.best import Best
 from robust_jax.attacks.norms import Norm
 from robust_jax.keys import KeyOrKeys, example_keys
 
@@ -178,16 +178,6 @@ def mim(
     )
 
 
-class _Best(NamedTuple):
-    x: Float[Array, "h w c"]
-    value: Float[Array, ""]
-    hit: Bool[Array, ""]
-
-    def updated(self, x, value, hit) -> "_Best":
-        better = (hit & ~self.hit) | ((hit == self.hit) & (value > self.value))
-        return jax.tree.map(partial(jnp.where, better), _Best(x, value, hit), self)
-
-
 def _ascend_one(
     score,
     x,
@@ -228,7 +218,7 @@ def _ascend_one(
             return best._replace(x=x_adv), None
         return best.updated(x_adv, *score(x_adv, y)), None
 
-    best = _Best(x, jnp.asarray(-jnp.inf, x.dtype), jnp.asarray(False))
+    best = Best(x, jnp.asarray(-jnp.inf, x.dtype), jnp.asarray(False))
     best, _ = jax.lax.scan(run, best, jax.random.split(key, num_restarts))
     return best.x
 

@@ -1,0 +1,202 @@
+"""Square attack: random search with square patches that asks for the network's outputs alone.
+
+Written for one example and lifted over the batch by jax.vmap, once. Source: arXiv 1912.00049.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from robust_jax import losses
+from robust_jax.attacks import norms
+from robust_jax.attacks.best import Best, check_counts, check_eps, check_shares
+from robust_jax.attacks.norms import Norm
+from robust_jax.attacks.pgd import Images, LogitsFn
+from robust_jax.keys import KeyOrKeys, example_keys
+
+# Of 10,000 queries, those after which the share of the image that a patch covers is halved.
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+_TINY = 1e-12
+
+
+def square(
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Int[Array, " b"],
+    key: KeyOrKeys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_queries: int = 5000,
+    p_init: float = 0.8,
+    loss: Callable = losses.carlini_wagner,
+) -> Images:
+    """Random search for a misclassified point, by patches at random places (arXiv 1912.00049).
+
+    logits_fn is only evaluated, never differentiated. x, y, key, eps: as in `pgd`; y: labels [B].
+    num_queries: evaluations of the network for each example. p_init: the share of the image that
+    the first patches cover; it is halved after queries 10, 50, 200, … as in AutoAttack, whatever
+    num_queries is. Returns [B,H,W,C]: the first misclassified point, where the search for that
+    example ends, or the point of largest loss. Raises ValueError for a negative eps, num_queries
+    below 1, p_init outside (0,1], an unknown norm.
+    """
+    check_eps(eps)
+    check_counts(num_queries=num_queries)
+    check_shares(p_init=p_init)
+    start, propose = _search(norm, x.shape[1:], eps, p_init, num_queries)
+
+    def search_one(x, y, key):
+        def judged(x_adv):
+            logits = logits_fn(x_adv[None])
+            return x_adv, loss(logits, y[None])[0], jnp.argmax(logits[0]) != y
+
+        def standing(state):
+            i, best = state
+            return (i < num_queries) & ~best.hit
+
+        def query(state):
+            i, best = state
+            x_adv = propose(jax.random.fold_in(key, i), x, best.x, i - 1)
+            return i + 1, best.updated(*judged(x_adv))
+
+        first = Best(*judged(start(jax.random.fold_in(key, 0), x)))
+        return jax.lax.while_loop(standing, query, (1, first))[1].x
+
+    return jax.vmap(search_one)(x, y, example_keys(key, x.shape[0]))
+
+
+def patch_sides(
+    shape: tuple[int, ...], p_init: float, num_queries: int, norm: Norm
+) -> Int[np.ndarray, " n"]:
+    """The side of each query's square patch, in pixels, for images of the shape (H, W, C)."""
+    height, width, _ = shape
+    halvings = np.searchsorted(_HALVINGS, np.arange(num_queries))
+    sides = np.rint(np.sqrt(p_init / 2.0**halvings * height * width)).astype(int)
+    if norm == "l2":  # an odd number, so that the patch has a middle, and room for a slope
+        sides = np.maximum(sides, 3)
+        sides += 1 - sides % 2
+    return np.clip(sides, 1, min(height, width))
+
+
+def _search(norm, shape, eps, p_init, num_queries) -> tuple[Callable, Callable]:
+    """start(key, x) and propose(key, x, best, i) -> x_adv, the i-th change of the best point."""
+    norms.check(norm)
+    sides = patch_sides(shape, p_init, num_queries, norm)
+    if norm == "linf":
+        return partial(_stripes, eps=eps), partial(_paint, eps=eps, sides=jnp.asarray(sides))
+    distinct, which = np.unique(sides, return_inverse=True)
+    hills = np.stack([_hill_on_canvas(side, shape) for side in distinct])
+    tables: Any = tuple(map(jnp.asarray, (sides, which, hills)))
+    return partial(_hills, eps=eps), partial(_move_mass, eps=eps, tables=tables)
+
+
+def _stripes(key, x, *, eps):
+    """Vertical stripes of ±eps, one pixel wide, a sign for each column and channel."""
+    return jnp.clip(x + eps * _signs(key, (1, *x.shape[1:])), 0.0, 1.0)
+
+
+def _paint(key, x, best, i, *, eps, sides):
+    """The best point with a square repainted at x ± eps, a sign for each channel."""
+    place_key, sign_key = jax.random.split(key)
+    window = _window(place_key, sides[i], x.shape)
+    painted = jnp.clip(x + eps * _signs(sign_key, (1, 1, x.shape[2])), 0.0, 1.0)
+    return jnp.where(window, painted, best)
+
+
+def _hills(key, x, *, eps):
+    """A grid of at least 5×5 hills of random orientation and sign, scaled to norm eps."""
+    height, width, channels = x.shape
+    side = max(min(height, width) // 5, 1)
+    rows, columns = height // side, width // side
+    sign_key, turn_key = jax.random.split(key)
+    hill = jnp.asarray(_hill(side))[:, :, None]
+    signs = _signs(sign_key, (rows, 1, columns, 1, channels))
+    turned = jax.random.bernoulli(turn_key, shape=(rows, 1, columns, 1, 1))
+    tiles = signs * jnp.where(turned, hill.swapaxes(0, 1)[:, None], hill[:, None])
+    tiles = tiles.reshape(rows * side, columns * side, channels)
+    above, left = (height - tiles.shape[0]) // 2, (width - tiles.shape[1]) // 2
+    delta = (
+        jnp.zeros_like(x).at[above : above + len(tiles), left : left + tiles.shape[1]].set(tiles)
+    )
+    return norms.project_to_ball_and_box(x + _scaled(delta, eps), x, eps, "l2")
+
+
+def _move_mass(key, x, best, i, *, eps, tables):
+    """The best point with the mass of a second window, and what is left of eps, moved to a first.
+
+    In the first window a hill of random sign is added to the direction already there.
+    """
+    sides, which, hills = tables
+    here_key, there_key, sign_key, turn_key = jax.random.split(key, 4)
+    row, column = _place(here_key, sides[i], x.shape)
+    here = _window_at(row, column, sides[i], x.shape)
+    there = _window(there_key, sides[i], x.shape)
+    hill = jnp.where(jax.random.bernoulli(turn_key), hills[which[i], 1], hills[which[i], 0])
+    hill = jnp.roll(hill, (row, column), (0, 1))[:, :, None]
+
+    def norm_per_channel(delta):
+        return jnp.sqrt((delta**2).sum((0, 1), keepdims=True))
+
+    delta = best - x
+    inside = jnp.where(here, delta, 0.0)
+    mass = norm_per_channel(jnp.where(here | there, delta, 0.0))
+    unused = jnp.maximum(eps**2 - (delta**2).sum(), 0.0) / x.shape[2]
+    new = hill * _signs(sign_key, (1, 1, x.shape[2])) + inside / (norm_per_channel(inside) + _TINY)
+    new = new / (norm_per_channel(new) + _TINY) * jnp.sqrt(mass**2 + unused)
+    delta = jnp.where(here, new, jnp.where(there, 0.0, delta))
+    return norms.project_to_ball_and_box(x + _scaled(delta, eps), x, eps, "l2")
+
+
+def _scaled(delta, eps):
+    return delta * (eps / (norms.size(delta, "l2") + _TINY))
+
+
+def _signs(key, shape) -> Array:
+    return jax.random.rademacher(key, shape, jnp.float32)
+
+
+def _place(key, side, shape):
+    """The upper left corner of a square window; it may touch the last row and column."""
+    return jax.random.randint(key, (2,), 0, jnp.array(shape[:2]) - side + 1)
+
+
+def _window(key, side, shape):
+    row, column = _place(key, side, shape)
+    return _window_at(row, column, side, shape)
+
+
+def _window_at(row, column, side, shape):
+    """True within a square window, [H,W,1]."""
+    rows, columns = jnp.arange(shape[0])[:, None, None], jnp.arange(shape[1])[None, :, None]
+    return (rows >= row) & (rows < row + side) & (columns >= column) & (columns < column + side)
+
+
+def _hill_on_canvas(side: int, shape: tuple[int, ...]) -> Float[np.ndarray, "2 h w"]:
+    """A hill and its transpose in the upper left corner of an image of zeros."""
+    canvas = np.zeros((2, *shape[:2]), np.float32)
+    canvas[0, :side, :side] = _hill(side)
+    canvas[1, :side, :side] = _hill(side).T
+    return canvas
+
+
+def _hill(side: int) -> Float[np.ndarray, "s s"]:
+    """A hill in the upper half of a square and a pit in the lower, of norm 1 together."""
+    upper = side // 2
+    both = np.concatenate([_slope(upper, side), -_slope(side - upper, side)])
+    return (both / np.linalg.norm(both)).astype(np.float32)
+
+
+def _slope(height: int, width: int) -> Float[np.ndarray, "h w"]:
+    """Nested rectangles around the middle, the k-th adding 1/(k+1)², of norm 1 (or empty)."""
+    distance = np.maximum(
+        np.abs(np.arange(height) - height // 2)[:, None],
+        np.abs(np.arange(width) - width // 2)[None, :],
+    )
+    steps = 1.0 / np.arange(1, max(height, width) // 2 + 2) ** 2
+    slope = np.cumsum(steps[::-1])[::-1][distance]
+    return slope / np.maximum(np.linalg.norm(slope), 1e-30)

@@ -1,0 +1,272 @@
+"""Auto-PGD: the paper's schedule, the optimum of linear models, few classes, strength."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robust_jax import losses
+from robust_jax.attacks import apgd, apgd_targeted, norms, pgd
+from robust_jax.attacks.apgd import checkpoints, likeliest_wrong
+from tests.linear import interior_images, make_linear, make_nonlinear
+
+KEY = jax.random.key(0)
+ATTACKS = {"apgd": apgd, "apgd_targeted": apgd_targeted}
+
+
+def sizes(x_adv, x, norm):
+    flat = np.asarray(x_adv - x, np.float64).reshape(len(x), -1)
+    return np.abs(flat).max(-1) if norm == "linf" else np.linalg.norm(flat, axis=-1)
+
+
+def near_boundary(num_classes, norm):
+    """(logits_fn, x, y, distance [B]): a linear model, points near its boundaries, how near.
+
+    The distance is the margin over the dual norm of w_y - w_t, at its smallest over t; on the way
+    there no pixel meets a wall.
+    """
+    linear, weights, _ = make_linear(KEY, num_classes=num_classes)
+    centre = linear(jnp.full((1, 4, 5, 1), 0.5))
+    x = interior_images(KEY, 24)
+    logits = linear(x) - centre
+    y = jnp.argmax(logits, -1)
+    gaps = np.asarray(weights[y][:, None] - weights[None])
+    dual = np.abs(gaps).sum(-1) if norm == "linf" else np.linalg.norm(gaps, axis=-1)
+    distances = np.asarray(logits.max(-1, keepdims=True) - logits) / np.where(dual, dual, 1)
+    distance = np.where(dual, distances, np.inf).min(-1)
+    clear = distance > 2e-3  # of rounding errors
+    assert clear.sum() > 15
+    assert (distance < 0.39).all()
+    return lambda x: linear(x) - centre, x[clear], y[clear], distance[clear]
+
+
+def robust_accuracy(logits_fn, x_adv, y):
+    return float(losses.correct(logits_fn(x_adv), y).mean())
+
+
+def test_checkpoints_are_those_of_the_paper():
+    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert checkpoints(1) == [1]
+    for num_steps in range(1, 60):
+        steps = checkpoints(num_steps)
+        assert steps == sorted(set(steps))
+        assert steps[-1] <= num_steps
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(("name", "num_classes"), [("apgd", 2), ("apgd_targeted", 5)])
+def test_breaks_a_linear_model_just_beyond_its_closed_form_distance(name, norm, num_classes):
+    logits_fn, x, y, distance = near_boundary(num_classes, norm)
+
+    @jax.jit
+    @jax.vmap
+    def attack(x, y, eps):
+        return ATTACKS[name](logits_fn, x[None], y[None], KEY, eps=eps, norm=norm)[0]
+
+    for factor, accuracy in ((1.01, 0.0), (0.99, 1.0)):
+        x_adv = attack(x, y, factor * distance)
+        assert robust_accuracy(logits_fn, x_adv, y) == accuracy
+
+
+@functools.cache
+def compiled(name, norm, shape, num_classes):
+    logits_fn = make_nonlinear(KEY, shape, num_classes)
+    return jax.jit(
+        lambda x, y, key, eps: ATTACKS[name](logits_fn, x, y, key, eps=eps, norm=norm, num_steps=12)
+    )
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ATTACKS)
+@settings(max_examples=16, deadline=None, derandomize=True)
+@given(
+    eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
+    shape_and_classes=st.sampled_from([((4, 5, 1), 6), ((1, 7, 2), 2)]),
+)  # fmt: skip
+def test_stays_in_the_ball_and_the_box(name, norm, eps, seed, shape_and_classes):
+    shape, num_classes = shape_and_classes
+    key = jax.random.key(seed)
+    x = jax.random.uniform(key, (4, *shape))
+    y = jax.random.randint(key, (4,), 0, num_classes)
+    x_adv = compiled(name, norm, shape, num_classes)(x, y, key, eps)
+    assert x_adv.shape == x.shape
+    assert (x_adv >= 0).all()
+    assert (x_adv <= 1).all()
+    assert (sizes(x_adv, x, norm) <= eps * (1 + 1e-6) + 1e-7 * np.sqrt(x[0].size)).all()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_result_is_independent_of_batch_size_and_company(name):
+    logits_fn = make_nonlinear(KEY, num_classes=5)
+    x = jax.random.uniform(KEY, (12, 4, 5, 1))
+    y = jnp.arange(12) % 5
+    keys = jax.random.split(KEY, 12)
+    attack = jax.jit(lambda x, y, k: ATTACKS[name](logits_fn, x, y, k, eps=0.2, num_steps=10))
+    whole = attack(x, y, keys)
+    for index in (np.arange(5, 12), np.array([7]), np.array([11, 3, 7, 0])):
+        part = attack(x[index], y[index], keys[index])
+        np.testing.assert_allclose(part, whole[index], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network trained on two noisy classes per quadrant, and points it gets right."""
+    key = jax.random.key(3)
+    x = jax.random.uniform(key, (600, 4, 4, 1))
+    blocks = x.reshape(600, 2, 2, 2, 2).mean((2, 4)).reshape(600, 4)
+    y = jnp.argmax(blocks, -1)
+    weights = (
+        0.3 * jax.random.normal(key, (16, 32)),
+        0.3 * jax.random.normal(jax.random.fold_in(key, 1), (32, 4)),
+    )
+
+    def apply(weights, x):
+        return jnp.maximum((x - 0.5).reshape(len(x), -1) @ weights[0], 0) @ weights[1]
+
+    @jax.jit
+    def step(weights, _):
+        gradient = jax.grad(lambda w: losses.cross_entropy(apply(w, x), y).mean())(weights)
+        return jax.tree.map(lambda w, g: w - 1.0 * g, weights, gradient), None
+
+    weights, _ = jax.lax.scan(step, weights, length=800)
+    logits_fn = functools.partial(apply, weights)
+    right = np.flatnonzero(losses.correct(logits_fn(x), y))[:300]
+    return logits_fn, x[right], y[right]
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.04), ("l2", 0.12)])
+def test_is_not_weaker_than_pgd_with_the_same_budget(trained, norm, eps):
+    logits_fn, x, y = trained
+    by_pgd, by_apgd = (
+        robust_accuracy(
+            logits_fn, attack(logits_fn, x, y, KEY, eps=eps, norm=norm, num_steps=40), y
+        )
+        for attack in (pgd, apgd)
+    )
+    targeted = apgd_targeted(logits_fn, x, y, KEY, eps=eps, norm=norm, num_steps=40)
+    assert 0.1 < by_apgd <= by_pgd < 0.9
+    assert robust_accuracy(logits_fn, targeted, y) <= by_pgd
+
+
+def test_returns_the_adversarial_and_not_the_point_of_largest_loss():
+    """The loss pulls away from where the label is lost, so both cannot be had."""
+    x = jnp.full((4, 2, 2, 1), 0.5)
+    y = jnp.zeros(4, jnp.int32)
+
+    def logits_fn(x):
+        s = (x - 0.5).sum((1, 2, 3))
+        return jnp.stack([0.1 - jnp.maximum(s, 0), jnp.zeros_like(s)], -1)
+
+    # All starts lie within the ball; only those with s > 0.1 are misclassified.
+    x_adv = apgd(
+        logits_fn, x, y, jax.random.key(1), eps=0.2, num_restarts=4,
+        loss=lambda logits, y: -losses.cross_entropy(logits, y),
+    )  # fmt: skip
+    found = (x_adv - x).sum((1, 2, 3))
+    assert (jnp.argmax(logits_fn(x_adv), -1) == 1).sum() >= 2
+    assert (found > 0.1).sum() >= 2
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4, 12])
+def test_targets_are_the_likeliest_wrong_classes_and_no_more_than_there_are(num_classes):
+    logits = jax.random.normal(KEY, (num_classes,))
+    for label in (int(jnp.argmax(logits)), int(jnp.argmin(logits))):
+        targets, ranks = likeliest_wrong(logits, jnp.asarray(label), 9)
+        expected = [k for k in np.argsort(-np.asarray(logits)) if k != label][:9]
+        assert targets.tolist() == expected
+        assert ranks.tolist() == list(range(2, 2 + len(expected)))
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_few_classes_are_attacked_by_the_margin(num_classes):
+    logits_fn, _, _ = make_linear(KEY, (6, 3, 1), num_classes)
+    x = interior_images(KEY, 8, (6, 3, 1))
+    y = jnp.argmax(logits_fn(x), -1)
+    x_adv = apgd_targeted(logits_fn, x, y, KEY, eps=0.5)
+    assert robust_accuracy(logits_fn, x_adv, y) == 0
+
+
+def test_one_rank_after_another_is_the_whole_attack():
+    logits_fn = make_nonlinear(KEY, num_classes=5)
+    x = jax.random.uniform(KEY, (16, 4, 5, 1))
+    y = jnp.argmax(logits_fn(x), -1)
+    keywords = {"eps": 0.08, "num_steps": 10}
+    together = apgd_targeted(logits_fn, x, y, KEY, num_targets=3, **keywords)
+    at_rank = jax.jit(
+        lambda rank: apgd_targeted(logits_fn, x, y, KEY, ranks=rank[None], **keywords)
+    )
+    apart = [at_rank(rank) for rank in jnp.arange(2, 5)]
+    broken = np.any([jnp.argmax(logits_fn(z), -1) != y for z in apart], 0)
+    np.testing.assert_array_equal(jnp.argmax(logits_fn(together), -1) != y, broken)
+    assert 0 < broken.sum() < 16
+
+
+def test_a_randomised_network_is_attacked_through_its_average():
+    """The sign of each draw's gradient is a coin's; only their average points anywhere."""
+
+    def logits_fn(x, key):
+        s = (x - 0.5).sum((1, 2, 3)) * (1 + 4 * jax.random.normal(key))
+        return jnp.stack([jnp.full_like(s, 0.2), s], -1)
+
+    x = jnp.full((16, 4, 4, 1), 0.5)
+    y = jnp.zeros(16, jnp.int32)
+    pushed = {
+        draws: float((apgd(logits_fn, x, y, KEY, eps=0.1, num_steps=20, eot_samples=draws,
+                           loss=losses.carlini_wagner) - x).mean())
+        for draws in (1, 200)
+    }  # fmt: skip
+    assert pushed[200] > 0.03
+    assert pushed[200] > pushed[1]
+
+
+def test_zero_and_nan_gradients_are_survived():
+    x = interior_images(KEY, 3)
+    y = jnp.zeros(3, jnp.int32)
+    for value in (0.0, jnp.nan):
+        x_adv = apgd(
+            lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
+            x, y, KEY, eps=0.1, num_steps=5,
+        )  # fmt: skip
+        assert jnp.isfinite(x_adv).all()
+        assert (sizes(x_adv, x, "linf") <= 0.1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_starts_lie_on_the_sphere(norm):
+    draw = jax.vmap(lambda k: norms.random_on_sphere(k, (3, 2, 1), 0.5, norm))
+    points = draw(jax.random.split(KEY, 500))
+    np.testing.assert_allclose(sizes(points, 0 * points, norm), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(points.mean(0), 0, atol=0.06)
+
+
+def test_targeted_dlr_is_its_formula_and_needs_four_classes():
+    logits = jnp.array([[3.0, 1.0, 2.0, -1.0, 0.0]])
+    value = losses.targeted_dlr(logits, jnp.array([0]), jnp.array([2]))
+    np.testing.assert_allclose(value, -(3 - 2) / (3 - (1 + 0) / 2), rtol=1e-6)
+    scaled = losses.targeted_dlr(7 * logits + 3, jnp.array([0]), jnp.array([2]))
+    np.testing.assert_allclose(scaled, value, rtol=1e-6)
+    with pytest.raises(ValueError, match="at least 4 classes, not 3; use targeted_margin"):
+        losses.targeted_dlr(logits[:, :3], jnp.array([0]), jnp.array([2]))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"eps": -0.1}, "eps must not be negative, not -0.1"),
+        ({"num_steps": 0}, "num_steps must be a whole number of at least 1, not 0"),
+        ({"num_restarts": 0}, "num_restarts"),
+        ({"rho": 0.0}, r"rho must be in \(0, 1\], not 0.0"),
+        ({"eot_samples": 0}, "eot_samples"),
+        ({"norm": "l7"}, "norm must be one of linf, l2, not 'l7'"),
+        ({"loss": losses.dlr}, "dlr needs at least 3 classes, not 2; use carlini_wagner"),
+    ],
+)
+def test_mistakes_are_told(keywords, message):
+    logits_fn, _, _ = make_linear(KEY, num_classes=2)
+    x = interior_images(KEY, 2)
+    with pytest.raises(ValueError, match=message):
+        apgd(logits_fn, x, jnp.zeros(2, jnp.int32), KEY, **{"eps": 0.1, **keywords})

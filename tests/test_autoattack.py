@@ -1,0 +1,272 @@
+"""AutoAttack: bookkeeping of points, batches and saved states; its warnings; few classes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_jax import losses
+from robust_jax.attacks import autoattack, norms
+from robust_jax.attacks.autoattack import MEMBERS, VERSIONS
+from tests.linear import make_nonlinear
+
+KEY = jax.random.key(0)
+QUICK = {
+    "apgd_ce": {"num_steps": 10},
+    "apgd_dlr": {"num_steps": 10},
+    "apgd_t": {"num_steps": 10, "num_targets": 2},
+    "fab": {"num_steps": 8},
+    "fab_t": {"num_steps": 8, "num_targets": 2},
+    "square": {"num_queries": 60},
+}
+run = functools.partial(autoattack, overrides=QUICK, progress=False)
+
+
+@functools.cache
+def problem(num_classes=4, num_wrong=5):
+    """A network and 40 points, the first few of them labelled wrong."""
+    logits_fn = make_nonlinear(jax.random.key(4), num_classes=num_classes)
+    x = np.asarray(jax.random.uniform(KEY, (40, 4, 5, 1)))
+    y = np.array(jnp.argmax(logits_fn(x), -1))
+    y[:num_wrong] = (y[:num_wrong] + 1) % num_classes
+    return logits_fn, x, y
+
+
+@functools.cache
+def baseline():
+    logits_fn, x, y = problem()
+    return run(logits_fn, x, y, KEY, eps=0.05)
+
+
+def sizes(delta, norm):
+    return np.asarray(jax.vmap(lambda d: norms.size(d, norm))(jnp.asarray(delta)))
+
+
+def test_versions_run_the_attacks_of_the_paper_in_its_order():
+    assert list(VERSIONS["standard"]) == ["apgd_ce", "apgd_t", "fab_t", "square"]
+    assert list(VERSIONS["plus"]) == ["apgd_ce", "apgd_dlr", "fab", "square", "apgd_t", "fab_t"]
+    assert list(VERSIONS["rand"]) == ["apgd_ce", "apgd_dlr"]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_result_holds_together(norm):
+    logits_fn, x, y = problem()
+    if norm == "linf":
+        names, eps, result = list(VERSIONS["standard"]), 0.05, baseline()
+    else:
+        names, eps = ["apgd_dlr", "fab", "square"], 0.15
+        result = run(logits_fn, x, y, KEY, eps=eps, norm=norm, version=tuple(names), batch_size=16)
+    right = np.asarray(losses.correct(logits_fn(result.x_adv), y), bool)
+    np.testing.assert_array_equal(result.robust, right)
+    np.testing.assert_array_equal(result.broken_by == "", result.robust)
+    np.testing.assert_array_equal(result.broken_by == "clean", np.arange(40) < 5)
+    assert set(result.broken_by) <= {"", "clean", *MEMBERS}
+    assert 0 < result.robust.sum() < 35
+    untouched = result.robust | (result.broken_by == "clean")
+    np.testing.assert_array_equal(result.x_adv[untouched], x[untouched])
+    distance = sizes(result.x_adv - x, norm)
+    assert (distance <= eps * (1 + 1e-5)).all()
+    np.testing.assert_allclose(result.distance[~result.robust], distance[~result.robust], rtol=1e-5)
+    assert np.isnan(result.distance[result.robust]).all()
+    shares = list(result.robust_accuracy.values())
+    assert list(result.robust_accuracy) == ["clean", *names]
+    assert shares[0] == 35 / 40
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] == result.robust.mean()
+    assert result.warnings == () or "square" in result.warnings[0]
+
+
+def test_is_at_least_as_strong_as_each_member():
+    logits_fn, x, y = problem()
+    for name in VERSIONS["standard"]:
+        alone = run(logits_fn, x, y, KEY, eps=0.05, version=(name,))
+        assert not (baseline().robust & ~alone.robust).any()
+        assert baseline().robust_accuracy[name] <= alone.robust_accuracy[name]
+
+
+def test_does_not_depend_on_the_batch_size_and_padding_counts_for_nothing():
+    logits_fn, x, y = problem()
+    other = run(logits_fn, x, y, KEY, eps=0.05, batch_size=9)
+    np.testing.assert_array_equal(baseline().broken_by, other.broken_by)
+    np.testing.assert_allclose(baseline().x_adv, other.x_adv, atol=1e-4)
+    assert baseline().robust_accuracy == other.robust_accuracy
+
+
+def test_an_example_takes_its_key_with_it():
+    logits_fn, x, y = problem()
+    keys = jax.random.split(KEY, 40)
+    whole = run(logits_fn, x, y, keys, eps=0.05, version=("square",))
+    part = run(logits_fn, x[11:30], y[11:30], keys[11:30], eps=0.05, version=("square",))
+    np.testing.assert_array_equal(whole.broken_by[11:30], part.broken_by)
+
+
+def test_each_attack_sees_only_what_still_stands(monkeypatch):
+    logits_fn, x, y = problem()
+    seen = {}
+
+    def spy(name, broken):
+        def attack(logits_fn, x, y, key, *, eps, norm):
+            jax.debug.callback(lambda x: seen.setdefault(name, []).append(np.asarray(x)), x)
+            # A move that breaks only the images whose first pixel says so.
+            away = jnp.where(x[:, :1, :1, :1] < broken, 1.0, 0.0)
+            return x + away * eps * jnp.sign(jax.grad(lambda x: losses.cross_entropy(
+                logits_fn(x), y).sum())(x))  # fmt: skip
+
+        return attack
+
+    monkeypatch.setitem(autoattack.__globals__, "MEMBERS", {
+        "one": MEMBERS["square"]._replace(attack=spy("one", 0.5)),
+        "two": MEMBERS["square"]._replace(attack=spy("two", 1.1)),
+    })  # fmt: skip
+    result = autoattack(
+        logits_fn, x, y, KEY, eps=0.4, version=("one", "two"), batch_size=8, progress=False
+    )
+    jax.effects_barrier()
+    first = {image.tobytes() for batch in seen["one"] for image in batch}
+    second = {image.tobytes() for batch in seen["two"] for image in batch}
+    assert first == {image.tobytes() for image in x[5:]}
+    assert second == {image.tobytes() for image in x[5:][result.broken_by[5:] != "one"]}
+    assert {"one", "two"} <= set(result.broken_by)
+
+
+def test_stops_when_none_is_left():
+    logits_fn, x, y = problem()
+    result = run(logits_fn, x, y, KEY, eps=1.0, version=("apgd_ce", "square"))
+    assert not result.robust.any()
+    assert result.robust_accuracy["square"] == 0
+    all_wrong = run(logits_fn, x, (y + 1) % 4, KEY, eps=0.1, version=("square",))
+    assert (all_wrong.broken_by[5:] == "clean").all()
+
+
+def test_resumes_without_doing_finished_attacks_again(tmp_path, monkeypatch):
+    logits_fn, x, y = problem()
+    path = tmp_path / "state.npz"
+    arguments = {"eps": 0.05, "version": ("apgd_ce", "fab_t", "square")}
+    expected = run(logits_fn, x, y, KEY, **arguments)
+
+    class Stopped(Exception):
+        pass
+
+    started = []
+
+    def attempt(*arguments, real=autoattack.__globals__["_attempt"], stop=True):
+        started.append(arguments[1].attack.__name__)
+        if stop and started[-1] == "square":
+            raise Stopped
+        return real(*arguments)
+
+    monkeypatch.setitem(autoattack.__globals__, "_attempt", attempt)
+    with pytest.raises(Stopped):
+        run(logits_fn, x, y, KEY, state_path=path, **arguments)
+    assert started == ["apgd", "fab", "square"]
+    started.clear()
+    monkeypatch.setitem(autoattack.__globals__, "_attempt", functools.partial(attempt, stop=False))
+    resumed = run(logits_fn, x, y, KEY, state_path=path, batch_size=11, **arguments)
+    assert started == ["square"]
+    np.testing.assert_array_equal(resumed.broken_by, expected.broken_by)
+    np.testing.assert_allclose(resumed.x_adv, expected.x_adv, atol=1e-4)
+    assert resumed.robust_accuracy == expected.robust_accuracy
+    assert [file.name for file in tmp_path.iterdir()] == ["state.npz"]
+    started.clear()
+    again = run(logits_fn, x, y, KEY, state_path=path, **arguments)
+    assert started == []
+    np.testing.assert_array_equal(again.x_adv, resumed.x_adv)
+
+
+def test_refuses_a_state_of_something_else(tmp_path):
+    logits_fn, x, y = problem()
+    path = tmp_path / "state.npz"
+    one = functools.partial(run, version=("apgd_ce",), state_path=path)
+    one(logits_fn, x, y, KEY, eps=0.05)
+    for arguments, eps in (
+        ((logits_fn, x, y, KEY), 0.06),
+        ((logits_fn, x, y, jax.random.key(1)), 0.05),
+        ((logits_fn, x[::-1], y[::-1], KEY), 0.05),
+    ):
+        with pytest.raises(ValueError, match="belongs to other examples, keys or settings"):
+            one(*arguments, eps=eps)
+    with pytest.raises(ValueError, match="belongs to another network"):
+        one(lambda x: 2 * logits_fn(x), x, y, KEY, eps=0.05)
+    for content in (b"", b"nonsense", path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not a state of AutoAttack"):
+            one(logits_fn, x, y, KEY, eps=0.05)
+    with path.open("wb") as file:
+        np.savez(file, x_adv=np.array([object()]))
+    with pytest.raises(ValueError, match="is not a state of AutoAttack"):
+        one(logits_fn, x, y, KEY, eps=0.05)
+
+
+@pytest.mark.parametrize(("num_classes", "names"), [(2, {"apgd_dlr", "apgd_t"}), (3, {"apgd_t"})])
+def test_few_classes_get_other_losses_and_say_so(num_classes, names):
+    logits_fn, x, y = problem(num_classes)
+    result = run(
+        logits_fn, x, y, KEY, eps=0.05,
+        version=("apgd_dlr", "apgd_t"), overrides={"apgd_dlr": QUICK["apgd_dlr"]},
+    )  # fmt: skip
+    assert {warning.split(" uses the margin")[0] for warning in result.warnings} == names
+    assert result.robust.mean() < 0.7
+
+
+def test_warns_of_probabilities_zero_gradients_and_masked_ones():
+    logits_fn, x, y = problem()
+    given = run(lambda x: jax.nn.softmax(logits_fn(x)), x, y, KEY, eps=0.1, version=("apgd_ce",))
+    assert any("probabilities" in warning for warning in given.warnings)
+    masked = run(
+        lambda x: jax.lax.stop_gradient(logits_fn(x)), x, y, KEY, eps=0.05,
+        version=("apgd_ce", "square"),
+    )  # fmt: skip
+    assert any("35 of 35 points have a zero gradient" in w for w in masked.warnings)
+    assert any("square lowered the robust accuracy" in w for w in masked.warnings)
+
+
+def test_randomised_networks_are_noticed_and_have_their_own_version():
+    logits_fn, x, y = problem()
+    rng = np.random.default_rng(0)
+
+    def noisy(x):
+        return logits_fn(x) + float(rng.normal())
+
+    assert any(
+        'use version="rand"' in warning
+        for warning in run(noisy, x, y, KEY, eps=0.05, version=("square",)).warnings
+    )
+
+    def keyed(x, key):
+        return logits_fn(x) + 0.05 * jax.random.normal(key, (x.shape[0], 4))
+
+    faster = {name: {"num_steps": 5, "eot_samples": 3} for name in ("apgd_ce", "apgd_dlr")}
+    results = [
+        autoattack(keyed, x, y, KEY, eps=0.1, version="rand", batch_size=size,
+                   overrides=faster, progress=False)
+        for size in (40, 9)
+    ]  # fmt: skip
+    assert list(results[0].robust_accuracy) == ["clean", "apgd_ce", "apgd_dlr"]
+    assert 0 < results[0].robust_accuracy["apgd_dlr"] < results[0].robust_accuracy["clean"]
+    np.testing.assert_array_equal(results[0].broken_by, results[1].broken_by)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "best"}, "version must be one of standard, plus, rand or a tuple"),
+        ({"version": ("pgd",)}, "attack must be one of apgd_ce, .*, not 'pgd'"),
+        ({"version": ()}, "version names no attack"),
+        ({"overrides": {"square": {"steps": 1}}}, "square has no keyword 'steps'; choices: num_q"),
+        ({"overrides": {"squares": {}}}, "attack must be one of .*, not 'squares'"),
+        ({"eps": -1.0}, "eps must not be negative"),
+        ({"norm": "l1"}, "norm must be one of linf, l2, not 'l1'"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+        ({"x": np.full((40, 4, 5, 1), 7.0)}, r"x ranges over \[7, 7\]; pixels must be in"),
+        ({"x": np.zeros((40, 20))}, r"x must be \[N,H,W,C\] and not empty, not \[40, 20\]"),
+        ({"y": np.zeros(3, int)}, r"y must hold 40 labels from 0 on, not int64 \[3\]"),
+        ({"y": np.full(40, 9)}, "y has label 9, but the network has 4 classes"),
+    ],
+)
+def test_mistakes_are_told(changes, message):
+    logits_fn, x, y = problem()
+    arguments = {"x": x, "y": y, "eps": 0.1, "key": KEY, **changes}
+    with pytest.raises(ValueError, match=message):
+        autoattack(logits_fn, progress=False, **arguments)

@@ -1,0 +1,162 @@
+"""FAB: the distances of linear models, projections against brute force, few classes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize
+
+from robust_jax.attacks import fab, nearest_adversarial
+from robust_jax.attacks.fab import project_to_boundary
+from tests.linear import interior_images, make_linear, make_nonlinear
+from tests.test_apgd import near_boundary, robust_accuracy, sizes
+
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(("num_classes", "num_targets"), [(2, 9), (5, 9), (5, None)])
+def test_finds_the_closed_form_distance_of_a_linear_model(num_targets, norm, num_classes):
+    logits_fn, x, y, distance = near_boundary(num_classes, norm)
+    found = nearest_adversarial(logits_fn, x, y, KEY, norm=norm, num_targets=num_targets)
+    assert robust_accuracy(logits_fn, found.x_adv, y) == 0
+    np.testing.assert_allclose(sizes(found.x_adv, x, norm), found.distance, rtol=1e-5)
+    assert (found.distance >= distance * (1 - 1e-4)).all()
+    assert (found.distance <= distance * 1.01).all()
+
+
+@functools.cache
+def compiled(norm, shape, num_classes):
+    logits_fn = make_nonlinear(KEY, shape, num_classes)
+    return jax.jit(
+        lambda x, y, key, eps: fab(
+            logits_fn, x, y, key, eps=eps, norm=norm, num_steps=12, num_restarts=2
+        )
+    ), logits_fn
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@settings(max_examples=16, deadline=None, derandomize=True)
+@given(
+    eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
+    shape_and_classes=st.sampled_from([((4, 5, 1), 6), ((1, 7, 2), 2)]),
+)  # fmt: skip
+def test_is_inside_ball_and_box_or_unchanged(norm, eps, seed, shape_and_classes):
+    key = jax.random.key(seed)
+    shape, num_classes = shape_and_classes
+    x = jax.random.uniform(key, (4, *shape))
+    y = jax.random.randint(key, (4,), 0, num_classes)
+    attack, logits_fn = compiled(norm, shape, num_classes)
+    x_adv = attack(x, y, key, eps)
+    assert x_adv.shape == x.shape
+    assert (x_adv >= 0).all()
+    assert (x_adv <= 1).all()
+    assert (sizes(x_adv, x, norm) <= eps * (1 + 1e-6)).all()
+    # Right still means untouched; wrong from the start means the point itself is the nearest.
+    right_before, right_after = (np.asarray(jnp.argmax(logits_fn(z), -1) == y) for z in (x, x_adv))
+    unchanged = right_after | ~right_before
+    np.testing.assert_array_equal(x_adv[unchanged], x[unchanged])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("seed", range(6))
+def test_projection_is_the_nearest_point_of_the_plane_in_the_box(norm, seed):
+    """Against linear programming (linf) and a general solver (l2)."""
+    rng = np.random.default_rng(seed)
+    x, w = rng.uniform(0, 1, 6), rng.normal(size=6) * np.array([1, 1, 1, 1, 0, 0.1])
+    reach = sum(max(-wi * xi, wi * (1 - xi)) for wi, xi in zip(w, x, strict=True))
+    value = -rng.uniform(0.3, 0.95) * reach
+    as_image = functools.partial(jnp.reshape, shape=(2, 3, 1))
+    delta = project_to_boundary(
+        as_image(jnp.asarray(x, jnp.float32)), jnp.float32(value),
+        as_image(jnp.asarray(w, jnp.float32)), norm,
+    )  # fmt: skip
+    delta = np.asarray(delta, np.float64).ravel()
+    np.testing.assert_allclose(value + w @ delta, 0, atol=1e-5)
+    assert (x + delta > -1e-6).all()
+    assert (x + delta < 1 + 1e-6).all()
+    if norm == "linf":  # minimise t with -t <= delta <= t
+        tied = np.vstack([np.c_[np.eye(6), -np.ones(6)], np.c_[-np.eye(6), -np.ones(6)]])
+        best = optimize.linprog(
+            [0] * 6 + [1], tied, np.zeros(12), [[*w, 0]], [-value],
+            [*zip(-x, 1 - x, strict=True), (0, None)],
+        ).fun  # fmt: skip
+        np.testing.assert_allclose(np.abs(delta).max(), best, rtol=1e-4)
+    else:
+        best = optimize.minimize(
+            lambda d: d @ d, np.zeros(6), method="SLSQP", bounds=[*zip(-x, 1 - x, strict=True)],
+            constraints={"type": "eq", "fun": lambda d: value + w @ d},
+            options={"ftol": 1e-12, "maxiter": 500},
+        ).fun  # fmt: skip
+        np.testing.assert_allclose(delta @ delta, best, rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_projection_out_of_reach_goes_as_far_as_the_box_allows(norm):
+    x = jnp.full((2, 2, 1), 0.25)
+    w = jnp.array([1.0, -1.0, 2.0, 0.0]).reshape(2, 2, 1)
+    delta = project_to_boundary(x, jnp.float32(-10.0), w, norm)
+    np.testing.assert_allclose(delta.ravel(), [0.75, -0.25, 0.75, 0.0], atol=1e-6)
+    np.testing.assert_array_equal(project_to_boundary(x, jnp.float32(1.0), 0 * w, norm), 0 * x)
+
+
+def test_points_that_cannot_be_broken_or_already_are():
+    x = interior_images(KEY, 3)
+
+    def constant(x):
+        return jnp.tile(jnp.array([1.0, 0.0, 0.0]), (x.shape[0], 1))
+
+    found = nearest_adversarial(constant, x, jnp.array([0, 1, 0]), KEY, num_steps=3)
+    np.testing.assert_array_equal(found.x_adv, x)
+    np.testing.assert_array_equal(found.distance, [np.inf, 0, np.inf])
+
+
+def test_result_is_independent_of_batch_size_and_company():
+    logits_fn = make_nonlinear(KEY, num_classes=4)
+    x = jax.random.uniform(KEY, (12, 4, 5, 1))
+    y = jnp.argmax(logits_fn(x), -1)
+    keys = jax.random.split(KEY, 12)
+    attack = jax.jit(lambda x, y, k: nearest_adversarial(logits_fn, x, y, k, num_steps=10))
+    whole = attack(x, y, keys)
+    for index in (np.arange(5, 12), np.array([7]), np.array([11, 3, 7, 0])):
+        part = attack(x[index], y[index], keys[index])
+        np.testing.assert_allclose(part.distance, whole.distance[index], rtol=1e-3)
+
+
+def test_restarts_targets_and_ranks_only_help():
+    logits_fn = make_nonlinear(KEY, num_classes=6)
+    x = jax.random.uniform(KEY, (20, 4, 5, 1))
+    y = jnp.argmax(logits_fn(x), -1)
+    search = functools.partial(nearest_adversarial, logits_fn, x, y, KEY, norm="l2", num_steps=15)
+    one, all_targets = search(num_targets=1), search()
+    restarted = search(num_targets=1, num_restarts=3)
+    assert (all_targets.distance <= one.distance * (1 + 1e-5)).all()
+    assert (restarted.distance <= one.distance * (1 + 1e-5)).all()
+    assert (restarted.distance < one.distance * (1 - 1e-5)).any()
+    at_rank = jax.jit(lambda rank: search(ranks=rank[None]).distance)
+    apart = [at_rank(rank) for rank in jnp.arange(2, 7)]
+    np.testing.assert_allclose(np.min(apart, 0), all_targets.distance, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"eps": -0.1}, "eps must not be negative, not -0.1"),
+        ({"num_steps": 0}, "num_steps must be a whole number of at least 1, not 0"),
+        ({"num_targets": 0}, "num_targets"),
+        ({"num_restarts": 0}, "num_restarts"),
+        ({"alpha_max": 1.5}, r"alpha_max must be in \(0, 1\], not 1.5"),
+        ({"beta": 0}, "beta"),
+        ({"eta": 0.9}, "eta must be at least 1, not 0.9"),
+        ({"norm": "l7"}, "norm must be one of linf, l2, not 'l7'"),
+    ],
+)
+def test_mistakes_are_told(keywords, message):
+    logits_fn, _, _ = make_linear(KEY)
+    x = interior_images(KEY, 2)
+    with pytest.raises(ValueError, match=message):
+        fab(logits_fn, x, jnp.zeros(2, jnp.int32), KEY, **{"eps": 0.1, **keywords})

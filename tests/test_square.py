@@ -1,0 +1,149 @@
+"""Square: patches within the image up to its edges, no gradients, any image shape."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robust_jax import losses
+from robust_jax.attacks import square
+from robust_jax.attacks.square import _hill, _place, patch_sides
+from tests.linear import interior_images, make_linear, make_nonlinear
+from tests.test_apgd import near_boundary, robust_accuracy, sizes
+
+KEY = jax.random.key(0)
+
+
+@functools.cache
+def compiled(norm, shape):
+    logits_fn = make_nonlinear(KEY, shape)
+    return jax.jit(
+        lambda x, y, key, eps: square(logits_fn, x, y, key, eps=eps, norm=norm, num_queries=60)
+    )
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
+    shape=st.sampled_from([(4, 5, 1), (1, 7, 2), (12, 7, 3)]),
+)  # fmt: skip
+def test_stays_in_the_ball_and_the_box(norm, eps, seed, shape):
+    key = jax.random.key(seed)
+    x = jax.random.uniform(key, (4, *shape))
+    y = jax.random.randint(key, (4,), 0, 3)
+    x_adv = compiled(norm, shape)(x, y, key, eps)
+    assert x_adv.shape == x.shape
+    assert (x_adv >= 0).all()
+    assert (x_adv <= 1).all()
+    assert (sizes(x_adv, x, norm) <= eps * (1 + 1e-6) + 1e-7 * np.sqrt(x[0].size)).all()
+
+
+@pytest.mark.parametrize(("norm", "slack"), [("linf", 1.02), ("l2", 1.5)])
+def test_breaks_a_network_without_gradients(norm, slack):
+    """At a little more than the closed-form distance, and never below it."""
+    linear, x, y, distance = near_boundary(3, norm)
+
+    def logits_fn(x):
+        return jax.lax.stop_gradient(linear(x))
+
+    @jax.jit
+    @jax.vmap
+    def attack(x, y, eps):
+        return square(logits_fn, x[None], y[None], KEY, eps=eps, norm=norm, num_queries=3000)[0]
+
+    assert robust_accuracy(logits_fn, attack(x, y, 0.99 * distance), y) == 1
+    assert robust_accuracy(logits_fn, attack(x, y, slack * distance), y) < 0.1
+
+
+def test_needs_no_derivative_at_all():
+    def logits_fn(x):
+        out = jax.ShapeDtypeStruct((x.shape[0], 2), jnp.float32)
+        return jax.pure_callback(host, out, x, vmap_method="expand_dims")
+
+    def host(x):
+        s = np.asarray(x).mean((-3, -2, -1))
+        return np.stack([0.54 - s, 0 * s], -1).astype(np.float32)
+
+    x = jnp.full((4, 6, 4, 1), 0.5)
+    y = jnp.zeros(4, jnp.int32)
+    x_adv = square(logits_fn, x, y, KEY, eps=0.05, num_queries=200)
+    assert robust_accuracy(logits_fn, x_adv, y) == 0
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.03), ("l2", 0.1)])
+def test_result_is_independent_of_batch_size_and_company(norm, eps):
+    logits_fn = make_nonlinear(KEY)
+    x = jax.random.uniform(KEY, (12, 4, 5, 1))
+    y = jnp.arange(12) % 3
+    keys = jax.random.split(KEY, 12)
+    attack = jax.jit(
+        lambda x, y, k: square(logits_fn, x, y, k, eps=eps, norm=norm, num_queries=100)
+    )
+    whole = attack(x, y, keys)
+    assert 0 < (jnp.argmax(logits_fn(whole), -1) == y).sum() < 12
+    for index in (np.arange(5, 12), np.array([7]), np.array([11, 3, 7, 0])):
+        part = attack(x[index], y[index], keys[index])
+        np.testing.assert_allclose(part, whole[index], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9, 5, 1), (5, 9, 1), (1, 1, 1)])
+def test_windows_reach_every_edge_and_are_drawn_per_example(shape):
+    keys = jax.random.split(KEY, 2000)
+    for side in {1, min(shape[:2])}:
+        corners = np.asarray(jax.vmap(lambda k, s=side: _place(k, s, shape))(keys))
+        np.testing.assert_array_equal(corners.min(0), 0)
+        np.testing.assert_array_equal(corners.max(0) + side, shape[:2])
+
+
+def test_patches_shrink_as_in_the_paper_and_fit_any_image():
+    sides = patch_sides((28, 28, 1), 0.8, 5000, "linf")
+    assert sides[[0, 10, 11, 50, 51, 4001]].tolist() == [25, 25, 18, 18, 13, 2]
+    assert set(patch_sides((28, 28, 1), 0.8, 5000, "l2") % 2) == {1}
+    for norm in ("linf", "l2"):
+        assert patch_sides((3, 40, 3), 1.0, 100, norm).max() == 3
+        assert patch_sides((1, 6, 1), 0.01, 10000, norm).tolist() == [1] * 10000
+
+
+def test_a_hill_and_its_pit_have_norm_one_and_opposite_signs():
+    for side in (1, 2, 3, 5, 8):
+        hill = _hill(side)
+        np.testing.assert_allclose(np.linalg.norm(hill), 1, rtol=1e-6)
+        assert (hill[: side // 2] > 0).all()
+        assert (hill[side // 2 :] < 0).all()
+    # The middle of the lower half of 5×5 is its highest: 1 + 1/4 + 1/9 against 1/4 + 1/9.
+    np.testing.assert_allclose(_hill(5)[3, 2] / _hill(5)[3, 1], 49 / 13, rtol=1e-5)
+
+
+def test_more_queries_never_hurt():
+    logits_fn = make_nonlinear(jax.random.key(4))
+    x = jax.random.uniform(KEY, (100, 4, 5, 1))
+    y = jnp.argmax(logits_fn(x), -1)
+    values = []
+    for num_queries in (1, 20, 200):
+        x_adv = square(logits_fn, x, y, KEY, eps=0.05, num_queries=num_queries)
+        values.append(losses.margin(logits_fn(x_adv), y))
+    # The same keys, so a longer search begins as the shorter one.
+    assert (values[1] <= values[0] + 1e-5).all()
+    assert ((values[2] <= values[1] + 1e-5) | (values[1] < 0)).all()
+    assert (values[2] < 0).sum() > (values[0] < 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"eps": -0.1}, "eps must not be negative, not -0.1"),
+        ({"num_queries": 0}, "num_queries must be a whole number of at least 1, not 0"),
+        ({"p_init": 0}, r"p_init must be in \(0, 1\], not 0"),
+        ({"norm": "l7"}, "norm must be one of linf, l2, not 'l7'"),
+    ],
+)
+def test_mistakes_are_told(keywords, message):
+    logits_fn, _, _ = make_linear(KEY)
+    x = interior_images(KEY, 2)
+    with pytest.raises(ValueError, match=message):
+        square(logits_fn, x, jnp.zeros(2, jnp.int32), KEY, **{"eps": 0.1, **keywords})
