@@ -5,7 +5,9 @@ import sys
 from tqdm import tqdm
 
 
-def progress(total: int, description: str, unit: str, *, initial: int = 0) -> tqdm:
+def progress(
+    total: int, description: str, unit: str, *, initial: int = 0, shown: bool = True
+) -> tqdm:
     """A bar with an estimate of what is left; in a log file a line every half minute."""
     return tqdm(
         total=total,
@@ -14,5 +16,6 @@ def progress(total: int, description: str, unit: str, *, initial: int = 0) -> tq
         unit=unit,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 30,
+        disable=not shown,
         smoothing=0,  # steps are dispatched in bursts: only the average says what is left
     )

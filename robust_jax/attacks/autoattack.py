@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from tqdm import tqdm
 
 from robust_jax import losses
 from robust_jax.attacks import norms
@@ -29,6 +28,7 @@ from robust_jax.attacks.norms import Norm
 from robust_jax.attacks.pgd import LogitsFn
 from robust_jax.attacks.square import square
 from robust_jax.keys import KeyOrKeys, example_keys, fold_each
+from robust_jax.progress import progress as progress_bar
 
 
 class Member(NamedTuple):
@@ -144,10 +144,8 @@ def autoattack(
         state = _load(Path(state_path), inputs, logits)
 
     passes = {name: _passes(member, num_classes) for name, member in plan.items()}
-    with tqdm(
-        total=sum(map(len, passes.values())),
-        desc="autoattack", unit="pass", dynamic_ncols=True, disable=not progress,
-    ) as bar:  # fmt: skip
+    num_passes = sum(map(len, passes.values()))
+    with progress_bar(num_passes, "autoattack", "pass", shown=progress) as bar:
         for name, member in plan.items():
             if name in state.robust_accuracy:
                 bar.update(len(passes[name]))
