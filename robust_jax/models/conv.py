@@ -270,11 +270,6 @@ def max_pool2d(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v u c
     return _tiles(x, window).max(axis=(2, 4))
 
 
-def avg_pool2d(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v u c"]:
-    """Mean of each window x window tile; rows and columns that fill no tile are dropped."""
-    return _tiles(x, window).mean(axis=(2, 4))
-
-
 def global_avg_pool2d(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
     """Mean over the image."""
     if x.dtype == jnp.bfloat16:

@@ -69,7 +69,7 @@ class Classifier(nn.Module, kw_only=True):
 
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
         """The input of the last dense layer."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each network is its features
 
     def conv(self, features: int, size: int, **kwargs) -> Conv:
         """A size x size convolution that follows the model's fields."""

@@ -28,7 +28,7 @@ class _PreActivationNet(Classifier, kw_only=True):
 
     def stages(self) -> tuple[int, list[tuple[int, int, int]]]:
         """Channels of the stem, and (blocks, channels, stride) of each stage."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: the two families differ in their stages alone
 
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
         stem, stages = self.stages()
