@@ -7,7 +7,6 @@ either on the device. Nothing is ever unpickled.
 import dataclasses
 import difflib
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,20 +152,6 @@ class TrainBatches:
         )
         images, labels = self._split.take(index)
         return {"image": images, "label": labels, "position": np.arange(self._batch_size)}
-
-
-def padded_batches(
-    split: Split, index: np.ndarray, batch_size: int
-) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """The examples at `index` in batches of one size, the last padded; each with its real rows.
-
-    A batch holds image, label and index [B], the example's place in the split.
-    """
-    for start in range(0, len(index), batch_size):
-        rows = index[start : start + batch_size]
-        padded = np.concatenate([rows, np.repeat(rows[-1:], batch_size - len(rows))])
-        images, labels = split.take(padded)
-        yield {"image": images, "label": labels, "index": padded}, len(rows)
 
 
 def _digits() -> tuple[Split, Split, int]:
