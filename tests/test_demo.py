@@ -75,6 +75,9 @@ def test_results_are_the_means_of_the_records(demo, results):
     assert (records["spectral_logits"] <= records["frobenius_logits"] * (1 + 1e-4)).all()
     assert records["entropy"].between(0, np.log(10) + 1e-5).all()
     assert records["confidence"].between(0, 1).all()
+    best = records.loc[records["correct"], "confidence"]
+    np.testing.assert_allclose(records.loc[records["correct"], "top_probability"], best, rtol=1e-4)
+    assert (records["top_probability"] >= records["confidence"] - 1e-6).all()
     # The softmax's own Jacobian has a norm of at most ½.
     for norm in ("frobenius", "spectral"):
         assert (records[f"{norm}_probabilities"] <= 0.5001 * records[f"{norm}_logits"]).all()

@@ -11,13 +11,13 @@ from numpy.typing import ArrayLike
 
 
 class Reliability(NamedTuple):
-    """Bins of top probability: edges [n+1]; examples, mean top probability and accuracy [n].
+    """Bins of top probability: edges [n+1]; of each bin the examples, mean and accuracy [n].
 
-    The means are NaN where a bin is empty.
+    Mean top probability and accuracy are NaN where a bin is empty.
     """
 
     edges: np.ndarray
-    count: np.ndarray
+    examples: np.ndarray
     confidence: np.ndarray
     accuracy: np.ndarray
 
@@ -63,4 +63,4 @@ def reliability(
 def expected_calibration_error(curve: Reliability) -> float:
     """Σ_bins (share of examples) · |accuracy - confidence|, in [0,1] (arXiv 1706.04599, eq. 3)."""
     gaps = np.abs(curve.accuracy - curve.confidence)
-    return float(np.nansum(curve.count * gaps) / curve.count.sum())
+    return float(np.nansum(curve.examples * gaps) / curve.examples.sum())

@@ -35,7 +35,7 @@ def captured(model: nn.Module, variables: Any, *, every_module: bool = False) ->
             variables, x, mutable=["intermediates"], capture_intermediates=every_module
         )
         sown = flatten_dict(state.get("intermediates", {}), sep="/")
-        found = {}
+        found: dict[str, Array] = {}
         for path, values in sown.items():
             name = path.removesuffix("__call__").rstrip("/")
             if name:  # else it is the network's own output

@@ -36,7 +36,11 @@ def gaps(train: Mapping[str, ArrayLike], test: Mapping[str, ArrayLike]) -> dict[
     """Generalisation gaps: the train mean minus the test mean of each measure that both hold.
 
     train, test: records of an evaluation, or any arrays [N] by name: loss, accuracy ("correct"),
-    robust accuracy ("name@eps/held"), margins and so on, each gap in its own units.
+    robust accuracy ("name@eps/held"), margins and so on, each gap in its own units; NaN where a
+    value is.
     """
     names = [name for name in train if name in test and name not in _NAMES]
-    return {name: float(np.mean(train[name]) - np.mean(test[name])) for name in names}
+    train_mean, test_mean = (
+        {name: np.asarray(table[name], float).mean() for name in names} for table in (train, test)
+    )
+    return {name: float(train_mean[name] - test_mean[name]) for name in names}
