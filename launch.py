@@ -21,8 +21,9 @@ flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, records, re
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "report"],
-    "train: all of it; evaluate, report: that part again, of a finished run.",
+    ["train", "evaluate", "audit", "verify", "report"],
+    "train: all of it; evaluate, audit, report: that part again, of a finished run; verify: every "
+    "adversarial made anew from the checkpoint and compared with the records.",
 )
 flags.mark_flags_as_required(["config", "workdir"])
 

@@ -74,8 +74,11 @@ def get_config() -> ConfigDict:
 
     # The final evaluation, of best and last on the whole test set. The key is the attack's name in
     # tables; eps is the list of radii, in pixel units.
+    # num_examples is how many of the first examples are attacked (0, the default: all).
     config.attacks = attack_grid(
-        linf=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3), l2=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+        linf=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
+        l2=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+        autoattack={"linf": 0.15},
     )
     config.evaluation = ConfigDict(
         {
@@ -87,22 +90,46 @@ def get_config() -> ConfigDict:
         }
     )
 
+    # Is the robustness real? The checks of robust_jax.audit on the best checkpoint.
+    config.audit = ConfigDict(
+        {
+            "norm": "linf",
+            "eps": 0.15,
+            "num_examples": 200,  # the first of the test set; 0: no audit
+            "num_queries": 1000,  # of random search
+            # Whose adversarials are tried: "train" trains an undefended CNN; else the folder of a
+            # finished run on the same data, or "" for none.
+            "surrogate": "train",
+        }
+    )
+
     config.parallel = "pmap"  # or its successor, shard_map
     return config
 
 
-def attack_grid(linf: tuple[float, ...], l2: tuple[float, ...] = ()) -> ConfigDict:
-    """FGSM, BIM, MIM and PGD with restarts in each norm, at the radii given for it."""
-    return ConfigDict(
-        {
-            f"{name}_{norm}": {"name": name, "norm": norm, "eps": eps, **keywords}
-            for norm, eps in (("linf", linf), ("l2", l2))
-            if eps
-            for name, keywords in (
-                ("fgsm", {}),
-                ("bim", {"num_steps": 10}),
-                ("mim", {"num_steps": 10}),
-                ("pgd", {"num_steps": 20, "num_restarts": 3}),
-            )
-        }
-    )
+def attack_grid(
+    linf: tuple[float, ...] = (),
+    l2: tuple[float, ...] = (),
+    *,
+    autoattack: dict[str, float] | None = None,
+    num_examples: int = 0,
+) -> ConfigDict:
+    """FGSM, BIM, MIM and PGD with restarts in each norm, at the radii given for it.
+
+    autoattack: a radius for each norm in which it runs, on the first num_examples (0: all).
+    """
+    grid = {
+        f"{name}_{norm}": {"name": name, "norm": norm, "eps": eps, **keywords}
+        for norm, eps in (("linf", linf), ("l2", l2))
+        if eps
+        for name, keywords in (
+            ("fgsm", {}),
+            ("bim", {"num_steps": 10}),
+            ("mim", {"num_steps": 10}),
+            ("pgd", {"num_steps": 20, "num_restarts": 3}),
+        )
+    }
+    for norm, eps in (autoattack or {}).items():
+        entry = {"name": "autoattack", "norm": norm, "eps": (eps,), "num_examples": num_examples}
+        grid[f"autoattack_{norm}"] = entry
+    return ConfigDict(grid)

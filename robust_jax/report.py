@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import textwrap
 from collections.abc import Mapping
 from importlib import resources
 from math import isclose, sqrt
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from robust_jax.analysis import plots, runs
 from robust_jax.config import flatten
 from robust_jax.files import write_atomically
-from robust_jax.records import fates
+from robust_jax.records import evidence, fates
 
 Results = Mapping[str, Any]
 _LINE = 80
@@ -44,6 +45,9 @@ def write(workdir: Path, results: Results) -> Path:
     page = environment.from_string(template).render(
         title=title(results),
         headline=headline(results),
+        verdict=verdict(results),
+        audit=results["audit"],
+        first=_first_to_break(results, records["best"]),
         figures=figures,
         checkpoints=names,
         steps={name: results[name]["step"] for name in ("best", "last")},
@@ -62,6 +66,7 @@ def table(results: Results) -> str:
     heads = [f"{name} (step {results[name]['step']})" for name in names]
     lines = [_row("", heads, 34, 20)]
     lines += [_row(label, values, 34, 20) for label, values in _summary(results)]
+    lines += ["", *textwrap.wrap(verdict(results), _LINE)]
     for block in _blocks(results):
         per_line = (_LINE - 26) // 9
         for start in range(0, len(block["eps"]), per_line):
@@ -105,9 +110,32 @@ def headline(results: Results) -> str:
         return f"{text}. No attack was evaluated."
     entry = _worst_case(results, radius)
     trained = "the size" if radius.trained else "not a size"
-    return (f"{text}, and {_with_interval(entry['robust_accuracy'], entry['count'])} still under "
+    text = (f"{text}, and {_with_interval(entry['robust_accuracy'], entry['count'])} still under "
             f"the worst of all {_at(radius.norm, radius.eps, 'attacks at ')}, "
             f"{trained} it was trained against.")  # fmt: skip
+    for entry in results["attacks"]:
+        if entry["attack"] == "autoattack" and entry["norm"] == radius.norm:
+            text += (f" AutoAttack at ε = {format_eps(entry['eps'])} leaves "
+                     f"{_percent(entry['robust_accuracy'])} % of {entry['count']:,}.")  # fmt: skip
+    return text
+
+
+def verdict(results: Results) -> str:
+    """What the audit says of the robust accuracies beside it, as a sentence."""
+    audit = results["audit"]
+    if audit is None:
+        return "Not audited: nothing says that these attacks were not misled by masked gradients."
+    at = f"{_at(audit['norm'], audit['eps'])}, {audit['num_examples']} images"
+    flagged = {word: [c["name"] for c in audit["checks"] if c["verdict"] == word]
+               for word in ("fail", "warn", "skipped", "pass")}  # fmt: skip
+    if flagged["fail"]:
+        text = f"Audit failed ({at}): {', '.join(flagged['fail'])}. Do not trust robust accuracies"
+        text += " here: gradients are masked."
+    elif flagged["warn"]:
+        text = f"Audit passed with warnings ({at}): {', '.join(flagged['warn'])}."
+    else:
+        text = f"Audit passed ({at}): {len(flagged['pass'])} checks find no masked gradients."
+    return text + "".join(f" Skipped: {name}." for name in flagged["skipped"])
 
 
 def reference_radius(results: Results) -> Radius | None:
@@ -254,6 +282,24 @@ def _cells(rows: pd.DataFrame, sizes: list[float]) -> list[dict[str, str]]:
 
 def _row(label: str, values: list[str], label_width: int, width: int) -> str:
     return (f"{label:<{label_width}}" + "".join(f"{v:>{width}}" for v in values)).rstrip()
+
+
+def _first_to_break(results: Results, best: pd.DataFrame) -> list[dict[str, str]]:
+    """Which attack was the first to break how many images, at what median distance."""
+    radius = reference_radius(results)
+    if radius is None:
+        return []
+    of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
+    found = evidence(best, of_norm, radius.eps)
+    rows = []
+    for name, part in found.groupby("broken_by", sort=False):
+        if name and name != "clean":
+            rows.append({"attack": str(name), "images": f"{len(part):,}",
+                         "distance": f"{part['distance'].median():.3g}"})  # fmt: skip
+    held = found[found["broken_by"] == ""]
+    if len(held):
+        rows.append({"attack": "none", "images": f"{len(held):,}", "distance": "–"})
+    return rows
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
