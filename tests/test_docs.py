@@ -53,6 +53,25 @@ def test_the_example_data_set_loads(blocks, tmp_path, monkeypatch):
     assert data.load("npz:mine.npz", validation_size=4).num_classes == 2
 
 
+def test_attack_your_own_model_runs_from_top_to_bottom(capsys):
+    text = (REPOSITORY / "docs" / "attack_your_model.md").read_text()
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, namespace)
+    x, y, result = namespace["x"], namespace["y"], namespace["result"]
+    clean = namespace["logits_fn"](x).argmax(-1) == y
+    assert clean.mean() > 0.85
+    assert 0 < result.robust.mean() < clean.mean() - 0.2
+    assert namespace["report"].verdict == "pass", namespace["report"]
+    assert np.abs(namespace["all_of_them"][7] - namespace["just_one"][0]).max() < 1e-6
+    broken = namespace["black_box"](namespace["x_adv"]).argmax(-1) != y
+    assert broken.mean() > (~clean).mean()
+    np.testing.assert_allclose(
+        namespace["black_box"](x), namespace["logits_fn"](x), rtol=1e-5, atol=1e-5
+    )
+    assert "transfer" in capsys.readouterr().out
+
+
 def test_the_readme_names_files_that_exist():
     text = (REPOSITORY / "README.md").read_text()
     for name in re.findall(r"`(\w+\.py)`", text):
