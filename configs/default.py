@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = "10 epochs"
     config.validation_attack = ConfigDict({"name": "pgd", "norm": "linf", "eps": 0.15})
 
-    # The final evaluation, of best and last on the whole test set. The key is the attack's name in
+    # The final evaluation, of best and last. The key is the attack's name in
     # tables; eps is the list of radii, in pixel units.
     # num_examples is how many of the first examples are attacked (0, the default: all).
     config.attacks = attack_grid(
@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
     )
     config.evaluation = ConfigDict(
         {
+            "num_examples": 0,  # how many of the first test examples; 0: all
             "batch_size": 500,
             "jacobian_chunk": 128,  # examples whose exact Jacobians a device holds at a time
             "jacobian_projections": 16,  # of the estimated Frobenius norm

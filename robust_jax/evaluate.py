@@ -77,10 +77,12 @@ class Evaluator:
     ):
         self.network, self._split, self._grids = network, split, grids
         self._settings, self._key, self._method = settings, key, method
+        # The key is an argument of the compiled programs, which serve every seed.
+        self._key_data = np.asarray(jax.random.key_data(key))
         mapped = partial(parallel.map_split, method=method, batch_size=settings.batch_size)
-        self._measure = mapped(_measurement(network, settings, key))
+        self._measure = mapped(_measurement(network, settings))
         self._attacks = {
-            name: mapped(_attempt(network, grid, name, key))
+            name: mapped(_attempt(network, grid, name))
             for name, grid in grids.items()
             if not grid.members
         }
@@ -98,7 +100,7 @@ class Evaluator:
         index = np.arange(count)
         work = 2 + sum(len(grid.eps) for grid in self._grids.values())
         with progress(work, description, "pass") as bar:
-            columns = self._measure(variables, self._split, index)
+            columns = self._measure(variables, self._split, index, self._key_data)
             columns["correct"] = columns["correct"].astype(bool)
             columns["key"] = _hexadecimal(fold_in_each(self._key, jnp.asarray(index)))
             bar.update(2)
@@ -119,7 +121,9 @@ class Evaluator:
                         if grid.members:
                             out = self._autoattack(variables, name, standing, eps, unfinished)
                         else:
-                            out = self._attacks[name](variables, self._split, standing, eps)
+                            out = self._attacks[name](
+                                variables, self._split, standing, self._key_data, eps
+                            )
                         held[standing] = out["held"].astype(bool)
                         for what, values in found.items():
                             values[standing] = out[what]
@@ -177,8 +181,8 @@ class Evaluator:
     def images(self, variables: Any, name: str, eps: float) -> dict[str, np.ndarray]:
         """The first examples of the split, clean and attacked, for people to look at."""
         index = np.arange(min(self._settings.num_images, len(self._split.labels)))
-        measures = self._measure(variables, self._split, index)
-        out = self._attacks[name](variables, self._split, index, eps)
+        measures = self._measure(variables, self._split, index, self._key_data)
+        out = self._attacks[name](variables, self._split, index, self._key_data, eps)
         clean = np.asarray(data.to_pixels(self._split.images[index]))
         return {
             "clean": clean,
@@ -267,10 +271,11 @@ def _jacobian_summary(records: pd.DataFrame, fn: str) -> dict[str, dict[str, flo
     return summary
 
 
-def _measurement(network: Network, settings: Settings, key: jax.Array) -> Callable:
-    estimate_key, spectral_key = (_named_key(key, name) for name in ("estimate", "spectral"))
+def _measurement(network: Network, settings: Settings) -> Callable:
+    def measure(variables, batch, key_data):
+        key = jax.random.wrap_key_data(key_data)
+        estimate_key, spectral_key = (_named_key(key, name) for name in ("estimate", "spectral"))
 
-    def measure(variables, batch):
         def logits_fn(x):
             return network(variables, x)
 
@@ -313,8 +318,10 @@ def _measurement(network: Network, settings: Settings, key: jax.Array) -> Callab
     return measure
 
 
-def _attempt(network: Network, grid: AttackGrid, name: str, key: jax.Array) -> Callable:
-    def attempt(variables, batch, eps):
+def _attempt(network: Network, grid: AttackGrid, name: str) -> Callable:
+    def attempt(variables, batch, key_data, eps):
+        key = jax.random.wrap_key_data(key_data)
+
         def logits_fn(x):
             return network(variables, x)
 

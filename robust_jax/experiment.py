@@ -8,6 +8,7 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -156,11 +157,13 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         validate_every=steps("validate_every"),
         checkpoint_every=steps("checkpoint_every"),
     )
+    evaluation = config.evaluation.to_dict()
+    num_examples = evaluation.pop("num_examples") or len(dataset.test.labels)
     evaluator = Evaluator(
         _network(model),
-        dataset.test,
+        dataset.test.take(np.arange(min(num_examples, len(dataset.test.labels)))),
         grids,
-        Settings(**config.evaluation.to_dict()),
+        Settings(**evaluation),
         key=evaluation_key,
         method=method,
     )
@@ -191,6 +194,7 @@ def _check_numbers(config: ConfigDict) -> None:
         "augmentation.crop_padding": 0,
         "weight_decay": 0,
         "gradient_clip_norm": 0,
+        "evaluation.num_examples": 0,
         "evaluation.batch_size": 1,
         "evaluation.jacobian_chunk": 1,
         "evaluation.jacobian_projections": 2,

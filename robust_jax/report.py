@@ -5,7 +5,6 @@ import io
 import json
 import textwrap
 from collections.abc import Mapping
-from importlib import resources
 from math import isclose, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,11 +37,7 @@ def write(workdir: Path, results: Results) -> Path:
     run, names = runs.load(workdir), checkpoints(results)
     records = {name: run.records[name] for name in names}
     figures = _figures(results, records, run.metrics, run.images)
-    template = resources.files("robust_jax").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(template).render(
+    page = template("report.html.j2").render(
         title=title(results),
         headline=headline(results),
         verdict=verdict(results),
@@ -58,6 +53,18 @@ def write(workdir: Path, results: Results) -> Path:
         config={k: json.dumps(v) for k, v in flatten(results["config"]).items()},
     )
     return write_atomically(workdir / "report.html", page)
+
+
+def template(name: str) -> jinja2.Template:
+    """A page of this package; what is put into it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("robust_jax", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def table(results: Results) -> str:
@@ -328,7 +335,7 @@ def _figures(
     best, radius = records["best"], reference_radius(results)
     figures = {}
     if results["attacks"]:
-        figures["accuracy"] = _image(
+        figures["accuracy"] = image(
             plots.accuracy_against_eps(
                 _attack_table(results),
                 {name: results[name]["clean"]["accuracy"] for name in records},
@@ -338,16 +345,16 @@ def _figures(
             "Accuracy against perturbation size, one panel for each norm, a line for each attack.",
         )
     if len(metrics):
-        figures["training"] = _image(
+        figures["training"] = image(
             plots.training_curves(metrics, best_step=results["best"]["step"]),
             "Loss, accuracy and learning rate against the training step.",
         )
-    figures["jacobian"] = _image(
+    figures["jacobian"] = image(
         plots.jacobian_histograms(records),
         "Histograms of Frobenius and spectral norms of the Jacobian, of logits and probabilities.",
     )
     if "frobenius_estimate_logits" in best:
-        figures["estimate"] = _image(
+        figures["estimate"] = image(
             plots.estimate_against_exact(
                 best["frobenius_logits"], best["frobenius_estimate_logits"],
                 best["frobenius_estimate_error_logits"],
@@ -358,17 +365,17 @@ def _figures(
         of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
         fate = fates(best, of_norm, radius.eps)
         at = _at(radius.norm, radius.eps)
-        figures["fate"] = _image(
+        figures["fate"] = image(
             plots.fate_histograms(best, fate),
             f"Histograms of margin and confidence by what the worst case at {at} does.", at=at,
         )  # fmt: skip
-        figures["jacobian_fate"] = _image(
+        figures["jacobian_fate"] = image(
             plots.jacobian_by_fate(best, fate),
             f"Box plots of Jacobian norms by what the worst case at {at} does.",
             at=at, medians=_median_sentence(best, fate),
         )  # fmt: skip
     if examples is not None:
-        figures["images"] = _image(
+        figures["images"] = image(
             plots.image_grid(
                 examples["clean"], examples["adversarial"], examples["label"],
                 examples["clean_prediction"], examples["adversarial_prediction"],
@@ -389,7 +396,7 @@ def _median_sentence(records: pd.DataFrame, fate: pd.Series) -> str:
             f"held and {medians['broken']:.3g} where it was broken.")  # fmt: skip
 
 
-def _image(figure: Figure, alt: str, **about: Any) -> dict[str, Any]:
+def image(figure: Figure, alt: str, **about: Any) -> dict[str, Any]:
     """The figure as a data URI, SVG or PNG, whichever is smaller, with its size in CSS pixels."""
     uris = []
     # Fixed salt and no date: the same run gives the same page.

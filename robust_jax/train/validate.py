@@ -28,7 +28,9 @@ def make_validation(
     where both the example and its x_adv are classified right.
     """
 
-    def measure(variables, batch):
+    def measure(variables, batch, key_data):
+        key = jax.random.wrap_key_data(key_data)
+
         def logits_fn(x):
             return network(variables, x)
 
@@ -43,9 +45,11 @@ def make_validation(
         }
 
     mapped = parallel.map_split(measure, method, batch_size=batch_size)
+    # The key is an argument of the compiled program, which serves every seed.
+    run_key_data = np.asarray(jax.random.key_data(key))
 
     def validate(variables):
-        values = mapped(variables, split, np.arange(len(split.labels)))
+        values = mapped(variables, split, np.arange(len(split.labels)), run_key_data)
         return {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
 
     return validate
