@@ -41,15 +41,17 @@ def is_study(config: ConfigDict) -> bool:
 
 
 def run_study(
-    config: ConfigDict, schema: ConfigDict, workdir: Path, *, only: str = "", report: bool = False
+    config: ConfigDict, schema: ConfigDict, workdir: Path, mode: str = "train", *, only: str = ""
 ) -> dict[str, Any]:
     """Trains and evaluates what is missing, then writes the study's results and report.
 
     only: "arm" or "arm/seed" runs that part alone and writes no report, so that a scheduler can
-    spread a study over machines; report=True collects what is there and runs nothing. Each run is
-    an ordinary one in workdir/arm/seed. Returns what results.json holds. Raises UserError for a
+    spread a study over machines; mode "report" collects what is there and runs nothing. Each run
+    is an ordinary one in workdir/arm/seed. Returns what results.json holds. Raises UserError for a
     mistaken config or an unknown arm, before anything runs.
     """
+    if mode not in ("train", "report"):
+        raise UserError(f"--mode={mode} is for one run: give it a run's config and folder")
     workdir = workdir.absolute()
     members = list(plan(config))
     _check(config, schema, members)
@@ -59,7 +61,7 @@ def run_study(
         if seed:
             choose([str(m.seed) for m in members], seed, "--only's seed")
         members = [m for m in members if m.arm == arm and seed in ("", str(m.seed))]
-    if not report:
+    if mode == "train":
         for i, member in enumerate(members):
             logging.info("%s: %s, seed %d (%d of %d)", config.title, member.arm, member.seed,
                          i + 1, len(members))  # fmt: skip
@@ -69,6 +71,7 @@ def run_study(
     results = collect(config, members, workdir)
     study_report.write(workdir, results)
     write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+    logging.info("report: %s", workdir / "report.html")
     return results
 
 
@@ -82,13 +85,17 @@ class Member(NamedTuple):
 
 def plan(config: ConfigDict) -> Iterator[Member]:
     """The runs of a study at its scale, seed by seed, so that a part of it is a study too."""
-    scale = config.scales[choose(config.scales, config.scale, "config.scale")]
+    scale = _scale(config)
     base = changed(config.base, scale.get("base", {}))
     for seed in scale.get("seeds", config.seeds):
         for arm, changes in config.arms.items():
             own = changed(changed(base, changes), scale.get("arms", {}).get(arm, {}))
             own.seed = seed
             yield Member(arm, seed, own)
+
+
+def _scale(config: ConfigDict) -> ConfigDict:
+    return config.scales[choose(config.scales, config.scale, "config.scale")]
 
 
 def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -117,10 +124,12 @@ def collect(config: ConfigDict, members: Sequence[Member], workdir: Path) -> dic
     if missing:
         logging.warning("%d of %d runs are not finished: %s", len(missing), len(members),
                         ", ".join(missing[:5]))  # fmt: skip
+    radii = _scale(config).get("radii", {})
+    measures = {label.format(**radii): m.format(**radii) for label, m in config.measures}
     table = {
         arm: {
             label: _summary({seed: value(r, measure) for seed, r in by_seed.items()})
-            for label, measure in config.measures.items()
+            for label, measure in measures.items()
         }
         for arm, by_seed in found.items()
     }
@@ -129,7 +138,7 @@ def collect(config: ConfigDict, members: Sequence[Member], workdir: Path) -> dic
         arm: {str(s): r["audit"]["verdict"] if r["audit"] else None for s, r in by_seed.items()}
         for arm, by_seed in found.items()
     }
-    claims = {name: judge(claim.to_dict(), found) for name, claim in config.claims.items()}
+    claims = {name: judge(c.to_dict(), found, radii) for name, c in config.claims.items()}
     return {
         "title": config.title,
         "paper": config.paper,
@@ -138,22 +147,28 @@ def collect(config: ConfigDict, members: Sequence[Member], workdir: Path) -> dic
         "scale": config.scale,
         "seeds": sorted({m.seed for m in members}),
         "missing": missing,
-        "measures": dict(config.measures.items()),
+        "measures": measures,
         "table": table,
         "audits": audits,
         "curves": curves,
         "claims": claims,
-        "published": config.published.to_dict(),
+        "published": {arm: dict(numbers) for arm, numbers in config.published},
         "configs": {arm: config_lib.to_json(m.config) for m in members for arm in [m.arm]},
     }
 
 
-def judge(claim: Mapping[str, Any], found: Mapping[str, Mapping[int, dict]]) -> dict[str, Any]:
+def judge(
+    claim: Mapping[str, Any],
+    found: Mapping[str, Mapping[int, dict]],
+    radii: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """A claim with the outcome of each of its tests, and its verdict.
 
-    It is supported where every test is, refuted where one is, and else inconclusive.
+    It is supported where every test is, refuted where one is, and else inconclusive. radii stand
+    for their names in braces, as in "pgd@{trained}".
     """
-    tests = [{**test, **_test(test, found)} for test in claim["tests"]]
+    tests = [{**t, "measure": t["measure"].format(**(radii or {}))} for t in claim["tests"]]
+    tests = [{**test, **_test(test, found)} for test in tests]
     verdicts = {test["verdict"] for test in tests}
     verdict = next((v for v in ("refuted", "inconclusive") if v in verdicts), "supported")
     return {"text": claim["text"], "verdict": verdict, "tests": tests}
@@ -165,9 +180,9 @@ def _test(test: Mapping[str, Any], found: Mapping[str, Mapping[int, dict]]) -> d
     values = []
     for seed in sorted(shared):
         here = [value(found[arm][seed], test["measure"]) for arm in test["arms"]]
-        if any(v is None for v in here):
-            continue
-        values.append(_margin(test, [float(v) for v in here]))
+        known = [v for v in here if v is not None]
+        if len(known) == len(here):
+            values.append(_margin(test, known))
     interval = mean_interval(values)
     return {"values": values, **interval._asdict(), "verdict": verdict_of(interval)}
 
@@ -206,7 +221,13 @@ def verdict_of(interval: Interval) -> Verdict:
 
 
 def value(results: Mapping[str, Any], measure: str) -> float | None:
-    """A number of a run: "attack@eps" for a robust accuracy, else a dotted path in results.json."""
+    """A number of a run: "attack@eps" for a robust accuracy, else a dotted path in results.json.
+
+    "one - other" is the difference of two. None where the run has no such number.
+    """
+    if " - " in measure:
+        one, other = (value(results, part) for part in measure.split(" - "))
+        return None if one is None or other is None else one - other
     if "@" in measure:
         name, _, eps = measure.partition("@")
         for entry in results["attacks"]:

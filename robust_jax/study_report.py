@@ -114,7 +114,7 @@ def _number(x: float | None, share: bool) -> str:
 def _markdown(results, claims, heads, rows, captions) -> str:
     lines = [
         f"# {results['title']}", "", results["question"], "",
-        f"{results['paper']}. Scale `{results['scale']}`, seeds {', '.join(map(str, results['seeds']))}.",
+        f"{results['paper']}. Scale `{results['scale']}`, {len(results['seeds'])} seeds.",
         "", "## What is claimed, and what came out", "",
     ]  # fmt: skip
     for claim in claims:
