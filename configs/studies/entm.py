@@ -10,6 +10,7 @@ CPU cores. full: CIFAR-10, PreActResNet-18, 8/255, an accelerator.
 from ml_collections import ConfigDict
 
 from configs import default
+from configs.studies.common import SMOKE, above, attacks, below
 
 ENTM = {"regularizers": {"entropy": {"weight": 1.0}}}
 LS = {"loss": {"name": "cross_entropy", "label_smoothing": 0.2}}
@@ -62,11 +63,7 @@ def get_config():
             "seeds": (0, 1),
             "radii": radii,
             "base": {
-                "dataset": "digits",
-                "validation_size": 197,
-                "model": {"name": "cnn", "widths": (4, 4), "hidden": 8},
-                "evaluation": {"num_examples": 100, "num_images": 4, "spectral_iterations": 3},
-                "audit": {"num_examples": 0},
+                **SMOKE,
                 "attacks": attacks((0.02, 0.05, 0.1, 0.15, 0.2), 0.1, 20, smoke=True),
             },
         },
@@ -107,31 +104,28 @@ def get_config():
     )
     config.published = ()
 
-    def test(measure, one, other, relation="above", **keywords):
-        return {"measure": measure, "arms": (one, other), "relation": relation, **keywords}
-
     config.claims = {
         "a": {
             "text": "EntM or LS alone is more robust than CE at a small eps, and not under "
             "a strong attack at the eps that AT is trained on (by two points at most).",
             "tests": [
-                test("pgd@{faint}", "entm", "ce"),
-                test("pgd@{faint}", "ls", "ce"),
-                test("autoattack@{trained}", "entm", "ce", "below", by=-0.02),
-                test("autoattack@{trained}", "ls", "ce", "below", by=-0.02),
+                above("pgd@{faint}", "entm", "ce"),
+                above("pgd@{faint}", "ls", "ce"),
+                below("autoattack@{trained}", "entm", "ce", by=-0.02),
+                below("autoattack@{trained}", "ls", "ce", by=-0.02),
             ],
         },
         "b, clean": {
             "text": "With AT they beat AT on clean examples.",
             "tests": [
-                test("clean.accuracy", "at_entm", "at"),
-                test("clean.accuracy", "at_ls", "at"),
+                above("clean.accuracy", "at_entm", "at"),
+                above("clean.accuracy", "at_ls", "at"),
             ],
         },
         "b, attacks": {
             "text": "With AT they beat AT under attack, most of all at eps larger than trained on.",
             "tests": [
-                test(measure, arm, "at")
+                above(measure, arm, "at")
                 for arm in ("at_entm", "at_ls")
                 for measure in ("autoattack@{trained}", "pgd@{larger}", "pgd@{largest}")
             ],
@@ -139,36 +133,16 @@ def get_config():
         "c, logits": {
             "text": "EntM shrinks the Jacobian of the logits.",
             "tests": [
-                test("jacobian.logits.frobenius.mean", "entm", "ce", "below"),
-                test("jacobian.logits.frobenius.mean", "at_entm", "at", "below"),
+                below("jacobian.logits.frobenius.mean", "entm", "ce"),
+                below("jacobian.logits.frobenius.mean", "at_entm", "at"),
             ],
         },
         "c, probabilities": {
             "text": "EntM shrinks the Jacobian of the probabilities.",
             "tests": [
-                test("jacobian.probabilities.frobenius.mean", "entm", "ce", "below"),
-                test("jacobian.probabilities.frobenius.mean", "at_entm", "at", "below"),
+                below("jacobian.probabilities.frobenius.mean", "entm", "ce"),
+                below("jacobian.probabilities.frobenius.mean", "at_entm", "at"),
             ],
         },
     }
     return config
-
-
-def attacks(eps, trained, num_examples, smoke=False):
-    """PGD over the radii, and AutoAttack on the first num_examples at the one trained against."""
-    quick = {
-        "apgd_ce": {"num_steps": 4},
-        "apgd_t": {"num_steps": 4, "num_targets": 2},
-        "fab_t": {"num_steps": 4, "num_targets": 2},
-        "square": {"num_queries": 20},
-    }
-    return {
-        "fgsm": {"name": "fgsm", "eps": eps},
-        "pgd": {"name": "pgd", "eps": eps, "num_steps": 4 if smoke else 20},
-        "autoattack": {
-            "name": "autoattack",
-            "eps": trained,
-            "num_examples": num_examples,
-            "overrides": quick if smoke else {},
-        },
-    }

@@ -11,6 +11,7 @@ arms: 1), 3 seeds, about an hour on 2 CPU cores. full: the authors' 20 epochs, 5
 from ml_collections import ConfigDict
 
 from configs import default
+from configs.studies.common import QUICK, SMOKE, above, below
 
 GCE = {"name": "guided_complement_entropy", "alpha": 1 / 3}
 
@@ -50,6 +51,7 @@ def get_config():
     base.evaluation.num_examples = 1000
     base.audit = {"norm": "linf", "eps": 0.2, "num_examples": 200}
     base.attacks = attacks(eps=0.2, num_examples=200)
+    base.measurements = {"clusters": {"num_examples": 1000}}
     config.base = base
 
     adversarial = {"batch_size": 128, "duration": "1 epoch", "learning_rate": 2e-3}
@@ -67,13 +69,7 @@ def get_config():
         "smoke": {
             "seeds": (0, 1),
             "base": {
-                "dataset": "digits",
-                "validation_size": 197,
-                "model": {"name": "cnn", "widths": (4, 4), "hidden": 8},
-                "normalize": True,
-                "duration": "2 epochs",
-                "evaluation": {"num_examples": 100, "num_images": 4, "spectral_iterations": 3},
-                "audit": {"num_examples": 0},
+                **SMOKE,
                 "attacks": attacks(eps=0.2, num_examples=20, smoke=True),
             },
             "arms": {arm: {"duration": "2 epochs"} for arm in ("at", "gce_at")},
@@ -100,14 +96,10 @@ def get_config():
         ("silhouette", "measurements.clusters.silhouette"),
         ("intra/inter", "measurements.clusters.distance_ratio"),
     )
-    base.measurements = ("clusters",)
     config.published = (
         ("ce", {"FGSM": 38.88, "MIM": 2.29, "PGD": 1.58}),
         ("gce", {"FGSM": 62.74, "MIM": 39.81, "PGD": 9.55}),
     )
-
-    def above(measure, *arms, **keywords):
-        return {"measure": measure, "arms": arms, "relation": "above", **keywords}
 
     config.claims = {
         "a": {
@@ -118,11 +110,7 @@ def get_config():
             "text": "Its latent classes form tighter, better separated clusters.",
             "tests": [
                 above("measurements.clusters.silhouette", "gce", "ce"),
-                {
-                    "measure": "measurements.clusters.distance_ratio",
-                    "arms": ("gce", "ce"),
-                    "relation": "below",
-                },
+                below("measurements.clusters.distance_ratio", "gce", "ce"),
             ],
         },
         "c": {
@@ -144,12 +132,6 @@ def get_config():
 def attacks(eps, num_examples, smoke=False):
     """The authors' attacks, with either loss, and AutoAttack on the first num_examples."""
     steps = {"num_steps": 4} if smoke else {"num_steps": 40, "step_size": 0.01}
-    quick = {
-        "apgd_ce": {"num_steps": 4},
-        "apgd_t": {"num_steps": 4, "num_targets": 2},
-        "fab_t": {"num_steps": 4, "num_targets": 2},
-        "square": {"num_queries": 20},
-    }
     gce = "guided_complement_entropy"
     return {
         "fgsm": {"name": "fgsm", "eps": eps},
@@ -160,6 +142,6 @@ def attacks(eps, num_examples, smoke=False):
             "name": "autoattack",
             "eps": eps,
             "num_examples": num_examples,
-            "overrides": quick if smoke else {},
+            "overrides": QUICK if smoke else {},
         },
     }
