@@ -39,6 +39,17 @@ def batches(
         yield np.minimum(np.arange(start, start + size), count - 1), real
 
 
+def in_chunks(fn_one: Callable, args: Any, chunk_size: int | None):
+    """fn_one lifted over the examples of args (an array, or several of one length).
+
+    chunk_size bounds how many are in memory at a time: the rest waits, in the same program.
+    """
+    num_examples = jax.tree.leaves(args)[0].shape[0]
+    if chunk_size is None or chunk_size >= num_examples:
+        return jax.vmap(fn_one)(args)
+    return jax.lax.map(fn_one, args, batch_size=chunk_size)
+
+
 def counted(rows: Rows) -> tuple[int, Callable]:
     """The number of rows, and take(i), which gives those numbered i."""
     count = len(next(iter(rows.values())))

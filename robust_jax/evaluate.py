@@ -309,6 +309,7 @@ def _measurement(network: Network, settings: Settings) -> Callable:
             "cross_entropy": losses.cross_entropy(logits, y),
             "margin": losses.margin(logits, y),
             "confidence": losses.confidence(logits, y),
+            "top_probability": jax.nn.softmax(logits).max(-1),
             "entropy": losses.entropy(logits),
             **norms_of,
             "frobenius_estimate_logits": estimate.norm,

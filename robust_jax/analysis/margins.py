@@ -1,0 +1,150 @@
+"""Margins in the input space: how far an example is from where its class changes.
+
+Four estimates of one quantity, [B] in pixel units of the threat norm: the distance to the nearest
+point that is misclassified or, negated, from a misclassified example to the nearest that is not.
+`linear` is exact, `first_order` exact for a linear network; `minimum_norm` is never smaller and
+`lipschitz` never larger in magnitude. Source: arXiv 1907.11780, which means by minimum and average
+margin the least and the mean over the training set.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from robust_jax.analysis.spectra import Layer, operator_norm
+from robust_jax.attacks import LogitsFn, Nearest, Norm
+from robust_jax.batches import in_chunks
+from robust_jax.keys import KeyOrKeys, example_keys
+
+Images = Float[Array, "b h w c"]
+Labels = Int[Array, " b"]
+PerExample = Float[Array, " b"]
+# nearest(logits_fn, x, y, key): `attacks.nearest_adversarial` with its norm and steps bound.
+NearestAttack = Callable[[LogitsFn, Images, Labels, KeyOrKeys], Nearest]
+
+# The order of the norm dual to each, in which gradients are measured.
+_DUAL_ORDER: Mapping[str, float] = {"linf": 1, "l2": 2, "l1": np.inf}
+
+
+def linear(
+    weights: Float[np.ndarray, "k d"],
+    bias: Float[np.ndarray, " k"],
+    x: Float[np.ndarray, "b ..."],
+    y: Int[np.ndarray, " b"],
+    *,
+    norm: Norm,
+) -> Float[np.ndarray, " b"]:
+    """Margins of the classifier argmax(weights·x + bias), min_{j≠y} (z_y - z_j) / ‖w_y - w_j‖_q.
+
+    q is the order dual to norm; the walls of [0,1] are not looked at. Exact where x is classified
+    right, and for two classes; otherwise no larger in magnitude than the margin, for of the
+    boundaries in between it goes to the furthest alone. Raises ValueError for an unknown norm.
+    """
+    weights, x = np.asarray(weights, np.float64), np.asarray(x, np.float64)
+    logits = x.reshape(len(x), -1) @ weights.T + np.asarray(bias, np.float64)
+    return _over_weights(logits, np.asarray(y), weights, norm)
+
+
+def first_order(
+    logits_fn: LogitsFn, x: Images, y: Labels, *, norm: Norm, chunk_size: int | None = None
+) -> PerExample:
+    """Margins of the linearised network, min_{j≠y} (z_y - z_j) / ‖∇_x (z_y - z_j)‖_q, [B].
+
+    q is the order dual to norm. Infinite where every gradient vanishes. Costs a forward and K
+    backward passes an example; chunk_size bounds how many examples are in memory. Raises
+    ValueError for an unknown norm.
+    """
+    order = _dual_order(norm)
+
+    def margin_one(args):
+        image, label = args
+        logits, pull_back = jax.vjp(lambda one: logits_fn(one[None])[0], image)
+        identity = jnp.eye(len(logits), dtype=logits.dtype)
+        (gradients,) = jax.vmap(pull_back)(identity[label] - identity)
+        slopes = jnp.linalg.norm(gradients.reshape(len(logits), -1), order, axis=-1)
+        gaps = logits[label] - logits
+        distances = jnp.where(gaps == 0, 0.0, gaps / slopes)
+        return jnp.where(jnp.arange(len(logits)) == label, jnp.inf, distances).min()
+
+    return in_chunks(margin_one, (x, y), chunk_size)
+
+
+def minimum_norm(
+    nearest: NearestAttack,
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Labels,
+    key: KeyOrKeys,
+    *,
+    chunk_size: int | None = None,
+) -> PerExample:
+    """Margins as far as a minimum-norm attack finds them: an upper bound of their magnitude, [B].
+
+    nearest: `attacks.nearest_adversarial` (FAB), or an attack of its shape, with all keywords
+    bound. Where x is misclassified it attacks the two logits "any other" and "the label", to reach
+    the label. Infinite, of either sign, where nothing was found. Costs two attacks an example, one
+    of them on two classes; chunk_size bounds how many examples are in memory.
+    """
+
+    def margin_one(args):
+        image, label, key = args
+
+        def label_last(x):
+            logits = logits_fn(x)
+            is_label = jnp.arange(logits.shape[-1]) == label
+            return jnp.stack(
+                [jnp.where(is_label, -jnp.inf, logits).max(-1), logits[:, label]], axis=-1
+            )
+
+        def distance(logits_fn, label):
+            return nearest(logits_fn, image[None], label[None], key[None]).distance[0]
+
+        # One of them is 0: an attack does not leave a point that is where it should get to.
+        return distance(logits_fn, label) - distance(label_last, jnp.zeros_like(label))
+
+    return in_chunks(margin_one, (x, y, example_keys(key, x.shape[0])), chunk_size)
+
+
+def lipschitz(
+    logits: Float[np.ndarray, "b k"],
+    y: Int[np.ndarray, " b"],
+    layers: Mapping[str, Layer],
+    *,
+    norm: Norm,
+    std: tuple[float, ...] = (1.0,),
+) -> Float[np.ndarray, " b"]:
+    """Margins that the layers' norms guarantee: a lower bound of their magnitude, [B].
+
+    min_{j≠y} (z_y - z_j) / (‖w_y - w_j‖_q · L), w the rows of the last layer, L the product of the
+    others' norms over the least std, by which the input is divided (arXiv 1802.04034, with the
+    last layer taken pair by pair: exact where there is no other). It holds for layers that follow
+    one another, as `spectra.layers` lists them, with nothing in between but maps of Lipschitz
+    constant at most 1 in that norm: ReLU, maxima or means of disjoint tiles, flattening. Raises
+    ValueError for a last layer that is not dense, or an unknown norm.
+    """
+    *hidden, head = layers.values()
+    if head.kernel.ndim != 2:
+        raise ValueError(f"the last layer, {list(layers)[-1]}, must be dense")
+    logits = np.asarray(logits, np.float64)
+    constant = np.prod([operator_norm(layer, norm) for layer in hidden]) / min(std)
+    return _over_weights(logits, np.asarray(y), head.kernel.T, norm) / constant
+
+
+def _over_weights(logits, y, weights, norm):
+    """min_{j≠y} (z_y - z_j) / ‖w_y - w_j‖_q, float64 logits [B,K] and weights [K,D] -> [B]."""
+    slopes = np.linalg.norm(weights[:, None] - weights, _dual_order(norm), axis=-1)
+    others = np.arange(len(weights)) != y[:, None]
+    gaps = logits[np.arange(len(y)), y][:, None] - logits
+    distances = np.where(others, 0.0, np.inf)
+    with np.errstate(divide="ignore"):  # classes of the same weights are infinitely far apart
+        np.divide(gaps, slopes[y], out=distances, where=others & (gaps != 0))
+    return distances.min(-1)
+
+
+def _dual_order(norm: str) -> float:
+    if norm not in _DUAL_ORDER:
+        raise ValueError(f"norm must be one of {', '.join(_DUAL_ORDER)}, not {norm!r}")
+    return _DUAL_ORDER[norm]
