@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
     config.weight_decay = 1e-4  # of kernels only
     config.ema_decay = 0.0  # 0: none. Else the averaged parameters are what is evaluated
     config.gradient_clip_norm = 0.0  # 0: none
+    config.weight_perturbation = 0.0  # 0: none. Else AWP's γ, a share of each kernel's norm
 
     # Along the way. The best checkpoint is that of the highest accuracy under validation_attack.
     config.log_every = "10 steps"
