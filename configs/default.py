@@ -48,11 +48,17 @@ def get_config() -> ConfigDict:
     config.regularizers = ConfigDict(
         {
             "entropy": {"weight": 0.0},  # EntM
+            "complement_entropy": {"weight": 0.0},  # COT
             "kl": {"weight": 0.0},  # TRADES
             "weighted_kl": {"weight": 0.0},  # MART
             "vat": {"weight": 0.0, "eps": 0.5, "num_iterations": 1},
             "jacobian": {"weight": 0.0, "num_projections": 1},
             "input_gradient": {"weight": 0.0},
+            "average_margin": {"weight": 0.0, "tau": 0.1, "norm": "linf"},
+            "energy_mean_square": {"weight": 0.0, "eps": 0.15, "norm": "linf", "num_samples": 1},
+            "energy_mean_square_label_free": {"weight": 0.0, "eps": 0.15, "norm": "linf"},
+            "energy_oscillation": {"weight": 0.0, "eps": 0.15, "norm": "linf", "num_steps": 10},
+            "energy_oscillation_label_free": {"weight": 0.0, "eps": 0.15, "norm": "linf"},
         }
     )
 
