@@ -48,11 +48,17 @@ def get_config() -> ConfigDict:
     config.regularizers = ConfigDict(
         {
             "entropy": {"weight": 0.0},  # EntM
+            "complement_entropy": {"weight": 0.0},  # COT
             "kl": {"weight": 0.0},  # TRADES
             "weighted_kl": {"weight": 0.0},  # MART
             "vat": {"weight": 0.0, "eps": 0.5, "num_iterations": 1},
             "jacobian": {"weight": 0.0, "num_projections": 1},
             "input_gradient": {"weight": 0.0},
+            "average_margin": {"weight": 0.0, "tau": 0.1, "norm": "linf"},
+            "energy_mean_square": {"weight": 0.0, "eps": 0.15, "norm": "linf", "num_samples": 1},
+            "energy_mean_square_label_free": {"weight": 0.0, "eps": 0.15, "norm": "linf"},
+            "energy_oscillation": {"weight": 0.0, "eps": 0.15, "norm": "linf", "num_steps": 10},
+            "energy_oscillation_label_free": {"weight": 0.0, "eps": 0.15, "norm": "linf"},
         }
     )
 
@@ -65,6 +71,7 @@ def get_config() -> ConfigDict:
     config.weight_decay = 1e-4  # of kernels only
     config.ema_decay = 0.0  # 0: none. Else the averaged parameters are what is evaluated
     config.gradient_clip_norm = 0.0  # 0: none
+    config.weight_perturbation = 0.0  # 0: none. Else AWP's γ, a share of each kernel's norm
 
     # Along the way. The best checkpoint is that of the highest accuracy under validation_attack.
     config.log_every = "10 steps"

@@ -123,6 +123,7 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         tx,
         axis_name=parallel.AXIS,
         ema_decay=config.ema_decay or None,
+        weight_perturbation=config.weight_perturbation,
         crop_padding=config.augmentation.crop_padding,
         flip=config.augmentation.flip,
     )
@@ -193,6 +194,7 @@ def _check_numbers(config: ConfigDict) -> None:
         "num_labeled": 0,
         "augmentation.crop_padding": 0,
         "weight_decay": 0,
+        "weight_perturbation": 0,
         "gradient_clip_norm": 0,
         "evaluation.num_examples": 0,
         "evaluation.batch_size": 1,
