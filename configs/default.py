@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
     config.validate_every = "2 epochs"
     config.checkpoint_every = "10 epochs"
     config.validation_attack = ConfigDict({"name": "pgd", "norm": "linf", "eps": 0.15})
+    config.track_margins = 0  # of how many training examples the l2 margins are logged, too
 
     # The final evaluation, of best and last. The key is the attack's name in
     # tables; eps is the list of radii, in pixel units.
@@ -97,6 +98,10 @@ def get_config() -> ConfigDict:
             "num_images": 10,  # in the report's grid
         }
     )
+
+    # What else is measured of the best checkpoint: names in robust_jax.measurements, each with
+    # its keywords, as in {"clusters": {"num_examples": 1000}, "spectra": {}}.
+    config.measurements = ConfigDict()
 
     # Is the robustness real? The checks of robust_jax.audit on the best checkpoint.
     config.audit = ConfigDict(

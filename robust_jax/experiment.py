@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
@@ -19,6 +20,7 @@ from robust_jax.attacks.autoattack import VERSIONS, check_arguments
 from robust_jax.config import bind, choose, guard
 from robust_jax.errors import UserError
 from robust_jax.evaluate import AttackGrid, AuditSettings, Evaluator, Settings
+from robust_jax.measurements import MEASUREMENTS
 from robust_jax.models import MODELS
 from robust_jax.objectives import Adversary, Apply, Term, halves_needed, make_objective
 from robust_jax.train import optimizer, parallel
@@ -48,6 +50,7 @@ class Experiment:
     uses_adversary: bool
     grids: dict[str, AttackGrid]
     evaluator: Evaluator
+    measurements: dict[str, Callable]
     audit: AuditSettings | None
 
 
@@ -79,6 +82,10 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         named={"loss": losses.ATTACK_LOSSES},
     )
     grids = {name: _grid(entry, f"config.attacks.{name}") for name, entry in config.attacks.items()}
+    measurements = {
+        name: bind(MEASUREMENTS, {"name": name, **entry}, f"config.measurements.{name}")
+        for name, entry in config.measurements.items()
+    }
     audit = _audit_settings(config, loss)
 
     dataset = data.load(
@@ -142,6 +149,7 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
             batch_size=config.evaluation.batch_size,
             key=validation_key,
             method=method,
+            margins_of=dataset.train.take(np.arange(config.track_margins)),
         ),
         batches=data.TrainBatches(
             dataset.train,
@@ -169,7 +177,9 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         method=method,
     )
     uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)
-    return Experiment(config, dataset, model, plan, uses_adversary, grids, evaluator, audit)
+    return Experiment(
+        config, dataset, model, plan, uses_adversary, grids, evaluator, measurements, audit
+    )
 
 
 def surrogate_config(config: ConfigDict, schema: ConfigDict) -> ConfigDict:
@@ -202,6 +212,7 @@ def _check_numbers(config: ConfigDict) -> None:
         "evaluation.jacobian_projections": 2,
         "evaluation.spectral_iterations": 1,
         "evaluation.num_images": 1,
+        "track_margins": 0,
         "audit.num_examples": 0,
         "audit.num_queries": 1,
     }

@@ -24,6 +24,7 @@ from robust_jax.errors import UserError
 from robust_jax.evaluate import summarize
 from robust_jax.experiment import Experiment, build, surrogate_config
 from robust_jax.files import write_atomically
+from robust_jax.measurements import Subject
 from robust_jax.models import num_parameters
 from robust_jax.train.loop import Trained, is_trained, restore, train
 
@@ -128,10 +129,35 @@ def _evaluate(
     _save_images(experiment, trained, workdir)
     results = _results(experiment, trained, tables)
     results["timings"] = {**trained.timings, "evaluate_seconds": time.perf_counter() - start}
+    results["training"] = _training(workdir)
+    results["measurements"] = _measurements(experiment, trained)
     results["audit"] = _audit(experiment, trained, workdir, schema)
     _write(workdir, results)
     shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
     return results
+
+
+def _training(workdir: Path) -> dict[str, dict[str, float]]:
+    """What the first and the last validation found."""
+    metrics = runs.load(workdir).metrics.dropna(subset=["validation/cross_entropy"])
+    columns = [name for name in metrics if name.startswith("validation/")]
+    return {
+        when: {name.partition("/")[2]: float(metrics[name].iloc[i]) for name in columns}
+        for when, i in (("first", 0), ("last", -1))
+    }
+
+
+def _measurements(experiment: Experiment, trained: Trained) -> dict[str, dict[str, float]]:
+    """What config.measurements asks for, of the best checkpoint."""
+    variables = trained.best.variables
+    subject = Subject(
+        experiment.model,
+        variables,
+        partial(experiment.evaluator.network, variables),
+        experiment.dataset,
+        jax.random.key(experiment.config.seed),
+    )
+    return {name: measure(subject) for name, measure in experiment.measurements.items()}
 
 
 def _unfinished(workdir: Path, config: ConfigDict, name: str, step: int) -> Path:
