@@ -82,7 +82,7 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         named={"loss": losses.ATTACK_LOSSES},
     )
     grids = {name: _grid(entry, f"config.attacks.{name}") for name, entry in config.attacks.items()}
-    measurements = {
+    measurements: dict[str, Callable] = {
         name: bind(MEASUREMENTS, {"name": name, **entry}, f"config.measurements.{name}")
         for name, entry in config.measurements.items()
     }

@@ -17,6 +17,7 @@ from robust_jax.analysis.summaries import gaps as gaps_between
 from robust_jax.analysis.summaries import summary
 from robust_jax.attacks import LogitsFn, Norm, pgd
 from robust_jax.batches import on_one_device
+from robust_jax.keys import fold_in_each
 
 Numbers = dict[str, float]
 _BATCH_SIZE = 250
@@ -120,11 +121,14 @@ def loss_energy(
     key = jax.random.fold_in(subject.key, 1)
 
     def measure(fn, rows):
-        around = {"eps": eps, "norm": norm}
-        pair = fn, rows["x"], rows["y"], key
+        x, y, keys = rows["x"], rows["y"], fold_in_each(key, rows["index"])
         return {
-            "mean_square": energy.mean_square(*pair, num_samples=num_samples, **around),
-            "oscillation": energy.oscillation(*pair, num_steps=num_steps, **around),
+            "mean_square": energy.mean_square(
+                fn, x, y, keys, eps=eps, norm=norm, num_samples=num_samples
+            ),
+            "oscillation": energy.oscillation(
+                fn, x, y, keys, eps=eps, norm=norm, num_steps=num_steps
+            ),
         }
 
     found = _over(subject, measure, x, y)
@@ -172,4 +176,5 @@ def _examples(split: data.Split, num_examples: int) -> tuple[np.ndarray, np.ndar
 
 
 def _over(subject: Subject, fn: Callable, x: np.ndarray, y: np.ndarray) -> Any:
-    return on_one_device(subject.logits_fn, _BATCH_SIZE)(fn)({"x": x, "y": y})
+    rows = {"x": x, "y": y, "index": np.arange(len(y))}
+    return on_one_device(subject.logits_fn, _BATCH_SIZE)(fn)(rows)

@@ -142,6 +142,6 @@ def attacks(eps, num_examples, smoke=False):
             "name": "autoattack",
             "eps": eps,
             "num_examples": num_examples,
-            "overrides": QUICK if smoke else {},
+            **(QUICK if smoke else {}),
         },
     }
