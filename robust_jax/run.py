@@ -149,14 +149,7 @@ def _training(workdir: Path) -> dict[str, dict[str, float]]:
 
 def _measurements(experiment: Experiment, trained: Trained) -> dict[str, dict[str, float]]:
     """What config.measurements asks for, of the best checkpoint."""
-    variables = trained.best.variables
-    subject = Subject(
-        experiment.model,
-        variables,
-        partial(experiment.evaluator.network, variables),
-        experiment.dataset,
-        jax.random.key(experiment.config.seed),
-    )
+    subject = _subject(experiment, trained)
     return {name: measure(subject) for name, measure in experiment.measurements.items()}
 
 
@@ -207,15 +200,16 @@ def _surrogates(experiment: Experiment, workdir: Path, schema: ConfigDict) -> di
     if not chosen:
         return {}
     if chosen != "train":
-        return {chosen: logits_fn(Path(chosen))}
+        return {chosen: load(chosen).logits_fn}
+    # A run of its own, of which a notebook may load the network.
     config = surrogate_config(experiment.config, schema)
-    other = build(config, schema)
-    state = train(other.plan, workdir / "surrogate").best
-    return {"an undefended CNN": partial(other.evaluator.network, state.variables)}
+    other, folder = build(config, schema), workdir / "surrogate"
+    _claim(folder, config, "train")
+    return {"an undefended CNN": _subject(other, train(other.plan, folder)).logits_fn}
 
 
-def logits_fn(workdir: Path | str) -> Callable:
-    """The best network of a finished run, [B,H,W,C] in [0,1] -> [B,K].
+def load(workdir: Path | str) -> Subject:
+    """The best network of a finished run, with its data.
 
     Raises UserError where workdir holds none.
     """
@@ -225,8 +219,18 @@ def logits_fn(workdir: Path | str) -> Callable:
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir} holds no run: {error}") from error
     experiment = build(config, config)
-    state = restore(experiment.plan, workdir).best
-    return partial(experiment.evaluator.network, state.variables)
+    return _subject(experiment, restore(experiment.plan, workdir))
+
+
+def _subject(experiment: Experiment, trained: Trained) -> Subject:
+    variables = trained.best.variables
+    return Subject(
+        experiment.model,
+        variables,
+        partial(experiment.evaluator.network, variables),
+        experiment.dataset,
+        jax.random.key(experiment.config.seed),
+    )
 
 
 def verify(

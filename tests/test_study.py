@@ -1,4 +1,4 @@
-"""Studies: verdicts follow from intervals, configs are whole, and a small one runs to its report."""
+"""Studies: verdicts follow from intervals, configs are whole, a small one runs to its report."""
 
 import importlib
 import json
