@@ -6,7 +6,7 @@ Anything drawn at random follows (seed, attack, example): never the batch or the
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import pandas as pd
 
 from robust_jax import data, jacobian, losses
 from robust_jax.attacks import norms
+from robust_jax.attacks.jsma import num_changed
 from robust_jax.keys import fold_in_each
 from robust_jax.progress import progress
 from robust_jax.records import column, worst_case
@@ -28,7 +29,7 @@ class AttackGrid(NamedTuple):
 
     kind: str
     attack: Callable
-    norm: norms.Norm
+    norm: norms.Norm | Literal["l0"]
     eps: tuple[float, ...]
 
 
@@ -217,6 +218,8 @@ def _measurement(network: Network, settings: Settings, key: jax.Array) -> Callab
 
 
 def _attempt(network: Network, grid: AttackGrid, key: jax.Array) -> Callable:
+    size = num_changed if grid.norm == "l0" else partial(norms.size, norm=grid.norm)
+
     def attempt(variables, batch, eps):
         def logits_fn(x):
             return network(variables, x)
@@ -226,7 +229,7 @@ def _attempt(network: Network, grid: AttackGrid, key: jax.Array) -> Callable:
         logits = logits_fn(x_adv)
         return {
             "held": losses.correct(logits, y).astype(bool),
-            "distance": jax.vmap(lambda d: norms.size(d, grid.norm))(x_adv - x),
+            "distance": jax.vmap(size)(x_adv - x),
             "x_adv": x_adv,
             "adversarial_prediction": jnp.argmax(logits, -1),
         }

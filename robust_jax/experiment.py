@@ -1,6 +1,7 @@
 """From a config to the pieces of a run, with every mistake refused before anything is compiled."""
 
 import dataclasses
+import inspect
 import math
 from functools import partial
 
@@ -232,7 +233,8 @@ def _grid(entry: ConfigDict, path: str) -> AttackGrid:
     )
     if not eps:
         raise UserError(f"{path}.eps is empty; give at least one radius")
-    return AttackGrid(entry["name"], attack, entry.get("norm", "linf"), tuple(map(float, eps)))
+    norm = inspect.signature(attack).parameters["norm"].default  # the entry's or the attack's own
+    return AttackGrid(entry["name"], attack, norm, tuple(map(float, eps)))
 
 
 def _num_labeled_in_batch(config: ConfigDict, train: data.Split) -> int:
