@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from absl import logging
 from robust_jax import data, jacobian, losses
 from robust_jax import records as records_lib
 from robust_jax.attacks import norms
+from robust_jax.attacks.jsma import num_changed
 from robust_jax.audit import Audit, audit
 from robust_jax.batches import MapExamples
 from robust_jax.keys import fold_each, fold_in_each
@@ -37,7 +38,7 @@ class AttackGrid(NamedTuple):
 
     kind: str
     attack: Callable
-    norm: norms.Norm
+    norm: norms.Norm | Literal["l0"]
     eps: tuple[float, ...]
     num_examples: int | None = None
     members: tuple[str, ...] = ()
@@ -320,6 +321,8 @@ def _measurement(network: Network, settings: Settings) -> Callable:
 
 
 def _attempt(network: Network, grid: AttackGrid, name: str) -> Callable:
+    size = num_changed if grid.norm == "l0" else partial(norms.size, norm=grid.norm)
+
     def attempt(variables, batch, key_data, eps):
         key = jax.random.wrap_key_data(key_data)
 
@@ -331,7 +334,7 @@ def _attempt(network: Network, grid: AttackGrid, name: str) -> Callable:
         logits = logits_fn(x_adv)
         return {
             "held": losses.correct(logits, y).astype(bool),
-            "distance": jax.vmap(lambda d: norms.size(d, grid.norm))(x_adv - x),
+            "distance": jax.vmap(size)(x_adv - x),
             "margin": losses.margin(logits, y),
             "x_adv": x_adv,
             "adversarial_prediction": jnp.argmax(logits, -1),

@@ -287,7 +287,7 @@ def _grid(entry: ConfigDict, path: str) -> AttackGrid:
     if entry["name"] == "autoattack":
         version = attack.keywords.get("version", "standard")
         members = tuple(VERSIONS.get(version, ()) if isinstance(version, str) else version)
-    norm = inspect.signature(attack).parameters["norm"].default
+    norm = inspect.signature(attack).parameters["norm"].default  # the entry's or its own
     return AttackGrid(
         entry["name"], attack, norm, tuple(map(float, eps)), num_examples or None, members
     )
