@@ -2,9 +2,11 @@
 
 import dataclasses
 import inspect
+import json
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import jax
@@ -15,16 +17,16 @@ from ml_collections import ConfigDict
 
 from robust_jax import config as config_lib
 from robust_jax import data, losses, regularizers
-from robust_jax.attacks import ATTACKS, autoattack, norms
+from robust_jax.attacks import ATTACKS, autoattack, norms, transfer
 from robust_jax.attacks.autoattack import VERSIONS, check_arguments
 from robust_jax.config import bind, choose, guard
 from robust_jax.errors import UserError
 from robust_jax.evaluate import AttackGrid, AuditSettings, Evaluator, Settings
-from robust_jax.measurements import MEASUREMENTS
+from robust_jax.measurements import MEASUREMENTS, Subject
 from robust_jax.models import MODELS
 from robust_jax.objectives import Adversary, Apply, Term, halves_needed, make_objective
 from robust_jax.train import optimizer, parallel
-from robust_jax.train.loop import Plan
+from robust_jax.train.loop import Plan, Trained, restore
 from robust_jax.train.state import init_state
 from robust_jax.train.step import make_train_step
 from robust_jax.train.validate import make_validation
@@ -182,6 +184,32 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
     )
 
 
+def load(workdir: Path | str) -> Subject:
+    """The best network of a finished run, with its data.
+
+    Raises UserError where workdir holds none.
+    """
+    workdir = Path(workdir).absolute()
+    try:
+        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{workdir} holds no run: {error}") from error
+    experiment = build(config, config)
+    return subject_of(experiment, restore(experiment.plan, workdir))
+
+
+def subject_of(experiment: Experiment, trained: Trained) -> Subject:
+    """The best network of an experiment that was trained."""
+    variables = trained.best.variables
+    return Subject(
+        experiment.model,
+        variables,
+        partial(experiment.evaluator.network, variables),
+        experiment.dataset,
+        jax.random.key(experiment.config.seed),
+    )
+
+
 def surrogate_config(config: ConfigDict, schema: ConfigDict) -> ConfigDict:
     """The config of an undefended CNN for the same data, for attacks to be transferred from."""
     other = schema.copy_and_resolve_references()
@@ -266,7 +294,7 @@ def _grid(entry: ConfigDict, path: str) -> AttackGrid:
         raise UserError(
             f'{path} must be an entry like {{"name": "pgd", "eps": (0.1,)}}, not {entry!r}'
         )
-    keywords = {k: v for k, v in entry.items() if k not in ("eps", "num_examples")}
+    keywords = {k: v for k, v in entry.items() if k not in ("eps", "num_examples", "surrogate")}
     attack = bind(
         _ATTACKS_EVALUATED,
         keywords,
@@ -288,6 +316,10 @@ def _grid(entry: ConfigDict, path: str) -> AttackGrid:
         version = attack.keywords.get("version", "standard")
         members = tuple(VERSIONS.get(version, ()) if isinstance(version, str) else version)
     norm = inspect.signature(attack).parameters["norm"].default  # the entry's or its own
+    if surrogate := entry.get("surrogate"):
+        if members:
+            raise UserError(f"{path}.surrogate: autoattack is not transferred; name another attack")
+        attack = partial(transfer, surrogate=load(surrogate).logits_fn, attack=attack)
     return AttackGrid(
         entry["name"], attack, norm, tuple(map(float, eps)), num_examples or None, members
     )

@@ -6,7 +6,6 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +21,8 @@ from robust_jax import config as config_lib
 from robust_jax.analysis import runs
 from robust_jax.errors import UserError
 from robust_jax.evaluate import summarize
-from robust_jax.experiment import Experiment, build, surrogate_config
+from robust_jax.experiment import Experiment, build, load, subject_of, surrogate_config
 from robust_jax.files import write_atomically
-from robust_jax.measurements import Subject
 from robust_jax.models import num_parameters
 from robust_jax.train.loop import Trained, is_trained, restore, train
 
@@ -149,7 +147,7 @@ def _training(workdir: Path) -> dict[str, dict[str, float]]:
 
 def _measurements(experiment: Experiment, trained: Trained) -> dict[str, dict[str, float]]:
     """What config.measurements asks for, of the best checkpoint."""
-    subject = _subject(experiment, trained)
+    subject = subject_of(experiment, trained)
     return {name: measure(subject) for name, measure in experiment.measurements.items()}
 
 
@@ -205,32 +203,7 @@ def _surrogates(experiment: Experiment, workdir: Path, schema: ConfigDict) -> di
     config = surrogate_config(experiment.config, schema)
     other, folder = build(config, schema), workdir / "surrogate"
     _claim(folder, config, "train")
-    return {"an undefended CNN": _subject(other, train(other.plan, folder)).logits_fn}
-
-
-def load(workdir: Path | str) -> Subject:
-    """The best network of a finished run, with its data.
-
-    Raises UserError where workdir holds none.
-    """
-    workdir = Path(workdir).absolute()
-    try:
-        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{workdir} holds no run: {error}") from error
-    experiment = build(config, config)
-    return _subject(experiment, restore(experiment.plan, workdir))
-
-
-def _subject(experiment: Experiment, trained: Trained) -> Subject:
-    variables = trained.best.variables
-    return Subject(
-        experiment.model,
-        variables,
-        partial(experiment.evaluator.network, variables),
-        experiment.dataset,
-        jax.random.key(experiment.config.seed),
-    )
+    return {"an undefended CNN": subject_of(other, train(other.plan, folder)).logits_fn}
 
 
 def verify(
