@@ -82,8 +82,8 @@ def get_config() -> ConfigDict:
 
     # The final evaluation, of best and last. The key is the attack's name in
     # tables; eps is the list of radii, in pixel units.
-    # num_examples is how many of the first examples are attacked (0, the default: all); surrogate,
-    # the folder of another finished run, has its network attacked instead and the result tried here.
+    # num_examples is how many of the first examples are attacked (0, the default: all); surrogate
+    # is the folder of another finished run, whose network is attacked instead.
     config.attacks = attack_grid(
         linf=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
         l2=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
