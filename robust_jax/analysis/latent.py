@@ -1,6 +1,7 @@
 """How the classes lie in a network's latent space: latents [N,D] (or [N,…]) and labels [N] in.
 
-Latents are a layer's values, such as "features" of `features.captured`.
+Latents are a layer's values, such as "features" of `features.captured`; those of a whole data set
+are gathered batch by batch with `batches.on_one_device`.
 """
 
 from typing import NamedTuple
@@ -22,7 +23,10 @@ class Projection(NamedTuple):
 
 
 def projection(latents: Latents, *, num_components: int = 2) -> Projection:
-    """The latents on their principal axes, to look at: a linear map, distances are shrunk only."""
+    """The latents on their principal axes, to look at: distances are shrunk, never stretched.
+
+    Costs an SVD of [N,D].
+    """
     pca = PCA(num_components, svd_solver="full")
     return Projection(pca.fit_transform(_flat(latents)), pca.explained_variance_ratio_)
 
