@@ -59,7 +59,7 @@ def run_study(
         arm, _, seed = only.partition("/")
         choose(config.arms, arm, "--only's arm")
         if seed:
-            choose([str(m.seed) for m in members], seed, "--only's seed")
+            choose(sorted({str(m.seed) for m in members}), seed, "--only's seed")
         members = [m for m in members if m.arm == arm and seed in ("", str(m.seed))]
     if mode == "train":
         for i, member in enumerate(members):

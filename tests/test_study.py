@@ -158,7 +158,7 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path):
         assert not (tmp_path / "report.html").exists()
     collected = launch(*flags, "--mode=report")
     assert collected.returncode == 0, collected.stderr[-3000:]
-    assert "6 of 10 runs are not finished: cot/0" in collected.stderr
+    assert "6 of 10 runs are not finished: cot/0, at/0, gce_at/0" in collected.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["table"]["gce"]["FGSM"]["values"]) == 2
     assert results["table"]["at"]["FGSM"]["mean"] is None

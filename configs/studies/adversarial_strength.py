@@ -44,12 +44,14 @@ def get_config():
     base.checkpoint_every = "1 epoch"
     base.validation_attack = {"name": "fgsm", "eps": 0.0}  # the last or nearly the last is kept
     base.evaluation.num_examples = 1000
-    base.audit = {"norm": "linf", "eps": 0.1, "num_examples": 100}
+    base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 100})
     base.attacks = attacks((0.05, 0.1, 0.15), 0.1, num_examples=100)
     base.measurements = measurements(eps=0.1, num_examples=500)
     config.base = base
 
-    config.arms = {name: {} for name in ARMS}  # their eps depends on the scale
+    config.arms = ConfigDict(
+        {name: {} for name in ARMS}, sort_keys=False
+    )  # their eps depends on the scale
     config.scales = {
         "smoke": {
             "seeds": (0, 1),
@@ -98,28 +100,31 @@ def get_config():
     def falls(measure):
         return {"measure": measure, "arms": ARMS, "relation": "falls", "at": STRENGTHS}
 
-    config.claims = {
-        "a": {
-            "text": "Singular values of the layers get less spread as eps grows.",
-            "tests": [falls("measurements.spectra.mean_standard_deviation")],
+    config.claims = ConfigDict(
+        {
+            "a": {
+                "text": "Singular values of the layers get less spread as eps grows.",
+                "tests": [falls("measurements.spectra.mean_standard_deviation")],
+            },
+            "b": {
+                "text": "The change that a change of the image makes in feature space gets smaller.",
+                "tests": [
+                    falls("measurements.features.mean_random"),
+                    falls("measurements.features.mean_adversarial"),
+                ],
+            },
+            "c": {
+                "text": "Margins concentrate near the decision boundary, and confidence falls.",
+                "tests": [
+                    falls("measurements.outputs.mean_margin"),
+                    falls("measurements.outputs.std_margin"),
+                    falls("measurements.outputs.mean_confidence"),
+                ],
+            },
+            "d": {"text": "Standard accuracy falls.", "tests": [falls("clean.accuracy")]},
         },
-        "b": {
-            "text": "The change that a change of the image makes in feature space gets smaller.",
-            "tests": [
-                falls("measurements.features.mean_random"),
-                falls("measurements.features.mean_adversarial"),
-            ],
-        },
-        "c": {
-            "text": "Margins concentrate near the decision boundary, and confidence falls.",
-            "tests": [
-                falls("measurements.outputs.mean_margin"),
-                falls("measurements.outputs.std_margin"),
-                falls("measurements.outputs.mean_confidence"),
-            ],
-        },
-        "d": {"text": "Standard accuracy falls.", "tests": [falls("clean.accuracy")]},
-    }
+        sort_keys=False,
+    )
     return config
 
 

@@ -45,18 +45,21 @@ def get_config():
     base.validation_attack = {"name": "fgsm", "eps": 0.0}
     base.track_margins = 500
     base.evaluation.num_examples = 1000
-    base.audit = {"norm": "linf", "eps": 0.1, "num_examples": 200}
+    base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 200})
     base.attacks = attacks((0.05, 0.1, 0.2), 0.1, num_examples=200)
     base.measurements = {"margins": {"num_examples": 500}}
     config.base = base
 
     margin = {"regularizers": {"average_margin": {"weight": 1.0}}}
-    config.arms = {
-        "ce": {},
-        "average_margin": margin,
-        "at": {"loss_on": "adversarial"},
-        "at_average_margin": {"loss_on": "adversarial", **margin},
-    }
+    config.arms = ConfigDict(
+        {
+            "ce": {},
+            "average_margin": margin,
+            "at": {"loss_on": "adversarial"},
+            "at_average_margin": {"loss_on": "adversarial", **margin},
+        },
+        sort_keys=False,
+    )
     config.scales = {
         "smoke": {
             "seeds": (0, 1),
@@ -89,24 +92,27 @@ def get_config():
         ("average, change", AVERAGE),
     )
     config.published = ()
-    config.claims = {
-        "a, minimum": {
-            "text": "In training the minimum margin rises, from the first validation to the last.",
-            "tests": [above(MINIMUM, "ce", level=0.0)],
+    config.claims = ConfigDict(
+        {
+            "a, minimum": {
+                "text": "In training the minimum margin rises, from the first validation to the last.",
+                "tests": [above(MINIMUM, "ce", level=0.0)],
+            },
+            "a, average": {
+                "text": "In training the average margin falls, from the first validation to the last.",
+                "tests": [below(AVERAGE, "ce", level=0.0)],
+            },
+            "b": {
+                "text": "A regulariser that promotes the average margin gives better robustness.",
+                "tests": [
+                    above("autoattack@0.1", "average_margin", "ce"),
+                    above("pgd@0.05", "average_margin", "ce"),
+                    above("autoattack@0.1", "at_average_margin", "at"),
+                ],
+            },
         },
-        "a, average": {
-            "text": "In training the average margin falls, from the first validation to the last.",
-            "tests": [below(AVERAGE, "ce", level=0.0)],
-        },
-        "b": {
-            "text": "A regulariser that promotes the average margin gives better robustness.",
-            "tests": [
-                above("autoattack@0.1", "average_margin", "ce"),
-                above("pgd@0.05", "average_margin", "ce"),
-                above("autoattack@0.1", "at_average_margin", "at"),
-            ],
-        },
-    }
+        sort_keys=False,
+    )
     return config
 
 

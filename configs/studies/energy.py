@@ -51,7 +51,7 @@ def get_config():
     base.checkpoint_every = "0.5 epochs"
     base.validation_attack = {"name": "pgd", "norm": "l2", "eps": EPS}
     base.evaluation.num_examples = 1000
-    base.audit = {"norm": "l2", "eps": EPS, "num_examples": 200}
+    base.audit.update({"norm": "l2", "eps": EPS, "num_examples": 200})
     base.attacks = attacks((0.75, EPS, 2.25), EPS, num_examples=100, norm="l2")
     base.measurements = {"energy": {"eps": EPS, "norm": "l2", "num_examples": 500}}
     config.base = base
@@ -60,20 +60,23 @@ def get_config():
     l2 = {"eps": EPS, "norm": "l2"}
     vat = {"vat": {"weight": 1.0, "eps": EPS}}
     free = {"energy_oscillation_label_free": {"weight": 1.0, "num_steps": 5, **l2}}
-    config.arms = {
-        "ce": {},
-        "at": {"loss_on": "adversarial"},
-        "vat": {"regularizers": vat},
-        "mean_square": {
-            "regularizers": {"energy_mean_square": {"weight": 1.0, "num_samples": 2, **l2}}
+    config.arms = ConfigDict(
+        {
+            "ce": {},
+            "at": {"loss_on": "adversarial"},
+            "vat": {"regularizers": vat},
+            "mean_square": {
+                "regularizers": {"energy_mean_square": {"weight": 1.0, "num_samples": 2, **l2}}
+            },
+            "oscillation": {
+                "regularizers": {"energy_oscillation": {"weight": 1.0, "num_steps": 5, **l2}}
+            },
+            "ce_100": few,
+            "vat_100": {**few, "regularizers": vat},
+            "oscillation_100": {**few, "regularizers": free},
         },
-        "oscillation": {
-            "regularizers": {"energy_oscillation": {"weight": 1.0, "num_steps": 5, **l2}}
-        },
-        "ce_100": few,
-        "vat_100": {**few, "regularizers": vat},
-        "oscillation_100": {**few, "regularizers": free},
-    }
+        sort_keys=False,
+    )
     config.scales = {
         "smoke": {
             "seeds": (0, 1),
@@ -104,27 +107,30 @@ def get_config():
         ("oscillation energy", "measurements.energy.oscillation"),
     )
     config.published = ()
-    config.claims = {
-        "a": {
-            "text": "Energy regularisation beats VAT and adversarial training in ℓ₂.",
-            "tests": [
-                above("autoattack@1.5", "oscillation", "vat"),
-                above("autoattack@1.5", "oscillation", "at"),
-            ],
+    config.claims = ConfigDict(
+        {
+            "a": {
+                "text": "Energy regularisation beats VAT and adversarial training in ℓ₂.",
+                "tests": [
+                    above("autoattack@1.5", "oscillation", "vat"),
+                    above("autoattack@1.5", "oscillation", "at"),
+                ],
+            },
+            "a, mean square": {
+                "text": "So does the mean-square form.",
+                "tests": [
+                    above("autoattack@1.5", "mean_square", "vat"),
+                    above("autoattack@1.5", "mean_square", "at"),
+                ],
+            },
+            "b": {
+                "text": "With few labels, the label-free energy beats VAT and plain training.",
+                "tests": [
+                    above("autoattack@1.5", "oscillation_100", "vat_100"),
+                    above("clean.accuracy", "oscillation_100", "ce_100"),
+                ],
+            },
         },
-        "a, mean square": {
-            "text": "So does the mean-square form.",
-            "tests": [
-                above("autoattack@1.5", "mean_square", "vat"),
-                above("autoattack@1.5", "mean_square", "at"),
-            ],
-        },
-        "b": {
-            "text": "With few labels, the label-free energy beats VAT and plain training.",
-            "tests": [
-                above("autoattack@1.5", "oscillation_100", "vat_100"),
-                above("clean.accuracy", "oscillation_100", "ce_100"),
-            ],
-        },
-    }
+        sort_keys=False,
+    )
     return config

@@ -45,18 +45,21 @@ def get_config():
     base.checkpoint_every = "1 epoch"
     base.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.1}
     base.evaluation.num_examples = 1000
-    base.audit = {"norm": "linf", "eps": 0.1, "num_examples": 200}
+    base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 200})
     base.attacks = attacks((0.02, 0.05, 0.1, 0.15, 0.2), trained=0.1, num_examples=200)
     config.base = base
 
-    config.arms = {
-        "ce": CLEAN,
-        "entm": {**CLEAN, **ENTM},
-        "ls": {**CLEAN, **LS},
-        "at": {},
-        "at_entm": ENTM,
-        "at_ls": LS,
-    }
+    config.arms = ConfigDict(
+        {
+            "ce": CLEAN,
+            "entm": {**CLEAN, **ENTM},
+            "ls": {**CLEAN, **LS},
+            "at": {},
+            "at_entm": ENTM,
+            "at_ls": LS,
+        },
+        sort_keys=False,
+    )
     radii = {"faint": 0.02, "trained": 0.1, "larger": 0.15, "largest": 0.2}
     config.scales = {
         "smoke": {
@@ -104,45 +107,48 @@ def get_config():
     )
     config.published = ()
 
-    config.claims = {
-        "a": {
-            "text": "EntM or LS alone is more robust than CE at a small eps, and not under "
-            "a strong attack at the eps that AT is trained on (by two points at most).",
-            "tests": [
-                above("pgd@{faint}", "entm", "ce"),
-                above("pgd@{faint}", "ls", "ce"),
-                below("autoattack@{trained}", "entm", "ce", by=-0.02),
-                below("autoattack@{trained}", "ls", "ce", by=-0.02),
-            ],
+    config.claims = ConfigDict(
+        {
+            "a": {
+                "text": "EntM or LS alone is more robust than CE at a small eps, and not under "
+                "a strong attack at the eps that AT is trained on (by two points at most).",
+                "tests": [
+                    above("pgd@{faint}", "entm", "ce"),
+                    above("pgd@{faint}", "ls", "ce"),
+                    below("autoattack@{trained}", "entm", "ce", by=-0.02),
+                    below("autoattack@{trained}", "ls", "ce", by=-0.02),
+                ],
+            },
+            "b, clean": {
+                "text": "With AT they beat AT on clean examples.",
+                "tests": [
+                    above("clean.accuracy", "at_entm", "at"),
+                    above("clean.accuracy", "at_ls", "at"),
+                ],
+            },
+            "b, attacks": {
+                "text": "With AT they beat AT under attack, most of all at eps larger than trained on.",
+                "tests": [
+                    above(measure, arm, "at")
+                    for arm in ("at_entm", "at_ls")
+                    for measure in ("autoattack@{trained}", "pgd@{larger}", "pgd@{largest}")
+                ],
+            },
+            "c, logits": {
+                "text": "EntM shrinks the Jacobian of the logits.",
+                "tests": [
+                    below("jacobian.logits.frobenius.mean", "entm", "ce"),
+                    below("jacobian.logits.frobenius.mean", "at_entm", "at"),
+                ],
+            },
+            "c, probabilities": {
+                "text": "EntM shrinks the Jacobian of the probabilities.",
+                "tests": [
+                    below("jacobian.probabilities.frobenius.mean", "entm", "ce"),
+                    below("jacobian.probabilities.frobenius.mean", "at_entm", "at"),
+                ],
+            },
         },
-        "b, clean": {
-            "text": "With AT they beat AT on clean examples.",
-            "tests": [
-                above("clean.accuracy", "at_entm", "at"),
-                above("clean.accuracy", "at_ls", "at"),
-            ],
-        },
-        "b, attacks": {
-            "text": "With AT they beat AT under attack, most of all at eps larger than trained on.",
-            "tests": [
-                above(measure, arm, "at")
-                for arm in ("at_entm", "at_ls")
-                for measure in ("autoattack@{trained}", "pgd@{larger}", "pgd@{largest}")
-            ],
-        },
-        "c, logits": {
-            "text": "EntM shrinks the Jacobian of the logits.",
-            "tests": [
-                below("jacobian.logits.frobenius.mean", "entm", "ce"),
-                below("jacobian.logits.frobenius.mean", "at_entm", "at"),
-            ],
-        },
-        "c, probabilities": {
-            "text": "EntM shrinks the Jacobian of the probabilities.",
-            "tests": [
-                below("jacobian.probabilities.frobenius.mean", "entm", "ce"),
-                below("jacobian.probabilities.frobenius.mean", "at_entm", "at"),
-            ],
-        },
-    }
+        sort_keys=False,
+    )
     return config

@@ -49,22 +49,25 @@ def get_config():
     base.checkpoint_every = "1 epoch"
     base.validation_attack = {"name": "fgsm", "eps": 0.0}  # best by clean accuracy, as published
     base.evaluation.num_examples = 1000
-    base.audit = {"norm": "linf", "eps": 0.2, "num_examples": 200}
+    base.audit.update({"norm": "linf", "eps": 0.2, "num_examples": 200})
     base.attacks = attacks(eps=0.2, num_examples=200)
     base.measurements = {"clusters": {"num_examples": 1000}}
     config.base = base
 
     adversarial = {"batch_size": 128, "duration": "1 epoch", "learning_rate": 2e-3}
-    config.arms = {
-        "ce": {"loss": {"name": "cross_entropy"}},
-        "cot": {
-            "loss": {"name": "cross_entropy"},
-            "regularizers": {"complement_entropy": {"weight": 0.1}},
+    config.arms = ConfigDict(
+        {
+            "ce": {"loss": {"name": "cross_entropy"}},
+            "cot": {
+                "loss": {"name": "cross_entropy"},
+                "regularizers": {"complement_entropy": {"weight": 0.1}},
+            },
+            "gce": {"loss": GCE},
+            "at": {"loss": {"name": "cross_entropy"}, "loss_on": "adversarial", **adversarial},
+            "gce_at": {"loss": GCE, "loss_on": "both", **adversarial},
         },
-        "gce": {"loss": GCE},
-        "at": {"loss": {"name": "cross_entropy"}, "loss_on": "adversarial", **adversarial},
-        "gce_at": {"loss": GCE, "loss_on": "both", **adversarial},
-    }
+        sort_keys=False,
+    )
     config.scales = {
         "smoke": {
             "seeds": (0, 1),
@@ -101,31 +104,34 @@ def get_config():
         ("gce", {"FGSM": 62.74, "MIM": 39.81, "PGD": 9.55}),
     )
 
-    config.claims = {
-        "a": {
-            "text": "GCE is more robust than cross-entropy under FGSM, MIM and PGD at eps 0.2.",
-            "tests": [above(f"{attack}@0.2", "gce", "ce") for attack in ("fgsm", "mim", "pgd")],
+    config.claims = ConfigDict(
+        {
+            "a": {
+                "text": "GCE is more robust than cross-entropy under FGSM, MIM and PGD at eps 0.2.",
+                "tests": [above(f"{attack}@0.2", "gce", "ce") for attack in ("fgsm", "mim", "pgd")],
+            },
+            "b": {
+                "text": "Its latent classes form tighter, better separated clusters.",
+                "tests": [
+                    above("measurements.clusters.silhouette", "gce", "ce"),
+                    below("measurements.clusters.distance_ratio", "gce", "ce"),
+                ],
+            },
+            "c": {
+                "text": "Its clean accuracy is not below cross-entropy's (by half a point at most).",
+                "tests": [above("clean.accuracy", "gce", "ce", by=-0.005)],
+            },
+            "d": {
+                "text": "The gain survives AutoAttack: GCE keeps more than 5 % at eps 0.2.",
+                "tests": [above("autoattack@0.2", "gce", level=0.05)],
+            },
+            "e": {
+                "text": "In adversarial training it beats cross-entropy under AutoAttack.",
+                "tests": [above("autoattack@0.2", "gce_at", "at")],
+            },
         },
-        "b": {
-            "text": "Its latent classes form tighter, better separated clusters.",
-            "tests": [
-                above("measurements.clusters.silhouette", "gce", "ce"),
-                below("measurements.clusters.distance_ratio", "gce", "ce"),
-            ],
-        },
-        "c": {
-            "text": "Its clean accuracy is not below cross-entropy's (by half a point at most).",
-            "tests": [above("clean.accuracy", "gce", "ce", by=-0.005)],
-        },
-        "d": {
-            "text": "The gain survives AutoAttack: GCE keeps more than 5 % at eps 0.2.",
-            "tests": [above("autoattack@0.2", "gce", level=0.05)],
-        },
-        "e": {
-            "text": "In adversarial training it beats cross-entropy under AutoAttack.",
-            "tests": [above("autoattack@0.2", "gce_at", "at")],
-        },
-    }
+        sort_keys=False,
+    )
     return config
 
 
