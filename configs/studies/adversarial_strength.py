@@ -107,7 +107,8 @@ def get_config():
                 "tests": [falls("measurements.spectra.mean_standard_deviation")],
             },
             "b": {
-                "text": "The change that a change of the image makes in feature space gets smaller.",
+                "text": "The change that a change of the image makes in feature space gets "
+                "smaller.",
                 "tests": [
                     falls("measurements.features.mean_random"),
                     falls("measurements.features.mean_adversarial"),

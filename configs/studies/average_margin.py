@@ -95,11 +95,13 @@ def get_config():
     config.claims = ConfigDict(
         {
             "a, minimum": {
-                "text": "In training the minimum margin rises, from the first validation to the last.",
+                "text": "In training the minimum margin rises, from the first validation to "
+                "the last.",
                 "tests": [above(MINIMUM, "ce", level=0.0)],
             },
             "a, average": {
-                "text": "In training the average margin falls, from the first validation to the last.",
+                "text": "In training the average margin falls, from the first validation to "
+                "the last.",
                 "tests": [below(AVERAGE, "ce", level=0.0)],
             },
             "b": {

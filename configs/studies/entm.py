@@ -127,7 +127,8 @@ def get_config():
                 ],
             },
             "b, attacks": {
-                "text": "With AT they beat AT under attack, most of all at eps larger than trained on.",
+                "text": "With AT they beat AT under attack, most of all at eps larger than "
+                "trained on.",
                 "tests": [
                     above(measure, arm, "at")
                     for arm in ("at_entm", "at_ls")

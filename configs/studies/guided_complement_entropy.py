@@ -118,7 +118,8 @@ def get_config():
                 ],
             },
             "c": {
-                "text": "Its clean accuracy is not below cross-entropy's (by half a point at most).",
+                "text": "Its clean accuracy is not below cross-entropy's (by half a point at "
+                "most).",
                 "tests": [above("clean.accuracy", "gce", "ce", by=-0.005)],
             },
             "d": {
