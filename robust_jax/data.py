@@ -72,10 +72,11 @@ def load(
         train, test, num_classes = _npz(Path(argument).expanduser())
     else:
         raise UserError(f"config.dataset is {source!r}; choices: {SOURCES}")
+    # Before the split, so that they, and with them the compiled programs, are those of every seed.
+    mean, std = _pixel_statistics(train.images)
     train, validation = _split_off(train, validation_size, seed)
     if num_labeled is not None:
         train = _keep_labels(train, num_labeled, num_classes, seed)
-    mean, std = _pixel_statistics(train.images)
     return Dataset(source, train, validation, test, num_classes, mean, std)
 
 

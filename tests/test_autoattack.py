@@ -53,6 +53,21 @@ def test_versions_run_the_attacks_of_the_paper_in_its_order():
     assert list(VERSIONS["rand"]) == ["apgd_ce", "apgd_dlr"]
 
 
+def test_l1_has_budgets_of_its_own():
+    plan = autoattack.__globals__["check_arguments"](eps=1.0, norm="l1")
+    assert {name: dict(member.keywords) for name, member in plan.items()} == {
+        "apgd_ce": {"loss": losses.cross_entropy, "num_restarts": 5},
+        "apgd_t": {"num_targets": 5}, "fab_t": {}, "square": {},
+    }  # fmt: skip
+    logits_fn, x, y = problem()
+    result = run(logits_fn, x, y, KEY, eps=0.4, norm="l1")
+    assert 0 < result.robust.mean() < 0.7
+    broken = result.distance > 0
+    assert broken.any()
+    np.testing.assert_allclose(result.distance[broken], sizes(result.x_adv - x, "l1")[broken])
+    assert result.distance[broken].max() <= 0.4 * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_result_holds_together(norm):
     logits_fn, x, y = problem()
@@ -329,7 +344,7 @@ def test_randomised_networks_are_noticed_and_have_their_own_version():
         ({"overrides": {"square": {"steps": 1}}}, "square has no keyword 'steps'; choices: num_q"),
         ({"overrides": {"squares": {}}}, "attack must be one of .*, not 'squares'"),
         ({"eps": -1.0}, "eps must not be negative"),
-        ({"norm": "l1"}, "norm must be one of linf, l2, not 'l1'"),
+        ({"norm": "l0"}, "norm must be one of linf, l2, l1, not 'l0'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
         ({"x": np.full((40, 4, 5, 1), 7.0)}, r"x ranges over \[7, 7\]; pixels must be in"),
         ({"x": np.zeros((40, 20))}, r"x must be \[N,H,W,C\] and not empty, not \[40, 20\]"),

@@ -9,11 +9,11 @@ margin the least and the mean over the training set.
 
 from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from robust_jax import margins
 from robust_jax.analysis.spectra import Layer, operator_norm
 from robust_jax.attacks import LogitsFn, Nearest, Norm
 from robust_jax.batches import in_chunks
@@ -51,25 +51,20 @@ def linear(
 def first_order(
     logits_fn: LogitsFn, x: Images, y: Labels, *, norm: Norm, chunk_size: int | None = None
 ) -> PerExample:
-    """Margins of the linearised network, min_{j≠y} (z_y - z_j) / ‖∇_x (z_y - z_j)‖_q, [B].
+    """Margins of the linearised network, min_{j≠y} (z_y - z_j) / ‖∇_x (z_y - z_j)‖_q.
 
-    q is the order dual to norm. Infinite where every gradient vanishes. Costs a forward and K
-    backward passes an example; chunk_size bounds how many examples are in memory. Raises
-    ValueError for an unknown norm.
+    [B], q the order dual to norm: `margins.first_order`, for measuring. Infinite where the gradient
+    vanishes. Costs a forward and K-1 backward passes an example; chunk_size bounds how many
+    examples are in memory. Raises ValueError for an unknown norm.
     """
-    order = _dual_order(norm)
 
     def margin_one(args):
         image, label = args
-        logits, pull_back = jax.vjp(lambda one: logits_fn(one[None])[0], image)
-        identity = jnp.eye(len(logits), dtype=logits.dtype)
-        (gradients,) = jax.vmap(pull_back)(identity[label] - identity)
-        slopes = jnp.linalg.norm(gradients.reshape(len(logits), -1), order, axis=-1)
-        gaps = logits[label] - logits
-        distances = jnp.where(gaps == 0, 0.0, gaps / slopes)
-        return jnp.where(jnp.arange(len(logits)) == label, jnp.inf, distances).min()
+        return margins.first_order(logits_fn, image[None], label[None], norm=norm)[0]
 
-    return in_chunks(margin_one, (x, y), chunk_size)
+    found = in_chunks(margin_one, (x, y), chunk_size)
+    # A number that training can go on with, and a mean cannot, stands for "no gradient" there.
+    return jnp.where(jnp.abs(found) < 1e9, found, jnp.copysign(jnp.inf, found))
 
 
 def minimum_norm(

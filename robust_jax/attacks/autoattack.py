@@ -114,8 +114,9 @@ def autoattack(
     devices; by default one device takes batches of batch_size. Raises ValueError for unknown
     names, wrong shapes, pixels outside [0,1], a state of other inputs.
     """
-    plan = _plan(version, norm, overrides or {})
-    rows = _checked(x, y, key, eps, norm, batch_size)
+    plan = check_arguments(eps=eps, norm=norm, version=version, overrides=overrides)
+    check_counts(batch_size=batch_size)
+    rows = _checked(x, y, key)
     x, y = rows["x"], rows["y"]
     map_examples = map_examples or on_one_device(logits_fn, batch_size)
     classify = map_examples(_classify_randomised if version == "rand" else _classify)
@@ -197,8 +198,20 @@ class _Pass(NamedTuple):
     salt: str
 
 
-def _plan(version, norm, overrides) -> dict[str, Member]:
-    """The members to run, in order, with the keywords of the version and of the user."""
+def check_arguments(
+    *,
+    eps: float,
+    norm: str = "linf",
+    version: str | tuple[str, ...] = "standard",
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Member]:
+    """The members to run, in order, with the keywords of the version and of the user.
+
+    Raises ValueError as `autoattack` does.
+    """
+    check_eps(eps)
+    norms.check(norm)
+    overrides = overrides or {}
     if isinstance(version, str):
         if version not in VERSIONS:
             raise ValueError(
@@ -227,11 +240,8 @@ def _plan(version, norm, overrides) -> dict[str, Member]:
     return plan
 
 
-def _checked(x, y, key, eps, norm, batch_size) -> dict[str, np.ndarray]:
+def _checked(x, y, key) -> dict[str, np.ndarray]:
     """Rows of x as float32, y, and the data of a key for each example."""
-    check_eps(eps)
-    norms.check(norm)
-    check_counts(batch_size=batch_size)
     x, y = np.asarray(x, np.float32), np.asarray(y)
     if x.ndim != 4 or not x.size:
         raise ValueError(f"x must be [N,H,W,C] and not empty, not {list(x.shape)}")
@@ -299,7 +309,7 @@ def _classify_randomised(logits_fn, rows, salt):
     return jax.vmap(lambda x, key: logits_fn(x[None], key)[0])(rows["x"], _keys(rows, salt))
 
 
-def _salt(name: str) -> np.ndarray:
+def _salt(name: str) -> np.uint32:
     """What an example's key is folded with for the use of that name."""
     return np.uint32(zlib.crc32(name.encode()))
 
@@ -311,7 +321,8 @@ def _keys(rows, salt):
 def _is_right(logits, y) -> tuple[np.ndarray, np.ndarray]:
     """Whether each example is classified right, and its output margin."""
     logits, y = jnp.asarray(logits), jnp.asarray(y)
-    return np.array(losses.correct(logits, y), bool), np.array(losses.margin(logits, y))
+    right = losses.correct(logits, y)
+    return np.array(right, bool), np.array(losses.margin(logits, y))
 
 
 def are_probabilities(logits: Float[np.ndarray, "n k"]) -> bool:
@@ -320,7 +331,7 @@ def are_probabilities(logits: Float[np.ndarray, "n k"]) -> bool:
     return bool(in_range and np.allclose(logits.sum(-1), 1, atol=1e-4))
 
 
-def is_random(logits_fn: LogitsFn, x: Float[np.ndarray, "n h w c"]) -> bool:
+def is_random(logits_fn: Callable, x: Float[np.ndarray, "n h w c"]) -> bool:
     """Whether two calls differ; not compiled, as that would freeze what Python draws."""
     one, two = np.asarray(logits_fn(x)), np.asarray(logits_fn(x))
     size = np.linalg.norm(one, axis=-1) + 1e-10
@@ -384,7 +395,7 @@ def _result(state: _State, x, norm, warnings) -> AutoAttackResult:
     names = list(state.robust_accuracy)
     for before, name in zip(names[1:], names[2:], strict=False):
         drop = state.robust_accuracy[before] - state.robust_accuracy[name]
-        if name == "square" and drop > share:
+        if name == "square" and drop > share + 1e-9:
             warnings.append(
                 f"square lowered the robust accuracy of the others by {100 * drop:.1f} points: "
                 "their gradients may be masked; give it more queries"

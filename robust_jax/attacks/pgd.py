@@ -209,7 +209,7 @@ def _ascend_one(
             gradient = jnp.nan_to_num(gradient)
             gradient = gradient / jnp.maximum(jnp.abs(gradient).sum(), 1e-30)
             velocity = momentum * velocity + gradient
-            x_adv = x_adv + step_size * norms.steepest(velocity, norm)
+            x_adv = x_adv + norms.steepest_step(x_adv, velocity, step_size, norm)
             return (norms.project_to_ball_and_box(x_adv, x, eps, norm), velocity, best), None
 
         carry = (start, jnp.zeros_like(x), best)

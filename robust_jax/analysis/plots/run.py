@@ -68,8 +68,10 @@ def accuracy_against_eps(
             rows = here[(here["checkpoint"] == checkpoint) & (here["attack"] == attack)]
             if len(rows):
                 rows = rows.sort_values("eps")
-                accuracy = [clean[checkpoint], *rows["accuracy"]]
-                ax.plot([0, *rows["eps"]], 100 * np.array(accuracy), label=label, **style)
+                sizes, accuracy = list(rows["eps"]), list(rows["accuracy"])
+                if len(rows) > 1:  # one radius is a point, from which no line leads to ε = 0
+                    sizes, accuracy = [0, *sizes], [clean[checkpoint], *accuracy]
+                ax.plot(sizes, 100 * np.array(accuracy), label=label, **style)
 
         # The worst case lies under the attacks' thin lines, which often run along it.
         draw("best", WORST_CASE, "worst case", color="black", lw=4, zorder=2)
