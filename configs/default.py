@@ -2,7 +2,8 @@
 
     python launch.py --config=configs/default.py --workdir=runs/demo
 
-A minute on 2 CPU cores: 98 % clean, 66 % under the worst of the linf attacks at eps 0.15.
+A minute on 2 CPU cores: 98 % clean, 64 % under AutoAttack at linf 0.15. With its
+environment made and programs compiled, `make demo` takes less than two minutes.
 """
 
 from ml_collections import ConfigDict

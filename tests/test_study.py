@@ -8,8 +8,11 @@ import pytest
 from scipy import stats
 
 from configs import default
+from robust_jax import config as config_lib
 from robust_jax import study
 from robust_jax.errors import UserError
+from robust_jax.models import MODELS
+from robust_jax.regularizers import PAIR_REGULARIZERS, REGULARIZERS
 from tests.conftest import REPOSITORY
 
 STUDIES = sorted(
@@ -114,6 +117,10 @@ def test_every_study_is_whole_at_every_scale(name):
         config.scale = scale
         members = list(study.plan(config))
         study._check(config, default.get_config(), members)
+        for member in members[: len(config.arms)]:
+            config_lib.bind(MODELS, member.config.model, "model", reserved=("num_classes",))
+            for name, entry in member.config.regularizers.items():
+                assert name in {**REGULARIZERS, **PAIR_REGULARIZERS}, entry
         assert len(members) == len(config.arms) * len({m.seed for m in members})
         assert len({m.seed for m in members}) >= (2 if scale == "smoke" else 3)
         radii = config.scales[scale].get("radii", {})

@@ -70,7 +70,7 @@ def get_config():
             "base": {
                 "dataset": "tfds:cifar10",
                 "augmentation": {"crop_padding": 4, "flip": True},
-                "model": {"name": "preact_resnet18"},
+                "model": {"name": "preact_resnet", "depth": 18},
                 "adversary": {"num_steps": 10},
                 "optimizer": {"name": "sgd", "momentum": 0.9},
                 "learning_rate": 0.1,
