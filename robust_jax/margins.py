@@ -30,9 +30,8 @@ def first_order(
     num_boundaries: int | None = None,
 ) -> PerExample:
     """min_{j≠y} (z_y - z_j) / ‖∇_x (z_y - z_j)‖_q, the least of `boundary_distances` -> [B]."""
-    return boundary_distances(
-        logits_fn, x, y, norm=norm, num_boundaries=num_boundaries
-    ).min(-1)  # fmt: skip
+    distances = boundary_distances(logits_fn, x, y, norm=norm, num_boundaries=num_boundaries)
+    return distances.min(-1)
 
 
 def boundary_distances(
