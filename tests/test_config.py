@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,8 +14,9 @@ from ml_collections import ConfigDict
 from configs import default
 from robust_jax import config as config_lib
 from robust_jax import experiment, losses
+from robust_jax.attacks import ATTACKS
 from robust_jax.errors import UserError
-from robust_jax.evaluate import Settings
+from robust_jax.evaluate import Settings, _attempt
 from robust_jax.experiment import build
 from tests.conftest import REPOSITORY
 
@@ -212,6 +214,17 @@ def test_names_in_a_config_are_found_with_their_keywords():
                                                       "label_smoothing": 0.1}), "x")  # fmt: skip
     assert loss.func is losses.cross_entropy
     assert loss.keywords == {"label_smoothing": 0.1}
+
+
+def test_every_attack_can_be_evaluated_in_a_norm_of_its_own():
+    """By its name and a radius alone, traced as the evaluation runs it."""
+    entries = {name: {"name": name, "eps": 4} for name in ATTACKS}
+    grids = build(changed(attacks=ConfigDict(entries)), default.get_config()).grids
+    batch = {"image": jnp.zeros((2, 4, 5, 1)), "label": jnp.zeros(2, int), "index": jnp.arange(2)}
+    for name, grid in grids.items():
+        assert grid.norm == {"jsma": "l0", "carlini_wagner": "l2"}.get(name, "linf")
+        attempt = _attempt(lambda _, x: x[:, 0, :3, 0], grid, jax.random.key(0))
+        assert jax.eval_shape(attempt, None, batch, 4.0)["distance"].shape == (2,)
 
 
 @pytest.mark.parametrize(

@@ -182,8 +182,9 @@ def compiled(name, norm, shape, num_classes):
 @pytest.mark.parametrize("batch_size", [1, 12])
 def test_both_faces_agree_inside_box_and_ball(name, norm, shape, num_classes, batch_size):
     x = jax.random.uniform(KEY, (batch_size, *shape)).round(1)  # some pixels on the walls
-    y = jax.random.randint(KEY, (batch_size,), 0, num_classes)
     nearest, within, logits_fn = compiled(name, norm, shape, num_classes)
+    wrong = jnp.arange(batch_size) % 4 == 1
+    y = (jnp.argmax(logits_fn(x), -1) + wrong) % num_classes
     found = nearest(x, y, KEY)
     assert found.x_adv.shape == x.shape
     assert (found.x_adv >= 0).all()
@@ -195,6 +196,7 @@ def test_both_faces_agree_inside_box_and_ball(name, norm, shape, num_classes, ba
     assert wrong_after.all()
     np.testing.assert_array_equal(found.distance == 0, wrong_before)
     eps = float(np.median(found.distance))
+    assert eps > 0
     x_adv = within(x, y, KEY, eps=eps)
     near = np.asarray(found.distance) <= eps
     np.testing.assert_array_equal(x_adv, np.where(near[:, None, None, None], found.x_adv, x))
@@ -216,19 +218,38 @@ def test_result_is_independent_of_batch_size_and_company(name, norm):
 @pytest.mark.parametrize(("name", "norm"), KINDS)
 def test_points_that_cannot_be_broken_or_already_are(name, norm):
     x = interior_images(KEY, 3)
-    for slope in (0.0, jnp.nan):  # of the gradient; the logits themselves are constant
-
-        @jax.custom_jvp
-        def flat(x):
-            return jnp.tile(jnp.array([1.0, 0.0, 0.0]), (x.shape[0], 1))
-
-        @flat.defjvp
-        def _(primals, tangents, slope=slope, flat=flat):
-            return flat(*primals), slope * tangents[0].sum((1, 2, 3))[:, None] * jnp.ones(3)
-
+    for slope in (0.0, jnp.nan):
+        flat = with_gradient(slope, lambda x: jnp.tile(jnp.eye(3)[0], (x.shape[0], 1)))
         found = FACES[name][0](flat, x, jnp.array([0, 1, 0]), KEY, norm=norm, **QUICK[name])
         np.testing.assert_array_equal(found.x_adv, x)
         np.testing.assert_array_equal(found.distance, [np.inf, 0, np.inf])
+
+
+@pytest.mark.parametrize(("name", "norm"), KINDS)
+def test_a_pixel_whose_gradient_is_nan_stays_while_others_move(name, norm):
+    slope = jnp.ones((4, 5, 1)).at[1, 2].set(jnp.nan)
+    one, two = jnp.array([1.0, 0.0, -9.0]), jnp.eye(3)[1]
+    net = with_gradient(slope, lambda x: one + two * (x - 0.55).sum((1, 2, 3))[:, None])
+    x = interior_images(KEY, 3)
+    found = FACES[name][0](net, x, jnp.zeros(3, jnp.int32), KEY, norm=norm, **QUICK[name])
+    assert robust_accuracy(net, found.x_adv, jnp.zeros(3, jnp.int32)) == 0
+    moved = (found.x_adv != x).any(0)
+    np.testing.assert_array_equal(moved, jnp.isfinite(slope))
+
+
+def with_gradient(slope, fn):
+    """fn, but for a derivative of class 1 that is said to be slope [H,W,C]."""
+
+    @jax.custom_jvp
+    def logits_fn(x):
+        return fn(x)
+
+    @logits_fn.defjvp
+    def _(primals, tangents):
+        change = (slope * tangents[0]).sum((1, 2, 3))
+        return fn(*primals), change[:, None] * jnp.eye(3)[1]
+
+    return logits_fn
 
 
 @pytest.mark.parametrize(
