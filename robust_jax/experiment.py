@@ -139,10 +139,14 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
     init_key, train_key, validation_key, evaluation_key = jax.random.split(
         jax.random.key(config.seed), 4
     )
+
+    def init():
+        state = init_state(model, tx, init_key, dataset.image_shape, average=config.ema_decay > 0)
+        # As the step returns it, or its program would be compiled once more for the second step.
+        return jax.device_put(state, parallel.replicated())
+
     plan = Plan(
-        init=partial(
-            init_state, model, tx, init_key, dataset.image_shape, average=config.ema_decay > 0
-        ),
+        init=init,
         train_step=parallel.map_step(train_step, method),
         validate=make_validation(
             _network(model),

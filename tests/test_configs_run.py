@@ -87,3 +87,24 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     floats = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype != np.int32]
     assert {leaf.dtype for leaf in floats} == {np.dtype("float32")}
     assert np.isfinite(sums["loss"][0])
+
+
+def test_the_step_is_compiled_once():
+    """Its second call finds the program of the first, and so does every other."""
+    config = default.get_config()
+    config.model.update(SMALL["cnn"])
+    config.adversary.num_steps = 1
+    config.batch_size = 16
+    config.attacks = ConfigDict()
+    plan = build(config, default.get_config()).plan
+    state, _ = plan.train_step(plan.init(), plan.batches[0], plan.key)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "compile" in event else None
+    )
+    try:
+        for step in (1, 2):
+            state, _ = plan.train_step(state, plan.batches[step], plan.key)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not compiled
