@@ -64,12 +64,10 @@ def compiled(name, norm, shape):
 
 
 @pytest.mark.parametrize(("name", "norm"), WITH_NORMS)
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
-    shape=st.sampled_from([(4, 5, 1), (1, 7, 2)]),
-)  # fmt: skip
-def test_stays_in_the_ball_and_the_box(name, norm, eps, seed, shape):
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000))
+def test_stays_in_the_ball_and_the_box(name, norm, eps, seed):
+    shape = (3, 5, 2)
     key = jax.random.key(seed)
     x = jax.random.uniform(key, (4, *shape))  # some pixels close to the walls
     y = jax.random.randint(key, (4,), 0, 3)

@@ -105,6 +105,7 @@ def test_patches_shrink_as_in_the_paper_and_fit_any_image():
     sides = patch_sides((28, 28, 1), 0.8, 5000, "linf")
     assert sides[[0, 10, 11, 50, 51, 4001]].tolist() == [25, 25, 18, 18, 13, 2]
     assert set(patch_sides((28, 28, 1), 0.8, 5000, "l2") % 2) == {1}
+    assert patch_sides((8, 8, 1), 0.8, 5000, "l1").min() == 1
     for norm in get_args(Norm):
         assert patch_sides((3, 40, 3), 1.0, 100, norm).max() == 3
         assert patch_sides((1, 6, 1), 0.01, 10000, norm).tolist() == [1] * 10000

@@ -41,13 +41,14 @@ def apgd(
     """Auto-PGD on any loss within the eps-ball and [0,1] (arXiv 2003.01690).
 
     The first step is 2·eps; at checkpoints it is halved, and the search goes back to the point of
-    largest loss, where fewer than a share rho of the steps raised the loss. logits_fn, x, y, key,
-    eps, targets: as in `pgd`. eot_samples: for a randomised network, logits_fn(x, key), how many
-    draws the loss and its gradient are averaged over; None for logits_fn(x). Returns [B,H,W,C]:
-    the best point visited, where being misclassified (as the target, if there is one; by more
-    than half of the draws, if there are any) counts before the loss. Raises ValueError for a
-    negative eps, num_steps, num_restarts or eot_samples below 1, rho outside (0,1], an unknown
-    norm.
+    largest loss, where fewer than a share rho of the steps raised the loss. In l1 (arXiv
+    2103.01208) steps are sparse, the search goes through the balls of 3·eps and 2·eps first, with
+    two evaluations more, and rho plays no part. logits_fn, x, y, key, eps, targets: as in `pgd`.
+    eot_samples: for a randomised network, logits_fn(x, key), how many draws the loss and its
+    gradient are averaged over; None for logits_fn(x). Returns [B,H,W,C]: the best point visited,
+    where being misclassified (as the target, if there is one; by more than half of the draws, if
+    there are any) counts before the loss. Raises ValueError for a negative eps, num_steps,
+    num_restarts or eot_samples below 1, rho outside (0,1], an unknown norm.
     """
     _check(eps, rho, eot_samples, num_steps=num_steps, num_restarts=num_restarts)
     sign = 1.0

@@ -31,7 +31,7 @@ def size(delta: Perturbation, norm: Norm) -> Scalar:
 
 
 def project(delta: Perturbation, eps: float | Scalar, norm: Norm) -> Perturbation:
-    """The nearest perturbation (in l2) of norm eps or less; in l1 after Duchi et al. 2008."""
+    """The nearest perturbation (in l2) whose norm is at most eps (l1: Duchi et al. 2008)."""
     check(norm)
     if norm == "linf":
         return jnp.clip(delta, -eps, eps)

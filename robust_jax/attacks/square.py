@@ -22,7 +22,7 @@ from robust_jax.keys import KeyOrKeys, example_keys
 # Of 10,000 queries, those after which the share of the image that a patch covers is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _TINY = 1e-12
-# The norms whose patches are hills: their order, and how steeply the hills fall off.
+# The norms whose patches are hills.
 _ORDERS = {"l2": 2, "l1": 1}
 
 
@@ -40,6 +40,7 @@ def square(
 ) -> Images:
     """Random search for a misclassified point, by patches at random places (arXiv 1912.00049).
 
+    In l1 as in l2, with steeper hills and a projection for a rescaling (arXiv 2103.01208).
     logits_fn is only evaluated, never differentiated. x, y, key, eps: as in `pgd`; y: labels [B].
     num_queries: evaluations of the network for each example. p_init: the share of the image that
     the first patches cover; it is halved after queries 10, 50, 200, … as in AutoAttack, whatever
@@ -79,8 +80,10 @@ def patch_sides(
     height, width, _ = shape
     halvings = np.searchsorted(_HALVINGS, np.arange(num_queries))
     sides = np.rint(np.sqrt(p_init / 2.0**halvings * height * width)).astype(int)
-    if norm != "linf":  # an odd number, so that the patch has a middle, and room for a slope
-        sides = np.maximum(sides, 3)
+    if norm != "linf":  # an odd number, so that the patch has a middle
+        # Room for a slope in l2; in l1 the best patch is often a pixel, which the reference,
+        # at 3 and more, never tries.
+        sides = np.maximum(sides, 3 if norm == "l2" else 1)
         sides += 1 - sides % 2
     return np.clip(sides, 1, min(height, width))
 
@@ -158,6 +161,8 @@ def _move_mass(key, x, best, i, *, eps, norm, tables):
     unused = jnp.maximum(eps**power - (jnp.abs(delta) ** power).sum(), 0.0) / x.shape[2]
     new = hill * _signs(sign_key, (1, 1, x.shape[2])) + inside / (norm_per_channel(inside) + _TINY)
     new = new / (norm_per_channel(new) + _TINY) * root(mass**power + unused)
+    if norm == "l1":  # too much, as in the reference: the projection takes it off every pixel
+        new = new * x.shape[2]
     delta = jnp.where(here, new, jnp.where(there, 0.0, delta))
     return _brought_inside(x, delta, eps, norm)
 
@@ -205,8 +210,9 @@ def _hill(side: int, norm: Norm) -> Float[np.ndarray, "s s"]:
 
 
 def _slope(height: int, width: int, norm: Norm) -> Float[np.ndarray, "h w"]:
-    """Nested rectangles around the middle, of norm 1 (or empty); the k-th adds 1/(k+1)² to the
-    height, or 1/(k+1)⁴ in l1, where a steep hill is the better one (arXiv 2103.01208).
+    """Nested rectangles around the middle, of norm 1 (or empty).
+
+    The k-th adds 1/(k+1)² to the height, or 1/(k+1)⁴ in l1, as in the code of arXiv 2103.01208.
     """
     distance = np.maximum(
         np.abs(np.arange(height) - height // 2)[:, None],
