@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from robust_jax import losses
-from robust_jax.attacks import autoattack, norms
+from robust_jax.attacks import autoattack, fab, norms
 from robust_jax.attacks.autoattack import MEMBERS, VERSIONS
 from tests.linear import make_nonlinear
 
@@ -237,6 +237,21 @@ def test_killed_at_any_moment_it_ends_with_the_same_result(tmp_path):
         np.testing.assert_array_equal(result["broken_by"], expected.broken_by)
         np.testing.assert_allclose(result["x_adv"], expected.x_adv, atol=1e-5)
         np.testing.assert_allclose(result["margin"], expected.margin, atol=1e-4)
+
+
+def test_fab_s_restarts_are_passes_too_and_start_at_random():
+    plan = autoattack.__globals__["check_arguments"](eps=0.1, version="plus")
+    passes = autoattack.__globals__["_passes"]("fab", plan["fab"], 4)
+    assert [p.salt for p in passes] == ["fab", "fab 1", "fab 2", "fab 3", "fab 4"]
+    assert [p.member.keywords.get("random_start") for p in passes] == [None] + 4 * [True]
+    assert all(p.member.keywords["num_restarts"] == 1 for p in passes)
+    logits_fn, x, y = problem()
+    clean, random = (
+        fab(logits_fn, x, y, KEY, eps=1.0, num_steps=3, num_targets=None, random_start=start)
+        for start in (False, True)
+    )
+    moved = np.abs(clean - random).max((1, 2, 3)) > 1e-4
+    assert moved[5:].mean() > 0.5 and not moved[:5].any()  # what is wrong already stays
 
 
 def test_restarts_are_passes_between_which_the_broken_drop_out():

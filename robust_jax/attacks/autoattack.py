@@ -152,17 +152,18 @@ def autoattack(
     with progress_bar(
         len(passes), "autoattack", "pass", initial=state.passes_done, shown=progress
     ) as bar:
-        attacks: dict[str, Callable] = {}
+        # Compiled once for all the passes of a member that are alike.
+        attacks: dict[str, tuple[Member, Callable]] = {}
         for i, (name, member, ranks, salt) in enumerate(passes):
             if i < state.passes_done:
                 continue
             standing = np.flatnonzero(state.broken_by == "")
             bar.set_postfix_str(f"{name}: {len(standing)} standing")
             if len(standing):
-                if name not in attacks:  # compiled once for all of its passes
-                    attacks[name] = map_examples(_attempt(member, norm))
+                if (previous := attacks.get(name)) is None or previous[0] != member:
+                    attacks[name] = member, map_examples(_attempt(member, norm))
                 some = _take(rows, standing)
-                x_try = attacks[name](some, eps, ranks, _salt(salt))
+                x_try = attacks[name][1](some, eps, ranks, _salt(salt))
                 fresh = classify({**some, "x": x_try}, _salt(f"check {salt}"))
                 holds, margin = _is_right(fresh, y[standing])
                 state.margin[standing] = np.where(
@@ -280,11 +281,14 @@ def _passes(name: str, member: Member, num_classes: int) -> list[_Pass]:
     if num_targets := keywords.get("num_targets"):
         ranks = range(2, 2 + min(num_targets, num_classes - 1))
         return [_Pass(name, member, np.array([rank]), name) for rank in ranks]
-    if member.attack is not apgd:
+    if member.attack not in (apgd, fab):
         return [_Pass(name, member, None, name)]
-    once = Member(apgd, {**member.keywords, "num_restarts": 1})
-    salts = [f"{name} {i}" if i else name for i in range(keywords["num_restarts"])]
-    return [_Pass(name, once, None, salt) for salt in salts]
+    once = Member(member.attack, {**member.keywords, "num_restarts": 1})
+    passes = [_Pass(name, once, None, name)]
+    if member.attack is fab:  # whose first run starts at the clean image
+        once = Member(fab, {**once.keywords, "random_start": True})
+    restarts = range(1, keywords["num_restarts"])
+    return passes + [_Pass(name, once, None, f"{name} {i}") for i in restarts]
 
 
 def _attempt(member: Member, norm: Norm) -> Callable:

@@ -42,6 +42,7 @@ def fab(
     num_targets: int | None = 9,
     ranks: Sequence[int] | Int[Array, " r"] | None = None,
     num_restarts: int = 1,
+    random_start: bool = False,
     alpha_max: float = 0.1,
     eta: float = 1.05,
     beta: float = 0.9,
@@ -53,7 +54,8 @@ def fab(
     return nearest_adversarial(
         logits_fn, x, y, key,
         eps=eps, norm=norm, num_steps=num_steps, num_targets=num_targets, ranks=ranks,
-        num_restarts=num_restarts, alpha_max=alpha_max, eta=eta, beta=beta,
+        num_restarts=num_restarts, random_start=random_start,
+        alpha_max=alpha_max, eta=eta, beta=beta,
     ).x_adv  # fmt: skip
 
 
@@ -69,6 +71,7 @@ def nearest_adversarial(
     num_targets: int | None = 9,
     ranks: Sequence[int] | Int[Array, " r"] | None = None,
     num_restarts: int = 1,
+    random_start: bool = False,
     alpha_max: float = 0.1,
     eta: float = 1.05,
     beta: float = 0.9,
@@ -82,9 +85,9 @@ def nearest_adversarial(
     accepted. num_targets: FAB-T aims at that many likeliest wrong classes in turn (all of them
     where there are fewer; or at those of the given ranks, 2 being the likeliest), which takes one
     gradient a step; None is the original attack, which steps to the nearest of all boundaries and
-    takes K. num_restarts: the first starts at x, the others at random, half as far away as eps or
-    the nearest point so far. Raises ValueError for a negative eps, counts below 1, alpha_max or
-    beta outside (0,1], eta below 1, an unknown norm.
+    takes K. num_restarts: the first starts at x (with random_start at random too), the others at
+    random, half as far away as eps or the nearest point so far. Raises ValueError for a negative
+    eps, counts below 1, alpha_max or beta outside (0,1], eta below 1, an unknown norm.
     """
     check_eps(eps)
     check_counts(num_steps=num_steps, num_restarts=num_restarts)
@@ -96,7 +99,8 @@ def nearest_adversarial(
     search = partial(
         _search_one, lambda x: logits_fn(x[None])[0],
         eps=eps, norm=norm, num_steps=num_steps, num_targets=num_targets, ranks=ranks,
-        num_restarts=num_restarts, alpha_max=alpha_max, eta=eta, beta=beta,
+        num_restarts=num_restarts, random_start=random_start,
+        alpha_max=alpha_max, eta=eta, beta=beta,
     )  # fmt: skip
     return Nearest(*jax.vmap(search)(x, y, example_keys(key, x.shape[0])))
 
@@ -141,7 +145,7 @@ def project_to_boundary(
 
 def _search_one(
     logits_of, x, y, key, *,
-    eps, norm, num_steps, num_targets, ranks, num_restarts, alpha_max, eta, beta,
+    eps, norm, num_steps, num_targets, ranks, num_restarts, random_start, alpha_max, eta, beta,
 ):  # fmt: skip
     """The nearest misclassified point to one x [H,W,C] and its distance."""
     logits = logits_of(x)
@@ -199,7 +203,7 @@ def _search_one(
     runs = (
         jnp.repeat(targets, num_restarts),
         keys.reshape(-1),
-        jnp.tile(restarts > 0, len(targets)),
+        jnp.tile((restarts > 0) | random_start, len(targets)),
     )
     wrong = jnp.argmax(logits) != y
     best = Best(x, jnp.where(wrong, 0.0, -jnp.inf), wrong)
