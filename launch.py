@@ -1,6 +1,7 @@
 """Trains a network, attacks it, measures its Jacobians and reports, as a config says.
 
 python launch.py --config=configs/default.py --workdir=runs/demo [--config.field=value …]
+python launch.py --config=configs/studies/entm.py --workdir=runs/entm [--config.scale=smoke]
 """
 
 import logging as python_logging
@@ -21,8 +22,12 @@ flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, records, re
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "report"],
-    "train: all of it; evaluate, report: that part again, of a finished run.",
+    ["train", "evaluate", "audit", "verify", "report"],
+    "train: all of it; evaluate, audit, report: that part again, of a finished run; verify: every "
+    "adversarial made anew from the checkpoint and compared with the records.",
+)
+flags.DEFINE_string(
+    "only", "", "Of a study: an arm, or arm/seed, to run alone; --mode=report collects them."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -37,16 +42,21 @@ def main(argv: list[str]) -> None:
     import jax
 
     from configs import default
-    from robust_jax import report, run
+    from robust_jax import report, run, study
     from robust_jax.errors import UserError
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+    config, workdir = FLAGS.config, Path(FLAGS.workdir)
     try:
-        results = run.run(FLAGS.config, default.get_config(), Path(FLAGS.workdir), FLAGS.mode)
+        if study.is_study(config):
+            study.run_study(config, default.get_config(), workdir, FLAGS.mode, only=FLAGS.only)
+        elif FLAGS.only:
+            raise UserError("--only is a study's; this config is that of one run")
+        else:
+            print(report.table(run.run(config, default.get_config(), workdir, FLAGS.mode)))
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(report.table(results))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

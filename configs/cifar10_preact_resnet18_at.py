@@ -22,4 +22,5 @@ def get_config():
     config.learning_rate = 0.1
     config.schedule = {"name": "piecewise", "boundaries": (0.5, 0.75), "factor": 0.1}
     config.weight_decay = 5e-4
+    config.attacks.autoattack_linf.num_examples = 0  # all
     return config

@@ -2,7 +2,8 @@
 
 python launch.py --config=configs/mnist_lenet5_at.py --workdir=runs/mnist_at
 
-About 20 minutes on 2 CPU cores, most of them attacks: 97.5 % clean, 86.7 % worst case at linf 0.2.
+About half an hour on 2 CPU cores, most of it attacks: 97.5 % clean, 86.7 % worst of the PGD family
+at linf 0.2.
 """
 
 from configs import default
@@ -23,5 +24,8 @@ def get_config():
     config.checkpoint_every = "0.5 epochs"
 
     config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.2}
-    config.attacks = default.attack_grid(linf=(0.1, 0.2, 0.3), l2=(1.0, 2.0, 3.0))
+    config.attacks = default.attack_grid(
+        linf=(0.1, 0.2, 0.3), l2=(1.0, 2.0, 3.0), autoattack={"linf": 0.2}, num_examples=200
+    )
+    config.audit.eps = 0.2
     return config

@@ -29,5 +29,8 @@ def get_config():
     config.validate_every = "1 epoch"
     config.checkpoint_every = "1 epoch"
     config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.3, "num_steps": 40}
-    config.attacks = default.attack_grid(linf=(0.1, 0.2, 0.3, 0.35), l2=(1.0, 2.0, 3.0))
+    config.attacks = default.attack_grid(
+        linf=(0.1, 0.2, 0.3, 0.35), l2=(1.0, 2.0, 3.0), autoattack={"linf": 0.3}
+    )
+    config.audit.eps = 0.3
     return config

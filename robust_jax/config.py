@@ -23,9 +23,9 @@ from robust_jax.errors import UserError
 Name = TypeVar("Name", bound=str)
 
 # Tables that a config fills freely: any key, each value an entry that whoever uses it checks.
-TABLES = ("regularizers", "attacks")
+TABLES = ("regularizers", "attacks", "measurements")
 # What --mode=evaluate and --mode=report may change: no training depends on it.
-FIELDS_OF_NO_TRAINING = ("attacks", "evaluation", "data_dir", "parallel")
+FIELDS_OF_NO_TRAINING = ("attacks", "evaluation", "measurements", "audit", "data_dir", "parallel")
 
 
 def check_fields(config: ConfigDict, schema: ConfigDict) -> None:
@@ -64,7 +64,7 @@ def bind(
     *,
     reserved: Iterable[str] = (),
     named: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Callable:
+) -> partial:
     """The function an entry names, with its keywords bound; `reserved` ones are not the user's.
 
     A keyword in `named` is itself a name, looked up in the table given for it. Raises UserError,

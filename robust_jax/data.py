@@ -7,7 +7,6 @@ either on the device. Nothing is ever unpickled.
 import dataclasses
 import difflib
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,10 +72,11 @@ def load(
         train, test, num_classes = _npz(Path(argument).expanduser())
     else:
         raise UserError(f"config.dataset is {source!r}; choices: {SOURCES}")
+    # Before the split, so that they, and with them the compiled programs, are those of every seed.
+    mean, std = _pixel_statistics(train.images)
     train, validation = _split_off(train, validation_size, seed)
     if num_labeled is not None:
         train = _keep_labels(train, num_labeled, num_classes, seed)
-    mean, std = _pixel_statistics(train.images)
     return Dataset(source, train, validation, test, num_classes, mean, std)
 
 
@@ -153,20 +153,6 @@ class TrainBatches:
         )
         images, labels = self._split.take(index)
         return {"image": images, "label": labels, "position": np.arange(self._batch_size)}
-
-
-def padded_batches(
-    split: Split, index: np.ndarray, batch_size: int
-) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """The examples at `index` in batches of one size, the last padded; each with its real rows.
-
-    A batch holds image, label and index [B], the example's place in the split.
-    """
-    for start in range(0, len(index), batch_size):
-        rows = index[start : start + batch_size]
-        padded = np.concatenate([rows, np.repeat(rows[-1:], batch_size - len(rows))])
-        images, labels = split.take(padded)
-        yield {"image": images, "label": labels, "index": padded}, len(rows)
 
 
 def _digits() -> tuple[Split, Split, int]:

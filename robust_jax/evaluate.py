@@ -6,30 +6,42 @@ Anything drawn at random follows (seed, attack, example): never the batch or the
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from absl import logging
 
 from robust_jax import data, jacobian, losses
+from robust_jax import records as records_lib
 from robust_jax.attacks import norms
-from robust_jax.keys import fold_in_each
+from robust_jax.attacks.jsma import num_changed
+from robust_jax.audit import Audit, audit
+from robust_jax.batches import MapExamples
+from robust_jax.keys import fold_each, fold_in_each
 from robust_jax.progress import progress
-from robust_jax.records import column, worst_case
+from robust_jax.records import What, column, worst_case
 from robust_jax.train import parallel
 
 Network = Callable[[Any, jax.Array], jax.Array]
 
 
 class AttackGrid(NamedTuple):
-    """attack(logits_fn, x, y, keys, eps=…) -> x_adv, its kind by name, its norm and its radii."""
+    """attack(logits_fn, x, y, keys, eps=…) -> x_adv, its kind by name, its norm and its radii.
+
+    num_examples: how many of the split's first examples are attacked; None for all. members: of
+    AutoAttack, in their order, whose result is an AutoAttackResult; others have none.
+    """
 
     kind: str
     attack: Callable
-    norm: norms.Norm
+    norm: norms.Norm | Literal["l0"]
     eps: tuple[float, ...]
+    num_examples: int | None = None
+    members: tuple[str, ...] = ()
 
 
 class Settings(NamedTuple):
@@ -40,6 +52,16 @@ class Settings(NamedTuple):
     jacobian_projections: int
     spectral_iterations: int
     num_images: int
+
+
+class AuditSettings(NamedTuple):
+    """The threat model and the size of an audit; the loss the network was trained with."""
+
+    norm: norms.Norm
+    eps: float
+    num_examples: int
+    num_queries: int
+    training_loss: losses.Loss
 
 
 class Evaluator:
@@ -54,46 +76,114 @@ class Evaluator:
         key: jax.Array,
         method: parallel.Method,
     ):
-        self._split, self._grids, self._num_images = split, grids, settings.num_images
+        self.network, self._split, self._grids = network, split, grids
+        self._settings, self._key, self._method = settings, key, method
+        # The key is an argument of the compiled programs, which serve every seed.
+        self._key_data = np.asarray(jax.random.key_data(key))
         mapped = partial(parallel.map_split, method=method, batch_size=settings.batch_size)
-        self._measure = mapped(_measurement(network, settings, key))
+        self._measure = mapped(_measurement(network, settings))
         self._attacks = {
-            name: mapped(_attempt(network, grid, _named_key(key, name)))
+            name: mapped(_attempt(network, grid, name))
             for name, grid in grids.items()
+            if not grid.members
         }
 
-    def records(self, variables: Any, description: str) -> pd.DataFrame:
+    def records(
+        self, variables: Any, description: str, unfinished: Path | None = None
+    ) -> pd.DataFrame:
         """One row per example of the split: measures, and for each attack and eps if it held.
 
         An example broken at an eps stays broken, with the same adversarial, at every larger eps
-        (the balls are nested), so an attack sees only the examples that still stand.
+        (the balls are nested), so an attack sees only the examples that still stand. unfinished: a
+        folder in which AutoAttack leaves what it has done, to go on from there.
         """
-        index = np.arange(len(self._split.labels))
+        count = len(self._split.labels)
+        index = np.arange(count)
         work = 2 + sum(len(grid.eps) for grid in self._grids.values())
         with progress(work, description, "pass") as bar:
-            columns = self._measure(variables, self._split, index)
+            columns = self._measure(variables, self._split, index, self._key_data)
+            columns["correct"] = columns["correct"].astype(bool)
+            columns["key"] = _hexadecimal(fold_in_each(self._key, jnp.asarray(index)))
             bar.update(2)
             for name, grid in self._grids.items():
-                held = columns["correct"].astype(bool)
-                distance = np.where(held, np.nan, 0.0)
+                attacked = index < (grid.num_examples or count)
+                held = np.asarray(np.where(attacked, columns["correct"].astype(object), None))
+                found: dict[What, np.ndarray] = {
+                    "distance": np.where(attacked & ~columns["correct"], 0.0, np.nan),
+                    "margin": np.where(attacked, columns["margin"], np.nan),
+                }
+                if grid.members:
+                    wrong = attacked & ~columns["correct"]
+                    found["broken_by"] = np.where(wrong, "clean", "").astype(object)
                 for eps in sorted(grid.eps):
                     bar.set_postfix_str(f"{name} at eps {eps:g}", refresh=False)
-                    standing = np.flatnonzero(held)
+                    standing = np.flatnonzero(held == True)  # noqa: E712 - None is neither
                     if len(standing):
-                        out = self._attacks[name](variables, self._split, standing, eps)
-                        held[standing] = out["held"]
-                        distance[standing] = np.where(out["held"], np.nan, out["distance"])
+                        if grid.members:
+                            out = self._autoattack(variables, name, standing, eps, unfinished)
+                        else:
+                            out = self._attacks[name](
+                                variables, self._split, standing, self._key_data, eps
+                            )
+                        held[standing] = out["held"].astype(bool)
+                        for what, values in found.items():
+                            values[standing] = out[what]
+                        found["distance"][standing[out["held"]]] = np.nan
                     columns[column(name, eps, "held")] = held.copy()
-                    columns[column(name, eps, "distance")] = distance.copy()
+                    for what, values in found.items():
+                        columns[column(name, eps, what)] = values.copy()
                     bar.update()
-        columns["correct"] = columns["correct"].astype(bool)
         return pd.DataFrame({"index": index, "label": self._split.labels, **columns})
+
+    def audit(self, variables: Any, settings: AuditSettings, surrogates: Mapping) -> Audit:
+        """The audit of the network on the split's first examples."""
+        images, labels = self._split.take(
+            np.arange(len(self._split.labels))[: settings.num_examples]
+        )
+        return audit(
+            partial(self.network, variables),
+            np.asarray(data.to_pixels(images)),
+            labels,
+            _named_key(self._key, "audit"),
+            eps=settings.eps,
+            norm=settings.norm,
+            training_loss=settings.training_loss,
+            surrogates=surrogates,
+            num_queries=settings.num_queries,
+            map_examples=self._map_examples(variables),
+        )
+
+    def _map_examples(self, variables: Any) -> MapExamples:
+        return parallel.map_examples(
+            self.network, variables, self._method, batch_size=self._settings.batch_size
+        )
+
+    def _autoattack(self, variables, name, standing, eps, unfinished) -> dict[str, np.ndarray]:
+        images, labels = self._split.take(standing)
+        state_path = None if unfinished is None else unfinished / f"{name}@{eps:g}.npz"
+        result = self._grids[name].attack(
+            partial(self.network, variables),
+            data.to_pixels(images),
+            labels,
+            _attack_keys(self._key, name, standing),
+            eps=eps,
+            state_path=state_path,
+            map_examples=self._map_examples(variables),
+        )
+        for warning in result.warnings:
+            logging.warning("%s at eps %g: %s", name, eps, warning)
+        return {
+            "held": result.robust,
+            "distance": result.distance,
+            "margin": result.margin,
+            "broken_by": result.broken_by,
+        }
 
     def images(self, variables: Any, name: str, eps: float) -> dict[str, np.ndarray]:
         """The first examples of the split, clean and attacked, for people to look at."""
-        index = np.arange(min(self._num_images, len(self._split.labels)))
-        measures = self._measure(variables, self._split, index)
-        out = self._attacks[name](variables, self._split, index, eps)
+        index = np.arange(min(self._settings.num_images, len(self._split.labels)))
+        measures = self._measure(variables, self._split, index, self._key_data)
+        out = self._attacks[name](variables, self._split, index, self._key_data, eps)
         clean = np.asarray(data.to_pixels(self._split.images[index]))
         return {
             "clean": clean,
@@ -111,12 +201,12 @@ def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[st
 
     The worst case of a norm at an eps is over every attack of that norm with a radius up to it.
     """
-    count = len(records)
     attacks = []
     for name, grid in grids.items():
         for eps in sorted(grid.eps):
-            held = records[column(name, eps, "held")]
-            distance = records[column(name, eps, "distance")][records["correct"]].mean()
+            held = records_lib.held(records, name, eps).dropna()
+            right = records["correct"].astype(bool)
+            distance = records[column(name, eps, "distance")][right].mean()
             attacks.append(
                 {
                     "name": name,
@@ -124,8 +214,9 @@ def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[st
                     "norm": grid.norm,
                     "eps": eps,
                     "robust_accuracy": float(held.mean()),
-                    "count": count,
+                    "count": len(held),
                     "mean_distance": None if np.isnan(distance) else float(distance),
+                    **({"members": _members(records, name, grid, eps)} if grid.members else {}),
                 }
             )
     for norm in dict.fromkeys(grid.norm for grid in grids.values()):
@@ -138,7 +229,7 @@ def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[st
                     "norm": norm,
                     "eps": eps,
                     "robust_accuracy": float(worst_case(records, of_norm, eps).mean()),
-                    "count": count,
+                    "count": len(records),
                     "mean_distance": None,
                 }
             )
@@ -146,11 +237,22 @@ def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[st
         "clean": {
             "accuracy": float(records["correct"].mean()),
             "cross_entropy": float(records["cross_entropy"].mean()),
-            "count": count,
+            "count": len(records),
         },
         "attacks": attacks,
         "jacobian": {fn: _jacobian_summary(records, fn) for fn in ("logits", "probabilities")},
     }
+
+
+def _members(records: pd.DataFrame, name: str, grid: AttackGrid, eps: float) -> dict[str, float]:
+    """AutoAttack's robust accuracy after "clean" and after each of its members."""
+    attacked = records_lib.held(records, name, eps).notna()
+    broken_by = records.loc[attacked, column(name, eps, "broken_by")].fillna("")
+    standing, shares = len(broken_by), {}
+    for member in ("clean", *grid.members):
+        standing -= int((broken_by == member).sum())
+        shares[member] = standing / len(broken_by)
+    return shares
 
 
 def _jacobian_summary(records: pd.DataFrame, fn: str) -> dict[str, dict[str, float]]:
@@ -170,10 +272,11 @@ def _jacobian_summary(records: pd.DataFrame, fn: str) -> dict[str, dict[str, flo
     return summary
 
 
-def _measurement(network: Network, settings: Settings, key: jax.Array) -> Callable:
-    estimate_key, spectral_key = (_named_key(key, name) for name in ("estimate", "spectral"))
+def _measurement(network: Network, settings: Settings) -> Callable:
+    def measure(variables, batch, key_data):
+        key = jax.random.wrap_key_data(key_data)
+        estimate_key, spectral_key = (_named_key(key, name) for name in ("estimate", "spectral"))
 
-    def measure(variables, batch):
         def logits_fn(x):
             return network(variables, x)
 
@@ -207,6 +310,7 @@ def _measurement(network: Network, settings: Settings, key: jax.Array) -> Callab
             "cross_entropy": losses.cross_entropy(logits, y),
             "margin": losses.margin(logits, y),
             "confidence": losses.confidence(logits, y),
+            "top_probability": jax.nn.softmax(logits).max(-1),
             "entropy": losses.entropy(logits),
             **norms_of,
             "frobenius_estimate_logits": estimate.norm,
@@ -216,22 +320,37 @@ def _measurement(network: Network, settings: Settings, key: jax.Array) -> Callab
     return measure
 
 
-def _attempt(network: Network, grid: AttackGrid, key: jax.Array) -> Callable:
-    def attempt(variables, batch, eps):
+def _attempt(network: Network, grid: AttackGrid, name: str) -> Callable:
+    size = num_changed if grid.norm == "l0" else partial(norms.size, norm=grid.norm)
+
+    def attempt(variables, batch, key_data, eps):
+        key = jax.random.wrap_key_data(key_data)
+
         def logits_fn(x):
             return network(variables, x)
 
         x, y = data.to_pixels(batch["image"]), batch["label"]
-        x_adv = grid.attack(logits_fn, x, y, fold_in_each(key, batch["index"]), eps=eps)
+        x_adv = grid.attack(logits_fn, x, y, _attack_keys(key, name, batch["index"]), eps=eps)
         logits = logits_fn(x_adv)
         return {
             "held": losses.correct(logits, y).astype(bool),
-            "distance": jax.vmap(lambda d: norms.size(d, grid.norm))(x_adv - x),
+            "distance": jax.vmap(size)(x_adv - x),
+            "margin": losses.margin(logits, y),
             "x_adv": x_adv,
             "adversarial_prediction": jnp.argmax(logits, -1),
         }
 
     return attempt
+
+
+def _attack_keys(key: jax.Array, name: str, index) -> jax.Array:
+    """Each example's key, as the records show it, folded with the attack's name."""
+    return fold_each(fold_in_each(key, jnp.asarray(index)), zlib.crc32(name.encode()))
+
+
+def _hexadecimal(keys: jax.Array) -> list[str]:
+    """The words of each key's data; `attacks` take jax.random.wrap_key_data of them."""
+    return ["".join(f"{word:08x}" for word in words) for words in jax.random.key_data(keys)]
 
 
 def _named_key(key: jax.Array, name: str) -> jax.Array:

@@ -1,30 +1,42 @@
 """From a config to the pieces of a run, with every mistake refused before anything is compiled."""
 
 import dataclasses
+import inspect
+import json
 import math
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from robust_jax import config as config_lib
 from robust_jax import data, losses, regularizers
-from robust_jax.attacks import ATTACKS
+from robust_jax.attacks import ATTACKS, autoattack, norms, transfer
+from robust_jax.attacks.autoattack import VERSIONS, check_arguments
 from robust_jax.config import bind, choose, guard
 from robust_jax.errors import UserError
-from robust_jax.evaluate import AttackGrid, Evaluator, Settings
+from robust_jax.evaluate import AttackGrid, AuditSettings, Evaluator, Settings
+from robust_jax.measurements import MEASUREMENTS, Subject
 from robust_jax.models import MODELS
 from robust_jax.objectives import Adversary, Apply, Term, halves_needed, make_objective
 from robust_jax.train import optimizer, parallel
-from robust_jax.train.loop import Plan
+from robust_jax.train.loop import Plan, Trained, restore
 from robust_jax.train.state import init_state
 from robust_jax.train.step import make_train_step
 from robust_jax.train.validate import make_validation
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _MODEL_FIELDS_SET_HERE = ("num_classes", "mean", "std", "dtype", "axis_name")
+_ATTACKS_EVALUATED = {**ATTACKS, "autoattack": autoattack}
+_SET_BY_THE_EVALUATION = (
+    "eps", "targets", "batch_size", "map_examples", "state_path", "progress"
+)  # fmt: skip
 # The loss of an adversary that leaves the clean logits, not the label: TRADES' and MART's.
 _AGAINST_CLEAN_LOGITS = {"kl": losses.kl}
 
@@ -40,6 +52,8 @@ class Experiment:
     uses_adversary: bool
     grids: dict[str, AttackGrid]
     evaluator: Evaluator
+    measurements: dict[str, Callable]
+    audit: AuditSettings | None
 
 
 def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
@@ -70,6 +84,11 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         named={"loss": losses.ATTACK_LOSSES},
     )
     grids = {name: _grid(entry, f"config.attacks.{name}") for name, entry in config.attacks.items()}
+    measurements: dict[str, Callable] = {
+        name: bind(MEASUREMENTS, {"name": name, **entry}, f"config.measurements.{name}")
+        for name, entry in config.measurements.items()
+    }
+    audit = _audit_settings(config, loss)
 
     dataset = data.load(
         config.dataset,
@@ -113,16 +132,21 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         tx,
         axis_name=parallel.AXIS,
         ema_decay=config.ema_decay or None,
+        weight_perturbation=config.weight_perturbation,
         crop_padding=config.augmentation.crop_padding,
         flip=config.augmentation.flip,
     )
     init_key, train_key, validation_key, evaluation_key = jax.random.split(
         jax.random.key(config.seed), 4
     )
+
+    def init():
+        state = init_state(model, tx, init_key, dataset.image_shape, average=config.ema_decay > 0)
+        # As the step returns it, or its program would be compiled once more for the second step.
+        return jax.device_put(state, parallel.replicated())
+
     plan = Plan(
-        init=partial(
-            init_state, model, tx, init_key, dataset.image_shape, average=config.ema_decay > 0
-        ),
+        init=init,
         train_step=parallel.map_step(train_step, method),
         validate=make_validation(
             _network(model),
@@ -131,6 +155,7 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
             batch_size=config.evaluation.batch_size,
             key=validation_key,
             method=method,
+            margins_of=dataset.train.take(np.arange(config.track_margins)),
         ),
         batches=data.TrainBatches(
             dataset.train,
@@ -147,16 +172,62 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         validate_every=steps("validate_every"),
         checkpoint_every=steps("checkpoint_every"),
     )
+    evaluation = config.evaluation.to_dict()
+    num_examples = evaluation.pop("num_examples") or len(dataset.test.labels)
     evaluator = Evaluator(
         _network(model),
-        dataset.test,
+        dataset.test.take(np.arange(min(num_examples, len(dataset.test.labels)))),
         grids,
-        Settings(**config.evaluation.to_dict()),
+        Settings(**evaluation),
         key=evaluation_key,
         method=method,
     )
     uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)
-    return Experiment(config, dataset, model, plan, uses_adversary, grids, evaluator)
+    return Experiment(
+        config, dataset, model, plan, uses_adversary, grids, evaluator, measurements, audit
+    )
+
+
+def load(workdir: Path | str) -> Subject:
+    """The best network of a finished run, with its data.
+
+    Raises UserError where workdir holds none.
+    """
+    workdir = Path(workdir).absolute()
+    try:
+        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{workdir} holds no run: {error}") from error
+    experiment = build(config, config)
+    return subject_of(experiment, restore(experiment.plan, workdir))
+
+
+def subject_of(experiment: Experiment, trained: Trained) -> Subject:
+    """The best network of an experiment that was trained."""
+    variables = trained.best.variables
+    return Subject(
+        experiment.model,
+        variables,
+        partial(experiment.evaluator.network, variables),
+        experiment.dataset,
+        jax.random.key(experiment.config.seed),
+    )
+
+
+def surrogate_config(config: ConfigDict, schema: ConfigDict) -> ConfigDict:
+    """The config of an undefended CNN for the same data, for attacks to be transferred from."""
+    other = schema.copy_and_resolve_references()
+    for field in ("dataset", "data_dir", "validation_size", "normalize", "parallel", "batch_size"):
+        other[field] = config[field]
+    other.seed = config.seed + 1
+    other.loss_on, other.adversary = "clean", None
+    other.regularizers, other.attacks = ConfigDict(), ConfigDict()
+    other.audit.num_examples = 0
+    other.duration = "400 steps"
+    for field in ("log_every", "validate_every", "checkpoint_every"):
+        other[field] = "100 steps"
+    other.validation_attack = ConfigDict({"name": "fgsm", "eps": 0.0})
+    return other
 
 
 def _check_numbers(config: ConfigDict) -> None:
@@ -165,12 +236,17 @@ def _check_numbers(config: ConfigDict) -> None:
         "num_labeled": 0,
         "augmentation.crop_padding": 0,
         "weight_decay": 0,
+        "weight_perturbation": 0,
         "gradient_clip_norm": 0,
+        "evaluation.num_examples": 0,
         "evaluation.batch_size": 1,
         "evaluation.jacobian_chunk": 1,
         "evaluation.jacobian_projections": 2,
         "evaluation.spectral_iterations": 1,
         "evaluation.num_images": 1,
+        "track_margins": 0,
+        "audit.num_examples": 0,
+        "audit.num_queries": 1,
     }
     for field, least in at_least.items():
         if not (value := _get(config, field)) >= least:
@@ -222,9 +298,13 @@ def _grid(entry: ConfigDict, path: str) -> AttackGrid:
         raise UserError(
             f'{path} must be an entry like {{"name": "pgd", "eps": (0.1,)}}, not {entry!r}'
         )
-    keywords = {k: v for k, v in entry.items() if k != "eps"}
+    keywords = {k: v for k, v in entry.items() if k not in ("eps", "num_examples", "surrogate")}
     attack = bind(
-        ATTACKS, keywords, path, reserved=("eps", "targets"), named={"loss": losses.ATTACK_LOSSES}
+        _ATTACKS_EVALUATED,
+        keywords,
+        path,
+        reserved=_SET_BY_THE_EVALUATION,
+        named={"loss": losses.ATTACK_LOSSES},
     )
     eps = entry.get("eps")
     eps = config_lib.check_type(
@@ -232,7 +312,32 @@ def _grid(entry: ConfigDict, path: str) -> AttackGrid:
     )
     if not eps:
         raise UserError(f"{path}.eps is empty; give at least one radius")
-    return AttackGrid(entry["name"], attack, entry.get("norm", "linf"), tuple(map(float, eps)))
+    num_examples = config_lib.check_type(entry.get("num_examples", 0), int, f"{path}.num_examples")
+    if num_examples < 0:
+        raise UserError(f"{path}.num_examples is {num_examples}; 0 stands for all")
+    members: tuple[str, ...] = ()
+    if entry["name"] == "autoattack":
+        version = attack.keywords.get("version", "standard")
+        members = tuple(VERSIONS.get(version, ()) if isinstance(version, str) else version)
+    norm = inspect.signature(attack).parameters["norm"].default  # the entry's or its own
+    if surrogate := entry.get("surrogate"):
+        if members:
+            raise UserError(f"{path}.surrogate: autoattack is not transferred; name another attack")
+        attack = partial(transfer, surrogate=load(surrogate).logits_fn, attack=attack)
+    return AttackGrid(
+        entry["name"], attack, norm, tuple(map(float, eps)), num_examples or None, members
+    )
+
+
+def _audit_settings(config: ConfigDict, loss) -> AuditSettings | None:
+    """None where no example is to be audited."""
+    settings = config.audit
+    if not settings.num_examples:
+        return None
+    norm = choose(get_args(norms.Norm), settings.norm, "config.audit.norm")
+    if not settings.eps > 0:
+        raise UserError(f"config.audit.eps is {settings.eps}; it must be above 0")
+    return AuditSettings(norm, settings.eps, settings.num_examples, settings.num_queries, loss)
 
 
 def _num_labeled_in_batch(config: ConfigDict, train: data.Split) -> int:
@@ -277,7 +382,10 @@ def _try_out(dataset, model, loss, adversary, terms, validation_attack, grids) -
     guard("config.validation_attack", attacked, validation_attack, y)
     for name, grid in grids.items():
         for eps in grid.eps:
-            guard(f"config.attacks.{name}", attacked, grid.attack, y, eps=eps)
+            if grid.members:  # a loop on the host, which checks its arguments before it begins
+                guard(f"config.attacks.{name}", check_arguments, **grid.attack.keywords, eps=eps)
+            else:
+                guard(f"config.attacks.{name}", attacked, grid.attack, y, eps=eps)
 
 
 def _apply(model: nn.Module) -> Apply:
@@ -292,4 +400,10 @@ def _apply(model: nn.Module) -> Apply:
 
 
 def _network(model: nn.Module):
-    return lambda variables, x: model.apply(variables, x)
+    """network(variables, x) -> logits; float64 images are computed in float64 throughout."""
+
+    def network(variables, x):
+        exact = x.dtype == jnp.float64
+        return (model.clone(dtype=jnp.float64) if exact else model).apply(variables, x)
+
+    return network

@@ -1,18 +1,19 @@
-"""Norms of the input Jacobian J = ∇_x f(x) of each example: exact, estimated, spectral.
+"""The input Jacobian J = ∇_x f(x) of each example: its norms, exact or estimated, and spectrum.
 
 fn maps [B,H,W,C] to [B,K], each example on its own: logits, or probabilities with
 `probabilities(logits_fn)`. Norms are in units of fn's output per pixel unit ([0,1]).
-Cost in passes through the network for each example: exact min(K, H·W·C), estimated
+Cost in passes through the network for each example: exact and spectrum min(K, H·W·C), estimated
 num_projections, spectral 2·num_iterations. chunk_size bounds how many examples are in memory.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from robust_jax.batches import in_chunks
 from robust_jax.keys import KeyOrKeys, example_keys
 
 Fn = Callable[[Float[Array, "b h w c"]], Float[Array, "b k"]]
@@ -37,12 +38,25 @@ def jacobian(fn: Fn, x: Images, *, chunk_size: int | None = None) -> Float[Array
 
     Reverse mode, or forward mode where an image has fewer pixels than there are outputs.
     """
-    return _map_examples(lambda one: _jacobian_one(fn, one), x, chunk_size)
+    return in_chunks(lambda one: _jacobian_one(fn, one), x, chunk_size)
 
 
 def frobenius_norm(fn: Fn, x: Images, *, chunk_size: int | None = None) -> PerExample:
     """Exact ‖J‖_F, [B,H,W,C] -> [B]; at most chunk_size Jacobians are held at a time."""
-    return _map_examples(lambda one: jnp.sqrt((_jacobian_one(fn, one) ** 2).sum()), x, chunk_size)
+    return in_chunks(lambda one: jnp.sqrt((_jacobian_one(fn, one) ** 2).sum()), x, chunk_size)
+
+
+def singular_values(fn: Fn, x: Images, *, chunk_size: int | None = None) -> Float[Array, "b n"]:
+    """All singular values of J, largest first, [B,H,W,C] -> [B,min(K,H·W·C)]: one SVD an example.
+
+    Their squares sum to ‖J‖_F², and the first is the spectral norm, exactly.
+    """
+
+    def singular_values_one(one):
+        full = _jacobian_one(fn, one)
+        return jnp.linalg.svd(full.reshape(full.shape[0], -1), compute_uv=False)
+
+    return in_chunks(singular_values_one, x, chunk_size)
 
 
 def squared_frobenius_samples(
@@ -80,7 +94,7 @@ def frobenius_norm_estimate(
         return squared_frobenius_samples(fn, one[None], key[None], num_projections=num_projections)
 
     keys = example_keys(key, x.shape[0])
-    squares = _map_examples(lambda args: samples_one(*args)[:, 0], (x, keys), chunk_size)
+    squares = in_chunks(lambda args: samples_one(*args)[:, 0], (x, keys), chunk_size)
     norm = jnp.sqrt(squares.mean(-1))
     error_of_square = squares.std(-1, ddof=1) / jnp.sqrt(num_projections)
     return Estimate(norm, error_of_square / jnp.maximum(2 * norm, jnp.finfo(norm.dtype).tiny))
@@ -118,7 +132,7 @@ def spectral_norm(
         return jnp.linalg.norm(jax.jvp(f, (one,), (v,))[1])
 
     keys = example_keys(key, x.shape[0])
-    return _map_examples(lambda args: spectral_norm_one(*args), (x, keys), chunk_size)
+    return in_chunks(lambda args: spectral_norm_one(*args), (x, keys), chunk_size)
 
 
 def _jacobian_one(fn: Fn, image: Float[Array, "h w c"]) -> Float[Array, "k h w c"]:
@@ -127,11 +141,3 @@ def _jacobian_one(fn: Fn, image: Float[Array, "h w c"]) -> Float[Array, "k h w c
 
     num_outputs = jax.eval_shape(f, image).size
     return (jax.jacrev if num_outputs <= image.size else jax.jacfwd)(f)(image)
-
-
-def _map_examples(fn_one: Callable, args: Any, chunk_size: int | None):
-    """fn_one over the examples of args (an array, or several of one length), chunk by chunk."""
-    num_examples = jax.tree.leaves(args)[0].shape[0]
-    if chunk_size is None or chunk_size >= num_examples:
-        return jax.vmap(fn_one)(args)
-    return jax.lax.map(fn_one, args, batch_size=chunk_size)

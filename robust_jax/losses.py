@@ -37,10 +37,8 @@ def guided_complement_entropy(
     """
     _check_range("alpha", alpha, 0.0, 1.0)
     num_classes = _check_classes("guided_complement_entropy", logits, 3)
-    log_q = jax.nn.log_softmax(complement(logits, labels))
-    negative_entropy = (jnp.exp(log_q) * log_q).sum(-1)
     guide = jnp.exp(alpha * _at(jax.nn.log_softmax(logits), labels))
-    return guide * negative_entropy / jnp.log(num_classes - 1.0)
+    return -guide * complement_entropy(logits, labels) / jnp.log(num_classes - 1.0)
 
 
 def boosted_cross_entropy(logits: Logits, labels: Labels) -> PerExample:
@@ -94,6 +92,15 @@ def entropy(logits: Logits) -> PerExample:
     """Shannon entropy of softmax(logits), in [0, log K] nats, [B,K] -> [B]."""
     log_p = jax.nn.log_softmax(logits)
     return -(jnp.exp(log_p) * log_p).sum(-1)
+
+
+def complement_entropy(logits: Logits, labels: Labels) -> PerExample:
+    """Shannon entropy of the softmax over the classes other than y, in [0, log(K-1)] nats.
+
+    [B,K], [B] -> [B]; K ≥ 3. Source: arXiv 1903.01182, eq. 2.
+    """
+    _check_classes("complement_entropy", logits, 3)
+    return entropy(complement(logits, labels))
 
 
 def margin(logits: Logits, labels: Labels) -> PerExample:

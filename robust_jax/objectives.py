@@ -4,6 +4,7 @@ The clean half is the batch; the adversarial half is made from it once, by one a
 the evaluation-mode network, and shared by everything that needs it.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -21,7 +22,6 @@ BatchStats = Any
 Batch = Mapping[str, Array]
 # Sums over examples and the number of examples summed, by name; the metric is their ratio.
 Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
-Objective = Callable[..., tuple[Float[Array, " b"], tuple[BatchStats, Sums]]]
 # apply(params, batch_stats, x, train) -> (logits, new batch_stats)
 Apply = Callable[[Params, BatchStats, Array, bool], tuple[Array, BatchStats]]
 
@@ -48,6 +48,21 @@ class Term(NamedTuple):
     on: LossOn
 
 
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """objective(params, batch_stats, batch, key) -> (per_example [B], (batch_stats, sums)).
+
+    It is two parts in turn, of the same arguments, for those who take several gradients of one
+    batch: attack -> the batch with its adversarial half, and loss of that batch.
+    """
+
+    attack: Callable[..., Batch]
+    loss: Callable[..., tuple[Float[Array, " b"], tuple[BatchStats, Sums]]]
+
+    def __call__(self, params, batch_stats, batch, key):
+        return self.loss(params, batch_stats, self.attack(params, batch_stats, batch, key), key)
+
+
 def make_objective(
     apply: Apply,
     *,
@@ -57,7 +72,7 @@ def make_objective(
     terms: Mapping[str, Term] | None = None,
     labeled_fraction: float = 1.0,
 ) -> Objective:
-    """objective(params, batch_stats, batch, key) -> (per_example [B], (batch_stats, sums)).
+    """The objective of a loss, an adversary and regularisers.
 
     batch: image [B,H,W,C] in [0,1], label [B] (-1 where unlabelled), position [B], the row's
     place in the global batch, with which key is folded. Over "both" halves a loss or a term is
@@ -78,37 +93,40 @@ def make_objective(
             "give an adversary or use the clean half"
         )
 
-    def objective(params, batch_stats, batch, key):
-        x, labels = batch["image"], batch["label"]
+    def evaluation_network(params, batch_stats):
+        return lambda x: apply(params, batch_stats, x, False)[0]
+
+    def attack(params, batch_stats, batch, key):
+        if adversary is None or "adversarial" not in needed:
+            return batch
+        x, y = batch["image"], batch["label"]
+        # Stopped at the parameters, not at the result: their derivative is never traced.
+        frozen = evaluation_network(jax.lax.stop_gradient(params), batch_stats)
+        if adversary.against_clean_logits:
+            y = frozen(x)
+        elif labeled_fraction < 1:  # an unlabelled example is moved from what it is taken for
+            y = jnp.where(y != UNLABELED, y, jnp.argmax(frozen(x), -1))
+        keys = fold_each(fold_in_each(key, batch["position"]), 0)
+        return {**batch, "adversarial": adversary.attack(frozen, x, y, keys)}
+
+    def total_loss(params, batch_stats, batch, key):
+        labels = batch["label"]
         labeled = labels != UNLABELED
         # Any class will do in an unlabelled example's loss, which is multiplied by zero.
         known = jnp.where(labeled, labels, 0)
         keys = fold_in_each(key, batch["position"])
-
-        def evaluation_network(params):
-            return lambda x: apply(params, batch_stats, x, False)[0]
-
-        images = {"clean": x}
-        if adversary is not None and "adversarial" in needed:
-            # Stopped at the parameters, not at the result: their derivative is never traced.
-            frozen = evaluation_network(jax.lax.stop_gradient(params))
-            if adversary.against_clean_logits:
-                y = frozen(x)
-            elif labeled_fraction < 1:  # an unlabelled example is moved from what it is taken for
-                y = jnp.where(labeled, labels, jnp.argmax(frozen(x), -1))
-            else:
-                y = labels
-            images["adversarial"] = adversary.attack(frozen, x, y, fold_each(keys, 0))
         halves, new_stats = {}, batch_stats
         for name in sorted(needed, reverse=True):  # clean first, as its statistics are
             stats_before = new_stats if name in loss_halves else batch_stats
-            logits, stats = apply(params, stats_before, images[name], True)
-            halves[name] = Half(images[name], logits)
+            images = batch["image" if name == "clean" else name]
+            logits, stats = apply(params, stats_before, images, True)
+            halves[name] = Half(images, logits)
             new_stats = stats if name in loss_halves else new_stats
 
+        network = evaluation_network(params, batch_stats)
         weight = labeled / labeled_fraction
         supervised = _mean(weight * loss(halves[h].logits, known) for h in loss_halves)
-        total, count = supervised, jnp.asarray(float(x.shape[0]))
+        total, count = supervised, jnp.asarray(float(labels.shape[0]))
         sums: Sums = {}
         for i, (name, term) in enumerate(terms.items()):
             if name in regularizers.PAIR_REGULARIZERS:
@@ -116,8 +134,7 @@ def make_objective(
             else:
                 term_keys = fold_each(keys, i + 1)
                 values = _mean(
-                    term.fn(evaluation_network(params), halves[h], labels, term_keys)
-                    for h in term_halves[name]
+                    term.fn(network, halves[h], labels, term_keys) for h in term_halves[name]
                 )
             if name not in regularizers.LABEL_FREE:
                 values = values * weight
@@ -130,7 +147,7 @@ def make_objective(
         sums["loss"] = (total.sum(), count)
         return total, (new_stats, sums)
 
-    return objective
+    return Objective(attack, total_loss)
 
 
 def halves_needed(loss_on: LossOn, terms: Mapping[str, Term]) -> set[str]:

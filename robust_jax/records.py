@@ -1,7 +1,9 @@
 """The table of an evaluation, one row per test example: its columns and what follows from them.
 
-For an attack named `name` at a radius eps there are the columns name@eps/held (bool) and
-name@eps/distance (float, pixel units; NaN where the example held).
+For an attack named `name` at a radius eps there are the columns name@eps/held (bool),
+name@eps/distance (float, pixel units; NaN where the example held), name@eps/margin (float, the
+output margin at what the attack returned) and, of AutoAttack, name@eps/broken_by (the member).
+All are empty where the example was not attacked. `key` is the example's PRNG key in hexadecimal.
 """
 
 from collections.abc import Iterable
@@ -10,10 +12,18 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+What = Literal["held", "distance", "margin", "broken_by"]
 
-def column(name: str, eps: float, what: Literal["held", "distance"]) -> str:
+
+def column(name: str, eps: float, what: What) -> str:
     """The name of an attack's column at a radius, which is rounded to six digits."""
     return f"{name}@{eps:g}/{what}"
+
+
+def held(records: pd.DataFrame, name: str, eps: float) -> pd.Series:
+    """Whether each example that was attacked held, as floats; NaN where it was not attacked."""
+    values = records[column(name, eps, "held")]
+    return values.map({True: 1.0, False: 0.0, "True": 1.0, "False": 0.0}).astype(float)
 
 
 def worst_case(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Series:
@@ -21,17 +31,74 @@ def worst_case(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Se
 
     The balls are nested, so what broke an example at a smaller radius breaks it at eps.
     """
-    names = set(names)
-    held = records["correct"].astype(bool)
-    for label in records.columns:
-        name, _, radius = label.removesuffix("/held").rpartition("@")
-        if label.endswith("/held") and name in names and float(radius) <= eps * (1 + 1e-5):
-            held &= records[label].astype(bool)
-    return held
+    held_all = records["correct"].astype(bool)
+    for name, radius in _columns(records, names, eps):
+        held_all &= held(records, name, radius) != 0
+    return held_all
 
 
 def fates(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Series:
     """What became of each example: "misclassified", "broken" or "held", as `worst_case` has it."""
-    held = worst_case(records, names, eps)
-    fate = np.where(held, "held", np.where(records["correct"], "broken", "misclassified"))
+    held_all = worst_case(records, names, eps)
+    fate = np.where(held_all, "held", np.where(records["correct"], "broken", "misclassified"))
     return pd.Series(fate, index=records.index, name="fate")
+
+
+def evidence(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.DataFrame:
+    """For each example the attack up to eps that broke it at the smallest radius.
+
+    Columns: broken_by (attack@eps, with AutoAttack's member; "clean" or "" as in AutoAttack),
+    distance (pixel units, NaN where it held), margin (at the adversarial, or the smallest that an
+    attack left), key.
+    """
+    found = pd.DataFrame(
+        {
+            "broken_by": np.where(records["correct"].astype(bool), "", "clean"),
+            "distance": np.where(records["correct"].astype(bool), np.nan, 0.0),
+            "margin": records["margin"],
+            "key": records["key"],
+        },
+        index=records.index,
+    )
+    for name, radius in _columns(records, names, eps):
+        broken = (held(records, name, radius) == 0) & (found["broken_by"] == "")
+        left = (held(records, name, radius) == 1) & (found["broken_by"] == "")
+        margin = records[column(name, radius, "margin")]
+        found.loc[broken, "broken_by"] = f"{name}@{radius:g}"
+        if (member := column(name, radius, "broken_by")) in records:
+            found.loc[broken, "broken_by"] += ":" + records.loc[broken, member].astype(str)
+        found.loc[broken, "distance"] = records.loc[broken, column(name, radius, "distance")]
+        found.loc[broken, "margin"] = margin[broken]
+        found.loc[left, "margin"] = np.minimum(found.loc[left, "margin"], margin[left])
+    return found
+
+
+def disagreements(stored: pd.DataFrame, fresh: pd.DataFrame) -> dict[str, int]:
+    """In how many rows two tables differ, by column; numbers by more than 0.01 and 1 %.
+
+    A column that one of them lacks differs in every row.
+    """
+    found = {}
+    for label in stored.columns.union(fresh.columns, sort=False):
+        if label not in stored or label not in fresh or len(stored) != len(fresh):
+            found[label] = len(stored)
+            continue
+        one, other = stored[label], fresh[label]
+        if pd.api.types.is_numeric_dtype(one) and pd.api.types.is_numeric_dtype(other):
+            differs = ~np.isclose(one.astype(float), other.astype(float), rtol=1e-2, atol=1e-2,
+                                  equal_nan=True)  # fmt: skip
+        else:
+            differs = one.fillna("").astype(str) != other.fillna("").astype(str)
+        if differs.any():
+            found[label] = int(differs.sum())
+    return found
+
+
+def _columns(records: pd.DataFrame, names: Iterable[str], eps: float) -> list[tuple[str, float]]:
+    """The named attacks of the table and their radii up to eps, the smallest radius first."""
+    names, found = set(names), []
+    for label in records.columns:
+        name, _, radius = label.removesuffix("/held").rpartition("@")
+        if label.endswith("/held") and name in names and float(radius) <= eps * (1 + 1e-5):
+            found.append((name, float(radius)))
+    return sorted(found, key=lambda attack: attack[1])

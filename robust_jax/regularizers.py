@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from robust_jax import energy, losses, margins
 from robust_jax import jacobian as jacobians
-from robust_jax import losses
-from robust_jax.attacks import LogitsFn, norms
+from robust_jax.attacks import LogitsFn, Norm, norms
 
 Images = Float[Array, "b h w c"]
 Labels = Int[Array, " b"]
@@ -33,6 +33,15 @@ class Half(NamedTuple):
 def entropy(logits_fn: LogitsFn, half: Half, labels: Labels, keys: Keys) -> PerExample:
     """-H(p) in nats: a positive weight promotes uncertainty (EntM, arXiv 2011.13538)."""
     return -losses.entropy(half.logits)
+
+
+def complement_entropy(logits_fn: LogitsFn, half: Half, labels: Labels, keys: Keys) -> PerExample:
+    """-H(q) in nats, q the softmax over the wrong classes: what COT adds to cross-entropy.
+
+    There (arXiv 1903.01182) every iteration takes two steps, one on each of the two; here one step
+    on their sum, our reading. The authors' code divides by K: a weight of 1/K.
+    """
+    return -losses.complement_entropy(half.logits, jnp.maximum(labels, 0))
 
 
 def jacobian(
@@ -88,6 +97,98 @@ def vat(
     return losses.kl(logits_fn(x_virtual), reference)
 
 
+def average_margin(
+    logits_fn: LogitsFn,
+    half: Half,
+    labels: Labels,
+    keys: Keys,
+    *,
+    tau: float,
+    norm: Norm = "linf",
+    num_boundaries: int | None = None,
+) -> PerExample:
+    """ψ(m/τ) of the first-order input-space margin m (arXiv 1907.11780, our reading), in (0, 1).
+
+    See `margins.truncate`; tau is in pixels, of the norm. Costs K-1 backward passes and their
+    derivative; num_boundaries bounds that, at the price of Fisher consistency where more classes
+    than that are about equally likely.
+    """
+    distances = margins.boundary_distances(
+        logits_fn, half.images, jnp.maximum(labels, 0), norm=norm, num_boundaries=num_boundaries
+    )
+    return margins.truncate(distances, tau)
+
+
+def energy_mean_square(
+    logits_fn: LogitsFn,
+    half: Half,
+    labels: Labels,
+    keys: Keys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_samples: int = 1,
+) -> PerExample:
+    """E (ℓ(x+r) - ℓ(x))² over the ball, in nats² (arXiv 1911.06479, our reading)."""
+    y = jnp.maximum(labels, 0)
+    return energy.mean_square(
+        logits_fn, half.images, y, keys, eps=eps, norm=norm, num_samples=num_samples
+    )
+
+
+def energy_mean_square_label_free(
+    logits_fn: LogitsFn,
+    half: Half,
+    labels: Labels,
+    keys: Keys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_samples: int = 1,
+) -> PerExample:
+    """E KL(p(x) ‖ p(x+r))² over the ball, in nats² (arXiv 1911.06479, our reading)."""
+    return energy.mean_square(
+        logits_fn, half.images, None, keys, eps=eps, norm=norm, num_samples=num_samples
+    )
+
+
+def energy_oscillation(
+    logits_fn: LogitsFn,
+    half: Half,
+    labels: Labels,
+    keys: Keys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_steps: int = 10,
+    step_size: float | None = None,
+) -> PerExample:
+    """(max ℓ - min ℓ)² over the ball, in nats² (arXiv 1911.06479, our reading)."""
+    y = jnp.maximum(labels, 0)
+    return energy.oscillation(
+        logits_fn, half.images, y, keys,
+        eps=eps, norm=norm, num_steps=num_steps, step_size=step_size,
+    )  # fmt: skip
+
+
+def energy_oscillation_label_free(
+    logits_fn: LogitsFn,
+    half: Half,
+    labels: Labels,
+    keys: Keys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_steps: int = 10,
+    step_size: float | None = None,
+) -> PerExample:
+    """max KL(p(x) ‖ p(x+r))² over the ball, in nats² (arXiv 1911.06479, our reading)."""
+    return energy.oscillation(
+        logits_fn, half.images, None, keys,
+        eps=eps, norm=norm, num_steps=num_steps, step_size=step_size,
+    )  # fmt: skip
+
+
 def kl(clean: Half, adversarial: Half, labels: Labels) -> PerExample:
     """KL(p(x) ‖ p(x_adv)), TRADES' term (arXiv 1901.08573). Label-free."""
     return losses.kl(adversarial.logits, clean.logits)
@@ -101,9 +202,24 @@ def weighted_kl(clean: Half, adversarial: Half, labels: Labels) -> PerExample:
 
 REGULARIZERS: Mapping[str, Callable[..., PerExample]] = {
     "entropy": entropy,
+    "complement_entropy": complement_entropy,
     "jacobian": jacobian,
     "input_gradient": input_gradient,
     "vat": vat,
+    "average_margin": average_margin,
+    "energy_mean_square": energy_mean_square,
+    "energy_mean_square_label_free": energy_mean_square_label_free,
+    "energy_oscillation": energy_oscillation,
+    "energy_oscillation_label_free": energy_oscillation_label_free,
 }
 PAIR_REGULARIZERS: Mapping[str, Callable[..., PerExample]] = {"kl": kl, "weighted_kl": weighted_kl}
-LABEL_FREE = frozenset({"entropy", "jacobian", "vat", "kl"})
+LABEL_FREE = frozenset(
+    {
+        "entropy",
+        "jacobian",
+        "vat",
+        "energy_mean_square_label_free",
+        "energy_oscillation_label_free",
+        "kl",
+    }
+)

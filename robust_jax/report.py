@@ -3,8 +3,8 @@
 import base64
 import io
 import json
+import textwrap
 from collections.abc import Mapping
-from importlib import resources
 from math import isclose, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from robust_jax.analysis import plots, runs
 from robust_jax.config import flatten
 from robust_jax.files import write_atomically
-from robust_jax.records import fates
+from robust_jax.records import evidence, fates
 
 Results = Mapping[str, Any]
 _LINE = 80
@@ -37,13 +37,12 @@ def write(workdir: Path, results: Results) -> Path:
     run, names = runs.load(workdir), checkpoints(results)
     records = {name: run.records[name] for name in names}
     figures = _figures(results, records, run.metrics, run.images)
-    template = resources.files("robust_jax").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(template).render(
+    page = template("report.html.j2").render(
         title=title(results),
         headline=headline(results),
+        verdict=verdict(results),
+        audit=results["audit"],
+        first=_first_to_break(results, records["best"]),
         figures=figures,
         checkpoints=names,
         steps={name: results[name]["step"] for name in ("best", "last")},
@@ -56,12 +55,25 @@ def write(workdir: Path, results: Results) -> Path:
     return write_atomically(workdir / "report.html", page)
 
 
+def template(name: str) -> jinja2.Template:
+    """A page of this package; what is put into it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("robust_jax", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
 def table(results: Results) -> str:
     """The numbers as plain text of at most 80 columns, accuracies in percent."""
     names = checkpoints(results)
     heads = [f"{name} (step {results[name]['step']})" for name in names]
     lines = [_row("", heads, 34, 20)]
     lines += [_row(label, values, 34, 20) for label, values in _summary(results)]
+    lines += ["", *textwrap.wrap(verdict(results), _LINE)]
     for block in _blocks(results):
         per_line = (_LINE - 26) // 9
         for start in range(0, len(block["eps"]), per_line):
@@ -105,9 +117,32 @@ def headline(results: Results) -> str:
         return f"{text}. No attack was evaluated."
     entry = _worst_case(results, radius)
     trained = "the size" if radius.trained else "not a size"
-    return (f"{text}, and {_with_interval(entry['robust_accuracy'], entry['count'])} still under "
+    text = (f"{text}, and {_with_interval(entry['robust_accuracy'], entry['count'])} still under "
             f"the worst of all {_at(radius.norm, radius.eps, 'attacks at ')}, "
             f"{trained} it was trained against.")  # fmt: skip
+    for entry in results["attacks"]:
+        if entry["attack"] == "autoattack" and entry["norm"] == radius.norm:
+            text += (f" AutoAttack at ε = {format_eps(entry['eps'])} leaves "
+                     f"{_percent(entry['robust_accuracy'])} % of {entry['count']:,}.")  # fmt: skip
+    return text
+
+
+def verdict(results: Results) -> str:
+    """What the audit says of the robust accuracies beside it, as a sentence."""
+    audit = results["audit"]
+    if audit is None:
+        return "Not audited: nothing says that these attacks were not misled by masked gradients."
+    at = f"{_at(audit['norm'], audit['eps'])}, {audit['num_examples']} images"
+    flagged = {word: [c["name"] for c in audit["checks"] if c["verdict"] == word]
+               for word in ("fail", "warn", "skipped", "pass")}  # fmt: skip
+    if flagged["fail"]:
+        text = f"Audit failed ({at}): {', '.join(flagged['fail'])}. Do not trust robust accuracies"
+        text += " here: gradients are masked."
+    elif flagged["warn"]:
+        text = f"Audit passed with warnings ({at}): {', '.join(flagged['warn'])}."
+    else:
+        text = f"Audit passed ({at}): {len(flagged['pass'])} checks find no masked gradients."
+    return text + "".join(f" Skipped: {name}." for name in flagged["skipped"])
 
 
 def reference_radius(results: Results) -> Radius | None:
@@ -256,6 +291,24 @@ def _row(label: str, values: list[str], label_width: int, width: int) -> str:
     return (f"{label:<{label_width}}" + "".join(f"{v:>{width}}" for v in values)).rstrip()
 
 
+def _first_to_break(results: Results, best: pd.DataFrame) -> list[dict[str, str]]:
+    """Which attack was the first to break how many images, at what median distance."""
+    radius = reference_radius(results)
+    if radius is None:
+        return []
+    of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
+    found = evidence(best, of_norm, radius.eps)
+    rows = []
+    for name, part in found.groupby("broken_by", sort=False):
+        if name and name != "clean":
+            rows.append({"attack": str(name), "images": f"{len(part):,}",
+                         "distance": f"{part['distance'].median():.3g}"})  # fmt: skip
+    held = found[found["broken_by"] == ""]
+    if len(held):
+        rows.append({"attack": "none", "images": f"{len(held):,}", "distance": "–"})
+    return rows
+
+
 def _facts(results: Results) -> list[tuple[str, str]]:
     data, device, timings = results["data"], results["device"], results["timings"]
     shape = "×".join(map(str, data["image_shape"]))
@@ -282,7 +335,7 @@ def _figures(
     best, radius = records["best"], reference_radius(results)
     figures = {}
     if results["attacks"]:
-        figures["accuracy"] = _image(
+        figures["accuracy"] = image(
             plots.accuracy_against_eps(
                 _attack_table(results),
                 {name: results[name]["clean"]["accuracy"] for name in records},
@@ -292,16 +345,16 @@ def _figures(
             "Accuracy against perturbation size, one panel for each norm, a line for each attack.",
         )
     if len(metrics):
-        figures["training"] = _image(
+        figures["training"] = image(
             plots.training_curves(metrics, best_step=results["best"]["step"]),
             "Loss, accuracy and learning rate against the training step.",
         )
-    figures["jacobian"] = _image(
+    figures["jacobian"] = image(
         plots.jacobian_histograms(records),
         "Histograms of Frobenius and spectral norms of the Jacobian, of logits and probabilities.",
     )
     if "frobenius_estimate_logits" in best:
-        figures["estimate"] = _image(
+        figures["estimate"] = image(
             plots.estimate_against_exact(
                 best["frobenius_logits"], best["frobenius_estimate_logits"],
                 best["frobenius_estimate_error_logits"],
@@ -312,17 +365,17 @@ def _figures(
         of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
         fate = fates(best, of_norm, radius.eps)
         at = _at(radius.norm, radius.eps)
-        figures["fate"] = _image(
+        figures["fate"] = image(
             plots.fate_histograms(best, fate),
             f"Histograms of margin and confidence by what the worst case at {at} does.", at=at,
         )  # fmt: skip
-        figures["jacobian_fate"] = _image(
+        figures["jacobian_fate"] = image(
             plots.jacobian_by_fate(best, fate),
             f"Box plots of Jacobian norms by what the worst case at {at} does.",
             at=at, medians=_median_sentence(best, fate),
         )  # fmt: skip
     if examples is not None:
-        figures["images"] = _image(
+        figures["images"] = image(
             plots.image_grid(
                 examples["clean"], examples["adversarial"], examples["label"],
                 examples["clean_prediction"], examples["adversarial_prediction"],
@@ -343,7 +396,7 @@ def _median_sentence(records: pd.DataFrame, fate: pd.Series) -> str:
             f"held and {medians['broken']:.3g} where it was broken.")  # fmt: skip
 
 
-def _image(figure: Figure, alt: str, **about: Any) -> dict[str, Any]:
+def image(figure: Figure, alt: str, **about: Any) -> dict[str, Any]:
     """The figure as a data URI, SVG or PNG, whichever is smaller, with its size in CSS pixels."""
     uris = []
     # Fixed salt and no date: the same run gives the same page.

@@ -1,8 +1,11 @@
 """One run in its folder: train, evaluate, report; resumed where it stopped, never overwritten."""
 
+import hashlib
 import json
 import platform
+import shutil
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -13,26 +16,30 @@ import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
 
-from robust_jax import __version__, report
+from robust_jax import __version__, cards, records, report
 from robust_jax import config as config_lib
 from robust_jax.analysis import runs
 from robust_jax.errors import UserError
 from robust_jax.evaluate import summarize
-from robust_jax.experiment import Experiment, build
+from robust_jax.experiment import Experiment, build, load, subject_of, surrogate_config
 from robust_jax.files import write_atomically
 from robust_jax.models import num_parameters
 from robust_jax.train.loop import Trained, is_trained, restore, train
 
-Mode = Literal["train", "evaluate", "report"]
+Mode = Literal["train", "evaluate", "audit", "verify", "report"]
+# The folder of attacks that are not finished yet.
+_UNFINISHED = "unfinished"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def run(config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode) -> dict[str, Any]:
     """Trains (or goes on, or says that the run is finished), evaluates and writes the report.
 
-    mode "evaluate" measures a trained run again, with the attacks the config has now; "report"
-    writes the page again from what was measured. Returns what results.json holds. Raises
-    UserError where the config is mistaken or workdir holds a run of another config.
+    Of a finished run, mode "evaluate" measures again, with the attacks the config has now; "audit"
+    looks again for masked gradients; "verify" makes every adversarial anew from the checkpoint and
+    compares what it finds with the records; "report" writes the page again. Returns what
+    results.json holds. Raises UserError where the config is mistaken, workdir holds a run of
+    another config, or "verify" finds something else.
     """
     workdir = workdir.absolute()
     if mode == "report":
@@ -53,7 +60,18 @@ def run(config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode) -> di
         logging.info("%s is finished; --mode=evaluate or --mode=report redo a part", workdir)
         return runs.results(workdir)
     trained = (train if mode == "train" else restore)(experiment.plan, workdir)
-    return _evaluate(experiment, trained, workdir)
+    if mode in ("audit", "verify"):
+        if not (workdir / "results.json").exists():
+            raise UserError(f"{workdir} has no results yet; --mode={mode} needs a finished run")
+        results = runs.results(workdir)
+        if mode == "verify":
+            verify(experiment, trained, workdir, results)
+            return results
+        results["config"]["audit"] = config_lib.to_json(experiment.config.audit)
+        results["audit"] = _audit(experiment, trained, workdir, schema)
+        _write(workdir, results)
+        return results
+    return _evaluate(experiment, trained, workdir, schema)
 
 
 def _claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
@@ -84,7 +102,9 @@ def _claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
 
 
-def _evaluate(experiment: Experiment, trained: Trained, workdir: Path) -> dict[str, Any]:
+def _evaluate(
+    experiment: Experiment, trained: Trained, workdir: Path, schema: ConfigDict
+) -> dict[str, Any]:
     """Measures both checkpoints and writes all but what training wrote; results.json last.
 
     A run that has results.json is finished and whole, so an old one goes first.
@@ -99,15 +119,130 @@ def _evaluate(experiment: Experiment, trained: Trained, workdir: Path) -> dict[s
         if name == "last" and int(state.step) == int(trained.best.step):
             tables[name] = tables["best"]  # one checkpoint, measured once
         else:
-            tables[name] = experiment.evaluator.records(state.variables, f"evaluate {name}")
+            unfinished = _unfinished(workdir, experiment.config, name, int(state.step))
+            tables[name] = experiment.evaluator.records(
+                state.variables, f"evaluate {name}", unfinished
+            )
         tables[name].to_csv(workdir / "records" / f"{name}.csv", index=False)
     _save_images(experiment, trained, workdir)
     results = _results(experiment, trained, tables)
     results["timings"] = {**trained.timings, "evaluate_seconds": time.perf_counter() - start}
+    results["training"] = _training(workdir)
+    results["measurements"] = _measurements(experiment, trained)
+    results["audit"] = _audit(experiment, trained, workdir, schema)
+    _write(workdir, results)
+    shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
+    return results
+
+
+def _training(workdir: Path) -> dict[str, dict[str, float]]:
+    """What the first and the last validation found."""
+    metrics = runs.load(workdir).metrics.dropna(subset=["validation/cross_entropy"])
+    columns = [name for name in metrics if name.startswith("validation/")]
+    return {
+        when: {name.partition("/")[2]: float(metrics[name].iloc[i]) for name in columns}
+        for when, i in (("first", 0), ("last", -1))
+    }
+
+
+def _measurements(experiment: Experiment, trained: Trained) -> dict[str, dict[str, float]]:
+    """What config.measurements asks for, of the best checkpoint."""
+    subject = subject_of(experiment, trained)
+    return {name: measure(subject) for name, measure in experiment.measurements.items()}
+
+
+def _unfinished(workdir: Path, config: ConfigDict, name: str, step: int) -> Path:
+    """Where the attacks on a checkpoint leave what they have done: a folder for each evaluation."""
+    what = json.dumps([config_lib.to_json(config), name, step], sort_keys=True)
+    folder = workdir / _UNFINISHED / hashlib.sha256(what.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write(workdir: Path, results: dict[str, Any]) -> None:
+    """The report, the card and config.json; results.json last."""
     logging.info("report: %s", report.write(workdir, results))
+    if card := cards.card(results):
+        write_atomically(workdir / "card.json", json.dumps(card, indent=2) + "\n")
     write_atomically(workdir / "config.json", json.dumps(results["config"], indent=2) + "\n")
     write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
-    return results
+
+
+def _audit(
+    experiment: Experiment, trained: Trained, workdir: Path, schema: ConfigDict
+) -> dict[str, Any] | None:
+    """The audit of the best checkpoint as results.json has it; None where none is wanted."""
+    if experiment.audit is None:
+        return None
+    start = time.perf_counter()
+    try:
+        found = experiment.evaluator.audit(
+            trained.best.variables, experiment.audit, _surrogates(experiment, workdir, schema)
+        )
+    except ValueError as error:  # nothing is classified right
+        logging.warning("no audit: %s", error)
+        return None
+    checks = [
+        {
+            **check._asdict(),
+            "values": {k: v if np.isfinite(v) else None for k, v in check.values.items()},
+        }
+        for check in found.checks
+    ]
+    return {**found._asdict(), "checks": checks, "seconds": time.perf_counter() - start}
+
+
+def _surrogates(experiment: Experiment, workdir: Path, schema: ConfigDict) -> dict[str, Callable]:
+    """The networks whose adversarials the audit tries, by name."""
+    chosen = experiment.config.audit.surrogate
+    if not chosen:
+        return {}
+    if chosen != "train":
+        return {chosen: load(chosen).logits_fn}
+    # A run of its own, of which a notebook may load the network.
+    config = surrogate_config(experiment.config, schema)
+    other, folder = build(config, schema), workdir / "surrogate"
+    _claim(folder, config, "train")
+    return {"an undefended CNN": subject_of(other, train(other.plan, folder)).logits_fn}
+
+
+def verify(
+    experiment: Experiment, trained: Trained, workdir: Path, results: dict[str, Any]
+) -> None:
+    """Attacks again, with the same keys, and compares with the records and the table of results.
+
+    Raises UserError with the differences, where an example's fate is another, or the records do
+    not add up to the table.
+    """
+    stored, wrong = runs.load(workdir).records, []
+    for name, state in {"best": trained.best, "last": trained.last}.items():
+        if name == "last" and int(state.step) == int(trained.best.step):
+            fresh = stored["best"]
+        else:
+            fresh = experiment.evaluator.records(state.variables, f"verify {name}")
+        found = records.disagreements(stored[name], fresh)
+        logging.info("%s: %d columns agree", name, len(stored[name].columns) - len(found))
+        wrong += [f"records/{name}.csv {column}: {count} rows" for column, count in found.items()]
+        summary = json.loads(json.dumps(summarize(stored[name], experiment.grids)))
+        for part, value in summary.items():
+            if not _alike(value, results[name][part]):
+                wrong.append(f"results.json {name}.{part} is not what the records add up to")
+    if wrong:
+        raise UserError(f"{workdir} is not confirmed: {'; '.join(wrong)}")
+    logging.info("confirmed: every adversarial of %s was found again", workdir)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Equal but for the last digits of numbers, which a CSV file rounds."""
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(
+            _alike(one[k], other[k]) for k in one
+        )  # fmt: skip
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return bool(np.isclose(one, other, rtol=1e-5, atol=1e-8))
+    return one == other
 
 
 def _results(

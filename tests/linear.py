@@ -2,6 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+ORDERS = {"linf": np.inf, "l2": 2, "l1": 1, "l0": 0}
+DUAL_ORDERS = {"linf": 1, "l2": 2, "l1": np.inf}
 
 
 def make_linear(key, image_shape=(4, 5, 1), num_classes=3):
@@ -29,3 +33,15 @@ def make_nonlinear(key, image_shape=(4, 5, 1), num_classes=3, hidden=16):
     w1 = jax.random.normal(one, (size, hidden)) / jnp.sqrt(size) * 3
     w2 = jax.random.normal(two, (hidden, num_classes))
     return lambda x: jnp.tanh((x - 0.5).reshape(x.shape[0], -1) @ w1) @ w2
+
+
+def sizes(x_adv, x, norm):
+    """The norm of each perturbation, [B,H,W,C], [B,H,W,C] -> [B], in float64."""
+    flat = np.asarray(x_adv - x, np.float64).reshape(len(x), -1)
+    return np.linalg.norm(flat, ORDERS[norm], axis=-1)
+
+
+def slack(eps, x, norm):
+    """1e-6 of the radius, and what rounding pixels near 1 to float32 costs (a count: nothing)."""
+    rounding = 0.0 if norm == "l0" else 1e-7
+    return 1e-6 * eps + np.linalg.norm(np.full(x[0].size, rounding), ORDERS[norm])

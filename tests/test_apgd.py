@@ -1,6 +1,7 @@
 """Auto-PGD: the paper's schedule, the optimum of linear models, few classes, strength."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robust_jax import losses
-from robust_jax.attacks import apgd, apgd_targeted, norms, pgd
-from robust_jax.attacks.apgd import checkpoints, likeliest_wrong
-from tests.linear import interior_images, make_linear, make_nonlinear
+from robust_jax.attacks import Norm, apgd, apgd_targeted, norms, pgd
+from robust_jax.attacks.apgd import checkpoints, likeliest_wrong, radii
+from tests.linear import (
+    DUAL_ORDERS,
+    interior_images,
+    make_linear,
+    make_nonlinear,
+    sizes,
+    slack,
+)
 
 KEY = jax.random.key(0)
 ATTACKS = {"apgd": apgd, "apgd_targeted": apgd_targeted}
-
-
-def sizes(x_adv, x, norm):
-    flat = np.asarray(x_adv - x, np.float64).reshape(len(x), -1)
-    return np.abs(flat).max(-1) if norm == "linf" else np.linalg.norm(flat, axis=-1)
 
 
 def near_boundary(num_classes, norm):
@@ -35,7 +38,7 @@ def near_boundary(num_classes, norm):
     logits = linear(x) - centre
     y = jnp.argmax(logits, -1)
     gaps = np.asarray(weights[y][:, None] - weights[None])
-    dual = np.abs(gaps).sum(-1) if norm == "linf" else np.linalg.norm(gaps, axis=-1)
+    dual = np.linalg.norm(gaps, DUAL_ORDERS[norm], axis=-1)
     distances = np.asarray(logits.max(-1, keepdims=True) - logits) / np.where(dual, dual, 1)
     distance = np.where(dual, distances, np.inf).min(-1)
     clear = distance > 2e-3  # of rounding errors
@@ -57,7 +60,17 @@ def test_checkpoints_are_those_of_the_paper():
         assert steps[-1] <= num_steps
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_balls_shrink_in_l1_as_in_the_paper():
+    schedule = radii(100)
+    assert [multiple for multiple, *_ in schedule] == [3] * 31 + [2] * 31 + [1] * 41
+    assert [i for i, (_, enters, _) in enumerate(schedule) if enters] == [0, 31, 62]
+    assert all(checks != enters for _, enters, checks in schedule)
+    assert radii(1) == [(1, True, False), (1, False, True)]
+    last = radii(1000)[-401:]
+    assert [i for i, (_, _, checks) in enumerate(last) if checks] == list(range(16, 401, 16))
+
+
+@pytest.mark.parametrize("norm", get_args(Norm))
 @pytest.mark.parametrize(("name", "num_classes"), [("apgd", 2), ("apgd_targeted", 5)])
 def test_breaks_a_linear_model_just_beyond_its_closed_form_distance(name, norm, num_classes):
     logits_fn, x, y, distance = near_boundary(num_classes, norm)
@@ -80,7 +93,7 @@ def compiled(name, norm, shape, num_classes):
     )
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 @pytest.mark.parametrize("name", ATTACKS)
 @settings(max_examples=16, deadline=None, derandomize=True)
 @given(
@@ -96,16 +109,19 @@ def test_stays_in_the_ball_and_the_box(name, norm, eps, seed, shape_and_classes)
     assert x_adv.shape == x.shape
     assert (x_adv >= 0).all()
     assert (x_adv <= 1).all()
-    assert (sizes(x_adv, x, norm) <= eps * (1 + 1e-6) + 1e-7 * np.sqrt(x[0].size)).all()
+    assert (sizes(x_adv, x, norm) <= eps + slack(eps, x, norm)).all()
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.2), ("l1", 1.0)])
 @pytest.mark.parametrize("name", ATTACKS)
-def test_result_is_independent_of_batch_size_and_company(name):
+def test_result_is_independent_of_batch_size_and_company(name, norm, eps):
     logits_fn = make_nonlinear(KEY, num_classes=5)
     x = jax.random.uniform(KEY, (12, 4, 5, 1))
     y = jnp.arange(12) % 5
     keys = jax.random.split(KEY, 12)
-    attack = jax.jit(lambda x, y, k: ATTACKS[name](logits_fn, x, y, k, eps=0.2, num_steps=10))
+    attack = jax.jit(
+        lambda x, y, k: ATTACKS[name](logits_fn, x, y, k, eps=eps, norm=norm, num_steps=10)
+    )
     whole = attack(x, y, keys)
     for index in (np.arange(5, 12), np.array([7]), np.array([11, 3, 7, 0])):
         part = attack(x[index], y[index], keys[index])
@@ -138,8 +154,11 @@ def trained():
     return logits_fn, x[right], y[right]
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.04), ("l2", 0.12)])
-def test_is_not_weaker_than_pgd_with_the_same_budget(trained, norm, eps):
+# On 16 pixels PGD's greedy steps of l1 are hard to beat; the reference's APGD is at 0.42 here too.
+@pytest.mark.parametrize(
+    ("norm", "eps", "behind"), [("linf", 0.04, 0), ("l2", 0.12, 0), ("l1", 0.4, 0.03)]
+)
+def test_is_not_weaker_than_pgd_with_the_same_budget(trained, norm, eps, behind):
     logits_fn, x, y = trained
     by_pgd, by_apgd = (
         robust_accuracy(
@@ -148,7 +167,7 @@ def test_is_not_weaker_than_pgd_with_the_same_budget(trained, norm, eps):
         for attack in (pgd, apgd)
     )
     targeted = apgd_targeted(logits_fn, x, y, KEY, eps=eps, norm=norm, num_steps=40)
-    assert 0.1 < by_apgd <= by_pgd < 0.9
+    assert 0.1 < by_apgd <= by_pgd + behind < 0.9
     assert robust_accuracy(logits_fn, targeted, y) <= by_pgd
 
 
@@ -223,19 +242,20 @@ def test_a_randomised_network_is_attacked_through_its_average():
     assert pushed[200] > pushed[1]
 
 
-def test_zero_and_nan_gradients_are_survived():
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_zero_and_nan_gradients_are_survived(norm):
     x = interior_images(KEY, 3)
     y = jnp.zeros(3, jnp.int32)
     for value in (0.0, jnp.nan):
         x_adv = apgd(
             lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
-            x, y, KEY, eps=0.1, num_steps=5,
+            x, y, KEY, eps=0.1, norm=norm, num_steps=5,
         )  # fmt: skip
         assert jnp.isfinite(x_adv).all()
-        assert (sizes(x_adv, x, "linf") <= 0.1 + 1e-6).all()
+        assert (sizes(x_adv, x, norm) <= 0.1 + slack(0.1, x, norm)).all()
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 def test_starts_lie_on_the_sphere(norm):
     draw = jax.vmap(lambda k: norms.random_on_sphere(k, (3, 2, 1), 0.5, norm))
     points = draw(jax.random.split(KEY, 500))
@@ -261,7 +281,7 @@ def test_targeted_dlr_is_its_formula_and_needs_four_classes():
         ({"num_restarts": 0}, "num_restarts"),
         ({"rho": 0.0}, r"rho must be in \(0, 1\], not 0.0"),
         ({"eot_samples": 0}, "eot_samples"),
-        ({"norm": "l7"}, "norm must be one of linf, l2, not 'l7'"),
+        ({"norm": "l7"}, "norm must be one of linf, l2, l1, not 'l7'"),
         ({"loss": losses.dlr}, "dlr needs at least 3 classes, not 2; use carlini_wagner"),
     ],
 )

@@ -1,6 +1,8 @@
 """Gradient attacks: optimal on linear models, inside ball and box, independent of the batch."""
 
 import functools
+import typing
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +12,36 @@ from flax import linen as nn
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import optimize
 
 from robust_jax import attacks, losses
-from robust_jax.attacks import ATTACKS, norms
-from tests.linear import interior_images, make_linear, make_nonlinear
+from robust_jax.attacks import ATTACKS, Norm, norms
+from tests.linear import (
+    DUAL_ORDERS,
+    ORDERS,
+    interior_images,
+    make_linear,
+    make_nonlinear,
+    sizes,
+    slack,
+)
 
 KEY = jax.random.key(0)
+# Each attack with each of the norms that its signature lists.
+WITH_NORMS = [
+    (name, norm)
+    for name, attack in ATTACKS.items()
+    for norm in typing.get_args(typing.get_type_hints(attack).get("norm", norms.Norm))
+]
+# FAB, DeepFool and Carlini-Wagner look for the nearest adversarial, Square stops at its first,
+# JSMA spends its budget on few pixels, noise has no aim: none goes on to the rim of the ball.
+OFF_THE_RIM = {"carlini_wagner", "deepfool", "fab", "gaussian_noise", "jsma", "square",
+               "uniform_noise"}  # fmt: skip
+QUICK = {"carlini_wagner": {"num_steps": 30, "num_searches": 5}}
 
 
-def sizes(x_adv, x, norm):
-    flat = np.asarray(x_adv - x, np.float64).reshape(len(x), -1)
-    return np.abs(flat).max(-1) if norm == "linf" else np.linalg.norm(flat, axis=-1)
-
-
-def relative_slack(eps, x):
-    """1e-6 of the radius, or what rounding a pixel near 1 to float32 costs."""
-    return 1e-6 * eps + 1e-7 * np.sqrt(np.prod(x.shape[1:]))
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-# FAB looks for the nearest adversarial and Square stops at its first: neither goes on to the rim.
-@pytest.mark.parametrize("name", sorted({*ATTACKS} - {"fab", "square"}))
+@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("name", sorted({*ATTACKS} - OFF_THE_RIM))
 def test_reaches_the_optimum_of_a_binary_linear_model(name, norm):
     """There, the best attack is eps along the dual direction of w_other - w_y."""
     logits_fn, weights, _ = make_linear(KEY, num_classes=2)
@@ -38,10 +49,9 @@ def test_reaches_the_optimum_of_a_binary_linear_model(name, norm):
     y = jnp.argmax(logits_fn(x), -1)
     eps = 0.05
     # From a random start the iterates turn towards the optimum, the faster the longer the step.
-    steps = {"num_steps": 20, "step_size": 2 * eps} if name == "pgd" else {}
+    steps = {"num_steps": 20, "step_size": 2 * eps} if name in ("pgd", "multi_targeted") else {}
     x_adv = ATTACKS[name](logits_fn, x, y, KEY, eps=eps, norm=norm, **steps)
-    gap = np.asarray(weights[0] - weights[1])
-    dual = np.abs(gap).sum() if norm == "linf" else np.linalg.norm(gap)
+    dual = np.linalg.norm(weights[0] - weights[1], DUAL_ORDERS[norm])
     drop = losses.margin(logits_fn(x), y) - losses.margin(logits_fn(x_adv), y)
     np.testing.assert_allclose(drop, np.full(8, eps * dual), rtol=1e-3)
 
@@ -49,17 +59,15 @@ def test_reaches_the_optimum_of_a_binary_linear_model(name, norm):
 @functools.cache
 def compiled(name, norm, shape):
     logits_fn = make_nonlinear(KEY, shape)
-    return jax.jit(lambda x, y, key, eps: ATTACKS[name](logits_fn, x, y, key, eps=eps, norm=norm))
+    attack = functools.partial(ATTACKS[name], logits_fn, norm=norm, **QUICK.get(name, {}))
+    return jax.jit(lambda x, y, key, eps: attack(x, y, key, eps=eps))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("name", ATTACKS)
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
-    shape=st.sampled_from([(4, 5, 1), (1, 7, 2)]),
-)  # fmt: skip
-def test_stays_in_the_ball_and_the_box(name, norm, eps, seed, shape):
+@pytest.mark.parametrize(("name", "norm"), WITH_NORMS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000))
+def test_stays_in_the_ball_and_the_box(name, norm, eps, seed):
+    shape = (3, 5, 2)
     key = jax.random.key(seed)
     x = jax.random.uniform(key, (4, *shape))  # some pixels close to the walls
     y = jax.random.randint(key, (4,), 0, 3)
@@ -67,10 +75,10 @@ def test_stays_in_the_ball_and_the_box(name, norm, eps, seed, shape):
     assert x_adv.shape == x.shape
     assert (x_adv >= 0).all()
     assert (x_adv <= 1).all()
-    assert (sizes(x_adv, x, norm) <= eps + relative_slack(eps, x)).all()
+    assert (sizes(x_adv, x, norm) <= eps + slack(eps, x, norm)).all()
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 @pytest.mark.parametrize("loss", losses.ATTACK_LOSSES)
 def test_never_ends_below_its_start(norm, loss):
     logits_fn = make_nonlinear(KEY)
@@ -88,20 +96,26 @@ def test_never_ends_below_its_start(norm, loss):
     assert (after >= before - 1e-5)[wrong_before == wrong_after].all()
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_result_is_independent_of_batch_size_and_company(name):
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [*{name: (name, norm) for name, norm in reversed(WITH_NORMS)}.values(),
+     ("apgd", "l1"), ("square", "l1"), ("fab", "l1")],
+)  # fmt: skip
+def test_result_is_independent_of_batch_size_and_company(name, norm):
+    eps = {"linf": 0.2, "l2": 0.5, "l1": 1.0, "l0": 4.0}[norm]
     logits_fn = make_nonlinear(KEY)
     x = jax.random.uniform(KEY, (12, 4, 5, 1))
     y = jnp.arange(12) % 3
     keys = jax.random.split(KEY, 12)
-    attack = jax.jit(lambda x, y, k: ATTACKS[name](logits_fn, x, y, k, eps=0.2))
+    attack = jax.jit(lambda x, y, k: ATTACKS[name](logits_fn, x, y, k, eps=eps, norm=norm))
     whole = attack(x, y, keys)
     for index in (np.arange(5, 12), np.array([7]), np.array([11, 3, 7, 0])):
         part = attack(x[index], y[index], keys[index])
         np.testing.assert_allclose(part, whole[index], atol=1e-6)
 
 
-def test_elementwise_network_is_bit_for_bit_independent_of_the_batch():
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_elementwise_network_is_bit_for_bit_independent_of_the_batch(norm):
     """With no matrix product, whose blocking depends on the batch, not a bit may differ."""
 
     def logits_fn(x):
@@ -111,7 +125,7 @@ def test_elementwise_network_is_bit_for_bit_independent_of_the_batch():
     x = jax.random.uniform(KEY, (9, 4, 5, 1))
     y = jnp.arange(9) % 3
     keys = jax.random.split(KEY, 9)
-    attack = jax.jit(lambda x, y, k: attacks.pgd(logits_fn, x, y, k, eps=0.1))
+    attack = jax.jit(lambda x, y, k: attacks.pgd(logits_fn, x, y, k, eps=0.1, norm=norm))
     np.testing.assert_array_equal(attack(x, y, keys)[4:6], attack(x[4:6], y[4:6], keys[4:6]))
 
 
@@ -160,13 +174,14 @@ def test_kl_attack_leaves_the_clean_prediction():
     assert (losses.kl(logits_fn(x_adv), clean) > 1e-4).all()
 
 
-def test_zero_and_nan_gradients_leave_the_point_in_place():
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_zero_and_nan_gradients_leave_the_point_in_place(norm):
     x = interior_images(KEY, 3)
     y = jnp.zeros(3, jnp.int32)
     for value in (0.0, jnp.nan):
         x_adv = attacks.bim(
             lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
-            x, y, KEY, eps=0.1,
+            x, y, KEY, eps=0.1, norm=norm,
         )  # fmt: skip
         np.testing.assert_array_equal(x_adv, x)
 
@@ -199,7 +214,7 @@ def test_attacks_any_framework_through_logits_fn():
         ({"eps": 0.1, "step_size": -1.0}, "step_size must not be negative"),
         ({"eps": 0.1, "num_steps": 0}, "num_steps must be a whole number of at least 1, not 0"),
         ({"eps": 0.1, "num_restarts": 0}, "num_restarts"),
-        ({"eps": 0.1, "norm": "l7"}, "norm must be one of linf, l2, not 'l7'"),
+        ({"eps": 0.1, "norm": "l7"}, "norm must be one of linf, l2, l1, not 'l7'"),
         ({"eps": 0.1, "momentum": 2.0}, "momentum"),
         ({"eps": 0.1, "num_restarts": 2, "keep_best": False}, "keep_best=True"),
     ],
@@ -210,12 +225,85 @@ def test_mistakes_are_told(keywords, message):
         attacks.pgd(logits_fn, interior_images(KEY, 2), jnp.zeros(2, jnp.int32), KEY, **keywords)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 def test_random_starts_fill_the_ball(norm):
     draw = jax.vmap(lambda k: norms.random_in_ball(k, (2, 1, 1), 0.5, norm))
     points = np.asarray(draw(jax.random.split(KEY, 4000))).reshape(-1, 2)
-    radii = np.abs(points).max(-1) if norm == "linf" else np.linalg.norm(points, axis=-1)
+    radii = np.linalg.norm(points, ORDERS[norm], axis=-1)
     assert radii.max() <= 0.5 + 1e-6
     # Uniform in two dimensions: a quarter of the mass is within half the radius.
     np.testing.assert_allclose((radii < 0.25).mean(), 0.25, atol=0.03)
+    mean = {"linf": 1 / 2, "l2": 4 / (3 * np.pi), "l1": 1 / 3}[norm]
+    np.testing.assert_allclose(np.abs(points).mean(0), 0.5 * mean, atol=0.01)
     np.testing.assert_allclose(points.mean(0), 0, atol=0.02)
+
+
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_the_steepest_direction_gains_the_dual_norm(norm):
+    gradient = jax.random.normal(KEY, (3, 2, 2))
+    direction = norms.steepest(gradient, norm)
+    np.testing.assert_allclose(norms.size(direction, norm), 1, rtol=1e-6)
+    gain = np.linalg.norm(gradient.ravel(), DUAL_ORDERS[norm])
+    np.testing.assert_allclose((direction * gradient).sum(), gain, rtol=1e-5)
+    np.testing.assert_allclose(norms.size(gradient, norms.DUAL[norm]), gain, rtol=1e-6)
+    np.testing.assert_array_equal(norms.steepest(0 * gradient, norm), 0 * gradient)
+
+
+@pytest.mark.parametrize("length", [0.0, 0.3, 2.0, 9.0])
+def test_the_steepest_step_of_l1_is_that_of_a_linear_program(length, rng):
+    x, gradient = rng.uniform(size=8), rng.normal(size=8)
+    x[:2], gradient[4] = (0, 1), 0
+    up_and_down = np.r_[gradient, -gradient]
+    best = optimize.linprog(
+        -up_and_down, np.ones((1, 16)), [length], bounds=[(0, room) for room in [*(1 - x), *x]]
+    )
+    as_image = functools.partial(jnp.reshape, shape=(2, 2, 2))
+    step = norms.steepest_step(
+        *map(as_image, (jnp.float32(x), jnp.float32(gradient))), length, "l1"
+    )
+    np.testing.assert_allclose((step.ravel() * gradient).sum(), -best.fun, atol=1e-5)
+    assert np.abs(step).sum() <= length + 1e-6
+    assert (np.abs(x + step.ravel() - 0.5) <= 0.5 + 1e-6).all()
+
+
+def nearest_in_l1(delta, low, high, eps):
+    """In float64, by bisection on how much every entry is shrunk, then clipped."""
+
+    def shrunk(by):
+        return np.clip(np.sign(delta) * np.maximum(np.abs(delta) - by, 0), low, high)
+
+    none, all_of_it = 0.0, np.abs(delta).max()
+    for _ in range(100):
+        middle = (none + all_of_it) / 2
+        enough = np.abs(shrunk(middle)).sum() <= eps
+        none, all_of_it = (none, middle) if enough else (middle, all_of_it)
+    return shrunk(none if np.abs(shrunk(0.0)).sum() <= eps else all_of_it)
+
+
+project_l1 = jax.jit(functools.partial(norms.project, norm="l1"))
+project_l1_and_box = jax.jit(jax.vmap(functools.partial(norms.project_to_ball_and_box, norm="l1")))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 1000), reach=st.sampled_from([0.1, 1.0, 10.0]),
+    eps=st.sampled_from([0.0, 0.01, 0.5, 3.0, 30.0, 1000.0]),
+)  # fmt: skip
+def test_projection_onto_the_l1_ball_and_the_box_is_the_nearest_point(seed, reach, eps):
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(size=(2, 4, 5, 2)).round(1).astype(np.float32)  # some pixels at the walls
+    x_adv = (x + reach * rng.normal(size=x.shape)).astype(np.float32)
+    x_adv[0, 0] = x[0, 0] + 0.5  # ties
+    found = np.asarray(project_l1_and_box(x_adv, x, np.full(2, eps, np.float32)))
+    delta, centre = np.float64(x_adv) - x, np.float64(x)
+    for i in range(2):
+        expected = nearest_in_l1(delta[i], -centre[i], 1 - centre[i], eps)
+        np.testing.assert_allclose(found[i] - centre[i], expected, atol=2e-6 * max(reach, 1))
+        expected = nearest_in_l1(delta[i], -np.inf, np.inf, eps)
+        np.testing.assert_allclose(
+            project_l1(jnp.float32(delta[i]), eps), expected, atol=2e-6 * max(reach, 1)
+        )
+    assert (np.abs(found - 0.5) <= 0.5).all()
+    assert (sizes(found, x, "l1") <= eps + slack(eps, x, "l1")).all()
+    if eps == 1000:
+        np.testing.assert_allclose(found, np.clip(x_adv, 0, 1), atol=1e-6)

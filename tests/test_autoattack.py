@@ -1,6 +1,9 @@
 """AutoAttack: bookkeeping of points, batches and saved states; its warnings; few classes."""
 
 import functools
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 from robust_jax import losses
-from robust_jax.attacks import autoattack, norms
+from robust_jax.attacks import autoattack, fab, norms
 from robust_jax.attacks.autoattack import MEMBERS, VERSIONS
 from tests.linear import make_nonlinear
 
@@ -48,6 +51,21 @@ def test_versions_run_the_attacks_of_the_paper_in_its_order():
     assert list(VERSIONS["standard"]) == ["apgd_ce", "apgd_t", "fab_t", "square"]
     assert list(VERSIONS["plus"]) == ["apgd_ce", "apgd_dlr", "fab", "square", "apgd_t", "fab_t"]
     assert list(VERSIONS["rand"]) == ["apgd_ce", "apgd_dlr"]
+
+
+def test_l1_has_budgets_of_its_own():
+    plan = autoattack.__globals__["check_arguments"](eps=1.0, norm="l1")
+    assert {name: dict(member.keywords) for name, member in plan.items()} == {
+        "apgd_ce": {"loss": losses.cross_entropy, "num_restarts": 5},
+        "apgd_t": {"num_targets": 5}, "fab_t": {}, "square": {},
+    }  # fmt: skip
+    logits_fn, x, y = problem()
+    result = run(logits_fn, x, y, KEY, eps=0.4, norm="l1")
+    assert 0 < result.robust.mean() < 0.7
+    broken = result.distance > 0
+    assert broken.any()
+    np.testing.assert_allclose(result.distance[broken], sizes(result.x_adv - x, "l1")[broken])
+    assert result.distance[broken].max() <= 0.4 * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -151,11 +169,11 @@ def test_resumes_without_doing_finished_attacks_again(tmp_path, monkeypatch):
 
     started = []
 
-    def attempt(*arguments, real=autoattack.__globals__["_attempt"], stop=True):
-        started.append(arguments[1].attack.__name__)
+    def attempt(member, norm, real=autoattack.__globals__["_attempt"], stop=True):
+        started.append(member.attack.__name__)
         if stop and started[-1] == "square":
             raise Stopped
-        return real(*arguments)
+        return real(member, norm)
 
     monkeypatch.setitem(autoattack.__globals__, "_attempt", attempt)
     with pytest.raises(Stopped):
@@ -173,6 +191,90 @@ def test_resumes_without_doing_finished_attacks_again(tmp_path, monkeypatch):
     again = run(logits_fn, x, y, KEY, state_path=path, **arguments)
     assert started == []
     np.testing.assert_array_equal(again.x_adv, resumed.x_adv)
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from robust_jax.attacks import autoattack
+from tests import test_autoattack as t
+
+where, countdown, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+module = sys.modules["robust_jax.attacks.autoattack"]
+original = getattr(module, where) if where != "replace" else os.replace
+
+def dying(*arguments):
+    global countdown
+    countdown -= 1
+    if countdown == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+
+setattr(os if where == "replace" else module, where, dying)
+logits_fn, x, y = t.problem()
+result = t.run(logits_fn, x, y, t.KEY, eps=0.05, version=("apgd_ce", "fab_t"), state_path=path)
+print(countdown)
+np.savez(sys.argv[4], broken_by=result.broken_by, x_adv=result.x_adv, margin=result.margin)
+"""
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_result(tmp_path):
+    logits_fn, x, y = problem()
+    expected = run(logits_fn, x, y, KEY, eps=0.05, version=("apgd_ce", "fab_t"))
+    state, out = tmp_path / "state.npz", tmp_path / "out.npz"
+
+    def child(where, countdown):
+        command = [sys.executable, "-c", KILLED, where, str(countdown), str(state), str(out)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    # In the first check, while the second state is written, and never.
+    for where, countdown in (("_is_right", 2), ("replace", 2)):
+        assert child(where, countdown).returncode == -signal.SIGKILL
+    done = child("_attempt", 99)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 98  # only fab_t was left to do
+    with np.load(out) as result:
+        np.testing.assert_array_equal(result["broken_by"], expected.broken_by)
+        np.testing.assert_allclose(result["x_adv"], expected.x_adv, atol=1e-5)
+        np.testing.assert_allclose(result["margin"], expected.margin, atol=1e-4)
+
+
+def test_fab_s_restarts_are_passes_too_and_start_at_random():
+    plan = autoattack.__globals__["check_arguments"](eps=0.1, version="plus")
+    passes = autoattack.__globals__["_passes"]("fab", plan["fab"], 4)
+    assert [p.salt for p in passes] == ["fab", "fab 1", "fab 2", "fab 3", "fab 4"]
+    assert [p.member.keywords.get("random_start") for p in passes] == [None] + 4 * [True]
+    assert all(p.member.keywords["num_restarts"] == 1 for p in passes)
+    logits_fn, x, y = problem()
+    clean, random = (
+        fab(logits_fn, x, y, KEY, eps=1.0, num_steps=3, num_targets=None, random_start=start)
+        for start in (False, True)
+    )
+    moved = np.abs(clean - random).max((1, 2, 3)) > 1e-4
+    assert moved[5:].mean() > 0.5 and not moved[:5].any()  # what is wrong already stays
+
+
+def test_restarts_are_passes_between_which_the_broken_drop_out():
+    logits_fn, x, y = problem()
+    settings = {"eps": 0.05, "version": ("apgd_dlr",)}
+    weak = {"num_steps": 1}
+    one, five = (
+        run(logits_fn, x, y, KEY, overrides={"apgd_dlr": {**weak, "num_restarts": n}}, **settings)
+        for n in (1, 5)
+    )
+    assert five.robust.sum() < one.robust.sum()
+    np.testing.assert_array_equal(five.x_adv[one.broken_by != ""], one.x_adv[one.broken_by != ""])
+
+
+def test_margin_is_that_of_the_adversarial_or_the_smallest_left():
+    logits_fn, x, y = problem()
+    result = baseline()
+    margin = np.asarray(losses.margin(logits_fn(result.x_adv), jnp.asarray(y)))
+    broken = ~result.robust
+    np.testing.assert_allclose(result.margin[broken], margin[broken], atol=1e-5)
+    clean = np.asarray(losses.margin(logits_fn(x), jnp.asarray(y)))
+    assert (result.margin[result.robust] > 0).all()
+    assert (result.margin[result.robust] < clean[result.robust]).all()
 
 
 def test_refuses_a_state_of_something_else(tmp_path):
@@ -257,7 +359,7 @@ def test_randomised_networks_are_noticed_and_have_their_own_version():
         ({"overrides": {"square": {"steps": 1}}}, "square has no keyword 'steps'; choices: num_q"),
         ({"overrides": {"squares": {}}}, "attack must be one of .*, not 'squares'"),
         ({"eps": -1.0}, "eps must not be negative"),
-        ({"norm": "l1"}, "norm must be one of linf, l2, not 'l1'"),
+        ({"norm": "l0"}, "norm must be one of linf, l2, l1, not 'l0'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
         ({"x": np.full((40, 4, 5, 1), 7.0)}, r"x ranges over \[7, 7\]; pixels must be in"),
         ({"x": np.zeros((40, 20))}, r"x must be \[N,H,W,C\] and not empty, not \[40, 20\]"),

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,8 +14,9 @@ from ml_collections import ConfigDict
 from configs import default
 from robust_jax import config as config_lib
 from robust_jax import experiment, losses
+from robust_jax.attacks import ATTACKS
 from robust_jax.errors import UserError
-from robust_jax.evaluate import Settings
+from robust_jax.evaluate import Settings, _attempt
 from robust_jax.experiment import build
 from tests.conftest import REPOSITORY
 
@@ -82,6 +84,13 @@ MISTAKES = {
         {"regularizers__jacobian": {"weight": 1.0, "num_projections": 0}},
         "config.regularizers.jacobian: num_projections must be at least 1",
     ),
+    "margin of no scale": (
+        {"regularizers__average_margin": {"weight": 1.0, "tau": 0.0}}, "tau must be above 0, not 0",
+    ),
+    "energy of no sample": (
+        {"regularizers__energy_mean_square": {"weight": 1.0, "eps": 0.1, "num_samples": 0}},
+        "config.regularizers.energy_mean_square: num_samples must be a whole number",
+    ),
     "attack without radii": ({"attacks__pgd_linf__eps": ()}, "attacks.pgd_linf.eps is empty"),
     "attack with negative radius": ({"attacks__pgd_linf__eps": (-1.0,)}, "eps must not be neg"),
     "attack with a word for a radius": ({"attacks__pgd_linf__eps": (0.1, "x")}, "eps must be"),
@@ -98,6 +107,7 @@ MISTAKES = {
     "schedule out of range": ({"schedule__warmup": 2.0}, "schedule: warmup must be a fraction"),
     "learning rate": ({"learning_rate": 0.0}, "config.learning_rate is 0.0; it must be above 0"),
     "weight decay": ({"weight_decay": -1.0}, "config.weight_decay is -1.0; it must be at least 0"),
+    "weight perturbation": ({"weight_perturbation": -0.1}, "perturbation is -0.1; it must be at"),
     "averaging": ({"ema_decay": 1.0}, r"config.ema_decay is 1.0; it must be in \[0, 1\)"),
     "labels": ({"num_labeled": 15}, "config.num_labeled is 15; it must be a multiple"),
     "projections": ({"evaluation__jacobian_projections": 1}, "jacobian_projections is 1.*least 2"),
@@ -133,6 +143,7 @@ EFFECTS = {
     "seed": 1, "validation_size": 100, "num_labeled": 100, "augmentation.crop_padding": 1,
     "augmentation.flip": True, "normalize": False, "dtype": "bfloat16", "loss_on": "clean",
     "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip_norm": 0.01,
+    "weight_perturbation": 0.1,
     "model.hidden": (9,), "loss.name": "boosted_cross_entropy", "adversary.eps": 0.3,
     "regularizers.entropy.weight": 1.0, "optimizer.name": "sgd", "schedule.name": "constant",
     "duration": "7 steps",
@@ -203,6 +214,17 @@ def test_names_in_a_config_are_found_with_their_keywords():
                                                       "label_smoothing": 0.1}), "x")  # fmt: skip
     assert loss.func is losses.cross_entropy
     assert loss.keywords == {"label_smoothing": 0.1}
+
+
+def test_every_attack_can_be_evaluated_in_a_norm_of_its_own():
+    """By its name and a radius alone, traced as the evaluation runs it."""
+    entries = {name: {"name": name, "eps": 4} for name in ATTACKS}
+    grids = build(changed(attacks=ConfigDict(entries)), default.get_config()).grids
+    batch = {"image": jnp.zeros((2, 4, 5, 1)), "label": jnp.zeros(2, int), "index": jnp.arange(2)}
+    for name, grid in grids.items():
+        assert grid.norm == {"jsma": "l0", "carlini_wagner": "l2"}.get(name, "linf")
+        attempt = _attempt(lambda _, x: x[:, 0, :3, 0], grid, jax.random.key(0))
+        assert jax.eval_shape(attempt, None, batch, 4.0)["distance"].shape == (2,)
 
 
 @pytest.mark.parametrize(

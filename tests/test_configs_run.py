@@ -1,16 +1,24 @@
-"""Every config in configs/ composes and takes two steps, on a network and images made small."""
+"""Every config in configs/ composes, on a network and images made small, and steps or is traced."""
 
 import importlib
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax.experiment import build
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
+# Those whose program is like another's are traced, which is most of what can go wrong.
+TRACED = {
+    "digits_cnn_at_entm", "digits_cnn_at_ls", "digits_cnn_cot", "digits_cnn_energy",
+    "digits_cnn_energy_label_free", "digits_cnn_entm", "digits_cnn_fast_at", "digits_cnn_gce",
+    "digits_cnn_gce_at", "digits_cnn_l2_at", "digits_cnn_ls", "fashion_mnist_lenet5_at",
+    "mnist_madry_cnn_at",
+}  # fmt: skip
 # Fields that make a network of the same class small.
 SMALL = {
     "cnn": {"widths": (4, 4), "hidden": 8},
@@ -37,7 +45,7 @@ def npz_files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_takes_two_steps(name, npz_files):
+def test_config_takes_two_steps_or_is_traced(name, npz_files):
     config = importlib.import_module(f"configs.{name}").get_config()
     if config.dataset != "digits":
         config.dataset = npz_files[config.dataset]
@@ -47,8 +55,15 @@ def test_config_takes_two_steps(name, npz_files):
     config.model.update(SMALL.get(config.model.name, {}))
     if config.adversary is not None:
         config.adversary.num_steps = min(config.adversary.num_steps, 2)
-    plan = build(config, default.get_config()).plan
+    schema = default.get_config()
+    if name != "default" and config.attacks == schema.attacks:
+        config.attacks = ConfigDict()  # tried out with the default already
+    plan = build(config, schema).plan
     assert plan.total_steps == 2
+    if name in TRACED:
+        _, sums = jax.eval_shape(lambda: plan.train_step(plan.init(), plan.batches[0], plan.key))
+        assert sums["loss"][0].shape == ()
+        return
     state = plan.init()
     before = jax.device_get(state.params)
     for step in range(2):
@@ -72,3 +87,24 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     floats = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype != np.int32]
     assert {leaf.dtype for leaf in floats} == {np.dtype("float32")}
     assert np.isfinite(sums["loss"][0])
+
+
+def test_the_step_is_compiled_once():
+    """Its second call finds the program of the first, and so does every other."""
+    config = default.get_config()
+    config.model.update(SMALL["cnn"])
+    config.adversary.num_steps = 1
+    config.batch_size = 16
+    config.attacks = ConfigDict()
+    plan = build(config, default.get_config()).plan
+    state, _ = plan.train_step(plan.init(), plan.batches[0], plan.key)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "compile" in event else None
+    )
+    try:
+        for step in (1, 2):
+            state, _ = plan.train_step(state, plan.batches[step], plan.key)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not compiled

@@ -78,16 +78,6 @@ def test_semi_supervised_batches_hold_the_same_number_of_labels():
         np.testing.assert_array_equal(batch["position"], np.arange(32))
 
 
-def test_padded_batches_cover_everything_once():
-    split = data.Split(np.zeros((10, 2, 2, 1), np.uint8), np.arange(10, dtype=np.int32))
-    index = np.array([1, 3, 5, 7, 9])
-    batches = list(data.padded_batches(split, index, 3))
-    assert [rows for _, rows in batches] == [3, 2]
-    assert all(len(batch["label"]) == 3 for batch, _ in batches)
-    seen = np.concatenate([batch["index"][:rows] for batch, rows in batches])
-    np.testing.assert_array_equal(seen, index)
-
-
 def test_pixels_are_in_unit_range_from_either_dtype():
     np.testing.assert_allclose(data.to_pixels(jnp.asarray([[0, 128, 255]], jnp.uint8)),
                                [[0, 128 / 255, 1]])  # fmt: skip

@@ -18,7 +18,13 @@ TINY = (
     "--config.adversary.num_steps=2",
     "--config.duration=3 epochs",
     "--config.attacks=" + repr({"pgd_linf": {"name": "pgd", "eps": (0.1, 0.2), "num_steps": 3}}),
+    "--config.audit.num_examples=0",
 )
+AUTOATTACK = {
+    "name": "autoattack", "eps": (0.05, 0.1), "version": ("apgd_ce", "square"),
+    "num_examples": 100,
+    "overrides": {"apgd_ce": {"num_steps": 5}, "square": {"num_queries": 50}},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,9 @@ def test_attacks_do_bite(results):
 
 def test_an_untrained_network_does_not_pass(launch, tmp_path):
     result = launch("--config=configs/default.py", f"--workdir={tmp_path / 'run'}",
-                    "--config.learning_rate=1e-9", "--config.duration=1 step")  # fmt: skip
+                    "--config.learning_rate=1e-9", "--config.duration=1 step",
+                    "--config.attacks=" + repr({"pgd": {"name": "pgd", "eps": (0.1,)}}),
+                    "--config.audit.num_examples=0")  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["clean"]["accuracy"] < 0.5
@@ -75,6 +83,9 @@ def test_results_are_the_means_of_the_records(demo, results):
     assert (records["spectral_logits"] <= records["frobenius_logits"] * (1 + 1e-4)).all()
     assert records["entropy"].between(0, np.log(10) + 1e-5).all()
     assert records["confidence"].between(0, 1).all()
+    best = records.loc[records["correct"], "confidence"]
+    np.testing.assert_allclose(records.loc[records["correct"], "top_probability"], best, rtol=1e-4)
+    assert (records["top_probability"] >= records["confidence"] - 1e-6).all()
     # The softmax's own Jacobian has a norm of at most ½.
     for norm in ("frobenius", "spectral"):
         assert (records[f"{norm}_probabilities"] <= 0.5001 * records[f"{norm}_logits"]).all()
@@ -83,6 +94,8 @@ def test_results_are_the_means_of_the_records(demo, results):
         if attack["attack"] != "worst_case":
             column = f"{attack['name']}@{attack['eps']:g}"
             held, distance = records[f"{column}/held"], records[f"{column}/distance"]
+            assert ((records[f"{column}/margin"] > 0) == held).all()
+            assert (records[f"{column}/margin"] <= records["margin"] + 1e-4).mean() > 0.99
             assert held.mean() == attack["robust_accuracy"]
             assert (distance.isna() == held).all()
             assert distance.max() <= attack["eps"] * (1 + 1e-6) + 1e-6
@@ -108,8 +121,25 @@ def test_accuracy_falls_with_eps_and_the_worst_case_is_the_worst(results):
     for norm in ("linf", "l2"):
         worst = by_name[f"worst_case_{norm}"]
         for name, values in by_name.items():
-            if name.endswith(norm):
+            if name.endswith(norm) and len(values) == len(worst):
                 assert all(w <= v for w, v in zip(worst, values, strict=True))
+
+
+def test_autoattack_and_the_audit_end_the_demo(demo, results):
+    found = next(a for a in results["attacks"] if a["attack"] == "autoattack")
+    assert (found["norm"], found["eps"], found["count"]) == ("linf", 0.15, 500)
+    assert list(found["members"]) == ["clean", "apgd_ce", "apgd_t", "fab_t", "square"]
+    assert found["members"]["clean"] == results["clean"]["accuracy"]
+    assert found["members"]["square"] == found["robust_accuracy"]
+    assert found["robust_accuracy"] <= accuracy(results, "pgd_linf", 0.15)
+    assert results["audit"]["verdict"] == "pass"
+    checks = [check["name"] for check in results["audit"]["checks"]]
+    assert checks[-2:] == ["square", "transfer"] and len(checks) == 11
+    assert report.verdict(results) in (demo[1] / "report.html").read_text()
+    card = json.loads((demo[1] / "card.json").read_text())
+    assert card["autoattack_acc"] == f"{100 * found['robust_accuracy']:.2f}"
+    assert (card["threat_model"], card["eps"], card["unreliable"]) == ("Linf", "0.15", False)
+    assert not (demo[1] / "unfinished").exists()
 
 
 def test_best_is_the_step_of_the_highest_robust_validation_accuracy(demo, results):
@@ -197,12 +227,13 @@ def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_sa
     assert "other attacks: --mode=evaluate" in result.stderr
 
 
-def test_a_run_whose_evaluation_was_killed_is_evaluated_again(demo, results, launch, tmp_path):
-    workdir = tmp_path / "copied"
-    shutil.copytree(demo[1], workdir)
+def test_a_run_whose_evaluation_was_killed_is_evaluated_again(launch, tmp_path):
+    workdir = tmp_path / "run"
+    assert launch(*TINY, f"--workdir={workdir}").returncode == 0
+    results = json.loads((workdir / "results.json").read_text())
     (workdir / "results.json").unlink()  # written last
     (workdir / "report.html").unlink()
-    result = launch("--config=configs/default.py", f"--workdir={workdir}")
+    result = launch(*TINY, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr[-3000:]
     again = json.loads((workdir / "results.json").read_text())
     for key in ("clean", "attacks", "jacobian", "last", "best"):
@@ -220,8 +251,73 @@ def test_a_clean_objective_does_not_claim_an_adversary(launch, tmp_path):
     assert "not a size it was trained against" in report.headline(results)
 
 
+def test_verify_finds_every_adversarial_again_or_says_what_differs(launch, tmp_path):
+    workdir = tmp_path / "run"
+    attacks = {"pgd_linf": {"name": "pgd", "eps": (0.1,)}, "autoattack_linf": AUTOATTACK}
+    flags = (*TINY, f"--workdir={workdir}", f"--config.attacks={attacks!r}")
+    assert launch(*flags).returncode == 0
+    verified = launch(*flags, "--mode=verify")
+    assert verified.returncode == 0, verified.stderr[-3000:]
+    assert "confirmed: every adversarial" in verified.stderr
+    results = json.loads((workdir / "results.json").read_text())
+    counts = {a["name"]: a["count"] for a in results["attacks"]}
+    assert counts == {"pgd_linf": 500, "autoattack_linf": 100, "worst_case_linf": 500}
+    # An image that was broken is passed off as one that held, in the records and in the table.
+    path = workdir / "records" / "best.csv"
+    records = pd.read_csv(path)
+    broken = records.index[(records["pgd_linf@0.1/held"] == False) & records["correct"]]  # noqa: E712
+    records.loc[broken[0], "pgd_linf@0.1/held"] = True
+    records.to_csv(path, index=False)
+    verified = launch(*flags, "--mode=verify")
+    assert verified.returncode == 1
+    assert "is not confirmed: records/best.csv pgd_linf@0.1/held: 1 rows" in verified.stderr
+    assert "results.json best.attacks is not what the records add up to" in verified.stderr
+
+
+def test_a_record_s_key_makes_its_adversarial_again(demo):
+    """As docs say: the key of the row, folded with the attack's name."""
+    import zlib
+
+    import jax
+
+    from robust_jax import data, experiment
+    from robust_jax.attacks import pgd
+
+    records = pd.read_csv(demo[1] / "records" / "best.csv", dtype={"key": str})
+    broken = records[(records["pgd_linf@0.15/held"] == False) & records["pgd_linf@0.1/held"]]  # noqa: E712
+    rows = broken.iloc[:8]
+    words = [[int(key[:8], 16), int(key[8:], 16)] for key in rows["key"]]
+    keys = jax.random.wrap_key_data(np.array(words, np.uint32))
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, zlib.crc32(b"pgd_linf")))(keys)
+    logits_fn = experiment.load(demo[1]).logits_fn
+    images = data.to_pixels(data.load("digits", validation_size=197).test.images)[
+        rows["index"].values
+    ]
+    x_adv = pgd(
+        logits_fn, images, rows["label"].values, keys, eps=0.15, num_steps=20, num_restarts=3
+    )
+    distance = np.abs(x_adv - images).max((1, 2, 3))
+    np.testing.assert_allclose(distance, rows["pgd_linf@0.15/distance"], atol=1e-5)
+    assert (np.argmax(logits_fn(x_adv), -1) != rows["label"]).all()
+
+
+def test_audit_mode_looks_again(demo, results, launch, tmp_path):
+    workdir = tmp_path / "copied"
+    shutil.copytree(demo[1], workdir)
+    result = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=audit",
+                    "--config.audit.num_examples=60", "--config.audit.num_queries=50",
+                    f"--config.audit.surrogate={demo[1]}")  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    again = json.loads((workdir / "results.json").read_text())
+    assert again["audit"]["num_examples"] <= 60
+    transfer = again["audit"]["checks"][-1]
+    assert transfer["name"] == "transfer" and str(demo[1]) in transfer["values"]
+    assert again["attacks"] == results["attacks"]
+    assert report.verdict(again) in (workdir / "report.html").read_text()
+
+
 def test_modes_need_a_finished_run(launch, tmp_path):
-    for mode in ("evaluate", "report"):
+    for mode in ("evaluate", "report", "audit", "verify"):
         result = launch("--config=configs/default.py", f"--workdir={tmp_path / 'none'}",
                         f"--mode={mode}")  # fmt: skip
         assert result.returncode == 1

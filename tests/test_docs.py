@@ -34,11 +34,11 @@ def test_the_example_loss_works(blocks):
 
 def test_the_example_attack_works(blocks):
     namespace = {"jax": jax, "norms": norms, "example_keys": example_keys}
-    exec(next(b for b in blocks if "def uniform_noise" in b), namespace)
+    exec(next(b for b in blocks if "def random_corner" in b), namespace)
     logits_fn, _, _ = make_linear(KEY)
     x = interior_images(KEY, 5)
-    x_adv = namespace["uniform_noise"](logits_fn, x, jnp.zeros(5, jnp.int32), KEY, eps=0.1)
-    assert 0 < np.abs(x_adv - x).max() <= 0.1 + 1e-6
+    x_adv = namespace["random_corner"](logits_fn, x, jnp.zeros(5, jnp.int32), KEY, eps=0.1)
+    np.testing.assert_allclose(np.abs(x_adv - x), 0.1, rtol=1e-5)
 
 
 def test_the_example_data_set_loads(blocks, tmp_path, monkeypatch):
@@ -51,6 +51,25 @@ def test_the_example_data_set_loads(blocks, tmp_path, monkeypatch):
     exec(next(b for b in blocks if "mine.npz" in b), {"np": np, "x_train": x_train,
          "x_test": x_test, "y_train": y_train, "y_test": y_test})  # fmt: skip
     assert data.load("npz:mine.npz", validation_size=4).num_classes == 2
+
+
+def test_attack_your_own_model_runs_from_top_to_bottom(capsys):
+    text = (REPOSITORY / "docs" / "attack_your_model.md").read_text()
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, namespace)
+    x, y, result = namespace["x"], namespace["y"], namespace["result"]
+    clean = namespace["logits_fn"](x).argmax(-1) == y
+    assert clean.mean() > 0.85
+    assert 0 < result.robust.mean() < clean.mean() - 0.2
+    assert namespace["report"].verdict == "pass", namespace["report"]
+    assert np.abs(namespace["all_of_them"][7] - namespace["just_one"][0]).max() < 1e-6
+    broken = namespace["black_box"](namespace["x_adv"]).argmax(-1) != y
+    assert broken.mean() > (~clean).mean()
+    np.testing.assert_allclose(
+        namespace["black_box"](x), namespace["logits_fn"](x), rtol=1e-5, atol=1e-5
+    )
+    assert "transfer" in capsys.readouterr().out
 
 
 def test_the_readme_names_files_that_exist():

@@ -1,6 +1,7 @@
 """FAB: the distances of linear models, projections against brute force, few classes."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
-from robust_jax.attacks import fab, nearest_adversarial
+from robust_jax.attacks import Norm, fab, nearest_adversarial
 from robust_jax.attacks.fab import project_to_boundary
 from tests.linear import interior_images, make_linear, make_nonlinear
 from tests.test_apgd import near_boundary, robust_accuracy, sizes
@@ -18,7 +19,7 @@ from tests.test_apgd import near_boundary, robust_accuracy, sizes
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 @pytest.mark.parametrize(("num_classes", "num_targets"), [(2, 9), (5, 9), (5, None)])
 def test_finds_the_closed_form_distance_of_a_linear_model(num_targets, norm, num_classes):
     logits_fn, x, y, distance = near_boundary(num_classes, norm)
@@ -39,7 +40,7 @@ def compiled(norm, shape, num_classes):
     ), logits_fn
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 @settings(max_examples=16, deadline=None, derandomize=True)
 @given(
     eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
@@ -62,10 +63,10 @@ def test_is_inside_ball_and_box_or_unchanged(norm, eps, seed, shape_and_classes)
     np.testing.assert_array_equal(x_adv[unchanged], x[unchanged])
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 @pytest.mark.parametrize("seed", range(6))
 def test_projection_is_the_nearest_point_of_the_plane_in_the_box(norm, seed):
-    """Against linear programming (linf) and a general solver (l2)."""
+    """Against linear programming (linf, l1) and a general solver (l2)."""
     rng = np.random.default_rng(seed)
     x, w = rng.uniform(0, 1, 6), rng.normal(size=6) * np.array([1, 1, 1, 1, 0, 0.1])
     reach = sum(max(-wi * xi, wi * (1 - xi)) for wi, xi in zip(w, x, strict=True))
@@ -86,6 +87,11 @@ def test_projection_is_the_nearest_point_of_the_plane_in_the_box(norm, seed):
             [*zip(-x, 1 - x, strict=True), (0, None)],
         ).fun  # fmt: skip
         np.testing.assert_allclose(np.abs(delta).max(), best, rtol=1e-4)
+    elif norm == "l1":  # minimise the sum of what goes up and what goes down
+        best = optimize.linprog(
+            np.ones(12), A_eq=[[*w, *-w]], b_eq=[-value], bounds=[(0, r) for r in [*(1 - x), *x]]
+        ).fun
+        np.testing.assert_allclose(np.abs(delta).sum(), best, rtol=1e-4)
     else:
         best = optimize.minimize(
             lambda d: d @ d, np.zeros(6), method="SLSQP", bounds=[*zip(-x, 1 - x, strict=True)],
@@ -95,7 +101,7 @@ def test_projection_is_the_nearest_point_of_the_plane_in_the_box(norm, seed):
         np.testing.assert_allclose(delta @ delta, best, rtol=1e-3)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 def test_projection_out_of_reach_goes_as_far_as_the_box_allows(norm):
     x = jnp.full((2, 2, 1), 0.25)
     w = jnp.array([1.0, -1.0, 2.0, 0.0]).reshape(2, 2, 1)
@@ -152,7 +158,7 @@ def test_restarts_targets_and_ranks_only_help():
         ({"alpha_max": 1.5}, r"alpha_max must be in \(0, 1\], not 1.5"),
         ({"beta": 0}, "beta"),
         ({"eta": 0.9}, "eta must be at least 1, not 0.9"),
-        ({"norm": "l7"}, "norm must be one of linf, l2, not 'l7'"),
+        ({"norm": "l7"}, "norm must be one of linf, l2, l1, not 'l7'"),
     ],
 )
 def test_mistakes_are_told(keywords, message):

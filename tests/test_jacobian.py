@@ -109,3 +109,17 @@ def test_too_few_samples_are_refused(call):
     fn, _, _ = make_linear(KEY)
     with pytest.raises(ValueError, match="at least"):
         call(fn, interior_images(KEY, 2))
+
+
+@pytest.mark.parametrize("of", [lambda fn: fn, jacobian.probabilities])
+@pytest.mark.parametrize("image_shape", [(4, 5, 1), (1, 2, 1)])
+def test_spectrum_is_that_of_the_full_jacobian(of, image_shape):
+    fn = of(make_nonlinear(KEY, image_shape, num_classes=4))
+    x = interior_images(jax.random.key(1), 5, image_shape)
+    full = jax.vmap(jax.jacrev(lambda one: fn(one[None])[0]))(x).reshape(5, 4, -1)
+    expected = np.linalg.svd(np.asarray(full, np.float64), compute_uv=False)
+    values = jacobian.singular_values(fn, x, chunk_size=2)
+    np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(values, axis=-1), jacobian.frobenius_norm(fn, x), rtol=1e-4
+    )

@@ -30,6 +30,11 @@ def reference_gce(z, y, alpha=1 / 3):
     return p[y] ** alpha * (q * np.log(q)).sum() / np.log(len(z) - 1)
 
 
+def reference_complement_entropy(z, y):
+    q = np.delete(softmax(z), y) / (1 - softmax(z)[y])
+    return -(q * np.log(q)).sum()
+
+
 def reference_boosted(z, y):
     p = softmax(z)
     return -np.log(p[y]) - np.log(1 - np.delete(p, y).max())
@@ -55,6 +60,7 @@ CASES = {
         lambda z, y: losses.guided_complement_entropy(z, y, alpha=0.0),
         lambda z, y: reference_gce(z, y, 0.0),
     ),
+    "complement_entropy": (losses.complement_entropy, reference_complement_entropy),
     "boosted": (losses.boosted_cross_entropy, reference_boosted),
     "margin": (losses.margin, reference_margin),
     "carlini_wagner": (losses.carlini_wagner, lambda z, y: -reference_margin(z, y)),
@@ -130,6 +136,9 @@ def test_bounds_and_symmetries(logits, labels):
     gce = losses.guided_complement_entropy(logits, labels)
     assert (gce >= -1 - 1e-5).all()
     assert (gce <= 1e-6).all()
+    complement = losses.complement_entropy(logits, labels)
+    assert (complement >= -1e-6).all()
+    assert (complement <= np.log(K - 1) + 1e-5).all()
     entropy = losses.entropy(logits)
     assert (entropy >= -1e-6).all()
     assert (entropy <= np.log(K) + 1e-5).all()
@@ -166,6 +175,7 @@ def test_complement_keeps_order():
         (lambda z, y: losses.guided_complement_entropy(z, y, alpha=-1), r"\[0, 1\], not -1"),
         (lambda z, y: losses.dlr(z[:, :2], y), "at least 3 classes, not 2; use carlini_wagner"),
         (lambda z, y: losses.guided_complement_entropy(z[:, :2], y), "at least 3 classes"),
+        (lambda z, y: losses.complement_entropy(z[:, :2], y), "complement_entropy needs at least"),
     ],
 )
 def test_mistakes_are_told(call, message):

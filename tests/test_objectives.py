@@ -1,5 +1,7 @@
 """Objectives: what is composed, on which half, with which statistics; and its gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,6 +156,16 @@ def test_trades_takes_its_loss_and_its_statistics_from_the_clean_half(setting):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats, clean_stats)
 
 
+def test_cot_adds_the_negated_complement_entropy(setting):
+    params, stats, batch = setting
+    plain, _, _ = run(setting, loss_on="clean")
+    terms = {"complement_entropy": Term(regularizers.complement_entropy, 0.1, "clean")}
+    values, _, _ = run(setting, loss_on="clean", terms=terms)
+    logits, _ = apply(params, stats, batch["image"], True)
+    expected = plain - 0.1 * losses.complement_entropy(logits, batch["label"])
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
 def test_kl_term_is_from_clean_to_adversarial():
     """Σ p log(p/q) with p of the clean half, by hand in float64: not its reverse."""
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.1, 0.3, 0.6])
@@ -212,24 +224,46 @@ def test_key_follows_the_position_not_the_row(setting):
     np.testing.assert_allclose(values, reversed_values[::-1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["entropy", "jacobian", "input_gradient", "vat"])
+KEYWORDS = {
+    "vat": {"eps": 0.5},
+    "average_margin": {"tau": 0.1},
+    "energy_mean_square": {"eps": 0.2},
+    "energy_mean_square_label_free": {"eps": 0.2},
+    "energy_oscillation": {"eps": 0.2, "norm": "l2", "num_steps": 2},
+    "energy_oscillation_label_free": {"eps": 0.2, "norm": "l2", "num_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", regularizers.REGULARIZERS)
 def test_parameters_are_pulled_in_the_direction_that_lowers_the_term(name, setting):
     """A small step against the gradient of the whole objective lowers it: nothing is cut off."""
     params, stats, batch = setting
-    keywords = {"vat": {"eps": 0.5}}.get(name, {})
-    fn = regularizers.REGULARIZERS[name]
-    term = Term(lambda *a: fn(*a, **keywords), 5.0, "clean")
+    fn = functools.partial(regularizers.REGULARIZERS[name], **KEYWORDS.get(name, {}))
+    term = Term(fn, 5.0, "clean")
     objective = make_objective(apply, loss=losses.cross_entropy, loss_on="clean",
                                terms={name: term})  # fmt: skip
 
-    def value(params):
+    @jax.jit
+    @jax.value_and_grad
+    def value_and_gradient(params):
         return objective(params, stats, batch, KEY)[0].mean()
 
-    before, gradient = jax.value_and_grad(value)(params)
+    before, gradient = value_and_gradient(params)
     squared_norm = sum((g**2).sum() for g in jax.tree.leaves(gradient))
     step = 1e-3
-    after = value(jax.tree.map(lambda p, g: p - step * g, params, gradient))
+    after, _ = value_and_gradient(jax.tree.map(lambda p, g: p - step * g, params, gradient))
     np.testing.assert_allclose(before - after, step * squared_norm, rtol=0.15)
+
+
+@pytest.mark.parametrize("name", regularizers.REGULARIZERS)
+def test_label_free_terms_and_they_alone_do_without_labels(name, setting):
+    logits_fn, batch = frozen_network(setting)
+    half = regularizers.Half(batch["image"], logits_fn(batch["image"]))
+    fn = functools.partial(regularizers.REGULARIZERS[name], **KEYWORDS.get(name, {}))
+    term = jax.jit(lambda labels: fn(logits_fn, half, labels, jax.random.split(KEY, 8)))
+    known, unknown = term(batch["label"]), term(jnp.full(8, -1))
+    assert np.isfinite(unknown).all()
+    assert (np.asarray(known) == np.asarray(unknown)).all() == (name in regularizers.LABEL_FREE)
 
 
 def frozen_network(setting):

@@ -13,7 +13,7 @@ import pytest
 
 from robust_jax import report
 from robust_jax.analysis import plots, runs
-from robust_jax.records import fates
+from robust_jax.records import evidence, fates
 
 EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
 ATTACKS = {"fgsm": 1.3, "pgd": 1.0}  # how much further than the nearest boundary each must go
@@ -30,7 +30,7 @@ def make_records(seed: int, norms=("linf", "l2"), num: int = 120) -> pd.DataFram
     confidence = 1 / (1 + np.exp(-margin))
     error = 0.1 * frobenius
     records = pd.DataFrame({
-        "index": np.arange(num), "label": label,
+        "index": np.arange(num), "label": label, "key": [f"{i:016x}" for i in range(num)],
         "prediction": np.where(correct, label, (label + 1) % 10), "correct": correct,
         "cross_entropy": -np.log(confidence), "margin": margin, "confidence": confidence,
         "entropy": confidence * (1 - confidence),
@@ -49,6 +49,7 @@ def make_records(seed: int, norms=("linf", "l2"), num: int = 120) -> pd.DataFram
                 held = correct & (effort * reach > eps)
                 columns[f"{attack}_{norm}@{eps:g}/held"] = held
                 columns[f"{attack}_{norm}@{eps:g}/distance"] = np.where(held, np.nan, reach)
+                columns[f"{attack}_{norm}@{eps:g}/margin"] = np.where(held, margin / 2, -0.1)
     return records.join(pd.DataFrame(columns))
 
 
@@ -103,7 +104,14 @@ def make_metrics(steps: int, best: int) -> list[dict]:
 
 
 def make_run(
-    workdir: Path, *, channels=1, adversary=True, best=250, norms=("linf", "l2"), **config
+    workdir: Path,
+    *,
+    channels=1,
+    adversary=True,
+    best=250,
+    norms=("linf", "l2"),
+    audit=None,
+    **config,
 ) -> dict:
     """Writes what a finished run leaves, and returns its results."""
     tables = {"best": make_records(0, norms), "last": make_records(int(best != 300), norms)}
@@ -125,7 +133,7 @@ def make_run(
         "timings": {"train_seconds": 61.2, "compile_seconds": 4.5, "evaluate_seconds": 20.25,
                     "examples_per_second": 1234.5},
         "trained_against": entry and {"norm": entry["norm"], "eps": entry["eps"]},
-        "checkpoint": "best", **summaries["best"], **summaries,
+        "checkpoint": "best", **summaries["best"], **summaries, "audit": audit,
     }  # fmt: skip
     (workdir / "results.json").write_text(json.dumps(results))
     lines = map(json.dumps, make_metrics(300, best))
@@ -142,6 +150,15 @@ def make_images(channels: int, num: int = 10) -> dict[str, np.ndarray]:
     return {"clean": clean, "adversarial": np.clip(clean + noise, 0, 1).astype(np.float32),
             "label": label, "clean_prediction": label,
             "adversarial_prediction": (label + rng.integers(0, 2, num)) % 10}  # fmt: skip
+
+
+def make_audit(**verdicts) -> dict:
+    checks = [{"name": name, "verdict": verdict, "evidence": f"evidence of {name}",
+               "advice": f"advice on {name}", "values": {}}
+              for name, verdict in verdicts.items()]  # fmt: skip
+    order = ["skipped", "pass", "warn", "fail"]
+    return {"verdict": max(verdicts.values(), key=order.index), "checks": checks,
+            "norm": "linf", "eps": 0.1, "num_examples": 100, "seconds": 1.0}  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -237,6 +254,46 @@ def test_the_headline_is_about_the_trained_radius(run):
             f"{100 * high:.1f} %)") in sentence  # fmt: skip
     assert sentence in Page(html).text
     assert "ε = 0.1, the size it was trained against" in sentence
+
+
+def test_the_audit_stands_beside_the_numbers(tmp_path):
+    audit = make_audit(steps="pass", square="fail", noise="warn", transfer="skipped")
+    results = make_run(tmp_path, audit=audit)
+    page = Page(report.write(tmp_path, runs.results(tmp_path)).read_text(encoding="utf-8"))
+    sentence = report.verdict(results)
+    assert sentence.startswith("Audit failed (ℓ∞ ε = 0.1, 100 images): square. Do not trust")
+    assert page.text.count(sentence) == 3  # at the top and in the caption of both norms' tables
+    assert "advice on square" in page.text and "advice on noise" in page.text
+    assert "evidence of steps" in page.text and "advice on steps" not in page.text
+    table = " ".join(report.table(results).split())
+    assert sentence in table
+    for verdicts, start in (
+        (
+            {"steps": "pass", "transfer": "skipped"},
+            "Audit passed (ℓ∞ ε = 0.1, 100 images): 1 checks",
+        ),
+        ({"steps": "warn"}, "Audit passed with warnings (ℓ∞ ε = 0.1, 100 images): steps."),
+    ):
+        assert report.verdict({"audit": make_audit(**verdicts)}).startswith(start)
+    assert report.verdict({"audit": None}).startswith("Not audited")
+
+
+def test_the_first_attack_to_break_each_image_is_counted(run):
+    results, html = run
+    records = make_records(0)
+    found = evidence(records, {"fgsm_linf", "pgd_linf"}, 0.1)
+    assert set(found["broken_by"]) <= {"", "clean", "fgsm_linf@0.05", "pgd_linf@0.05",
+                                       "fgsm_linf@0.1", "pgd_linf@0.1"}  # fmt: skip
+    held = found["broken_by"] == ""
+    assert held.mean() == next(a["robust_accuracy"] for a in results["attacks"]
+                               if a["name"] == "worst_case_linf" and a["eps"] == 0.1)  # fmt: skip
+    assert found["distance"].isna().equals(held)
+    np.testing.assert_allclose(found.loc[held, "margin"], records.loc[held, "margin"] / 2)
+    assert (found.loc[~held & records["correct"], "margin"] == -0.1).all()
+    text = Page(html).text
+    for name, count in found["broken_by"].value_counts().items():
+        if name not in ("", "clean"):
+            assert f"{name}\n{count}" in text.replace("</td>", "\n") or str(count) in text
 
 
 def test_no_adversary_no_metrics_and_no_images(tmp_path):

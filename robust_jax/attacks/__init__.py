@@ -6,9 +6,19 @@ from robust_jax.attacks import norms
 from robust_jax.attacks.apgd import apgd, apgd_targeted
 from robust_jax.attacks.autoattack import AutoAttackResult, autoattack
 from robust_jax.attacks.fab import Nearest, fab, nearest_adversarial
+from robust_jax.attacks.jsma import jsma
+from robust_jax.attacks.minimum_norm import (
+    carlini_wagner_l2,
+    deepfool,
+    nearest_carlini_wagner,
+    nearest_deepfool,
+)
+from robust_jax.attacks.multi_targeted import multi_targeted
+from robust_jax.attacks.noise import gaussian_noise, uniform_noise
 from robust_jax.attacks.norms import Norm
 from robust_jax.attacks.pgd import LogitsFn, bim, fgsm, mim, pgd
 from robust_jax.attacks.square import square
+from robust_jax.attacks.transfer import transfer
 
 ATTACKS: Mapping[str, Callable] = {
     "fgsm": fgsm,
@@ -19,6 +29,12 @@ ATTACKS: Mapping[str, Callable] = {
     "apgd_targeted": apgd_targeted,
     "fab": fab,
     "square": square,
+    "carlini_wagner": carlini_wagner_l2,
+    "deepfool": deepfool,
+    "jsma": jsma,
+    "multi_targeted": multi_targeted,
+    "uniform_noise": uniform_noise,
+    "gaussian_noise": gaussian_noise,
 }
 
 __all__ = [
@@ -31,11 +47,20 @@ __all__ = [
     "apgd_targeted",
     "autoattack",
     "bim",
+    "carlini_wagner_l2",
+    "deepfool",
     "fab",
     "fgsm",
+    "gaussian_noise",
+    "jsma",
     "mim",
+    "multi_targeted",
     "nearest_adversarial",
+    "nearest_carlini_wagner",
+    "nearest_deepfool",
     "norms",
     "pgd",
     "square",
+    "transfer",
+    "uniform_noise",
 ]

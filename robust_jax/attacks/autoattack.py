@@ -10,7 +10,6 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from robust_jax.attacks.fab import fab
 from robust_jax.attacks.norms import Norm
 from robust_jax.attacks.pgd import LogitsFn
 from robust_jax.attacks.square import square
+from robust_jax.batches import MapExamples, on_one_device
 from robust_jax.keys import KeyOrKeys, example_keys, fold_each
 from robust_jax.progress import progress as progress_bar
 
@@ -58,7 +58,8 @@ VERSIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "rand": {"apgd_ce": {"eot_samples": 20}, "apgd_dlr": {"eot_samples": 20}},
 }
-
+# In l1 the standard version takes more restarts of the one and fewer targets of the other.
+_STANDARD_L1 = {"apgd_ce": {"num_restarts": 5}, "apgd_t": {"num_targets": 5}}
 
 # Keywords that are AutoAttack's own to give.
 _RESERVED = ("eps", "norm", "ranks", "targets")
@@ -70,14 +71,16 @@ class AutoAttackResult(NamedTuple):
     x_adv [N,H,W,C]: the adversarial, or x itself where none was found or needed. robust [N].
     broken_by [N]: the attack that broke the example, "clean" where it was misclassified to begin
     with, "" where it is robust. distance [N]: the norm of x_adv - x in pixel units, 0 for "clean",
-    NaN where robust. robust_accuracy: the share of all N that stands after "clean" and each
-    attack in turn. warnings: reasons to doubt the result, in sentences.
+    NaN where robust. margin [N]: the output margin at x_adv, or where robust the smallest that an
+    attack left. robust_accuracy: the share of all N that stands after "clean" and each attack in
+    turn. warnings: reasons to doubt the result, in sentences.
     """
 
     x_adv: Float[np.ndarray, "n h w c"]
     robust: Bool[np.ndarray, " n"]
     broken_by: np.ndarray
     distance: Float[np.ndarray, " n"]
+    margin: Float[np.ndarray, " n"]
     robust_accuracy: dict[str, float]
     warnings: tuple[str, ...]
 
@@ -94,91 +97,122 @@ def autoattack(
     batch_size: int = 128,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     state_path: str | os.PathLike | None = None,
+    map_examples: MapExamples | None = None,
     progress: bool = True,
 ) -> AutoAttackResult:
     """Robust accuracy by AutoAttack, an upper bound on the true one (arXiv 2003.01690).
 
     Attacks run in turn on the examples classified right that no other has broken, from the clean
-    image, targeted ones class by class; what they find is checked by a fresh forward pass. An
-    example's randomness follows (key, its place in x, the attack's name), so the result does not
-    depend on batch_size. logits_fn: [B,H,W,C] in [0,1] -> [B,K]; with version="rand", for
+    image, class by class and restart by restart; what they find is checked by a fresh forward
+    pass. An example's randomness follows (key, its place in x, the attack's name), so the result
+    does not depend on batch_size. logits_fn: [B,H,W,C] in [0,1] -> [B,K]; with version="rand", for
     randomised networks, logits_fn(x, key) with one key for a batch of one. x: [N,H,W,C]. y: [N].
     key: one key, or one for each example [N]. eps: pixel units. version: "standard", "plus" or
     "rand", or a tuple of the names in MEMBERS. overrides: keywords for members by name, as in
-    {"square": {"num_queries": 1000}}. state_path: an .npz file written after each attack, from
-    which a run with the same arguments (but for batch_size) goes on. Raises ValueError for
-    unknown names, wrong shapes, pixels outside [0,1], a state of other inputs.
+    {"square": {"num_queries": 1000}}. state_path: an .npz file written after each pass, from which
+    a run with the same arguments (but for batch_size) goes on. map_examples: how batches reach the
+    devices; by default one device takes batches of batch_size. Raises ValueError for unknown
+    names, wrong shapes, pixels outside [0,1], a state of other inputs.
     """
-    randomised = version == "rand"
-    plan = _plan(version, overrides or {})
-    x, y, keys = _checked(x, y, key, eps, norm, batch_size)
-    over_batches = partial(_over_batches, batch_size)
-    classify = jax.jit(_one_by_one(logits_fn) if randomised else lambda x, _: logits_fn(x))
+    plan = check_arguments(eps=eps, norm=norm, version=version, overrides=overrides)
+    check_counts(batch_size=batch_size)
+    rows = _checked(x, y, key)
+    x, y = rows["x"], rows["y"]
+    map_examples = map_examples or on_one_device(logits_fn, batch_size)
+    classify = map_examples(_classify_randomised if version == "rand" else _classify)
 
-    logits = over_batches(classify, x, _named(keys, "clean"))
+    logits = classify(rows, _salt("clean"))
     num_classes = logits.shape[-1]
     if y.max() >= num_classes:
         raise ValueError(f"y has label {y.max()}, but the network has {num_classes} classes")
-    right = _is_right(logits, y)
+    right, margin = _is_right(logits, y)
     plan, warnings = _fit_to_classes(plan, num_classes)
-    if _are_probabilities(logits):
+    if are_probabilities(logits):
         warnings.append(
             "the outputs are probabilities: give logits, or gradients vanish where they saturate"
         )
-    if not randomised:
-        if _is_random(logits_fn, x[:batch_size]):
+    if version != "rand":
+        if is_random(logits_fn, x[:batch_size]):
             warnings.append('the network is randomised: use version="rand"')
         if right.any() and any(member.attack is not square for member in plan.values()):
-            flat = over_batches(jax.jit(_is_flat(logits_fn)), x[right], y[right])
+            flat = map_examples(_is_flat)(_take(rows, right))
             if flat.any():
                 warnings.append(
                     f"{flat.sum()} of {len(flat)} points have a zero gradient: attacks that "
                     "follow gradients say little about them"
                 )
 
-    inputs = _fingerprint(x, y, keys, eps, norm, plan)
-    state = _State(
-        x.copy(), np.where(right, "", "clean").astype("U32"), {"clean": float(right.mean())}
-    )
+    inputs = _fingerprint(rows, eps, norm, plan)
+    broken_by = np.where(right, "", "clean").astype("U32")
+    state = _State(x.copy(), broken_by, margin, 0, {"clean": float(right.mean())})
     if state_path is not None and Path(state_path).exists():
         state = _load(Path(state_path), inputs, logits)
 
-    passes = {name: _passes(member, num_classes) for name, member in plan.items()}
-    num_passes = sum(map(len, passes.values()))
-    with progress_bar(num_passes, "autoattack", "pass", shown=progress) as bar:
-        for name, member in plan.items():
-            if name in state.robust_accuracy:
-                bar.update(len(passes[name]))
+    passes = [p for name, member in plan.items() for p in _passes(name, member, num_classes)]
+    with progress_bar(
+        len(passes), "autoattack", "pass", initial=state.passes_done, shown=progress
+    ) as bar:
+        # Compiled once for all the passes of a member that are alike.
+        attacks: dict[str, tuple[Member, Callable]] = {}
+        for i, (name, member, ranks, salt) in enumerate(passes):
+            if i < state.passes_done:
                 continue
-            attack = jax.jit(partial(_attempt, logits_fn, member, norm))
-            attack_keys, check_keys = _named(keys, name), _named(keys, f"check {name}")
-            for ranks in passes[name]:
-                standing = np.flatnonzero(state.broken_by == "")
-                bar.set_postfix_str(f"{name}: {len(standing)} standing")
-                if len(standing):
-                    x_try = over_batches(
-                        partial(attack, eps, ranks),
-                        x[standing], y[standing], attack_keys[standing],
-                    )  # fmt: skip
-                    fresh = over_batches(classify, x_try, check_keys[standing])
-                    wrong = ~_is_right(fresh, y[standing])
-                    state.x_adv[standing[wrong]] = x_try[wrong]
-                    state.broken_by[standing[wrong]] = name
-                bar.update()
+            standing = np.flatnonzero(state.broken_by == "")
+            bar.set_postfix_str(f"{name}: {len(standing)} standing")
+            if len(standing):
+                if (previous := attacks.get(name)) is None or previous[0] != member:
+                    attacks[name] = member, map_examples(_attempt(member, norm))
+                some = _take(rows, standing)
+                x_try = attacks[name][1](some, eps, ranks, _salt(salt))
+                fresh = classify({**some, "x": x_try}, _salt(f"check {salt}"))
+                holds, margin = _is_right(fresh, y[standing])
+                state.margin[standing] = np.where(
+                    holds, np.minimum(margin, state.margin[standing]), margin
+                )
+                broken = standing[~holds]
+                state.x_adv[broken] = x_try[~holds]
+                state.broken_by[broken] = name
             state.robust_accuracy[name] = float((state.broken_by == "").mean())
+            state = state._replace(passes_done=i + 1)
             if state_path is not None:
                 _save(Path(state_path), state, inputs, logits)
+            bar.update()
     return _result(state, x, norm, warnings)
 
 
 class _State(NamedTuple):
+    """How far a run has come; robust_accuracy holds the attacks begun, in their order."""
+
     x_adv: np.ndarray
     broken_by: np.ndarray
+    margin: np.ndarray
+    passes_done: int
     robust_accuracy: dict[str, float]
 
 
-def _plan(version, overrides) -> dict[str, Member]:
-    """The members to run, in order, with the keywords of the version and of the user."""
+class _Pass(NamedTuple):
+    """One attack with one target rank or restart; the broken drop out between passes."""
+
+    name: str
+    member: Member
+    ranks: np.ndarray | None
+    salt: str
+
+
+def check_arguments(
+    *,
+    eps: float,
+    norm: str = "linf",
+    version: str | tuple[str, ...] = "standard",
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Member]:
+    """The members to run, in order, with the keywords of the version and of the user.
+
+    Raises ValueError as `autoattack` does.
+    """
+    check_eps(eps)
+    norms.check(norm)
+    overrides = overrides or {}
     if isinstance(version, str):
         if version not in VERSIONS:
             raise ValueError(
@@ -186,6 +220,8 @@ def _plan(version, overrides) -> dict[str, Member]:
                 f"not {version!r}"
             )
         chosen = VERSIONS[version]
+        if (version, norm) == ("standard", "l1"):
+            chosen = {name: _STANDARD_L1.get(name, {}) for name in chosen}
     else:
         chosen = {name: {} for name in version}
     for name in (*chosen, *overrides):
@@ -205,11 +241,8 @@ def _plan(version, overrides) -> dict[str, Member]:
     return plan
 
 
-def _checked(x, y, key, eps, norm, batch_size):
-    """x as float32, y, and a key for each example, on the host but for the keys."""
-    check_eps(eps)
-    norms.check(norm)
-    check_counts(batch_size=batch_size)
+def _checked(x, y, key) -> dict[str, np.ndarray]:
+    """Rows of x as float32, y, and the data of a key for each example."""
     x, y = np.asarray(x, np.float32), np.asarray(y)
     if x.ndim != 4 or not x.size:
         raise ValueError(f"x must be [N,H,W,C] and not empty, not {list(x.shape)}")
@@ -217,7 +250,12 @@ def _checked(x, y, key, eps, norm, batch_size):
         raise ValueError(f"x ranges over [{x.min():g}, {x.max():g}]; pixels must be in [0, 1]")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
         raise ValueError(f"y must hold {len(x)} labels from 0 on, not {y.dtype} {list(y.shape)}")
-    return x, y.astype(np.int32), example_keys(key, len(x))
+    key_data = np.asarray(jax.random.key_data(example_keys(key, len(x))))
+    return {"x": x, "y": y.astype(np.int32), "key": key_data}
+
+
+def _take(rows, which) -> dict[str, np.ndarray]:
+    return {name: array[which] for name, array in rows.items()}
 
 
 def _fit_to_classes(plan, num_classes) -> tuple[dict[str, Member], list[str]]:
@@ -235,75 +273,90 @@ def _fit_to_classes(plan, num_classes) -> tuple[dict[str, Member], list[str]]:
     return plan, warnings
 
 
-def _passes(member: Member, num_classes: int) -> list[np.ndarray | None]:
-    """The ranks of each pass: targeted attacks take one at a time, so the broken drop out."""
+def _passes(name: str, member: Member, num_classes: int) -> list[_Pass]:
+    """The passes of a member: one for each target it aims at, or for each restart."""
     known = inspect.signature(member.attack).parameters
-    if "num_targets" not in known:
-        return [None]
-    num_targets = member.keywords.get("num_targets", known["num_targets"].default)
-    if num_targets is None:
-        return [None]
-    return [np.array([rank]) for rank in range(2, 2 + min(num_targets, num_classes - 1))]
+    keywords = {k: p.default for k, p in known.items() if p.default is not p.empty}
+    keywords |= member.keywords
+    if num_targets := keywords.get("num_targets"):
+        ranks = range(2, 2 + min(num_targets, num_classes - 1))
+        return [_Pass(name, member, np.array([rank]), name) for rank in ranks]
+    if member.attack not in (apgd, fab):
+        return [_Pass(name, member, None, name)]
+    once = Member(member.attack, {**member.keywords, "num_restarts": 1})
+    passes = [_Pass(name, once, None, name)]
+    if member.attack is fab:  # whose first run starts at the clean image
+        once = Member(fab, {**once.keywords, "random_start": True})
+    restarts = range(1, keywords["num_restarts"])
+    return passes + [_Pass(name, once, None, f"{name} {i}") for i in restarts]
 
 
-def _attempt(logits_fn, member, norm, eps, ranks, x, y, keys):
-    targets = {} if ranks is None else {"ranks": ranks}
-    return member.attack(logits_fn, x, y, keys, eps=eps, norm=norm, **targets, **member.keywords)
+def _attempt(member: Member, norm: Norm) -> Callable:
+    """The attack as `map_examples` takes it."""
+
+    def attempt(logits_fn, rows, eps, ranks, salt):
+        targets = {} if ranks is None else {"ranks": ranks}
+        return member.attack(
+            logits_fn, rows["x"], rows["y"], _keys(rows, salt),
+            eps=eps, norm=norm, **targets, **member.keywords,
+        )  # fmt: skip
+
+    return attempt
 
 
-def _over_batches(batch_size: int, fn: Callable, *arrays) -> np.ndarray:
-    """fn over batches of one size; the last is filled up with copies, whose results are dropped."""
-    count, results = len(arrays[0]), []
-    for start in range(0, count, batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        results.append(np.asarray(fn(*(array[rows] for array in arrays))))
-    return np.concatenate(results)[:count]
+def _classify(logits_fn, rows, salt):
+    return logits_fn(rows["x"])
 
 
-def _one_by_one(logits_fn):
+def _classify_randomised(logits_fn, rows, salt):
     """A randomised network on a batch, a key for each example."""
-    return jax.vmap(lambda x, key: logits_fn(x[None], key)[0])
+    return jax.vmap(lambda x, key: logits_fn(x[None], key)[0])(rows["x"], _keys(rows, salt))
 
 
-def _is_right(logits, y) -> np.ndarray:
-    return np.asarray(losses.correct(jnp.asarray(logits), jnp.asarray(y)), bool)
+def _salt(name: str) -> np.uint32:
+    """What an example's key is folded with for the use of that name."""
+    return np.uint32(zlib.crc32(name.encode()))
 
 
-def _named(keys, name):
-    return fold_each(keys, zlib.crc32(name.encode()))
+def _keys(rows, salt):
+    return fold_each(jax.random.wrap_key_data(rows["key"]), salt)
 
 
-def _are_probabilities(logits) -> bool:
+def _is_right(logits, y) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each example is classified right, and its output margin."""
+    logits, y = jnp.asarray(logits), jnp.asarray(y)
+    right = losses.correct(logits, y)
+    return np.array(right, bool), np.array(losses.margin(logits, y))
+
+
+def are_probabilities(logits: Float[np.ndarray, "n k"]) -> bool:
+    """Whether outputs look like the result of a softmax: in [0,1], with rows that sum to 1."""
     in_range = logits.min() > -1e-5 and logits.max() < 1 + 1e-5
     return bool(in_range and np.allclose(logits.sum(-1), 1, atol=1e-4))
 
 
-def _is_random(logits_fn, x) -> bool:
+def is_random(logits_fn: Callable, x: Float[np.ndarray, "n h w c"]) -> bool:
     """Whether two calls differ; not compiled, as that would freeze what Python draws."""
     one, two = np.asarray(logits_fn(x)), np.asarray(logits_fn(x))
     size = np.linalg.norm(one, axis=-1) + 1e-10
     return bool((np.linalg.norm(one - two, axis=-1) / size > 1e-4).any())
 
 
-def _is_flat(logits_fn):
-    """Whether the margin's gradient at x is zero (or not a number), [B,H,W,C], [B] -> [B]."""
-
-    def is_flat(x, y):
-        gradient = jax.grad(lambda x: losses.margin(logits_fn(x), y).sum())(x)
-        return ~(jnp.abs(gradient).max((1, 2, 3)) > 0)
-
-    return is_flat
+def _is_flat(logits_fn, rows):
+    """Whether the margin's gradient at x is zero (or not a number), [B]."""
+    gradient = jax.grad(lambda x: losses.margin(logits_fn(x), rows["y"]).sum())(rows["x"])
+    return ~(jnp.abs(gradient).max((1, 2, 3)) > 0)
 
 
-def _fingerprint(x, y, keys, eps, norm, plan) -> str:
+def _fingerprint(rows, eps, norm, plan) -> str:
     """What a saved state must have been made with to be of use; the network's logits aside."""
     steps = {
         name: {k: getattr(v, "__name__", v) for k, v in sorted(member.keywords.items())}
         for name, member in plan.items()
     }
-    text = json.dumps([float(eps), norm, x.shape, steps], default=str)
+    text = json.dumps([float(eps), norm, rows["x"].shape, steps], default=str)
     digest = hashlib.sha256(text.encode())
-    for array in (x, y, np.asarray(jax.random.key_data(keys))):
+    for array in rows.values():
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
@@ -315,6 +368,8 @@ def _save(path: Path, state: _State, inputs: str, logits: np.ndarray) -> None:
             file,
             x_adv=state.x_adv,
             broken_by=state.broken_by,
+            margin=state.margin,
+            passes_done=state.passes_done,
             robust_accuracy=json.dumps(state.robust_accuracy),
             inputs=inputs,
             logits=logits,
@@ -326,8 +381,9 @@ def _load(path: Path, inputs: str, logits: np.ndarray) -> _State:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             state = _State(
-                saved["x_adv"], saved["broken_by"], json.loads(str(saved["robust_accuracy"]))
-            )
+                saved["x_adv"], saved["broken_by"], saved["margin"], int(saved["passes_done"]),
+                json.loads(str(saved["robust_accuracy"])),
+            )  # fmt: skip
             same_inputs = str(saved["inputs"]) == inputs
             same_network = np.allclose(saved["logits"], logits, rtol=1e-3, atol=1e-3)
     except (OSError, EOFError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
@@ -343,14 +399,19 @@ def _result(state: _State, x, norm, warnings) -> AutoAttackResult:
     names = list(state.robust_accuracy)
     for before, name in zip(names[1:], names[2:], strict=False):
         drop = state.robust_accuracy[before] - state.robust_accuracy[name]
-        if name == "square" and drop > share:
+        if name == "square" and drop > share + 1e-9:
             warnings.append(
                 f"square lowered the robust accuracy of the others by {100 * drop:.1f} points: "
                 "their gradients may be masked; give it more queries"
             )
     robust = state.broken_by == ""
-    sizes = [float(norms.size(delta, norm)) for delta in state.x_adv - x]
-    distance = np.where(robust, np.nan, np.asarray(sizes, np.float32))
+    sizes = np.asarray(jax.vmap(lambda delta: norms.size(delta, norm))(state.x_adv - x))
     return AutoAttackResult(
-        state.x_adv, robust, state.broken_by, distance, state.robust_accuracy, tuple(warnings)
+        state.x_adv,
+        robust,
+        state.broken_by,
+        np.where(robust, np.nan, sizes),
+        state.margin,
+        state.robust_accuracy,
+        tuple(warnings),
     )

@@ -42,6 +42,7 @@ def fab(
     num_targets: int | None = 9,
     ranks: Sequence[int] | Int[Array, " r"] | None = None,
     num_restarts: int = 1,
+    random_start: bool = False,
     alpha_max: float = 0.1,
     eta: float = 1.05,
     beta: float = 0.9,
@@ -53,7 +54,8 @@ def fab(
     return nearest_adversarial(
         logits_fn, x, y, key,
         eps=eps, norm=norm, num_steps=num_steps, num_targets=num_targets, ranks=ranks,
-        num_restarts=num_restarts, alpha_max=alpha_max, eta=eta, beta=beta,
+        num_restarts=num_restarts, random_start=random_start,
+        alpha_max=alpha_max, eta=eta, beta=beta,
     ).x_adv  # fmt: skip
 
 
@@ -69,6 +71,7 @@ def nearest_adversarial(
     num_targets: int | None = 9,
     ranks: Sequence[int] | Int[Array, " r"] | None = None,
     num_restarts: int = 1,
+    random_start: bool = False,
     alpha_max: float = 0.1,
     eta: float = 1.05,
     beta: float = 0.9,
@@ -82,9 +85,9 @@ def nearest_adversarial(
     accepted. num_targets: FAB-T aims at that many likeliest wrong classes in turn (all of them
     where there are fewer; or at those of the given ranks, 2 being the likeliest), which takes one
     gradient a step; None is the original attack, which steps to the nearest of all boundaries and
-    takes K. num_restarts: the first starts at x, the others at random, half as far away as eps or
-    the nearest point so far. Raises ValueError for a negative eps, counts below 1, alpha_max or
-    beta outside (0,1], eta below 1, an unknown norm.
+    takes K. num_restarts: the first starts at x (with random_start at random too), the others at
+    random, half as far away as eps or the nearest point so far. Raises ValueError for a negative
+    eps, counts below 1, alpha_max or beta outside (0,1], eta below 1, an unknown norm.
     """
     check_eps(eps)
     check_counts(num_steps=num_steps, num_restarts=num_restarts)
@@ -96,7 +99,8 @@ def nearest_adversarial(
     search = partial(
         _search_one, lambda x: logits_fn(x[None])[0],
         eps=eps, norm=norm, num_steps=num_steps, num_targets=num_targets, ranks=ranks,
-        num_restarts=num_restarts, alpha_max=alpha_max, eta=eta, beta=beta,
+        num_restarts=num_restarts, random_start=random_start,
+        alpha_max=alpha_max, eta=eta, beta=beta,
     )  # fmt: skip
     return Nearest(*jax.vmap(search)(x, y, example_keys(key, x.shape[0])))
 
@@ -106,14 +110,18 @@ def project_to_boundary(
 ) -> Perturbation:
     """The smallest change δ with value + gradient·δ = 0 and x + δ in [0,1].
 
-    Where the box does not reach the boundary, the change that comes closest to it. Pixel i moves
-    by min(λ·u_i, room_i), with u = 1 (linf) or |gradient| (l2), for the λ that gets there: a root
-    of a concave, piecewise linear function, which Newton's method finds exactly and from below.
+    Where the box does not reach the boundary, the change that comes closest to it. In l1 the
+    pixels of the largest gradient go first, each as far as its wall. Otherwise pixel i moves by
+    min(λ·u_i, room_i), with u = 1 (linf) or |gradient| (l2), for the λ that gets there: a root of
+    a concave, piecewise linear function, which Newton's method finds exactly and from below.
     """
     scale = jnp.maximum(jnp.abs(gradient).max(), 1e-30)
     weight, value = jnp.abs(gradient) / scale, value / scale
     direction = -jnp.sign(value) * jnp.sign(gradient)
     room = jnp.where(direction > 0, 1 - x, x)
+    if norm == "l1":
+        gained = norms.fill(jnp.abs(value), weight, weight * room)
+        return direction * jnp.minimum(gained / jnp.where(weight > 0, weight, 1), room)
     unit = jnp.ones_like(weight) if norm == "linf" else weight
     limit = jnp.where(unit > 0, room / jnp.where(unit > 0, unit, 1), 0)
     slope = weight * unit
@@ -137,7 +145,7 @@ def project_to_boundary(
 
 def _search_one(
     logits_of, x, y, key, *,
-    eps, norm, num_steps, num_targets, ranks, num_restarts, alpha_max, eta, beta,
+    eps, norm, num_steps, num_targets, ranks, num_restarts, random_start, alpha_max, eta, beta,
 ):  # fmt: skip
     """The nearest misclassified point to one x [H,W,C] and its distance."""
     logits = logits_of(x)
@@ -149,8 +157,7 @@ def _search_one(
         logits, pull = jax.vjp(logits_of, x_adv)
         identity = jnp.eye(len(logits), dtype=logits.dtype)
         (gradients,) = jax.vmap(pull)(identity - identity[y])
-        dual = jnp.abs(gradients) if norm == "linf" else gradients**2
-        dual = dual.sum((1, 2, 3)) ** (1.0 if norm == "linf" else 0.5)
+        dual = jax.vmap(lambda gradient: norms.size(gradient, norms.DUAL[norm]))(gradients)
         gaps = logits - logits[y]
         far = jnp.where(jnp.arange(len(logits)) == y, jnp.inf, jnp.abs(gaps) / (dual + 1e-12))
         nearest = jnp.argmin(far)
@@ -196,7 +203,7 @@ def _search_one(
     runs = (
         jnp.repeat(targets, num_restarts),
         keys.reshape(-1),
-        jnp.tile(restarts > 0, len(targets)),
+        jnp.tile((restarts > 0) | random_start, len(targets)),
     )
     wrong = jnp.argmax(logits) != y
     best = Best(x, jnp.where(wrong, 0.0, -jnp.inf), wrong)

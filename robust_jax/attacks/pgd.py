@@ -44,8 +44,9 @@ def pgd(
     logits_fn: [B,H,W,C] -> [B,K]. x: [B,H,W,C] in [0,1]. y: labels [B], or whatever `loss`
     compares logits with. key: one key, folded with each example's place in the batch, or a key
     per example [B]: the same example with the same key gives the same result in any batch.
-    eps, step_size: pixel units; step_size defaults to 2.5·eps/num_steps. targets: classes [B] to
-    reach instead of leaving y. Returns [B,H,W,C]: the best point visited, where being
+    eps, step_size: pixel units; step_size defaults to 2.5·eps/num_steps. In l1 a step goes to the
+    pixels of largest gradient, as far as their walls (`norms.steepest_step`). targets: classes [B]
+    to reach instead of leaving y. Returns [B,H,W,C]: the best point visited, where being
     misclassified (as the target, if there is one) counts before the loss, so the result is never
     worse than the start; or with keep_best=False the last point, as adversarial training has it,
     which saves a forward pass. Raises ValueError for a negative eps or step_size, num_steps or
@@ -209,7 +210,7 @@ def _ascend_one(
             gradient = jnp.nan_to_num(gradient)
             gradient = gradient / jnp.maximum(jnp.abs(gradient).sum(), 1e-30)
             velocity = momentum * velocity + gradient
-            x_adv = x_adv + step_size * norms.steepest(velocity, norm)
+            x_adv = x_adv + norms.steepest_step(x_adv, velocity, step_size, norm)
             return (norms.project_to_ball_and_box(x_adv, x, eps, norm), velocity, best), None
 
         carry = (start, jnp.zeros_like(x), best)

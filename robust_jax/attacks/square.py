@@ -22,6 +22,8 @@ from robust_jax.keys import KeyOrKeys, example_keys
 # Of 10,000 queries, those after which the share of the image that a patch covers is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _TINY = 1e-12
+# The norms whose patches are hills.
+_ORDERS = {"l2": 2, "l1": 1}
 
 
 def square(
@@ -38,6 +40,7 @@ def square(
 ) -> Images:
     """Random search for a misclassified point, by patches at random places (arXiv 1912.00049).
 
+    In l1 as in l2, with steeper hills and a projection for a rescaling (arXiv 2103.01208).
     logits_fn is only evaluated, never differentiated. x, y, key, eps: as in `pgd`; y: labels [B].
     num_queries: evaluations of the network for each example. p_init: the share of the image that
     the first patches cover; it is halved after queries 10, 50, 200, … as in AutoAttack, whatever
@@ -77,8 +80,10 @@ def patch_sides(
     height, width, _ = shape
     halvings = np.searchsorted(_HALVINGS, np.arange(num_queries))
     sides = np.rint(np.sqrt(p_init / 2.0**halvings * height * width)).astype(int)
-    if norm == "l2":  # an odd number, so that the patch has a middle, and room for a slope
-        sides = np.maximum(sides, 3)
+    if norm != "linf":  # an odd number, so that the patch has a middle
+        # Room for a slope in l2; in l1 the best patch is often a pixel, which the reference,
+        # at 3 and more, never tries.
+        sides = np.maximum(sides, 3 if norm == "l2" else 1)
         sides += 1 - sides % 2
     return np.clip(sides, 1, min(height, width))
 
@@ -90,9 +95,12 @@ def _search(norm, shape, eps, p_init, num_queries) -> tuple[Callable, Callable]:
     if norm == "linf":
         return partial(_stripes, eps=eps), partial(_paint, eps=eps, sides=jnp.asarray(sides))
     distinct, which = np.unique(sides, return_inverse=True)
-    hills = np.stack([_hill_on_canvas(side, shape) for side in distinct])
+    hills = np.stack([_hill_on_canvas(side, shape, norm) for side in distinct])
     tables: Any = tuple(map(jnp.asarray, (sides, which, hills)))
-    return partial(_hills, eps=eps), partial(_move_mass, eps=eps, tables=tables)
+    return (
+        partial(_hills, eps=eps, norm=norm),
+        partial(_move_mass, eps=eps, norm=norm, tables=tables),
+    )
 
 
 def _stripes(key, x, *, eps):
@@ -108,13 +116,13 @@ def _paint(key, x, best, i, *, eps, sides):
     return jnp.where(window, painted, best)
 
 
-def _hills(key, x, *, eps):
-    """A grid of at least 5×5 hills of random orientation and sign, scaled to norm eps."""
+def _hills(key, x, *, eps, norm):
+    """A grid of at least 5×5 hills of random orientation and sign, brought to norm eps."""
     height, width, channels = x.shape
     side = max(min(height, width) // 5, 1)
     rows, columns = height // side, width // side
     sign_key, turn_key = jax.random.split(key)
-    hill = jnp.asarray(_hill(side))[:, :, None]
+    hill = jnp.asarray(_hill(side, norm))[:, :, None]
     signs = _signs(sign_key, (rows, 1, columns, 1, channels))
     turned = jax.random.bernoulli(turn_key, shape=(rows, 1, columns, 1, 1))
     tiles = signs * jnp.where(turned, hill.swapaxes(0, 1)[:, None], hill[:, None])
@@ -123,10 +131,10 @@ def _hills(key, x, *, eps):
     delta = (
         jnp.zeros_like(x).at[above : above + len(tiles), left : left + tiles.shape[1]].set(tiles)
     )
-    return norms.project_to_ball_and_box(x + _scaled(delta, eps), x, eps, "l2")
+    return _brought_inside(x, delta, eps, norm)
 
 
-def _move_mass(key, x, best, i, *, eps, tables):
+def _move_mass(key, x, best, i, *, eps, norm, tables):
     """The best point with the mass of a second window, and what is left of eps, moved to a first.
 
     In the first window a hill of random sign is added to the direction already there.
@@ -139,21 +147,31 @@ def _move_mass(key, x, best, i, *, eps, tables):
     hill = jnp.where(jax.random.bernoulli(turn_key), hills[which[i], 1], hills[which[i], 0])
     hill = jnp.roll(hill, (row, column), (0, 1))[:, :, None]
 
+    power = _ORDERS[norm]  # of what adds up over windows
+
+    def root(mass):
+        return jnp.sqrt(mass) if norm == "l2" else mass
+
     def norm_per_channel(delta):
-        return jnp.sqrt((delta**2).sum((0, 1), keepdims=True))
+        return root((jnp.abs(delta) ** power).sum((0, 1), keepdims=True))
 
     delta = best - x
     inside = jnp.where(here, delta, 0.0)
     mass = norm_per_channel(jnp.where(here | there, delta, 0.0))
-    unused = jnp.maximum(eps**2 - (delta**2).sum(), 0.0) / x.shape[2]
+    unused = jnp.maximum(eps**power - (jnp.abs(delta) ** power).sum(), 0.0) / x.shape[2]
     new = hill * _signs(sign_key, (1, 1, x.shape[2])) + inside / (norm_per_channel(inside) + _TINY)
-    new = new / (norm_per_channel(new) + _TINY) * jnp.sqrt(mass**2 + unused)
+    new = new / (norm_per_channel(new) + _TINY) * root(mass**power + unused)
+    if norm == "l1":  # too much, as in the reference: the projection takes it off every pixel
+        new = new * x.shape[2]
     delta = jnp.where(here, new, jnp.where(there, 0.0, delta))
-    return norms.project_to_ball_and_box(x + _scaled(delta, eps), x, eps, "l2")
+    return _brought_inside(x, delta, eps, norm)
 
 
-def _scaled(delta, eps):
-    return delta * (eps / (norms.size(delta, "l2") + _TINY))
+def _brought_inside(x, delta, eps, norm):
+    """x + delta with delta scaled to norm eps (l2), or shrunk to it if it is larger (l1)."""
+    if norm == "l2":
+        delta = delta * (eps / (norms.size(delta, norm) + _TINY))
+    return norms.project_to_ball_and_box(x + delta, x, eps, norm)
 
 
 def _signs(key, shape) -> Array:
@@ -176,27 +194,30 @@ def _window_at(row, column, side, shape):
     return (rows >= row) & (rows < row + side) & (columns >= column) & (columns < column + side)
 
 
-def _hill_on_canvas(side: int, shape: tuple[int, ...]) -> Float[np.ndarray, "2 h w"]:
+def _hill_on_canvas(side: int, shape: tuple[int, ...], norm: Norm) -> Float[np.ndarray, "2 h w"]:
     """A hill and its transpose in the upper left corner of an image of zeros."""
     canvas = np.zeros((2, *shape[:2]), np.float32)
-    canvas[0, :side, :side] = _hill(side)
-    canvas[1, :side, :side] = _hill(side).T
+    canvas[0, :side, :side] = _hill(side, norm)
+    canvas[1, :side, :side] = _hill(side, norm).T
     return canvas
 
 
-def _hill(side: int) -> Float[np.ndarray, "s s"]:
+def _hill(side: int, norm: Norm) -> Float[np.ndarray, "s s"]:
     """A hill in the upper half of a square and a pit in the lower, of norm 1 together."""
     upper = side // 2
-    both = np.concatenate([_slope(upper, side), -_slope(side - upper, side)])
-    return (both / np.linalg.norm(both)).astype(np.float32)
+    both = np.concatenate([_slope(upper, side, norm), -_slope(side - upper, side, norm)])
+    return (both / np.linalg.norm(both.ravel(), _ORDERS[norm])).astype(np.float32)
 
 
-def _slope(height: int, width: int) -> Float[np.ndarray, "h w"]:
-    """Nested rectangles around the middle, the k-th adding 1/(k+1)², of norm 1 (or empty)."""
+def _slope(height: int, width: int, norm: Norm) -> Float[np.ndarray, "h w"]:
+    """Nested rectangles around the middle, of norm 1 (or empty).
+
+    The k-th adds 1/(k+1)² to the height, or 1/(k+1)⁴ in l1, as in the code of arXiv 2103.01208.
+    """
     distance = np.maximum(
         np.abs(np.arange(height) - height // 2)[:, None],
         np.abs(np.arange(width) - width // 2)[None, :],
     )
-    steps = 1.0 / np.arange(1, max(height, width) // 2 + 2) ** 2
+    steps = 1.0 / np.arange(1, max(height, width) // 2 + 2) ** {"l2": 2, "l1": 4}[norm]
     slope = np.cumsum(steps[::-1])[::-1][distance]
-    return slope / np.maximum(np.linalg.norm(slope), 1e-30)
+    return slope / np.maximum(np.linalg.norm(slope.ravel(), _ORDERS[norm]), 1e-30)

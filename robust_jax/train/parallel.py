@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from robust_jax import data
+from robust_jax.batches import MapExamples, batches, counted, joined
 
 AXIS = "batch"
 Method = Literal["pmap", "shard_map"]
@@ -53,31 +53,61 @@ def map_step(
     return lambda state, batch, key: mapped(state, _shard_rows(batch, mesh), key)
 
 
-def map_split(
+def map_batches(
     fn: Callable,
     method: Method,
     *,
     batch_size: int,
     devices: Sequence[jax.Device] | None = None,
 ) -> Callable:
-    """fn(variables, batch, *scalars) -> {name: [B,…]} over any part of a data split.
+    """fn(variables, batch, *scalars) -> arrays [B,…], over any number of rows on all devices.
 
-    The result is called as (variables, split, index, *scalars) -> {name: [len(index),…]}. Batches
-    are of batch_size rounded up to a multiple of the devices, the last one padded and the padding
-    dropped. Scalars are the same for every example and can change without recompiling.
+    The result is called as (variables, count, take, *scalars) and returns arrays [count,…];
+    take(rows) gives the batch at those row numbers. Batches are of batch_size rounded up to a
+    multiple of the devices, the last padded and the padding dropped. Scalars are the same for
+    every example and can change without recompiling.
     """
     num_devices = len(devices or jax.devices())
-    batch_size = -(-batch_size // num_devices) * num_devices
     mapped = _map_examples(fn, method, devices)
 
-    def call(variables, split, index, *scalars):
-        parts = [
-            {name: np.asarray(a)[:rows] for name, a in mapped(variables, batch, scalars).items()}
-            for batch, rows in data.padded_batches(split, index, batch_size)
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    def call(variables, count, take, *scalars):
+        plan = list(batches(count, batch_size, multiple_of=num_devices))
+        parts = [jax.device_get(mapped(variables, take(rows), scalars)) for rows, _ in plan]
+        return joined(parts, [real for _, real in plan])
 
     return call
+
+
+def map_split(fn: Callable, method: Method, *, batch_size: int) -> Callable:
+    """`map_batches` over part of a data split: called as (variables, split, index, *scalars).
+
+    A batch holds image, label and index [B], the example's place in the split.
+    """
+    mapped = map_batches(fn, method, batch_size=batch_size)
+
+    def call(variables, split, index, *scalars):
+        def take(rows):
+            images, labels = split.take(index[rows])
+            return {"image": images, "label": labels, "index": index[rows]}
+
+        return mapped(variables, len(index), take, *scalars)
+
+    return call
+
+
+def map_examples(
+    network: Callable, variables: Any, method: Method, *, batch_size: int
+) -> MapExamples:
+    """How attacks reach all devices: the network's variables are arguments, not constants."""
+
+    def mapping(fn):
+        def per_device(variables, batch, *scalars):
+            return fn(partial(network, variables), batch, *scalars)
+
+        mapped = map_batches(per_device, method, batch_size=batch_size)
+        return lambda rows, *scalars: mapped(variables, *counted(rows), *scalars)
+
+    return mapping
 
 
 def replicated() -> NamedSharding:

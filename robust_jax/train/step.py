@@ -11,6 +11,7 @@ from jaxtyping import Array, Key
 from robust_jax import data
 from robust_jax.keys import fold_in_each
 from robust_jax.objectives import Batch, Objective, Sums
+from robust_jax.train import awp
 from robust_jax.train.state import Average, TrainState
 
 TrainStep = Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Sums]]
@@ -24,11 +25,14 @@ def make_train_step(
     crop_padding: int = 0,
     flip: bool = False,
     ema_decay: float | None = None,
+    weight_perturbation: float = 0.0,
 ) -> TrainStep:
     """train_step(state, batch, key) -> (state, sums), per device, with collectives over axis_name.
 
     batch holds this device's rows of image, label and position; key is the run's, the same at
-    every step and on every device. sums are already summed over the devices.
+    every step and on every device. sums are already summed over the devices. With
+    weight_perturbation above 0 the gradient, the sums and the batch statistics are those at weights
+    perturbed by that share (AWP): one more gradient a step, on the same adversarial examples.
     """
 
     def train_step(state, batch, key):
@@ -38,13 +42,20 @@ def make_train_step(
             data.to_pixels(batch["image"]), augment_keys, crop_padding=crop_padding, flip=flip
         )
         batch = {**batch, "image": images}
+        batch = objective.attack(state.params, state.batch_stats, batch, key)
 
         def mean_loss(params):
-            per_example, (batch_stats, sums) = objective(params, state.batch_stats, batch, key)
+            per_example, (batch_stats, sums) = objective.loss(params, state.batch_stats, batch, key)
             return per_example.mean(), (batch_stats, sums)
 
-        gradient, (batch_stats, sums) = jax.grad(mean_loss, has_aux=True)(state.params)
-        gradient = jax.lax.pmean(gradient, axis_name)
+        def mean_gradient(params):
+            gradient, aux = jax.grad(mean_loss, has_aux=True)(params)
+            return jax.lax.pmean(gradient, axis_name), aux
+
+        params = state.params
+        if weight_perturbation:
+            params = awp.perturbed(params, mean_gradient(params)[0], weight_perturbation)
+        gradient, (batch_stats, sums) = mean_gradient(params)
         sums = jax.lax.psum(sums, axis_name)
         one = jnp.ones(())
         sums["gradient_norm"] = (optax.tree.norm(gradient), one)

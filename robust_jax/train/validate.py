@@ -1,12 +1,14 @@
 """Clean and robust accuracy on the validation set: what chooses the best checkpoint."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from robust_jax import data, losses
+from robust_jax import data, losses, margins
 from robust_jax.keys import fold_in_each
 from robust_jax.train import parallel
 
@@ -21,14 +23,20 @@ def make_validation(
     batch_size: int,
     key: jax.Array,
     method: parallel.Method,
+    margins_of: data.Split | None = None,
 ) -> Validate:
     """validate(variables) -> {clean_accuracy, robust_accuracy, cross_entropy} over the whole split.
+
+    And, of the split margins_of, if it has examples: minimum_margin and average_margin, first-order
+    in the input space, l2 (arXiv 1907.11780).
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
     where both the example and its x_adv are classified right.
     """
 
-    def measure(variables, batch):
+    def measure(variables, batch, key_data):
+        key = jax.random.wrap_key_data(key_data)
+
         def logits_fn(x):
             return network(variables, x)
 
@@ -43,9 +51,24 @@ def make_validation(
         }
 
     mapped = parallel.map_split(measure, method, batch_size=batch_size)
+    # The key is an argument of the compiled program, which serves every seed.
+    run_key_data = np.asarray(jax.random.key_data(key))
+
+    def measure_margins(variables, batch):
+        x = data.to_pixels(batch["image"])
+        y = jnp.maximum(batch["label"], 0)
+        return {"margin": margins.first_order(partial(network, variables), x, y, norm="l2")}
+
+    mapped_margins = parallel.map_split(measure_margins, method, batch_size=batch_size)
 
     def validate(variables):
-        values = mapped(variables, split, np.arange(len(split.labels)))
-        return {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
+        values = mapped(variables, split, np.arange(len(split.labels)), run_key_data)
+        found = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
+        if margins_of is not None and len(margins_of.labels):
+            labeled = np.flatnonzero(margins_of.labels != data.UNLABELED)
+            margin = mapped_margins(variables, margins_of, labeled)["margin"]
+            found["minimum_margin"] = float(margin.min())
+            found["average_margin"] = float(margin.mean(dtype=np.float64))
+        return found
 
     return validate

@@ -1,10 +1,9 @@
 """Figures of a finished run: arrays or DataFrames in, matplotlib Figures out.
 
-Nothing here touches pyplot, so a figure is shown by returning it from a notebook's cell or saved
-with its own savefig. Accuracies come in [0, 1] and are drawn in percent.
+Accuracies come in [0, 1] and are drawn in percent.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import cycle
 from typing import Any
 
@@ -15,28 +14,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-WIDTH = 7.2  # inches; the fonts below are readable where a figure is shown about this wide
-# Okabe and Ito's colours, which stay apart for colour-blind readers; black is the worst case's.
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
-)  # fmt: skip
-ATTACK_COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.labelsize": 10,
-    "legend.fontsize": 9,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.9",
-    "legend.framealpha": 0.8,
-    "legend.edgecolor": "none",
-    "figure.constrained_layout.use": True,
-}
+from robust_jax.analysis.plots.style import (
+    BLUE,
+    COLORS,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    STYLE,
+    VERMILLION,
+    WIDTH,
+    bins_of,
+    finite,
+    legend_below,
+    num_bins,
+    two_columns,
+)
+
 ATTACK_MARKERS = "os^Dv"
 FATE_COLORS = {"held": BLUE, "broken": ORANGE, "misclassified": PURPLE}
 WORST_CASE = "worst case"
@@ -74,14 +68,16 @@ def accuracy_against_eps(
             rows = here[(here["checkpoint"] == checkpoint) & (here["attack"] == attack)]
             if len(rows):
                 rows = rows.sort_values("eps")
-                accuracy = [clean[checkpoint], *rows["accuracy"]]
-                ax.plot([0, *rows["eps"]], 100 * np.array(accuracy), label=label, **style)
+                sizes, accuracy = list(rows["eps"]), list(rows["accuracy"])
+                if len(rows) > 1:  # one radius is a point, from which no line leads to ε = 0
+                    sizes, accuracy = [0, *sizes], [clean[checkpoint], *accuracy]
+                ax.plot(sizes, 100 * np.array(accuracy), label=label, **style)
 
         # The worst case lies under the attacks' thin lines, which often run along it.
         draw("best", WORST_CASE, "worst case", color="black", lw=4, zorder=2)
         draw("last", WORST_CASE, "worst case, last", color="0.45", lw=2.5, ls="--", zorder=2)
         for i, name in enumerate(names):
-            color = ATTACK_COLORS[i % len(ATTACK_COLORS)]
+            color = COLORS[i % len(COLORS)]
             marker = ATTACK_MARKERS[i % len(ATTACK_MARKERS)]
             draw("best", name, name, color=color, marker=marker, ms=5, lw=1.3, zorder=3)
         ax.axhline(100 * chance, color="0.4", ls=":", label="chance")
@@ -90,7 +86,7 @@ def accuracy_against_eps(
         ax.set(title=NORMS.get(norm, norm), xlabel="ε", ylim=(-2, 102))
         ax.set_xlim(left=0)
     panels[0].set_ylabel("accuracy, %")
-    _legend_below(figure, panels)
+    legend_below(figure, panels)
     return figure
 
 
@@ -122,14 +118,14 @@ def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> F
         },
         "regulariser": {
             c: (c.removeprefix("train/regularizers/"), dict(color=color))
-            for c, color in zip(terms, cycle(ATTACK_COLORS), strict=False)
+            for c, color in zip(terms, cycle(COLORS), strict=False)
         },
         "learning rate": {"train/learning_rate": (None, dict(color=BLUE))},
         "gradient norm": {"train/gradient_norm": (None, dict(color=BLUE))},
     }  # fmt: skip
     plans = {title: lines for title, lines in plans.items() if set(lines) & set(metrics.columns)}
     figure = Figure(figsize=(WIDTH, 2.6 * ((len(plans) + 1) // 2)))
-    axes: dict[str, Axes] = figure.subplot_mosaic(_two_columns(list(plans)))
+    axes: dict[str, Axes] = figure.subplot_mosaic(two_columns(list(plans)))
     for title, lines in plans.items():
         ax = axes[title]
         for column, (label, style) in lines.items():
@@ -158,11 +154,11 @@ def jacobian_histograms(records: Mapping[str, pd.DataFrame]) -> Figure:
     first = next(iter(records.values()))
     columns = [c for c in JACOBIANS if c in first]
     figure = Figure(figsize=(WIDTH, 2.5 * ((len(columns) + 1) // 2)))
-    axes: dict[str, Axes] = figure.subplot_mosaic(_two_columns(columns))
+    axes: dict[str, Axes] = figure.subplot_mosaic(two_columns(columns))
     for column in columns:
         ax = axes[column]
-        values = {name: _finite(table[column]) for name, table in records.items()}
-        bins, is_log = _bins(np.concatenate(list(values.values())))
+        values = {name: finite(table[column]) for name, table in records.items()}
+        bins, is_log = bins_of(np.concatenate(list(values.values())))
         for i, (name, v) in enumerate(values.items()):
             style = dict(color=SKY, alpha=0.7) if i == 0 else dict(histtype="step", color="black")
             label = f"{name}, median {np.median(v):.3g}"
@@ -197,10 +193,10 @@ def fate_histograms(records: pd.DataFrame, fate: pd.Series) -> Figure:
     panels = figure.subplots(1, 2)
     labels = {"margin": "margin (true logit − largest other)", "confidence": "confidence"}
     for ax, (column, label) in zip(panels, labels.items(), strict=True):
-        values = _finite(records[column])
-        bins = np.histogram_bin_edges(values, bins=_num_bins(len(values)))
+        values = finite(records[column])
+        bins = np.histogram_bin_edges(values, bins=num_bins(len(values)))
         for name, color in FATE_COLORS.items():
-            values = _finite(records.loc[fate == name, column])
+            values = finite(records.loc[fate == name, column])
             if len(values):
                 weights = np.full(len(values), 100 / len(values))
                 style = dict(bins=bins, weights=weights, color=color, histtype="stepfilled")
@@ -208,7 +204,7 @@ def fate_histograms(records: pd.DataFrame, fate: pd.Series) -> Figure:
                 ax.hist(values, label=f"{name} ({len(values)})",
                         **style | dict(histtype="step", lw=1.6))  # fmt: skip
         ax.set(xlabel=label, ylabel="share of the group, %")
-    _legend_below(figure, panels)
+    legend_below(figure, panels)
     return figure
 
 
@@ -221,10 +217,10 @@ def jacobian_by_fate(records: pd.DataFrame, fate: pd.Series) -> Figure:
     columns = [c for c in JACOBIANS if c in records]
     names = [name for name in FATE_COLORS if (fate == name).any()]
     figure = Figure(figsize=(WIDTH, 2.7 * ((len(columns) + 1) // 2)))
-    axes: dict[str, Axes] = figure.subplot_mosaic(_two_columns(columns))
+    axes: dict[str, Axes] = figure.subplot_mosaic(two_columns(columns))
     for column in columns:
         ax = axes[column]
-        groups = [_finite(records.loc[fate == name, column]) for name in names]
+        groups = [finite(records.loc[fate == name, column]) for name in names]
         boxes = ax.boxplot(groups, whis=(5, 95), showfliers=False, widths=0.55, patch_artist=True,
                            medianprops=dict(color="black", lw=1.5))  # fmt: skip
         for box, name in zip(boxes["boxes"], names, strict=True):
@@ -233,7 +229,7 @@ def jacobian_by_fate(records: pd.DataFrame, fate: pd.Series) -> Figure:
         ax.set_xticks(range(1, len(names) + 1), ticks)
         ax.grid(axis="x", visible=False)
         ax.set(title=JACOBIANS[column], ylabel="norm")
-        if _bins(np.concatenate(groups))[1]:
+        if bins_of(np.concatenate(groups))[1]:
             ax.set_yscale("log")
     return figure
 
@@ -290,36 +286,3 @@ def difference_scale(clean: np.ndarray, adversarial: np.ndarray) -> float:
 def _show(ax: Axes, image: np.ndarray, **style) -> None:
     ax.imshow(np.clip(image, 0, 1) if image.shape[-1] == 3 else image[..., 0],
               interpolation="nearest", **style)  # fmt: skip
-
-
-def _legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
-    """One legend for all panels, each label once."""
-    entries = {label: handle for ax in panels
-               for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}  # fmt: skip
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center",
-                  ncols=min(len(entries), 5))  # fmt: skip
-
-
-def _two_columns(names: list[str]) -> list[list[str]]:
-    """Rows of two; a last odd one is as wide as both."""
-    rows = [names[i : i + 2] for i in range(0, len(names), 2)]
-    return [row if len(row) == 2 else row * 2 for row in rows]
-
-
-def _bins(values: np.ndarray) -> tuple[list[float], bool]:
-    """Bin edges, and whether they are logarithmic: where the values spread over a factor of 30."""
-    positive = values[values > 0]
-    if len(positive) and np.quantile(positive, 0.99) > 30 * np.quantile(positive, 0.01):
-        # A softmax that saturates has norms down to 1e-30; ten decades are enough to look at.
-        low = max(positive.min(), positive.max() * 1e-10)
-        return np.geomspace(low, positive.max(), _num_bins(len(values)) + 1).tolist(), True
-    return np.histogram_bin_edges(values, bins=_num_bins(len(values))).tolist(), False
-
-
-def _num_bins(count: int) -> int:
-    return int(np.clip(1.5 * np.sqrt(count), 10, 40))
-
-
-def _finite(values: pd.Series) -> np.ndarray:
-    values = values.to_numpy(float)
-    return values[np.isfinite(values)]

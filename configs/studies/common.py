@@ -1,0 +1,45 @@
+"""What the studies share: the smoke scale, attacks, and the tests of a claim."""
+
+# Shows that it runs, and nothing else.
+QUICK = {
+    "version": ("apgd_ce", "square"),
+    "overrides": {"apgd_ce": {"num_steps": 4}, "square": {"num_queries": 20}},
+}
+SMOKE = {
+    "dataset": "digits",
+    "validation_size": 197,
+    "normalize": True,
+    "model": {"name": "cnn", "widths": (4, 4), "hidden": 8},
+    "duration": "2 epochs",
+    "log_every": "10 steps",
+    "validate_every": "1 epoch",
+    "checkpoint_every": "1 epoch",
+    "evaluation": {"num_examples": 100, "num_images": 4, "spectral_iterations": 3},
+    "audit": {"num_examples": 0},
+}
+
+
+def attacks(eps, trained, num_examples, *, norm="linf", smoke=False):
+    """FGSM and PGD over the radii, and AutoAttack on the first num_examples at the one trained."""
+    return {
+        "fgsm": {"name": "fgsm", "norm": norm, "eps": eps},
+        "pgd": {"name": "pgd", "norm": norm, "eps": eps, "num_steps": 4 if smoke else 20},
+        "autoattack": {
+            "name": "autoattack",
+            "norm": norm,
+            "eps": trained,
+            "num_examples": num_examples,
+            **(QUICK if smoke else {}),
+        },
+    }
+
+
+def above(measure, one, other=None, **keywords):
+    """The test that a measure of one arm is above that of another, or above a `level`."""
+    arms = (one,) if other is None else (one, other)
+    return {"measure": measure, "arms": arms, "relation": "above", **keywords}
+
+
+def below(measure, one, other=None, **keywords):
+    """The test that a measure of one arm is below that of another, or below a `level`."""
+    return {**above(measure, one, other, **keywords), "relation": "below"}

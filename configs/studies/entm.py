@@ -1,0 +1,155 @@
+"""Uncertainty promotion and adversarial training (Jin et al. 2020, arXiv 2011.13538).
+
+    python launch.py --config=configs/studies/entm.py --workdir=runs/entm --config.scale=small
+
+Entropy maximisation (EntM) and label smoothing (LS), alone and with adversarial training (AT), on
+Fashion-MNIST with LeNet-5. smoke: digits, seconds. small: 2 epochs, 3 seeds, about an hour on 2
+CPU cores. full: CIFAR-10, PreActResNet-18, 8/255, an accelerator.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from configs.studies.common import SMOKE, above, attacks, below
+
+ENTM = {"regularizers": {"entropy": {"weight": 1.0}}}
+LS = {"loss": {"name": "cross_entropy", "label_smoothing": 0.2}}
+CLEAN = {"loss_on": "clean"}
+
+
+def get_config():
+    config = ConfigDict()
+    config.title = "Uncertainty promotion and adversarial training"
+    config.paper = "Jin, Fan, Ng, Ju, Yang 2020, arXiv 2011.13538"
+    config.question = (
+        "Do entropy maximisation and label smoothing make a network robust alone, do they help "
+        "adversarial training, and do smaller Jacobians explain it?"
+    )
+    config.notes = (
+        "Robust accuracy is under AutoAttack where it says so; AT is trained at the middle eps.",
+    )
+    config.scale = "small"
+    config.seeds = (0, 1, 2)
+
+    base = default.get_config()
+    base.dataset = "tfds:fashion_mnist"
+    base.validation_size = 1000
+    base.model = {"name": "lenet5"}
+    base.adversary.eps = 0.1
+    base.adversary.num_steps = 7
+    base.learning_rate = 2e-3
+    base.schedule = {"name": "one_cycle"}
+    base.duration = "2 epochs"
+    base.log_every = "50 steps"
+    base.validate_every = "0.5 epochs"
+    base.checkpoint_every = "1 epoch"
+    base.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.1}
+    base.evaluation.num_examples = 1000
+    base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 200})
+    base.attacks = attacks((0.02, 0.05, 0.1, 0.15, 0.2), trained=0.1, num_examples=200)
+    config.base = base
+
+    config.arms = ConfigDict(
+        {
+            "ce": CLEAN,
+            "entm": {**CLEAN, **ENTM},
+            "ls": {**CLEAN, **LS},
+            "at": {},
+            "at_entm": ENTM,
+            "at_ls": LS,
+        },
+        sort_keys=False,
+    )
+    radii = {"faint": 0.02, "trained": 0.1, "larger": 0.15, "largest": 0.2}
+    config.scales = {
+        "smoke": {
+            "seeds": (0, 1),
+            "radii": radii,
+            "base": {
+                **SMOKE,
+                "attacks": attacks((0.02, 0.05, 0.1, 0.15, 0.2), 0.1, 20, smoke=True),
+            },
+        },
+        "small": {"radii": radii},
+        "full": {
+            "seeds": (0, 1, 2),
+            "radii": {
+                name: eps / 255
+                for name, eps in {"faint": 2, "trained": 8, "larger": 12, "largest": 16}.items()
+            },
+            "base": {
+                "dataset": "tfds:cifar10",
+                "augmentation": {"crop_padding": 4, "flip": True},
+                "model": {"name": "preact_resnet", "depth": 18},
+                "adversary": {"eps": 8 / 255, "num_steps": 10},
+                "optimizer": {"name": "sgd", "momentum": 0.9},
+                "learning_rate": 0.1,
+                "weight_decay": 5e-4,
+                "duration": "40 epochs",
+                "validate_every": "1 epoch",
+                "validation_attack": {"name": "pgd", "eps": 8 / 255},
+                "evaluation": {"num_examples": 0},
+                "audit": {"eps": 8 / 255, "num_examples": 500},
+                "attacks": attacks(
+                    tuple(e / 255 for e in (2, 4, 8, 12, 16)), 8 / 255, num_examples=1000
+                ),
+            },
+        },
+    }
+    config.measures = (
+        ("clean", "clean.accuracy"),
+        ("PGD at {faint:.3g}", "pgd@{faint}"),
+        ("PGD at {trained:.3g}", "pgd@{trained}"),
+        ("PGD at {larger:.3g}", "pgd@{larger}"),
+        ("AutoAttack at {trained:.3g}", "autoattack@{trained}"),
+        ("‖J‖ logits", "jacobian.logits.frobenius.mean"),
+        ("‖J‖ probabilities", "jacobian.probabilities.frobenius.mean"),
+    )
+    config.published = ()
+
+    config.claims = ConfigDict(
+        {
+            "a": {
+                "text": "EntM or LS alone is more robust than CE at a small eps, and not under "
+                "a strong attack at the eps that AT is trained on (by two points at most).",
+                "tests": [
+                    above("pgd@{faint}", "entm", "ce"),
+                    above("pgd@{faint}", "ls", "ce"),
+                    below("autoattack@{trained}", "entm", "ce", by=-0.02),
+                    below("autoattack@{trained}", "ls", "ce", by=-0.02),
+                ],
+            },
+            "b, clean": {
+                "text": "With AT they beat AT on clean examples.",
+                "tests": [
+                    above("clean.accuracy", "at_entm", "at"),
+                    above("clean.accuracy", "at_ls", "at"),
+                ],
+            },
+            "b, attacks": {
+                "text": "With AT they beat AT under attack, most of all at eps larger than "
+                "trained on.",
+                "tests": [
+                    above(measure, arm, "at")
+                    for arm in ("at_entm", "at_ls")
+                    for measure in ("autoattack@{trained}", "pgd@{larger}", "pgd@{largest}")
+                ],
+            },
+            "c, logits": {
+                "text": "EntM shrinks the Jacobian of the logits.",
+                "tests": [
+                    below("jacobian.logits.frobenius.mean", "entm", "ce"),
+                    below("jacobian.logits.frobenius.mean", "at_entm", "at"),
+                ],
+            },
+            "c, probabilities": {
+                "text": "EntM shrinks the Jacobian of the probabilities.",
+                "tests": [
+                    below("jacobian.probabilities.frobenius.mean", "entm", "ce"),
+                    below("jacobian.probabilities.frobenius.mean", "at_entm", "at"),
+                ],
+            },
+        },
+        sort_keys=False,
+    )
+    return config

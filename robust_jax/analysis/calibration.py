@@ -1,0 +1,66 @@
+"""Confidence, entropy and calibration, from logits or from the columns of an evaluation's records.
+
+numpy arrays in and out, one row an example; no network is called.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+
+
+class Reliability(NamedTuple):
+    """Bins of top probability: edges [n+1]; of each bin the examples, mean and accuracy [n].
+
+    Mean top probability and accuracy are NaN where a bin is empty.
+    """
+
+    edges: np.ndarray
+    examples: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+
+def outcomes(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
+    """What the softmax says of each example, [B], named as in an evaluation's records.
+
+    correct; top_probability, max_k p_k; confidence, p_y; entropy in nats.
+    """
+    logits = np.asarray(logits, np.float64)
+    log_p = logits - logits.max(-1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    p = np.exp(log_p)
+    return {
+        "correct": (logits.argmax(-1) == np.asarray(y)) & np.isfinite(logits).all(-1),
+        "top_probability": p.max(-1),
+        "confidence": p[np.arange(len(p)), y],
+        "entropy": -(p * log_p).sum(-1),
+    }
+
+
+def reliability(
+    top_probability: ArrayLike, correct: ArrayLike, *, num_bins: int = 15
+) -> Reliability:
+    """Accuracy against top probability, in num_bins equal bins (l, r] of [0,1] (arXiv 1706.04599).
+
+    Raises ValueError for num_bins below 1, or a probability outside [0,1].
+    """
+    p, correct = np.asarray(top_probability, float), np.asarray(correct, float)
+    if num_bins < 1:
+        raise ValueError(f"num_bins must be at least 1, not {num_bins!r}")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("probabilities must be in [0, 1]")
+    edges = np.linspace(0, 1, num_bins + 1)
+    index = np.maximum(np.searchsorted(edges, p, side="left") - 1, 0)
+    count = np.bincount(index, minlength=num_bins)
+    means = np.full((2, num_bins), np.nan)
+    for mean, values in zip(means, (p, correct), strict=True):
+        np.divide(np.bincount(index, values, num_bins), count, out=mean, where=count > 0)
+    return Reliability(edges, count, *means)
+
+
+def expected_calibration_error(curve: Reliability) -> float:
+    """Σ_bins (share of examples) · |accuracy - confidence|, in [0,1] (arXiv 1706.04599, eq. 3)."""
+    gaps = np.abs(curve.accuracy - curve.confidence)
+    return float(np.nansum(curve.examples * gaps) / curve.examples.sum())

@@ -1,0 +1,58 @@
+"""How the classes lie in a network's latent space: latents [N,D] (or [N,…]) and labels [N] in.
+
+Latents are a layer's values, such as "features" of `features.captured`; those of a whole data set
+are gathered batch by batch with `batches.on_one_device`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from sklearn.decomposition import PCA
+from sklearn.metrics import silhouette_score
+
+Latents = Float[np.ndarray, "n ..."]
+Labels = Int[np.ndarray, " n"]
+
+
+class Projection(NamedTuple):
+    """points [N,num_components], and the share of the variance [num_components] along each axis."""
+
+    points: np.ndarray
+    variance_share: np.ndarray
+
+
+def projection(latents: Latents, *, num_components: int = 2) -> Projection:
+    """The latents on their principal axes, to look at: distances are shrunk, never stretched.
+
+    Costs an SVD of [N,D].
+    """
+    pca = PCA(num_components, svd_solver="full")
+    return Projection(pca.fit_transform(_flat(latents)), pca.explained_variance_ratio_)
+
+
+def silhouette(latents: Latents, labels: Labels) -> float:
+    """Mean silhouette in [-1, 1]: higher where classes are tighter and further apart.
+
+    (b - a) / max(a, b), a the mean l2 distance to the others of one's class, b to those of the
+    nearest other class (Rousseeuw 1987). Costs N² distances in D dimensions.
+    """
+    return float(silhouette_score(_flat(latents), labels))
+
+
+def distance_ratio(latents: Latents, labels: Labels) -> float:
+    """Mean l2 distance to one's class centre over that between two centres: lower is tighter.
+
+    Our reading of intra- over inter-class distance. Invariant to scale; costs N distances.
+    """
+    latents, labels = _flat(latents), np.asarray(labels)
+    classes, index = np.unique(labels, return_inverse=True)
+    centres = np.stack([latents[labels == c].mean(0) for c in classes])
+    intra = np.linalg.norm(latents - centres[index], axis=-1).mean()
+    inter = np.linalg.norm(centres[:, None] - centres, axis=-1)
+    return float(intra / inter[np.triu_indices(len(classes), 1)].mean())
+
+
+def _flat(latents: Latents) -> Float[np.ndarray, "n d"]:
+    latents = np.asarray(latents, np.float64)
+    return latents.reshape(len(latents), -1)

@@ -1,0 +1,45 @@
+"""Figures: arrays or DataFrames in, matplotlib Figures out. `run` of one run, `measures` of any."""
+
+from robust_jax.analysis.plots.measures import (
+    by_layer,
+    distributions,
+    latent_scatter,
+    loss_surfaces,
+    reliability_diagram,
+    singular_values,
+)
+from robust_jax.analysis.plots.run import (
+    FATE_COLORS,
+    JACOBIANS,
+    NORMS,
+    WORST_CASE,
+    accuracy_against_eps,
+    difference_scale,
+    estimate_against_exact,
+    fate_histograms,
+    image_grid,
+    jacobian_by_fate,
+    jacobian_histograms,
+    training_curves,
+)
+
+__all__ = [
+    "FATE_COLORS",
+    "JACOBIANS",
+    "NORMS",
+    "WORST_CASE",
+    "accuracy_against_eps",
+    "by_layer",
+    "difference_scale",
+    "distributions",
+    "estimate_against_exact",
+    "fate_histograms",
+    "image_grid",
+    "jacobian_by_fate",
+    "jacobian_histograms",
+    "latent_scatter",
+    "loss_surfaces",
+    "reliability_diagram",
+    "singular_values",
+    "training_curves",
+]

@@ -1,0 +1,225 @@
+"""Figures of the measurements, several networks ("arms") side by side, each by its name."""
+
+from collections.abc import Mapping
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+from matplotlib import patheffects, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
+
+from robust_jax.analysis.calibration import Reliability, expected_calibration_error
+from robust_jax.analysis.plots.style import (
+    COLORS,
+    STYLE,
+    VERMILLION,
+    WIDTH,
+    bins_of,
+    finite,
+    legend_below,
+    num_bins,
+)
+
+# Arms differ in both, classes in both and by their label.
+LINES = ("-", "--", "-.", ":")
+MARKERS = "os^Dv"
+
+
+@rc_context(STYLE)
+def distributions(values: Mapping[str, ArrayLike], *, xlabel: str) -> Figure:
+    """Histograms of margins or energies, one outline an arm, minimum (▲) and mean (line) marked.
+
+    values: [N] by arm; those that are not finite are left out, and the legend says how many.
+    xlabel: what they are, with units. The axis is logarithmic where values above 0 spread far.
+    """
+    shown = {arm: finite(v) for arm, v in values.items()}
+    every = np.concatenate(list(shown.values()))
+    bins, is_log = bins_of(every)
+    if is_log and (every < 0).any():
+        bins, is_log = np.histogram_bin_edges(every, bins=num_bins(len(every))).tolist(), False
+    figure = Figure(figsize=(WIDTH, 3.2 + 0.2 * len(values)))
+    ax = figure.subplots()
+    for i, (arm, v) in enumerate(shown.items()):
+        style = _arm(i)
+        label = f"{arm}: minimum {v.min():.3g}, mean {v.mean():.3g}"
+        if missing := np.size(values[arm]) - len(v):
+            label += f" ({missing} of {np.size(values[arm])} not finite)"
+        weights = np.full(len(v), 100 / len(v))
+        ax.hist(np.clip(v, bins[0], bins[-1]), bins=bins, weights=weights, histtype="step", lw=1.6,
+                label=label, **style)  # fmt: skip
+        ax.axvline(v.mean(), lw=1, alpha=0.8, **style)
+        ax.plot(max(v.min(), bins[0]), 0, "^", color=style["color"], ms=8, clip_on=False, zorder=4)
+    ax.set(xlabel=xlabel, ylabel="share of the examples, %", xscale="log" if is_log else "linear")
+    ax.set_ylim(bottom=0)
+    _legend_in_rows(figure, ax, title="▲ minimum, vertical line: mean")
+    return figure
+
+
+@rc_context(STYLE)
+def singular_values(spectra: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
+    """Singular values of each layer, largest first: a panel for each layer, a line for each arm.
+
+    spectra: by arm and layer, [n]. Drawn against the share of a layer's values, so that wide and
+    narrow arms can be compared.
+    """
+    names = list(dict.fromkeys(name for layers in spectra.values() for name in layers))
+    columns = min(len(names), 3)
+    figure, panels = _panels(len(names), columns=columns, height=2.1)
+    for ax, name in zip(panels, names, strict=True):
+        for i, (arm, layers) in enumerate(spectra.items()):
+            if name in layers:
+                values = np.sort(finite(layers[name]))[::-1]
+                share = 100 * (np.arange(len(values)) + 0.5) / len(values)
+                ax.plot(share, values, label=arm, lw=1.5, **_arm(i))
+        ax.set(title=name, xlim=(0, 100))
+        ax.set_ylim(bottom=0)
+    for ax in panels[::columns]:
+        ax.set_ylabel("singular value")
+    for ax in panels[-columns:]:
+        ax.set_xlabel("share of the values, %")
+    legend_below(figure, panels)
+    return figure
+
+
+@rc_context(STYLE)
+def by_layer(values: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]], *, ylabel: str) -> Figure:
+    """Values of each layer, such as feature changes: a panel for each title, a line for each arm.
+
+    values: by title, arm and layer, [N] or a number. The line joins the medians; bars hold the
+    middle half of the examples. The axis is logarithmic where the values spread far.
+    """
+    figure = Figure(figsize=(WIDTH, 3.7))
+    is_log = bins_of(np.concatenate([
+        finite(v) for arms in values.values() for layers in arms.values() for v in layers.values()
+    ]))[1]  # fmt: skip
+    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    for ax, (title, arms) in zip(panels, values.items(), strict=True):
+        names = list(dict.fromkeys(name for layers in arms.values() for name in layers))
+        for i, (arm, layers) in enumerate(arms.items()):
+            here = [name for name in names if name in layers]
+            low, middle, high = np.array(
+                [np.quantile(finite(layers[name]), (0.25, 0.5, 0.75)) for name in here]
+            ).T
+            # Side by side, so that no bar hides another.
+            at = np.array([names.index(name) for name in here]) + 0.12 * (i - (len(arms) - 1) / 2)
+            ax.errorbar(at, middle, yerr=[middle - low, high - middle], label=arm, capsize=2,
+                        marker=MARKERS[i % len(MARKERS)], ms=5, lw=1.3, elinewidth=1, **_arm(i)
+                        )  # fmt: skip
+        ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+        ax.set_title(title)
+    if is_log:
+        panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_formatter(NullFormatter())
+    else:
+        panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel(ylabel)
+    legend_below(figure, panels)
+    return figure
+
+
+@rc_context(STYLE)
+def reliability_diagram(curves: Mapping[str, Reliability]) -> Figure:
+    """Accuracy against top probability, one line an arm with its ECE, over the examples' shares.
+
+    On the diagonal a network is as often right as it says; below it, it is too sure.
+    """
+    figure = Figure(figsize=(0.75 * WIDTH, 0.8 * WIDTH + 0.2 * len(curves)))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.plot([0, 100], [0, 100], color="0.4", ls=":", label="as sure as right")
+    for i, (arm, curve) in enumerate(curves.items()):
+        error = 100 * expected_calibration_error(curve)
+        filled = curve.examples > 0
+        top.plot(100 * curve.confidence[filled], 100 * curve.accuracy[filled], lw=1.5, ms=4,
+                 marker=MARKERS[i % len(MARKERS)], label=f"{arm}, ECE {error:.1f} %", **_arm(i)
+                 )  # fmt: skip
+        bottom.stairs(
+            100 * curve.examples / curve.examples.sum(), 100 * curve.edges, lw=1.5, **_arm(i)
+        )
+    top.set(ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 102))
+    # Logarithmic, for a bin of a few examples is what makes the line above jump.
+    bottom.set(xlabel="top probability, %", ylabel="examples, %", yscale="log")
+    _legend_in_rows(figure, top)
+    return figure
+
+
+@rc_context(STYLE)
+def latent_scatter(points: Mapping[str, ArrayLike], labels: ArrayLike) -> Figure:
+    """Projected latents [N,2] by arm, coloured by label [N], each class's label at its median.
+
+    Write what should be read with a panel, such as a silhouette, into the arm's name.
+    """
+    labels = np.asarray(labels)
+    classes = np.unique(labels)
+    figure, panels = _panels(len(points), columns=min(len(points), 2), height=3.2)
+    outline = [patheffects.withStroke(linewidth=3, foreground="white")]
+    for ax, (arm, xy) in zip(panels, points.items(), strict=True):
+        xy = np.asarray(xy, float)
+        for i, c in enumerate(classes):
+            here = xy[labels == c]
+            ax.scatter(here[:, 0], here[:, 1], s=9, alpha=0.6, color=COLORS[i % len(COLORS)],
+                       linewidths=0, marker=MARKERS[i % len(MARKERS)], rasterized=True)  # fmt: skip
+            at_x, at_y = np.median(here, axis=0)
+            ax.text(at_x, at_y, str(c), weight="bold", ha="center", va="center",
+                    fontsize=11, path_effects=outline)  # fmt: skip
+        ax.set(title=_wrapped(arm, 38), xlabel="first component", ylabel="second component")
+        ax.set_aspect("equal", adjustable="datalim")
+    return figure
+
+
+@rc_context(STYLE)
+def loss_surfaces(
+    losses: Mapping[str, ArrayLike],
+    along_adversarial: ArrayLike,
+    along_direction: ArrayLike,
+    *,
+    label: str = "loss, nats",
+) -> Figure:
+    """Contours of `surface.loss_surface`, [n,m] by arm, of one example or a mean of many.
+
+    All panels share the scale of the colours. The clean point is a white disc, the adversarial one
+    a red diamond.
+    """
+    a, b = np.asarray(along_adversarial, float), np.asarray(along_direction, float)
+    surfaces = {arm: np.asarray(values, float) for arm, values in losses.items()}
+    every = np.concatenate([values.ravel() for values in surfaces.values()])
+    levels = MaxNLocator(12).tick_values(every.min(), max(every.max(), every.min() + 1e-6))
+    figure, panels = _panels(len(surfaces), columns=min(len(surfaces), 2), height=3.2)
+    for ax, (arm, values) in zip(panels, surfaces.items(), strict=True):
+        filled = ax.contourf(a, b, values.T, levels=levels, cmap="cividis")
+        ax.contour(a, b, values.T, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+        style: dict[str, Any] = dict(ls="", marker="o", ms=8, mec="black", clip_on=False, zorder=3)
+        ax.plot(0, 0, mfc="white", label="clean", **style)
+        ax.plot(1, 0, mfc=VERMILLION, label="adversarial", **style | dict(marker="D"))
+        ax.set(title=_wrapped(arm, 32), xlabel="along the adversarial direction",
+               ylabel="along the random one")  # fmt: skip
+    figure.colorbar(filled, ax=list(panels), label=label)
+    legend_below(figure, panels)
+    return figure
+
+
+def _arm(i: int) -> dict[str, Any]:
+    return {"color": COLORS[i % len(COLORS)], "ls": LINES[i % len(LINES)]}
+
+
+def _panels(count: int, *, columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    """count axes in rows of so many columns, each row so many inches high."""
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, height * rows + 0.6))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[count:]:
+        ax.remove()
+    return figure, list(axes[:count])
+
+
+def _wrapped(title: str, width: int) -> str:
+    """The title in lines of so many characters, its own lines kept."""
+    return "\n".join(fill(line, width) for line in title.splitlines())
+
+
+def _legend_in_rows(figure: Figure, ax: Axes, title: str | None = None) -> None:
+    """A row for each label: those with numbers in them are too long to stand side by side."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", title=title)

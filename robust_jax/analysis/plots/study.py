@@ -1,0 +1,79 @@
+"""Figures of a study: several arms, means over seeds with 95 % intervals."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from robust_jax.analysis.plots.run import NORMS
+from robust_jax.analysis.plots.style import COLORS, STYLE, WIDTH
+
+_COLORS = (*COLORS, "0.3", "0.6")
+_MARKERS = "os^DvPX*"
+
+
+@rc_context(STYLE)
+def accuracy_by_arm(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+    """Accuracy against ε: a panel for each norm, a line for each arm with its interval.
+
+    curves: by arm and norm the points {eps, mean, low, high}; low and high may be None.
+    """
+    norms = list(dict.fromkeys(norm for by_norm in curves.values() for norm in by_norm))
+    figure = Figure(figsize=(WIDTH, 4.0))
+    panels = figure.subplots(1, max(1, len(norms)), sharey=True, squeeze=False)[0]
+    for ax, norm in zip(panels, norms, strict=False):
+        for (arm, by_norm), color, marker in zip(
+            curves.items(), cycle(_COLORS), cycle(_MARKERS), strict=False
+        ):
+            points = by_norm.get(norm, [])
+            eps = [point["eps"] for point in points]
+            ax.plot(eps, [100 * p["mean"] for p in points], color=color, marker=marker, ms=4,
+                    lw=1.4, label=arm)  # fmt: skip
+            band = [p for p in points if p["low"] is not None]
+            ax.fill_between(
+                [p["eps"] for p in band],
+                [100 * max(p["low"], 0) for p in band],
+                [100 * min(p["high"], 1) for p in band],
+                color=color, alpha=0.15, lw=0,
+            )  # fmt: skip
+        ax.set(title=NORMS.get(norm, norm), xlabel="ε", ylim=(-2, 102))
+        ax.set_xlim(left=0)
+    panels[0].set_ylabel("accuracy under the worst case, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+@rc_context(STYLE)
+def measures_by_arm(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
+    """A panel for each measure, in it a point for each arm, its interval and its seeds.
+
+    table: by arm and measure {values: by seed, mean, low, high}; those never measured are left out.
+    """
+    arms = list(table)
+    measures = [
+        name for name in dict.fromkeys(m for row in table.values() for m in row)
+        if any(table[arm][name]["mean"] is not None for arm in arms)
+    ]  # fmt: skip
+    columns = 3
+    rows = max(1, -(-len(measures) // columns))
+    figure = Figure(figsize=(WIDTH, rows * (0.6 + 0.24 * len(arms)) + 0.3))
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for ax in panels.flat[len(measures) :]:
+        ax.set_visible(False)
+    for ax, name in zip(panels.flat, measures, strict=False):
+        for i, (arm, color) in enumerate(zip(arms, cycle(_COLORS), strict=False)):
+            entry = table[arm][name]
+            seeds = list(entry["values"].values())
+            ax.plot(seeds, [i] * len(seeds), ".", color=color, alpha=0.5, ms=5)
+            if entry["low"] is not None:
+                ax.plot([entry["low"], entry["high"]], [i, i], color=color, lw=1.5)
+            if entry["mean"] is not None:
+                ax.plot(entry["mean"], i, "|", color=color, ms=11, mew=2)
+        ax.set_title(name)
+        ax.set_yticks(range(len(arms)), arms)
+        ax.set_ylim(len(arms) - 0.5, -0.5)
+        ax.locator_params(axis="x", nbins=4)
+    return figure

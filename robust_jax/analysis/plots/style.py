@@ -1,0 +1,68 @@
+"""What the figures share: width, colours, fonts, bins and legends.
+
+Nothing here touches pyplot, so a figure is shown by returning it from a notebook's cell or saved
+with its own savefig.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+WIDTH = 7.2  # inches; the fonts below are readable where a figure is shown about this wide
+# Okabe and Ito's colours, which stay apart for colour-blind readers; black is the worst case's.
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+)  # fmt: skip
+COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "legend.fontsize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "legend.framealpha": 0.8,
+    "legend.edgecolor": "none",
+    "figure.constrained_layout.use": True,
+}
+
+
+def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend for all panels, each label once."""
+    entries = {label: handle for ax in panels
+               for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center",
+                  ncols=min(len(entries), 5))  # fmt: skip
+
+
+def two_columns(names: list[str]) -> list[list[str]]:
+    """Rows of two; a last odd one is as wide as both."""
+    rows = [names[i : i + 2] for i in range(0, len(names), 2)]
+    return [row if len(row) == 2 else row * 2 for row in rows]
+
+
+def bins_of(values: np.ndarray) -> tuple[list[float], bool]:
+    """Bin edges, and whether they are logarithmic: where the values spread over a factor of 30."""
+    positive = values[values > 0]
+    if len(positive) and np.quantile(positive, 0.99) > 30 * np.quantile(positive, 0.01):
+        # A softmax that saturates has norms down to 1e-30; ten decades are enough to look at.
+        low = max(positive.min(), positive.max() * 1e-10)
+        return np.geomspace(low, positive.max(), num_bins(len(values)) + 1).tolist(), True
+    return np.histogram_bin_edges(values, bins=num_bins(len(values))).tolist(), False
+
+
+def num_bins(count: int) -> int:
+    return int(np.clip(1.5 * np.sqrt(count), 10, 40))
+
+
+def finite(values: ArrayLike) -> np.ndarray:
+    values = np.asarray(values, float).ravel()
+    return values[np.isfinite(values)]

@@ -1,0 +1,59 @@
+"""The loss on a plane through an image: one axis leads to its adversarial point, one is random."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from robust_jax import losses
+from robust_jax.attacks import LogitsFn
+from robust_jax.batches import in_chunks
+from robust_jax.keys import KeyOrKeys, example_keys
+
+Images = Float[Array, "b h w c"]
+
+
+def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:
+    """A random direction at right angles to x_adv - x and as long in l2, [B,H,W,C]."""
+
+    def direction_one(move, key):
+        noise = jax.random.normal(key, move.shape, move.dtype)
+        tiny = jnp.finfo(move.dtype).tiny
+        noise -= (noise * move).sum() / jnp.maximum((move**2).sum(), tiny) * move
+        return noise * jnp.linalg.norm(move.ravel()) / jnp.linalg.norm(noise.ravel())
+
+    return jax.vmap(direction_one)(x_adv - x, example_keys(key, x.shape[0]))
+
+
+def loss_surface(
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Int[Array, " b"],
+    x_adv: Images,
+    direction: Images,
+    *,
+    along_adversarial: Sequence[float] | Float[Array, " n"],
+    along_direction: Sequence[float] | Float[Array, " m"],
+    loss: losses.Loss = losses.cross_entropy,
+    chunk_size: int | None = None,
+) -> Float[Array, "b n m"]:
+    """loss(x + a·(x_adv - x) + b·direction) for each a and b, [B,n,m], in units of the loss.
+
+    x is at (0, 0) and x_adv at (1, 0). The plane is not cut at the walls of [0,1]. Costs n·m
+    forward passes an example; chunk_size bounds how many examples are in memory, with n images of
+    each at a time.
+    """
+    a, b = jnp.asarray(along_adversarial, x.dtype), jnp.asarray(along_direction, x.dtype)
+
+    def surface_one(args):
+        image, label, towards, direction = args
+        labels = jnp.broadcast_to(label, a.shape)
+
+        def column(b):
+            points = image + a[:, None, None, None] * (towards - image) + b * direction
+            return loss(logits_fn(points), labels)
+
+        return jax.lax.map(column, b).T
+
+    return in_chunks(surface_one, (x, y, x_adv, direction), chunk_size)

@@ -1,0 +1,117 @@
+"""The Jacobian-based saliency map attack: a few pixel values, changed as far as they go.
+
+Written for one example and lifted over the batch by jax.vmap, once. Source: arXiv 1511.07528.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from robust_jax.attacks.apgd import likeliest_wrong
+from robust_jax.attacks.best import check_eps
+from robust_jax.attacks.norms import Perturbation
+from robust_jax.attacks.pgd import Images, LogitsFn
+from robust_jax.keys import KeyOrKeys
+
+# How many pairs of features are held in memory at a time, for each example.
+_PAIRS_AT_ONCE = 2**14
+
+
+def jsma(
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Int[Array, " b"],
+    key: KeyOrKeys,
+    *,
+    eps: float,
+    norm: Literal["l0"] = "l0",
+    theta: float = 1.0,
+    targets: Int[Array, " b"] | None = None,
+) -> Images:
+    """Changes the most salient pair of pixel values, again and again (arXiv 1511.07528, alg. 3).
+
+    Of all pairs that raise the target's logit and lower the sum of the others, the one with the
+    largest product of the two moves by theta, within [0,1], until the target is reached, no pair
+    is left, or the next would change more than eps entries of [H,W,C] in all: with theta=±1 an
+    odd eps is as good as the even one below. logits_fn, x, y: as in `pgd`; y: labels [B]. key:
+    nothing is drawn. theta: in [-1,1], in pixel units; below 0, pixels darken. targets: classes
+    [B] to reach; None is the likeliest wrong class of each, and any wrong class will do. Returns
+    [B,H,W,C], where the search ended. A step looks at all (HWC)² pairs, 16,384 at a time for each
+    example, beside one pass through the network and two gradients. Raises ValueError for a
+    negative eps, a theta of 0 or outside [-1,1], a norm other than l0.
+    """
+    check_eps(eps)
+    if not 0 < abs(theta) <= 1:
+        raise ValueError(f"theta must be in [-1, 1] and not 0, not {theta!r}")
+    if norm != "l0":
+        raise ValueError(f"norm must be l0, not {norm!r}")
+    towards = 1.0 if theta > 0 else -1.0
+
+    def logits_of(x):
+        return logits_fn(x[None])[0]
+
+    def attack_one(x, y, target):
+        any_wrong = target is None
+        if any_wrong:
+            target = likeliest_wrong(logits_of(x), y, 1)[0][0]
+
+        def reached(logits):
+            return jnp.argmax(logits) != y if any_wrong else jnp.argmax(logits) == target
+
+        def step(state):
+            x_adv, _ = state
+            logits, pull = jax.vjp(logits_of, x_adv)
+            onto = jax.nn.one_hot(target, len(logits), dtype=logits.dtype)
+            gain, cost = (_scaled(towards * pull(along)[0].ravel()) for along in (onto, 1 - onto))
+            free = (x_adv < 1 if theta > 0 else x_adv > 0).ravel()
+            changed = (x_adv != x).ravel()
+            pair, found = most_salient_pair(gain, cost, free, changed, eps)
+            moved = x_adv.ravel().at[pair].add(jnp.where(found, theta, 0.0)).reshape(x.shape)
+            x_adv = jnp.clip(moved, 0.0, 1.0)
+            return x_adv, ~found | reached(logits_of(x_adv))
+
+        start = (x, reached(logits_of(x)))
+        return jax.lax.while_loop(lambda state: ~state[1], step, start)[0]
+
+    return jax.vmap(attack_one)(x, y, targets)
+
+
+def most_salient_pair(
+    gain: Float[Array, " p"],
+    cost: Float[Array, " p"],
+    free: Bool[Array, " p"],
+    changed: Bool[Array, " p"],
+    budget: float | Float[Array, ""],
+) -> tuple[Int[Array, " 2"], Bool[Array, ""]]:
+    """The pair (i, j) with the largest -(gain_i + gain_j)·(cost_i + cost_j), and if there is one.
+
+    Only pairs of two free features count, with a gain above and a cost below 0, which leave no
+    more than `budget` features changed.
+    """
+    features = jnp.arange(len(gain))
+    gain = jnp.where(free, gain, -jnp.inf)
+    new = (~changed).astype(int)
+    left = budget - changed.sum()
+
+    def saliency_with(i):
+        gains, costs = gain[i] + gain, cost[i] + cost
+        allowed = (gains > 0) & (costs < 0) & (new[i] + new <= left) & (features != i)
+        return jnp.where(allowed, -gains * costs, 0.0)
+
+    rows = min(max(_PAIRS_AT_ONCE // len(gain), 1), len(gain))
+    saliency = jax.lax.map(lambda i: saliency_with(i).max(), features, batch_size=rows)
+    i = jnp.argmax(saliency)
+    return jnp.stack([i, jnp.argmax(saliency_with(i))]), saliency[i] > 0
+
+
+def num_changed(delta: Perturbation) -> Float[Array, ""]:
+    """How many entries of a perturbation [H,W,C] are not 0: what eps bounds here."""
+    return (delta != 0).sum().astype(delta.dtype)
+
+
+def _scaled(gradient):
+    """The gradient with its largest entry at ±1, so that products do not underflow; NaN as 0."""
+    gradient = jnp.nan_to_num(gradient)
+    return gradient / jnp.maximum(jnp.abs(gradient).max(), 1e-30)

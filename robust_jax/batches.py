@@ -1,0 +1,82 @@
+"""Many examples through a compiled function: batches of a few sizes, results in their order."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+# Arrays with one row per example.
+Rows = Mapping[str, np.ndarray]
+# map_examples(fn) -> run(rows, *scalars) -> what fn(logits_fn, rows, *scalars) returns of each
+# batch (arrays [B,…]), for all the rows. Scalars may change without another compilation.
+MapExamples = Callable[[Callable], Callable]
+
+_SHRINK, _SMALLEST = 4, 8
+
+
+def batches(
+    count: int, batch_size: int, *, multiple_of: int = 1
+) -> Iterator[tuple[Int[np.ndarray, " b"], int]]:
+    """The rows 0 … count-1 in batches, the last filled up with copies; each with its real rows.
+
+    The last batch has the smallest of three sizes that holds it (batch_size, a quarter and a
+    sixteenth of it), so few rows cost little and at most three programs are compiled. Sizes are
+    rounded up to a multiple_of the devices.
+    """
+
+    def rounded(size):
+        return -(-size // multiple_of) * multiple_of
+
+    batch_size = rounded(batch_size)
+    quarter, sixteenth = (-(-batch_size // _SHRINK**i) for i in (1, 2))
+    sizes = [rounded(s) for s in (sixteenth, quarter) if s >= _SMALLEST] + [batch_size]
+    for start in range(0, count, batch_size):
+        real = min(batch_size, count - start)
+        size = next(s for s in sizes if s >= real)
+        yield np.minimum(np.arange(start, start + size), count - 1), real
+
+
+def in_chunks(fn_one: Callable, args: Any, chunk_size: int | None):
+    """fn_one lifted over the examples of args (an array, or several of one length).
+
+    chunk_size bounds how many are in memory at a time: the rest waits, in the same program.
+    """
+    num_examples = jax.tree.leaves(args)[0].shape[0]
+    if chunk_size is None or chunk_size >= num_examples:
+        return jax.vmap(fn_one)(args)
+    return jax.lax.map(fn_one, args, batch_size=chunk_size)
+
+
+def counted(rows: Rows) -> tuple[int, Callable]:
+    """The number of rows, and take(i), which gives those numbered i."""
+    count = len(next(iter(rows.values())))
+    return count, lambda i: {name: array[i] for name, array in rows.items()}
+
+
+def joined(parts: list[Any], counts: list[int]) -> Any:
+    """The first count rows of each part, end to end, as numpy arrays."""
+    parts = [
+        jax.tree.map(lambda a, n=n: np.asarray(a)[:n], part)
+        for part, n in zip(parts, counts, strict=True)
+    ]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def on_one_device(logits_fn: Callable, batch_size: int) -> MapExamples:
+    """The mapping of any logits_fn: jax.jit on the default device, batch by batch."""
+
+    def map_examples(fn):
+        compiled = jax.jit(partial(fn, logits_fn))
+
+        def run(rows, *scalars):
+            count, take = counted(rows)
+            plan = list(batches(count, batch_size))
+            parts = [compiled(take(i), *scalars) for i, _ in plan]
+            return joined(parts, [real for _, real in plan])
+
+        return run
+
+    return map_examples

@@ -1,0 +1,50 @@
+"""A result as a JSON card, with the fields of RobustBench's model_info."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+
+
+def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The card of the best checkpoint under AutoAttack, at the radius trained against if it ran
+    there; None where AutoAttack did not run.
+
+    Accuracies are in percent. RobustBench leaves link, authors and venue to people. `unreliable`
+    is the audit's verdict "fail", None without one; `footnote` says what a reader must know.
+    """
+    runs = [entry for entry in results["attacks"] if entry["attack"] == "autoattack"]
+    if not runs:
+        return None
+    against = results["trained_against"] or {}
+    entry = next((e for e in runs if (e["norm"], e["eps"]) == tuple(against.values())), runs[0])
+    config, audit = results["config"], results.get("audit")
+    version = config["attacks"][entry["name"]].get("version", "standard")
+    standard = version == "standard" and not config["attacks"][entry["name"]].get("overrides")
+    notes = [
+        f"AutoAttack {version if isinstance(version, str) else ', '.join(version)}"
+        f"{'' if standard else ' (not the standard budgets)'} on {entry['count']} test images.",
+        f"Audit: {audit['verdict']}." if audit else "Not audited.",
+    ]
+    return {
+        "name": f"{config['loss']['name']} on {config['loss_on']}",
+        "dataset": results["data"]["name"].removeprefix("tfds:"),
+        "architecture": results["model"]["name"],
+        "threat_model": _NORMS.get(entry["norm"], entry["norm"]),
+        "eps": _fraction(entry["eps"]),
+        "clean_acc": f"{100 * results['clean']['accuracy']:.2f}",
+        "autoattack_acc": f"{100 * entry['robust_accuracy']:.2f}",
+        "reported": None,
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "unreliable": audit["verdict"] == "fail" if audit else None,
+        "footnote": " ".join(notes),
+        "link": None,
+        "authors": None,
+        "venue": None,
+    }
+
+
+def _fraction(eps: float) -> str:
+    levels = eps * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-4 else f"{eps:g}"

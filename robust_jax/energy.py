@@ -1,0 +1,103 @@
+"""How much the loss moves in an example's neighbourhood: the energies of arXiv 1911.06479.
+
+Only the abstract was at hand; both forms are our reading. The neighbourhood is the eps-ball cut to
+[0,1]. ℓ is the cross-entropy with labels y [B], in nats; with y=None it is label-free, KL(p(x) ‖ p)
+from the prediction at x itself, which is held fixed (as in VAT, arXiv 1704.03976). Both energies
+are in nats², differentiable in the network's parameters at the points they look at.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from robust_jax import losses
+from robust_jax.attacks import LogitsFn, Norm, norms, pgd
+from robust_jax.attacks.best import check_counts, check_eps
+from robust_jax.keys import KeyOrKeys, example_keys, fold_each
+
+Images = Float[Array, "b h w c"]
+Labels = Int[Array, " b"]
+PerExample = Float[Array, " b"]
+
+
+def mean_square(
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Labels | None,
+    key: KeyOrKeys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_samples: int = 1,
+) -> PerExample:
+    """E (ℓ(x+r) - ℓ(x))², r uniform in the ball and moved into the box: mean of num_samples.
+
+    [B,H,W,C], [B] -> [B]. Costs num_samples + 1 forward passes. Raises ValueError for a negative
+    eps, an unknown norm or num_samples below 1.
+    """
+    check_eps(eps)
+    check_counts(num_samples=num_samples)
+    loss, reference = _loss_around(logits_fn, x, y)
+    keys = example_keys(key, x.shape[0])
+    value = loss(logits_fn(x), reference)
+
+    def draw(x, key):
+        noise = norms.random_in_ball(key, x.shape, eps, norm)
+        return norms.project_to_ball_and_box(x + noise, x, eps, norm)
+
+    def sample(i):
+        neighbour = jax.vmap(draw)(x, fold_each(keys, i))
+        return (loss(logits_fn(neighbour), reference) - value) ** 2
+
+    return jax.lax.map(sample, jnp.arange(num_samples)).mean(0)
+
+
+def oscillation(
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Labels | None,
+    key: KeyOrKeys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_steps: int = 10,
+    step_size: float | None = None,
+) -> PerExample:
+    """(max ℓ(x+r) - min ℓ(x+r))², each end the best point that PGD and x itself offer.
+
+    [B,H,W,C], [B] -> [B]. x is among the points, so this is never below (max ℓ(x+r) - ℓ(x))², the
+    term that adversarial training raises it by. Costs two attacks of num_steps, or one if
+    label-free: KL is least at x. Raises ValueError as `attacks.pgd` does.
+    """
+    loss, reference = _loss_around(logits_fn, x, y)
+    keys = example_keys(key, x.shape[0])
+
+    def end(sign, salt):
+        found = pgd(
+            logits_fn,
+            x,
+            reference,
+            fold_each(keys, salt),
+            eps=eps,
+            norm=norm,
+            num_steps=num_steps,
+            step_size=step_size,
+            loss=lambda logits, reference: sign * loss(logits, reference),
+        )
+        return jax.lax.stop_gradient(found)
+
+    points = [x, end(1.0, 0)] if y is None else [x, end(1.0, 0), end(-1.0, 1)]
+    values = jnp.stack([loss(logits_fn(point), reference) for point in points])
+    return (values.max(0) - values.min(0)) ** 2
+
+
+def _loss_around(logits_fn: LogitsFn, x: Images, y: Labels | None) -> tuple[Callable, Array]:
+    """ℓ(logits, reference) and the reference of each example, which has a dimension of its own.
+
+    For pgd puts being misclassified before the loss where the reference is a bare label.
+    """
+    if y is None:
+        return losses.kl, jax.lax.stop_gradient(logits_fn(x))
+    return (lambda logits, y: losses.cross_entropy(logits, y[:, 0])), y[:, None]

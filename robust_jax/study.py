@@ -1,0 +1,284 @@
+"""A study: arms × seeds of ordinary runs, what the paper claims of them, and the verdicts.
+
+Its config (configs/studies/) holds a base config, scales and arms as changes of it, the measures of
+the table, and the claims as tests on them. Nothing here is typed in: a verdict follows from the
+intervals over seeds.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+from scipy import stats
+
+from robust_jax import config as config_lib
+from robust_jax import run, study_report
+from robust_jax.analysis import runs
+from robust_jax.config import choose
+from robust_jax.errors import UserError
+from robust_jax.files import write_atomically
+
+Verdict = Literal["supported", "refuted", "inconclusive"]
+_FIELDS = ("title", "paper", "question", "scale", "seeds", "base", "scales", "arms", "measures",
+           "claims", "published", "notes")  # fmt: skip
+
+
+class Interval(NamedTuple):
+    """A mean over seeds with its 95 % confidence interval by Student's t; NaN ends for one seed."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def is_study(config: ConfigDict) -> bool:
+    """Whether a config is that of a study."""
+    return "arms" in config
+
+
+def run_study(
+    config: ConfigDict, schema: ConfigDict, workdir: Path, mode: str = "train", *, only: str = ""
+) -> dict[str, Any]:
+    """Trains and evaluates what is missing, then writes the study's results and report.
+
+    only: "arm" or "arm/seed" runs that part alone and writes no report, so that a scheduler can
+    spread a study over machines; mode "report" collects what is there and runs nothing. Each run
+    is an ordinary one in workdir/arm/seed. Returns what results.json holds. Raises UserError for a
+    mistaken config or an unknown arm, before anything runs.
+    """
+    if mode not in ("train", "report"):
+        raise UserError(f"--mode={mode} is for one run: give it a run's config and folder")
+    workdir = workdir.absolute()
+    members = list(plan(config))
+    _check(config, schema, members)
+    if only:
+        arm, _, seed = only.partition("/")
+        choose(config.arms, arm, "--only's arm")
+        if seed:
+            choose(sorted({str(m.seed) for m in members}), seed, "--only's seed")
+        members = [m for m in members if m.arm == arm and seed in ("", str(m.seed))]
+    if mode == "train":
+        for i, member in enumerate(members):
+            logging.info("%s: %s, seed %d (%d of %d)", config.title, member.arm, member.seed,
+                         i + 1, len(members))  # fmt: skip
+            run.run(member.config, schema, workdir / member.arm / str(member.seed), "train")
+    if only:
+        return {}
+    results = collect(config, members, workdir)
+    study_report.write(workdir, results)
+    write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+    logging.info("report: %s", workdir / "report.html")
+    return results
+
+
+class Member(NamedTuple):
+    """One run of a study."""
+
+    arm: str
+    seed: int
+    config: ConfigDict
+
+
+def plan(config: ConfigDict) -> Iterator[Member]:
+    """The runs of a study at its scale, seed by seed, so that a part of it is a study too."""
+    scale = _scale(config)
+    base = changed(config.base, scale.get("base", {}))
+    for seed in scale.get("seeds", config.seeds):
+        for arm, changes in config.arms.items():
+            own = changed(changed(base, changes), scale.get("arms", {}).get(arm, {}))
+            own.seed = seed
+            yield Member(arm, seed, own)
+
+
+def _scale(config: ConfigDict) -> ConfigDict:
+    return config.scales[choose(config.scales, config.scale, "config.scale")]
+
+
+def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of base with the changes; an entry that brings a name, and attacks, are replaced."""
+    result = ConfigDict(base.to_dict())
+    for field, value in changes.items():
+        entry = isinstance(value, Mapping | ConfigDict)
+        merge = entry and isinstance(result.get(field), ConfigDict)
+        if merge and "name" not in value and field != "attacks":
+            result[field] = changed(result[field], value)
+        else:
+            result[field] = ConfigDict(value) if entry else value
+    return result
+
+
+def collect(config: ConfigDict, members: Sequence[Member], workdir: Path) -> dict[str, Any]:
+    """Tables and verdicts from the runs that are finished."""
+    found: dict[str, dict[int, dict]] = {arm: {} for arm in config.arms}
+    missing = []
+    for member in members:
+        folder = workdir / member.arm / str(member.seed)
+        if (folder / "results.json").exists():
+            found[member.arm][member.seed] = runs.results(folder)
+        else:
+            missing.append(f"{member.arm}/{member.seed}")
+    if missing:
+        logging.warning("%d of %d runs are not finished: %s", len(missing), len(members),
+                        ", ".join(missing[:5]))  # fmt: skip
+    radii = _scale(config).get("radii", {})
+    measures = {label.format(**radii): m.format(**radii) for label, m in config.measures}
+    table = {
+        arm: {
+            label: _summary({seed: value(r, measure) for seed, r in by_seed.items()})
+            for label, measure in measures.items()
+        }
+        for arm, by_seed in found.items()
+    }
+    curves = {arm: _curves(list(by_seed.values())) for arm, by_seed in found.items()}
+    audits = {
+        arm: {str(s): r["audit"]["verdict"] if r["audit"] else None for s, r in by_seed.items()}
+        for arm, by_seed in found.items()
+    }
+    claims = {name: judge(c.to_dict(), found, radii) for name, c in config.claims.items()}
+    return {
+        "title": config.title,
+        "paper": config.paper,
+        "question": config.question,
+        "notes": config.notes,
+        "scale": config.scale,
+        "seeds": sorted({m.seed for m in members}),
+        "missing": missing,
+        "measures": measures,
+        "table": table,
+        "audits": audits,
+        "curves": curves,
+        "claims": claims,
+        "published": {arm: dict(numbers) for arm, numbers in config.published},
+        "configs": {arm: config_lib.to_json(m.config) for m in members for arm in [m.arm]},
+    }
+
+
+def judge(
+    claim: Mapping[str, Any],
+    found: Mapping[str, Mapping[int, dict]],
+    radii: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """A claim with the outcome of each of its tests, and its verdict.
+
+    It is supported where every test is, refuted where one is, and else inconclusive. radii stand
+    for their names in braces, as in "pgd@{trained}".
+    """
+    tests = [{**t, "measure": t["measure"].format(**(radii or {}))} for t in claim["tests"]]
+    tests = [{**test, **_test(test, found)} for test in tests]
+    verdicts = {test["verdict"] for test in tests}
+    verdict = next((v for v in ("refuted", "inconclusive") if v in verdicts), "supported")
+    return {"text": claim["text"], "verdict": verdict, "tests": tests}
+
+
+def _test(test: Mapping[str, Any], found: Mapping[str, Mapping[int, dict]]) -> dict[str, Any]:
+    """The quantity that a test claims to be above zero: its mean and interval over seeds."""
+    shared = set.intersection(*(set(found[arm]) for arm in test["arms"]))
+    values = []
+    for seed in sorted(shared):
+        here = [value(found[arm][seed], test["measure"]) for arm in test["arms"]]
+        known = [v for v in here if v is not None]
+        if len(known) == len(here):
+            values.append(_margin(test, known))
+    interval = mean_interval(values)
+    return {"values": values, **interval._asdict(), "verdict": verdict_of(interval)}
+
+
+def _margin(test: Mapping[str, Any], values: list[float]) -> float:
+    """How far one seed is on the claimed side.
+
+    "above"/"below" compare the first arm with the second, or with a level; "rises"/"falls" takes
+    the slope over the arms, in the order given, against `at` (or their numbers).
+    """
+    relation, by = test["relation"], test.get("by", 0.0)
+    if relation in ("rises", "falls"):
+        slope = np.polyfit(test.get("at", range(len(values))), values, 1)[0]
+        return float(slope if relation == "rises" else -slope)
+    other = values[1] if len(values) > 1 else test["level"]
+    difference = values[0] - other
+    return (difference if relation == "above" else -difference) - by
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """The mean over seeds and its two-sided confidence interval (Student's t)."""
+    array = np.asarray(values, float)
+    if not array.size:
+        return Interval(np.nan, np.nan, np.nan)
+    if array.size == 1:
+        return Interval(float(array[0]), np.nan, np.nan)
+    half = stats.t.ppf((1 + level) / 2, array.size - 1) * stats.sem(array)
+    return Interval(float(array.mean()), float(array.mean() - half), float(array.mean() + half))
+
+
+def verdict_of(interval: Interval) -> Verdict:
+    """supported where the whole interval is above zero, refuted where it is below."""
+    if interval.low > 0:
+        return "supported"
+    return "refuted" if interval.high < 0 else "inconclusive"
+
+
+def value(results: Mapping[str, Any], measure: str) -> float | None:
+    """A number of a run: "attack@eps" for a robust accuracy, else a dotted path in results.json.
+
+    "one - other" is the difference of two. None where the run has no such number.
+    """
+    if " - " in measure:
+        one, other = (value(results, part) for part in measure.split(" - "))
+        return None if one is None or other is None else one - other
+    if "@" in measure:
+        name, _, eps = measure.partition("@")
+        for entry in results["attacks"]:
+            if entry["name"] == name and np.isclose(entry["eps"], float(eps), rtol=1e-5):
+                return entry["robust_accuracy"]
+        return None
+    node: Any = results
+    for part in measure.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return None if node is None else float(node)
+
+
+def _summary(values: Mapping[int, float | None]) -> dict[str, Any]:
+    known = {str(seed): v for seed, v in values.items() if v is not None}
+    interval = mean_interval(list(known.values()))
+    return {"values": known, **{k: _number(v) for k, v in interval._asdict().items()}}
+
+
+def _curves(results: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The worst case of each norm against eps, by norm: mean and interval over seeds."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    if not results:
+        return curves
+    for entry in results[0]["attacks"]:
+        if entry["attack"] == "worst_case":
+            measure = f"{entry['name']}@{entry['eps']!r}"
+            known = [v for v in (value(r, measure) for r in results) if v is not None]
+            interval = {k: _number(v) for k, v in mean_interval(known)._asdict().items()}
+            curves.setdefault(entry["norm"], []).append({"eps": entry["eps"], **interval})
+    for norm, points in curves.items():
+        clean = mean_interval([r["clean"]["accuracy"] for r in results])._asdict()
+        points.insert(0, {"eps": 0.0, **{k: _number(v) for k, v in clean.items()}})
+        curves[norm] = sorted(points, key=lambda point: point["eps"])
+    return curves
+
+
+def _number(x: float) -> float | None:
+    return float(x) if np.isfinite(x) else None
+
+
+def _check(config: ConfigDict, schema: ConfigDict, members: Sequence[Member]) -> None:
+    for field in config:
+        choose(_FIELDS, field, "a study's field")
+    for field in _FIELDS:
+        if field not in config:
+            raise UserError(f"config.{field} is missing: a study has {', '.join(_FIELDS)}")
+    for member in members:
+        config_lib.check_fields(member.config, schema)
+    for name, claim in config.claims.items():
+        for test in claim.tests:
+            for arm in test["arms"]:
+                choose(config.arms, arm, f"config.claims.{name}'s arm")
+            relations = ("above", "below", "rises", "falls")
+            choose(relations, test["relation"], f"config.claims.{name}'s relation")

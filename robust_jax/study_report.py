@@ -1,0 +1,135 @@
+"""A study's folder as report.html and as README.md with its figures, for a repository."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from robust_jax import report
+from robust_jax.analysis.plots import study as plots
+from robust_jax.files import write_atomically
+
+Results = Mapping[str, Any]
+
+
+def write(workdir: Path, results: Results) -> None:
+    """Writes report.html, README.md and figures/*.svg into workdir."""
+    figures = {
+        "accuracy": (
+            plots.accuracy_by_arm(results["curves"]),
+            "Worst-case accuracy against ε: the mean over seeds with its 95 % interval.",
+        ),
+        "measures": (
+            plots.measures_by_arm(results["table"]),
+            "The measures of the table: the mean over seeds with its 95 % interval.",
+        ),
+    }
+    (workdir / "figures").mkdir(parents=True, exist_ok=True)
+    images = []
+    for name, (figure, alt) in figures.items():
+        images.append(report.image(figure, alt))
+        with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
+            figure.savefig(workdir / "figures" / f"{name}.svg", metadata={"Date": None})
+    claims, heads, rows = _claims(results), list(results["measures"]), _rows(results)
+    page = report.template("study.html.j2").render(
+        title=results["title"], question=results["question"], paper=results["paper"],
+        scale=results["scale"], seeds=results["seeds"], missing=results["missing"],
+        claims=claims, caption=_CAPTION, heads=heads, rows=rows, figures=images,
+        notes=results["notes"],
+    )  # fmt: skip
+    write_atomically(workdir / "report.html", page)
+    captions = {name: alt for name, (_, alt) in figures.items()}
+    write_atomically(workdir / "README.md", _markdown(results, claims, heads, rows, captions))
+
+
+_CAPTION = (
+    "Shares in percent: the mean over seeds, and below it its 95 % interval by Student's t. An arm "
+    "whose audit fails in any seed is marked †: its robust accuracies are not to be trusted."
+)
+
+
+def _claims(results: Results) -> list[dict[str, Any]]:
+    return [
+        {
+            "verdict": claim["verdict"],
+            "text": claim["text"],
+            "lines": [
+                {"what": _describe(t), "found": _found(t), "verdict": t["verdict"]}
+                for t in claim["tests"]
+            ],
+        }
+        for claim in results["claims"].values()
+    ]
+
+
+def _describe(test: Mapping[str, Any]) -> str:
+    """The test as a sentence."""
+    arms, by = list(test["arms"]), test.get("by", 0.0)
+    if test["relation"] in ("rises", "falls"):
+        return f"{test['measure']} {test['relation']} from {arms[0]} to {arms[-1]}"
+    other = arms[1] if len(arms) > 1 else f"{test['level']:g}"
+    margin = f" by more than {by:g}" if by > 0 else f" or at most {-by:g} short of it" if by else ""
+    return f"{test['measure']}: {arms[0]} {test['relation']} {other}{margin}"
+
+
+def _found(test: Mapping[str, Any]) -> str:
+    values = ", ".join(f"{v:+.3g}" for v in test["values"])
+    if not test["values"]:
+        return "not measured"
+    if len(test["values"]) < 2:
+        return f"{values} (one seed)"
+    return f"{test['mean']:+.3g} [{test['low']:+.3g}, {test['high']:+.3g}] from {values}"
+
+
+def _rows(results: Results) -> list[dict[str, Any]]:
+    rows = []
+    for arm, entries in results["table"].items():
+        failed = "fail" in results["audits"][arm].values()
+        cells = []
+        for label, entry in entries.items():
+            share = (
+                results["measures"][label].endswith("accuracy") or "@" in results["measures"][label]
+            )
+            published = results["published"].get(arm, {}).get(label)
+            cells.append(
+                {
+                    "mean": _number(entry["mean"], share),
+                    "interval": ""
+                    if entry["low"] is None
+                    else f"{_number(entry['low'], share)} to {_number(entry['high'], share)}",
+                    "published": "" if published is None else f"{published:g}",
+                }
+            )
+        rows.append({"arm": f"{arm} †" if failed else arm, "cells": cells})
+    return rows
+
+
+def _number(x: float | None, share: bool) -> str:
+    if x is None:
+        return "–"
+    return f"{100 * x:.1f}" if share else f"{x:.3g}"
+
+
+def _markdown(results, claims, heads, rows, captions) -> str:
+    lines = [
+        f"# {results['title']}", "", results["question"], "",
+        f"{results['paper']}. Scale `{results['scale']}`, {len(results['seeds'])} seeds.",
+        "", "## What is claimed, and what came out", "",
+    ]  # fmt: skip
+    for claim in claims:
+        lines += [f"**{claim['verdict']}**: {claim['text']}", ""]
+        lines += [f"- {t['what']}: {t['found']}, {t['verdict']}" for t in claim["lines"]] + [""]
+    lines += ["## Numbers", "", f"| arm | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
+    for row in rows:
+        cells = [
+            c["mean"] + (f" ({c['interval']})" if c["interval"] else "")
+            + (f", published {c['published']}" if c["published"] else "")
+            for c in row["cells"]
+        ]  # fmt: skip
+        lines.append(f"| {row['arm']} | {' | '.join(cells)} |")
+    lines += ["", _CAPTION, ""]
+    for name, alt in captions.items():
+        lines += [f"![{alt}](figures/{name}.svg)", "", alt, ""]
+    lines += [line for note in results["notes"] for line in (note, "")]
+    return "\n".join(lines)

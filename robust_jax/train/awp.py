@@ -1,0 +1,21 @@
+"""Adversarial weight perturbation (Wu, Xia, Wang 2020, arXiv 2004.05884)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from robust_jax.attacks.norms import steepest
+from robust_jax.train.optimizer import decayed
+
+
+def perturbed(params: Any, gradient: Any, gamma: float) -> Any:
+    """The parameters with every kernel w moved by γ‖w‖ up the gradient of the loss.
+
+    One step, relative to each layer, as published; biases and the scales of norms stay.
+    """
+
+    def move(is_kernel, w, g):
+        return w + gamma * jnp.linalg.norm(w.ravel()) * steepest(g, "l2") if is_kernel else w
+
+    return jax.tree.map(move, decayed(params), params, gradient)

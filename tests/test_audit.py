@@ -1,0 +1,105 @@
+"""The audit flags networks that mask their gradients, by the right check, and no honest one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_jax import losses
+from robust_jax.audit import audit
+from tests.digits import EPS, test_points, trained
+
+KEY = jax.random.key(0)
+
+
+@functools.cache
+def surrogate():
+    return trained("standard", seed=1)
+
+
+def look(logits_fn, **keywords):
+    x, y = test_points()
+    return audit(
+        logits_fn, x, y, KEY,
+        **{"eps": EPS, "surrogates": {"undefended": surrogate()}, "num_queries": 300,
+           "batch_size": 200, "progress": False, **keywords},
+    )  # fmt: skip
+
+
+def quantised(x):
+    return jnp.round(x * 4) / 4
+
+
+def shattered(x):
+    return x + 0.02 * jnp.sin(2000 * x)
+
+
+def decoy(x):
+    """The true logits without their gradient, plus a whisper that has one."""
+    direction = jax.random.normal(jax.random.key(7), (64, 10))
+    return jax.lax.stop_gradient(trained()(x)) + 1e-3 * x.reshape(x.shape[0], -1) @ direction
+
+
+def normalised_by_batch(x):
+    logits = trained()(x)
+    return (logits - logits.mean(0)) / (logits.std(0) + 1e-3)
+
+
+def noisy(rng, x):
+    return trained()(x) + jnp.asarray(rng.normal(size=(1, 10)), jnp.float32)
+
+
+MASKED = {
+    "hot logits": (lambda x: 1e4 * trained()(x), {"gradients", "losses"}),
+    "quantised input": (lambda x: trained()(quantised(x)), {"gradients", "radius", "square"}),
+    "stopped gradient": (lambda x: jax.lax.stop_gradient(trained()(x)), {"gradients", "radius"}),
+    "decoy gradient": (decoy, {"square", "transfer"}),
+    "shattered input": (lambda x: trained()(shattered(x)), {"transfer"}),
+    "probabilities": (lambda x: jax.nn.softmax(trained()(x)), {"outputs"}),
+    "batch statistics": (normalised_by_batch, {"batch"}),
+    "random outputs": (functools.partial(noisy, np.random.default_rng(0)), {"randomness"}),
+    "root at zero": (lambda x: trained()(jnp.sqrt(x) ** 2), {"gradients"}),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_networks_are_flagged_by_the_right_check(name):
+    trained()  # before anything is traced
+    logits_fn, expected = MASKED[name]
+    result = look(logits_fn)
+    failed = {check.name for check in result.checks if check.verdict == "fail"}
+    assert result.verdict == "fail"
+    assert expected <= failed, result.checks
+
+
+@pytest.mark.parametrize(
+    ("method", "norm", "eps"),
+    [("standard", "linf", EPS), ("adversarial", "linf", EPS), ("trades", "linf", EPS),
+     ("standard", "linf", EPS / 4), ("adversarial", "l2", 0.5)],
+)  # fmt: skip
+def test_honest_networks_pass(method, norm, eps):
+    result = look(trained(method), norm=norm, eps=eps, training_loss=losses.cross_entropy)
+    flagged = [check for check in result.checks if check.verdict != "pass"]
+    assert result.verdict == "pass", flagged
+    assert result.num_examples > 150
+
+
+def test_without_a_surrogate_transfer_is_skipped_and_mistakes_are_told():
+    x, y = test_points()
+    result = look(trained(), surrogates={}, eps=0.01)
+    assert {c.name: c.verdict for c in result.checks}["transfer"] == "skipped"
+    assert result.verdict == "pass"
+    with pytest.raises(ValueError, match="eps must be above 0, not 0"):
+        audit(trained(), x, y, KEY, eps=0)
+    with pytest.raises(ValueError, match="none of the 200 examples is classified right"):
+        audit(lambda x: trained()(x)[:, ::-1] * 0 - jnp.arange(10), x, y * 0 + 9, KEY, eps=0.1)
+
+
+def test_a_loss_it_was_trained_to_be_flat_in_is_named():
+    logits_fn = trained()
+    result = look(logits_fn, eps=0.15, training_loss=lambda z, y: 0 * losses.cross_entropy(z, y))
+    check = next(check for check in result.checks if check.name == "losses")
+    assert check.verdict == "warn"
+    assert "the loss it was trained with is the weak attack" in check.evidence

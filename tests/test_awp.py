@@ -1,0 +1,140 @@
+"""Adversarial weight perturbation: closed forms, and the same step on any number of devices."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from robust_jax import losses
+from robust_jax.attacks import pgd
+from robust_jax.experiment import _apply
+from robust_jax.objectives import Adversary, make_objective
+from robust_jax.train import awp, optimizer, parallel
+from robust_jax.train.state import TrainState, init_state
+from robust_jax.train.step import make_train_step
+
+KEY = jax.random.key(0)
+GAMMA, RATE = 0.1, 0.5
+
+
+def test_kernels_move_by_their_share_up_the_gradient(rng):
+    params = {"kernel": rng.normal(size=(3, 3, 2, 4)), "dense": rng.normal(size=(5, 2)),
+              "bias": rng.normal(size=4)}  # fmt: skip
+    gradient = {name: rng.normal(size=a.shape) for name, a in params.items()}
+    moved = awp.perturbed(*(jax.tree.map(jnp.float32, t) for t in (params, gradient)), GAMMA)
+    np.testing.assert_array_equal(moved["bias"], jnp.float32(params["bias"]))
+    for name in ("kernel", "dense"):
+        w, g = params[name], gradient[name]
+        expected = w + GAMMA * np.sqrt((w**2).sum() / (g**2).sum()) * g
+        np.testing.assert_allclose(moved[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30])
+def test_vanishing_gradients_keep_the_weights_finite(scale):
+    w, g = jnp.ones((2, 2)), scale * jnp.ones((2, 2))
+    moved = awp.perturbed({"w": w}, {"w": g}, GAMMA)["w"]
+    np.testing.assert_allclose(moved, w * (1 + GAMMA * (scale > 0)), rtol=1e-5)
+
+
+def test_step_of_a_quadratic_is_the_one_by_hand(rng):
+    """Logits x'W + b, loss half their squares, x' = x + logits(x)·A: all of it in float64."""
+    w, b, a = rng.normal(size=(4, 3)), rng.normal(size=3), 0.1 * rng.normal(size=(3, 4))
+    images = rng.integers(0, 256, (8, 2, 2, 1), dtype=np.uint8)
+    calls = []
+
+    def apply(params, batch_stats, x, train):
+        return x.reshape(-1, 4) @ params["w"] + params["b"], batch_stats
+
+    def attack(logits_fn, x, y, keys):
+        calls.append(x)
+        return x + (logits_fn(x) @ jnp.float32(a)).reshape(x.shape)
+
+    objective = make_objective(
+        apply,
+        loss=lambda logits, labels: (logits**2).sum(-1) / 2,
+        loss_on="adversarial",
+        adversary=Adversary(attack),
+    )
+    tx = optax.sgd(RATE)
+    step = make_train_step(objective, tx, axis_name=parallel.AXIS, weight_perturbation=GAMMA)
+    batch = {"image": images, "label": np.zeros(8, np.int32), "position": np.arange(8)}
+    params = {"w": jnp.float32(w), "b": jnp.float32(b)}
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats={},
+        opt_state=tx.init(params),
+        average=None,
+    )
+    state, sums = parallel.map_step(step, "pmap", jax.devices()[:1])(state, batch, KEY)
+    assert len(calls) == 1  # the examples are made once, on the weights as they are
+
+    x = images.reshape(8, 4) / 255
+    x = x + (x @ w + b) @ a
+    gradient = x.T @ (x @ w + b) / 8
+    shifted = w + GAMMA * np.linalg.norm(w) * gradient / np.linalg.norm(gradient)
+    logits = x @ shifted + b
+    np.testing.assert_allclose(state.params["w"], w - RATE * x.T @ logits / 8, rtol=1e-4)
+    np.testing.assert_allclose(state.params["b"], b - RATE * logits.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(sums["loss"][0], (logits**2).sum() / 2, rtol=1e-4)
+
+
+class Net(nn.Module):
+    """Smooth, with synchronised BatchNorm: its statistics and gradients cross the devices."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Dense(8)(x.reshape(x.shape[0], -1))
+        axis = parallel.AXIS if train else None
+        x = nn.BatchNorm(use_running_average=not train, axis_name=axis)(x)
+        return nn.Dense(3)(jnp.tanh(x))
+
+
+@pytest.fixture(scope="module")
+def stepped():
+    """stepped(num_devices, **keywords) -> the state and sums after two steps."""
+    model = Net()
+    adversary = Adversary(lambda f, x, y, k: pgd(f, x, y, k, eps=0.5, norm="l2", num_steps=1))
+    objective = make_objective(
+        _apply(model), loss=losses.cross_entropy, loss_on="adversarial", adversary=adversary
+    )
+    tx = optimizer.sgd(optax.constant_schedule(0.1), 1e-3, optimizer.decayed)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (16, 4, 4, 1), dtype=np.uint8),
+        "label": rng.integers(0, 3, 16).astype(np.int32),
+        "position": np.arange(16),
+    }
+
+    def run(num_devices, **keywords):
+        step = make_train_step(objective, tx, axis_name=parallel.AXIS, **keywords)
+        mapped = parallel.map_step(step, "pmap", jax.devices()[:num_devices])
+        state = init_state(model, tx, KEY, (4, 4, 1), average=False)
+        for _ in range(2):
+            state, sums = mapped(state, batch, KEY)
+        return jax.device_get((state, sums))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_one_device(stepped):
+    return stepped(1, weight_perturbation=0.05)
+
+
+def test_eight_devices_take_the_same_step(stepped, on_one_device):
+    state, sums = stepped(8, weight_perturbation=0.05)
+    expected_state, expected_sums = on_one_device
+    for name in sums:
+        value, expected = (totals[name][0] / totals[name][1] for totals in (sums, expected_sums))
+        np.testing.assert_allclose(value, expected, rtol=1e-4, err_msg=name)
+    chex.assert_trees_all_close(state, expected_state, rtol=1e-3, atol=1e-5)
+
+
+def test_without_perturbation_the_step_is_the_plain_one(stepped, on_one_device):
+    plain, sums = stepped(1)
+    chex.assert_trees_all_equal(stepped(1, weight_perturbation=0.0)[0], plain)
+    assert on_one_device[1]["loss"][0] > sums["loss"][0]

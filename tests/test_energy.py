@@ -1,0 +1,178 @@
+"""Energies of the loss in a neighbourhood: closed forms, and what bounds them from below."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.special import expit
+
+from robust_jax import attacks, energy, losses
+from tests.linear import interior_images
+
+KEY = jax.random.key(0)
+SHAPE = (4, 5, 1)
+WEIGHTS = np.asarray(jax.random.normal(KEY, SHAPE), np.float64)
+EPS = 0.05
+
+
+def two_classes(offset):
+    """Logits 0 and w·(x - ½) + offset; far above 0, class 0's loss is the second of them."""
+
+    def logits_fn(x):
+        second = ((x - 0.5) * jnp.float32(WEIGHTS)).sum((1, 2, 3)) + offset
+        return jnp.stack([jnp.zeros_like(second), second], -1)
+
+    return logits_fn
+
+
+X = interior_images(jax.random.key(1), 6)
+ZEROS = jnp.zeros(6, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("norm", "mean", "width"),
+    [
+        ("linf", EPS**2 * (WEIGHTS**2).sum() / 3, 2 * EPS * np.abs(WEIGHTS).sum()),
+        ("l2", EPS**2 * (WEIGHTS**2).sum() / 22, 2 * EPS * np.sqrt((WEIGHTS**2).sum())),
+    ],
+)
+def test_energies_of_a_linear_loss(norm, mean, width):
+    """E (w·r)² = ‖w‖² E r_1²: eps²/3 in a cube, eps²/(d+2) in a ball of d dimensions."""
+    keywords = {"eps": EPS, "norm": norm}
+    got = energy.mean_square(two_classes(40.0), X, ZEROS, KEY, num_samples=4000, **keywords)
+    np.testing.assert_allclose(got, np.full(6, mean), rtol=0.1)
+    np.testing.assert_allclose(got.mean(), mean, rtol=0.04)
+    got = energy.oscillation(two_classes(40.0), X, ZEROS, KEY, step_size=4 * EPS, **keywords)
+    np.testing.assert_allclose(got, np.full(6, width**2), rtol=1e-3)
+
+
+def binary_kl(u, v):
+    """KL between Bernoulli distributions of logits u and v."""
+    p, q = expit(u), expit(v)
+    return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+
+
+def test_label_free_energies_are_those_of_the_kl(rng):
+    logits_fn = two_classes(0.3)
+    u = np.asarray(logits_fn(X)[:, 1], np.float64)
+    r = rng.uniform(-0.2, 0.2, (20000, WEIGHTS.size))
+    expected = (binary_kl(u, u + r @ WEIGHTS.reshape(-1, 1)) ** 2).mean(0)
+    got = energy.mean_square(logits_fn, X, None, KEY, eps=0.2, num_samples=4000)
+    np.testing.assert_allclose(got, expected, rtol=0.15)
+    # KL is convex in the logit: it is largest at one of the ball's two ends.
+    reach = 0.2 * np.abs(WEIGHTS).sum()
+    ends = np.stack([binary_kl(u, u - reach), binary_kl(u, u + reach)])
+    got = energy.oscillation(logits_fn, X, None, KEY, eps=0.2, num_steps=20)
+    assert np.isclose(np.sqrt(got), ends, rtol=1e-3).any(0).all()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A network fitted to noisy labels of random images, so that it is right, wrong and unsure."""
+    x = jax.random.uniform(KEY, (64, *SHAPE))
+    y = jax.random.randint(jax.random.key(2), (64,), 0, 3)
+
+    def network(params, x):
+        return jnp.tanh((x - 0.5).reshape(len(x), -1) @ params[0]) @ params[1]
+
+    def mean_loss(params):
+        return losses.cross_entropy(network(params, x), y).mean()
+
+    tx = optax.adam(0.02)
+
+    def step(carry, _):
+        updates, state = tx.update(jax.grad(mean_loss)(carry[0]), carry[1])
+        return (optax.apply_updates(carry[0], updates), state), None
+
+    params = (jax.random.normal(KEY, (20, 16)), jax.random.normal(KEY, (16, 3)) / 4)
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=15)
+    logits_fn = jax.jit(lambda x: network(params, x))
+    assert 0.5 < losses.correct(logits_fn(x), y).mean() < 1
+    return logits_fn, x, y
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_oscillation_is_above_the_adversarial_term_on_every_example(trained, norm):
+    logits_fn, x, y = trained
+    keywords = {"eps": 0.1 if norm == "linf" else 0.2, "norm": norm, "num_steps": 20}
+    oscillation = energy.oscillation(logits_fn, x, y, KEY, **keywords)
+    x_adv = attacks.pgd(logits_fn, x, y, jax.random.key(7), **keywords)
+    at_x, at_adv = (losses.cross_entropy(logits_fn(point), y) for point in (x, x_adv))
+    # And strictly so: no image is at a minimum of its own loss.
+    assert (oscillation > 1.2 * (at_adv - at_x) ** 2).all()
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_point_itself_is_among_both_ends(label):
+    """A loss that is only at x itself another, higher for class 0 and lower for class 1."""
+    x = jnp.full((1, *SHAPE), 0.5)
+
+    def logits_fn(images):
+        at_x = (images == 0.5).all((1, 2, 3))
+        return jnp.stack([jnp.zeros_like(at_x, float), 5.0 * at_x], -1)
+
+    jump = np.log1p(np.exp(5.0)) - np.log(2.0) - 5.0 * label
+    got = energy.oscillation(logits_fn, x, jnp.asarray([label]), KEY, eps=0.1)
+    np.testing.assert_allclose(got, [jump**2], rtol=1e-4)
+
+
+def test_oscillation_is_above_any_sample(trained):
+    logits_fn, x, y = trained
+    for labels in (y, None):
+        sample = energy.mean_square(logits_fn, x, labels, KEY, eps=0.1)
+        ends = energy.oscillation(logits_fn, x, labels, KEY, eps=0.1, num_steps=20)
+        assert (ends >= sample).all()
+        assert (sample > 0).all()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("name", ["mean_square", "oscillation"])
+def test_an_example_has_its_energy_in_any_batch(trained, name, labelled):
+    logits_fn, x, y = trained
+    fn, keys = getattr(energy, name), jax.random.split(KEY, 64)
+    whole = fn(logits_fn, x, y if labelled else None, keys, eps=0.1)
+    alone = fn(logits_fn, x[5:6], y[5:6] if labelled else None, keys[5:6], eps=0.1)
+    np.testing.assert_allclose(whole[5:6], alone, rtol=1e-4)
+    np.testing.assert_array_equal(
+        fn(logits_fn, x, y if labelled else None, keys, eps=0.0), np.zeros(64)
+    )
+
+
+def test_neighbours_stay_in_the_box():
+    """Where every pixel is black or white only half of each interval is there."""
+    x = jnp.stack([jnp.zeros(SHAPE), jnp.ones(SHAPE)])
+
+    def logits_fn(x):
+        outside = (jnp.abs(x - 0.5) > 0.5).any((1, 2, 3))
+        return jnp.stack([outside * 5.0, x.sum((1, 2, 3))], -1)
+
+    for y in (jnp.zeros(2, jnp.int32), None):
+        inside = [
+            energy.mean_square(logits_fn, x, y, KEY, eps=0.1, num_samples=20),
+            energy.oscillation(logits_fn, x, y, KEY, eps=0.1),
+        ]
+        assert all((values < 2.1**2).all() for values in inside)
+
+
+def test_numerically_extreme_losses_stay_finite():
+    logits_fn = two_classes(0.0)
+    for y in (ZEROS, None):
+        for fn in (energy.mean_square, energy.oscillation):
+            values = fn(lambda x: 1e4 * logits_fn(x), X, y, KEY, eps=0.1)
+            assert np.isfinite(values).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "message"),
+    [
+        ("mean_square", {"eps": -1.0}, "eps must not be negative"),
+        ("mean_square", {"eps": 0.1, "num_samples": 0}, "num_samples must be a whole number"),
+        ("mean_square", {"eps": 0.1, "norm": "l3"}, "norm must be one of"),
+        ("oscillation", {"eps": -1.0}, "eps must not be negative"),
+        ("oscillation", {"eps": 0.1, "num_steps": 0}, "num_steps must be a whole number"),
+    ],
+)
+def test_mistakes_are_told(name, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(energy, name)(two_classes(0.0), X, ZEROS, KEY, **keywords)

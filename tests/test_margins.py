@@ -1,0 +1,190 @@
+"""Input-space margins: exact for a linear network; the regulariser stays Fisher-consistent."""
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import expit
+
+from robust_jax import jacobian, losses, margins, regularizers
+from robust_jax.attacks import norms
+from tests.linear import interior_images, make_linear, make_nonlinear
+
+KEY = jax.random.key(0)
+DUAL = {"linf": 1, "l2": 2, "l1": np.inf}
+
+
+@pytest.mark.parametrize("norm", DUAL)
+def test_distances_to_a_linear_networks_boundaries_are_exact(norm):
+    logits_fn, weights, _ = make_linear(KEY, num_classes=4)
+    x, y = interior_images(KEY, 6), jnp.arange(6) % 4
+    logits, w = (np.asarray(a, np.float64) for a in (logits_fn(x), weights))
+    got = margins.boundary_distances(logits_fn, x, y, norm=norm)
+    for i in range(6):
+        others = [j for j in np.argsort(-logits[i]) if j != y[i]]
+        expected = [
+            (logits[i, y[i]] - logits[i, j]) / np.linalg.norm(w[y[i]] - w[j], DUAL[norm])
+            for j in others
+        ]
+        np.testing.assert_allclose(got[i], expected, rtol=1e-4)
+    least = margins.first_order(logits_fn, x, y, norm=norm)
+    np.testing.assert_array_equal(least, got.min(-1))
+    # Negative exactly where the label does not win.
+    np.testing.assert_array_equal(least > 0, losses.correct(logits_fn(x), y) == 1)
+
+
+@pytest.mark.parametrize("norm", get_args(norms.Norm))
+def test_a_linear_network_is_on_the_boundary_at_that_distance(norm):
+    logits_fn, weights, _ = make_linear(KEY, num_classes=2)
+    x = interior_images(KEY, 5)
+    y = jnp.argmax(logits_fn(x), -1)
+    towards = weights[1 - y] - weights[y]
+    step = jax.vmap(lambda d: norms.steepest(d, norm))(towards).reshape(x.shape)
+    distance = margins.first_order(logits_fn, x, y, norm=norm)
+    at = x + distance[:, None, None, None] * step
+    np.testing.assert_allclose(losses.margin(logits_fn(at), y), np.zeros(5), atol=1e-4)
+
+
+def test_slopes_are_those_of_the_exact_jacobian():
+    logits_fn = make_nonlinear(KEY, num_classes=5)
+    x, y = interior_images(KEY, 6), jnp.arange(6) % 5
+    got = margins.boundary_distances(logits_fn, x, y, num_boundaries=2)
+    assert got.shape == (6, 2)
+    rows = np.asarray(jacobian.jacobian(logits_fn, x), np.float64).reshape(6, 5, -1)
+    logits = np.asarray(logits_fn(x), np.float64)
+    for i in range(6):
+        for n, j in enumerate([j for j in np.argsort(-logits[i]) if j != y[i]][:2]):
+            slope = np.abs(rows[i, y[i]] - rows[i, j]).sum()
+            expected = (logits[i, y[i]] - logits[i, j]) / slope
+            np.testing.assert_allclose(got[i, n], expected, rtol=1e-3)
+    alone = margins.boundary_distances(logits_fn, x[2:3], y[2:3], num_boundaries=2)
+    np.testing.assert_allclose(alone[0], got[2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", DUAL)
+def test_a_flat_network_has_no_boundary_near_and_pulls_nothing(norm):
+    """The first example is right, the second wrong, the third on the boundary."""
+    logits = jnp.asarray([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
+
+    def term(scale):
+        def logits_fn(x):
+            return logits + scale * x.sum((1, 2, 3))[:, None] * jnp.arange(3.0)
+
+        half = regularizers.Half(jnp.zeros((3, 2, 2, 1)), logits)
+        labels = jnp.zeros(3, jnp.int32)
+        return regularizers.average_margin(logits_fn, half, labels, None, norm=norm, tau=0.1)
+
+    np.testing.assert_allclose(term(0.0), [0.0, 1.0, 2 / 3], atol=1e-6)
+    np.testing.assert_array_equal(jax.jacrev(term)(0.0), np.zeros(3))
+
+
+@jax.jit
+def truncated(distances, tau):
+    return jax.value_and_grad(lambda d: margins.truncate(d[None], tau)[0])(distances)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.tuples(*[st.floats(-1, 1)] * 3), st.floats(0.2, 2), st.floats(0.05, 1))
+def test_truncation_is_bounded_falls_strictly_and_is_near_the_hard_one(values, tau, step):
+    for distances in (values, values[:1]):
+        value, gradient = truncated(np.float32(distances), tau)
+        least, slack = min(distances), tau * np.log(len(distances))
+        assert 0 < value < 1
+        assert expit(-least / tau) - 1e-5 <= value <= expit((slack - least) / tau) + 1e-5
+        assert (gradient < 0).all()
+        assert np.abs(gradient).sum() <= 0.25 / tau + 1e-5
+        assert truncated(np.float32(distances) + np.float32(step), tau)[0] < value
+
+
+def test_truncation_lets_go_of_safe_and_of_hopeless_examples():
+    gradient = jax.vmap(jax.grad(lambda d: margins.truncate(d[None], 0.1)[0]))
+    pull = np.abs(gradient(jnp.asarray([[-3.0, 1.0], [0.0, 1.0], [3.0, 4.0]]))).sum(-1)
+    assert pull[1] > 2
+    assert (pull[[0, 2]] < 1e-6).all()
+
+
+def minimisers(p, weight, num_boundaries):
+    """The lowest logits [N,K] of Σ_k p_k (CE_k + weight·ψ_k) for class probabilities p [N,K].
+
+    The logits are a table. One input for each class gives every difference of two of them a
+    gradient of norm 1.
+    """
+    num_classes = p.shape[-1]
+    x = jnp.zeros((num_classes, 1, num_classes, 1))
+    labels = jnp.arange(num_classes)
+
+    def risk(table, p):
+        def logits_fn(x):
+            return table + x.reshape(-1, num_classes) / jnp.sqrt(2.0)
+
+        half = regularizers.Half(x, logits_fn(x))
+        term = regularizers.average_margin(
+            logits_fn, half, labels, None, norm="l2", tau=0.5, num_boundaries=num_boundaries
+        )
+        return (p * (losses.cross_entropy(half.logits, labels) + weight * term)).sum()
+
+    tx = optax.adam(optax.cosine_decay_schedule(0.05, 1500))
+
+    def descend(start, p):
+        def step(carry, _):
+            table, state = carry
+            updates, state = tx.update(jax.grad(risk)(table, p), state)
+            return (optax.apply_updates(table, updates), state), None
+
+        (table, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=1500)
+        return table, risk(table, p), jax.grad(risk)(table, p)
+
+    # The objective is not convex: from CE's minimiser, from its opposite and from indifference.
+    starts = jnp.stack([jnp.log(p), -jnp.log(p), jnp.zeros_like(p)])
+    tables, values, gradients = jax.jit(jax.vmap(jax.vmap(descend), in_axes=(0, None)))(starts, p)
+    best, rows = values.argmin(0), jnp.arange(len(p))
+    return np.asarray(tables[best, rows]), np.asarray(gradients[best, rows])
+
+
+@pytest.mark.parametrize(("weight", "num_classes"), [(0.5, 5), (5.0, 3)])
+def test_cross_entropy_with_average_margin_is_fisher_consistent(weight, num_classes, rng):
+    p = rng.dirichlet(np.ones(num_classes), 150)
+    # And cases that are hard to tell: the two likeliest classes a hundredth apart.
+    order, rows = np.argsort(-p[:50], -1), np.arange(50)
+    middle = (p[rows, order[:, 0]] + p[rows, order[:, 1]]) / 2
+    p[rows, order[:, 0]], p[rows, order[:, 1]] = middle + 0.005, middle - 0.005
+    top = np.sort(p, -1)
+    p = p[(top[:, -1] - top[:, -2] > 2e-3) & (top[:, 0] > 1e-2)]
+    assert len(p) > 80
+    with jax.enable_x64(True):
+        tables, gradients = minimisers(jnp.asarray(p), weight, None)
+    assert np.abs(gradients).max() < 1e-3
+    np.testing.assert_array_equal(tables.argmax(-1), p.argmax(-1))
+
+
+def test_a_hard_minimum_would_tie_the_two_likeliest_classes():
+    """Why the minimum is smooth: with the nearest boundary alone its kink holds the minimiser."""
+    with jax.enable_x64(True):
+        p = jnp.asarray([[0.36, 0.34, 0.3]])
+        hard, smooth = (np.sort(minimisers(p, 3.0, n)[0][0])[::-1] for n in (1, None))
+    assert hard[0] - hard[1] < 1e-3
+    assert smooth[0] - smooth[1] > 0.03
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"norm": "l3"}, "norm must be one of linf, l2, l1, not 'l3'"),
+        ({"num_boundaries": 3}, "num_boundaries must be in 1…2, not 3"),
+        ({"num_boundaries": 0}, "num_boundaries must be in 1…2, not 0"),
+    ],
+)
+def test_mistakes_are_told(keywords, message):
+    logits_fn, _, _ = make_linear(KEY)
+    with pytest.raises(ValueError, match=message):
+        margins.first_order(logits_fn, interior_images(KEY, 2), jnp.zeros(2, jnp.int32), **keywords)
+
+
+def test_tau_must_be_above_0():
+    with pytest.raises(ValueError, match="tau must be above 0, not 0"):
+        margins.truncate(jnp.zeros((1, 2)), 0)

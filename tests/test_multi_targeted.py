@@ -1,0 +1,82 @@
+"""MultiTargeted: the runs of PGD it is made of, and what they find together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_jax import losses
+from robust_jax.attacks import multi_targeted, pgd
+from robust_jax.attacks.apgd import likeliest_wrong
+from robust_jax.keys import example_keys, fold_each
+from tests.linear import interior_images, make_linear, make_nonlinear
+
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_is_the_best_of_one_run_of_pgd_for_each_wrong_class(norm):
+    logits_fn = make_nonlinear(KEY, num_classes=5)
+    x = jax.random.uniform(KEY, (24, 4, 5, 1))
+    y = jnp.argmax(logits_fn(x), -1)
+    keywords = {"eps": 0.05 if norm == "linf" else 0.15, "norm": norm, "num_steps": 8}
+    together = multi_targeted(logits_fn, x, y, KEY, **keywords)
+    targets = jax.vmap(lambda z, y: likeliest_wrong(z, y, 9)[0])(logits_fn(x), y)
+    assert targets.shape == (24, 4)
+    apart = []
+    for rank in range(4):
+        keys = fold_each(example_keys(KEY, 24), rank + 2)
+
+        @jax.jit
+        @jax.vmap
+        def run(x, y, key, target):
+            def loss(logits, y):
+                return losses.targeted_margin(logits, y, target[None])
+
+            return pgd(logits_fn, x[None], y[None], key[None], loss=loss, **keywords)[0]
+
+        apart.append(run(x, y, keys, targets[:, rank]))
+    margins = np.stack([losses.margin(logits_fn(z), y) for z in apart])
+    np.testing.assert_allclose(losses.margin(logits_fn(together), y), margins.min(0), atol=1e-4)
+    assert len(set(margins.argmin(0))) > 1
+    assert 0 < (margins.min(0) < 0).sum() < 24
+    # The likeliest class alone is the first of the runs.
+    first = multi_targeted(logits_fn, x, y, KEY, num_targets=1, **keywords)
+    np.testing.assert_allclose(losses.margin(logits_fn(first), y), margins[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_few_classes_and_restarts(num_classes):
+    logits_fn, _, _ = make_linear(KEY, (6, 3, 1), num_classes)
+    x = interior_images(KEY, 8, (6, 3, 1))
+    y = jnp.argmax(logits_fn(x), -1)
+    x_adv = multi_targeted(logits_fn, x, y, KEY, eps=0.5, num_targets=9, num_restarts=2)
+    assert (jnp.argmax(logits_fn(x_adv), -1) != y).all()
+
+
+def test_zero_and_nan_gradients_are_survived():
+    x = interior_images(KEY, 3)
+    y = jnp.zeros(3, jnp.int32)
+    for value in (0.0, jnp.nan):
+        x_adv = multi_targeted(
+            lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
+            x, y, KEY, eps=0.1, num_steps=2,
+        )  # fmt: skip
+        assert (np.abs(x_adv - x) <= 0.1 + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"eps": -0.1}, "eps must not be negative, not -0.1"),
+        ({"num_targets": 0}, "num_targets must be a whole number of at least 1, not 0"),
+        ({"num_steps": 0}, "num_steps"),
+        ({"num_restarts": 0}, "num_restarts"),
+        ({"norm": "l7"}, "norm must be one of linf, l2"),
+    ],
+)
+def test_mistakes_are_told(keywords, message):
+    logits_fn, _, _ = make_linear(KEY)
+    x = interior_images(KEY, 2)
+    with pytest.raises(ValueError, match=message):
+        multi_targeted(logits_fn, x, jnp.zeros(2, jnp.int32), KEY, **{"eps": 0.1, **keywords})

@@ -1,0 +1,90 @@
+"""Noise: its sizes, and the worst of several draws."""
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_jax import losses
+from robust_jax.attacks import gaussian_noise, norms, uniform_noise
+from tests.linear import interior_images, make_linear, make_nonlinear
+
+KEY = jax.random.key(0)
+NOISES = {"uniform": uniform_noise, "gaussian": gaussian_noise}
+
+
+def sizes(delta, norm):
+    return np.asarray(jax.vmap(lambda d: norms.size(d, norm))(delta))
+
+
+@pytest.mark.parametrize("norm", get_args(norms.Norm))
+def test_noise_has_the_size_it_says(norm):
+    """In the ball's quarter of the mass within (1/4)^(1/n), or half of it on the sphere."""
+    logits_fn, _, _ = make_linear(KEY, (2, 1, 3))
+    x = jnp.full((2000, 2, 1, 3), 0.5)
+    y = jnp.zeros(2000, jnp.int32)
+    delta = uniform_noise(logits_fn, x, y, KEY, eps=0.2, norm=norm) - x
+    radii = sizes(delta, norm)
+    assert radii.max() <= 0.2 * (1 + 1e-6)
+    np.testing.assert_allclose((radii < 0.2 * 0.25 ** (1 / 6)).mean(), 0.25, atol=0.04)
+    np.testing.assert_allclose(delta.mean(0), 0, atol=0.02)
+    delta = gaussian_noise(logits_fn, x, y, KEY, eps=0.2, norm=norm) - x
+    radii = sizes(delta, norm)
+    assert radii.max() <= 0.2 * (1 + 1e-6)
+    np.testing.assert_allclose((radii > 0.2 * (1 - 1e-5)).mean(), 0.45, atol=0.08)
+    np.testing.assert_allclose(delta.mean(0), 0, atol=0.02)
+
+
+def test_gaussian_noise_has_one_deviation_for_every_pixel():
+    """Where the ball is not in the way: a 784-pixel image, of whose draws few are beyond it."""
+    x = jnp.full((40, 28, 28, 1), 0.5)
+    y = jnp.zeros(40, jnp.int32)
+    logits_fn, _, _ = make_linear(KEY, (28, 28, 1))
+    delta = np.asarray(gaussian_noise(logits_fn, x, y, KEY, eps=2.8, norm="l2") - x)
+    np.testing.assert_allclose(delta.std(), 2.8 / 28, rtol=0.03)
+    np.testing.assert_allclose((np.abs(delta) < 0.1).mean(), 0.6827, atol=0.02)
+    delta = np.asarray(gaussian_noise(logits_fn, x, y, KEY, eps=0.1) - x)
+    # P(|z| < t)^784 = ½ at t = 3.326.
+    np.testing.assert_allclose(delta.std(), 0.1 / 3.326, rtol=0.02)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_more_draws_find_more_and_the_misclassified_one_is_returned(noise):
+    logits_fn = make_nonlinear(KEY)
+    x = jax.random.uniform(KEY, (100, 4, 5, 1))
+    y = jnp.argmax(logits_fn(x), -1)
+    wrong, loss = {}, {}
+    for num_samples in (1, 5, 40):
+        x_adv = NOISES[noise](logits_fn, x, y, KEY, eps=0.3, num_samples=num_samples)
+        logits = logits_fn(x_adv)
+        wrong[num_samples] = np.asarray(jnp.argmax(logits, -1) != y)
+        loss[num_samples] = np.asarray(losses.cross_entropy(logits, y))
+    # The draws of few are the first of many.
+    for few, many in ((1, 5), (5, 40)):
+        assert (wrong[few] <= wrong[many]).all()
+        assert wrong[few].sum() < wrong[many].sum()
+        assert (loss[few] <= loss[many] + 1e-5)[wrong[few] == wrong[many]].all()
+    # A loss that pulls away from where the label is lost does not hide the hits.
+    against = NOISES[noise](
+        logits_fn, x, y, KEY, eps=0.3, num_samples=40,
+        loss=lambda logits, y: -losses.cross_entropy(logits, y),
+    )  # fmt: skip
+    np.testing.assert_array_equal(jnp.argmax(logits_fn(against), -1) != y, wrong[40])
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"eps": -0.1}, "eps must not be negative, not -0.1"),
+        ({"num_samples": 0}, "num_samples must be a whole number of at least 1, not 0"),
+        ({"norm": "l7"}, "norm must be one of linf, l2"),
+    ],
+)
+def test_mistakes_are_told(noise, keywords, message):
+    logits_fn, _, _ = make_linear(KEY)
+    x = interior_images(KEY, 2)
+    with pytest.raises(ValueError, match=message):
+        NOISES[noise](logits_fn, x, jnp.zeros(2, jnp.int32), KEY, **{"eps": 0.1, **keywords})

@@ -1,0 +1,123 @@
+"""What the figures of the measurements show: lines, marks and labels."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from robust_jax.analysis import calibration, plots
+
+ARMS = ("standard", "adversarial")
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_distributions_mark_minimum_and_mean_and_count_what_is_left_out(rng):
+    values = {arm: rng.normal(i, 1, 100) for i, arm in enumerate(ARMS)}
+    values["adversarial"][:3] = np.inf
+    figure = plots.distributions(values, xlabel="ℓ∞ margin, pixels")
+    (ax,) = figure.axes
+    assert ax.get_xlabel() == "ℓ∞ margin, pixels" and ax.get_ylabel()
+    assert ax.get_xscale() == "linear"
+    kept = {arm: v[np.isfinite(v)] for arm, v in values.items()}
+    marks = [line.get_xdata() for line in ax.lines]
+    expected = [m for v in kept.values() for m in ([v.mean()] * 2, [v.min()])]
+    for mark, value in zip(marks, expected, strict=True):
+        np.testing.assert_allclose(mark, value)
+    texts = legend(figure)
+    assert [text.split(":")[0] for text in texts] == list(ARMS)
+    assert "not finite" not in texts[0] and "(3 of 100 not finite)" in texts[1]
+    for patch in ax.patches:  # an outline goes up and down: each share once
+        heights = patch.get_xy()[1:-1:2, 1]
+        assert heights.sum() == pytest.approx(100)
+
+
+def test_distributions_of_energies_are_logarithmic(rng):
+    energies = {arm: rng.lognormal(i, 2, 200) for i, arm in enumerate(ARMS)}
+    energies["standard"][0] = 0.0
+    (ax,) = plots.distributions(energies, xlabel="energy, nats²").axes
+    assert ax.get_xscale() == "log"
+    energies["standard"][0] = -1.0
+    (ax,) = plots.distributions(energies, xlabel="energy, nats²").axes
+    assert ax.get_xscale() == "linear"
+
+
+def test_singular_values_have_a_panel_a_layer_and_a_line_an_arm(rng):
+    spectra = {
+        "wide": {"Conv_0": rng.random(9), "Dense_0": rng.random(8) + 1, "head": [2.0, 3.0]},
+        "deep": {"Conv_0": rng.random(5), "Conv_1": [1.0, 1e-9], "head": [2.0, 1.0]},
+    }
+    figure = plots.singular_values(spectra)
+    lines = {ax.get_title(): len(ax.lines) for ax in figure.axes}
+    assert lines == {"Conv_0": 2, "Dense_0": 1, "head": 2, "Conv_1": 1}
+    assert legend(figure) == ["wide", "deep"]
+    head = next(ax for ax in figure.axes if ax.get_title() == "head")
+    np.testing.assert_array_equal(head.lines[0].get_ydata(), [3, 2])
+    np.testing.assert_array_equal(head.lines[0].get_xdata(), [25, 75])
+    assert all(ax.get_xlabel() for ax in figure.axes[-3:])
+
+
+def test_by_layer_joins_medians_with_the_middle_half(rng):
+    changes = {
+        title: {arm: {"conv1": rng.random(50) + 1, "logits": 3.0} for arm in ARMS}
+        for title in ("random δ", "adversarial δ")
+    }
+    figure = plots.by_layer(changes, ylabel="feature change")
+    assert [ax.get_title() for ax in figure.axes] == list(changes)
+    assert figure.axes[0].get_ylabel() == "feature change"
+    for ax, arms in zip(figure.axes, changes.values(), strict=True):
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["conv1", "logits"]
+        for container, layers in zip(ax.containers, arms.values(), strict=True):
+            np.testing.assert_allclose(
+                container.lines[0].get_ydata(), [np.median(layers["conv1"]), 3]
+            )
+            (bar, _) = container.lines[2][0].get_segments()
+            np.testing.assert_allclose(bar[:, 1], np.quantile(layers["conv1"], [0.25, 0.75]))
+    assert legend(figure) == list(ARMS)
+
+
+def test_reliability_diagram_says_the_error(rng):
+    p = rng.random(500)
+    curves = {arm: calibration.reliability(p, rng.random(500) < p**i)
+              for i, arm in enumerate(ARMS, 1)}  # fmt: skip
+    figure = plots.reliability_diagram(curves)
+    top, bottom = figure.axes
+    assert top.get_ylabel() and bottom.get_xlabel() and bottom.get_ylabel()
+    for arm, text in zip(ARMS, legend(figure)[1:], strict=True):
+        error = 100 * calibration.expected_calibration_error(curves[arm])
+        assert text == f"{arm}, ECE {error:.1f} %"
+    np.testing.assert_allclose(top.lines[1].get_xdata(), 100 * curves["standard"].confidence)
+    assert all(patch.get_data().values.sum() == pytest.approx(100) for patch in bottom.patches)
+
+
+def test_latent_scatter_writes_each_class_where_it_lies(rng):
+    labels = np.repeat(np.arange(8), 5)
+    points = {arm: rng.normal(size=(40, 2)) for arm in ARMS}
+    figure = plots.latent_scatter(points, labels)
+    for ax, (arm, xy) in zip(figure.axes, points.items(), strict=True):
+        assert ax.get_title() == arm and ax.get_xlabel() and ax.get_ylabel()
+        assert [text.get_text() for text in ax.texts] == list("01234567")
+        np.testing.assert_allclose(ax.texts[3].get_position(), np.median(xy[15:20], axis=0))
+        styles = {(to_hex(c.get_facecolor()[0]), c.get_paths()[0].vertices.shape, i % 5)
+                  for i, c in enumerate(ax.collections)}  # fmt: skip
+        assert len(styles) == 8
+
+
+def test_loss_surfaces_share_their_scale_and_mark_both_points():
+    a, b = np.linspace(-0.5, 1.5, 5), np.linspace(-1, 1, 4)
+    surfaces = {arm: (i + 1) * (a[:, None] ** 2 + b) for i, arm in enumerate(ARMS)}
+    figure = plots.loss_surfaces(surfaces, a, b)
+    *panels, bar = figure.axes
+    assert [ax.get_title() for ax in panels] == list(ARMS)
+    assert bar.get_ylabel() == "loss, nats"
+    levels = [ax.collections[0].levels for ax in panels]
+    np.testing.assert_array_equal(*levels)
+    assert levels[0][0] <= surfaces["adversarial"].min()
+    assert levels[0][-1] >= surfaces["adversarial"].max()
+    for ax in panels:
+        assert [tuple(np.ravel(line.get_data())) for line in ax.lines] == [(0, 0), (1, 0)]
+        assert "adversarial" in ax.get_xlabel() and ax.get_ylabel()
+    assert legend(figure) == ["clean", "adversarial"]
+    flat = plots.loss_surfaces({"flat": np.zeros((5, 4))}, a, b)
+    assert len(flat.axes) == 2
