@@ -25,9 +25,11 @@ class Budget(NamedTuple):
     norm: str
     eps: float
     num_steps: int
+    num_restarts: int
     num_targets: int
     num_queries: int
     num_pgd_steps: int
+    num_cw_steps: int
     batch_size: int
     num_classes: int
 
@@ -46,8 +48,9 @@ def from_reference(net: torch.nn.Module, budget: Budget, folder: str) -> Attacks
     from autoattack.square import SquareAttack
 
     norm = _NORMS[budget.norm]
-    common = {"norm": norm, "n_restarts": 1, "device": "cpu"}
+    common = {"norm": norm, "device": "cpu"}
     steps = {"n_iter": budget.num_steps, **common}
+    climb = {"eps": budget.eps, "use_largereps": norm == "L1", **steps}
 
     def members(*names):
         def run(x, y, seed):
@@ -55,9 +58,9 @@ def from_reference(net: torch.nn.Module, budget: Budget, folder: str) -> Attacks
                 net, norm=norm, eps=budget.eps, seed=seed, verbose=False, version="custom",
                 attacks_to_run=list(names), device="cpu",
             )  # fmt: skip
-            ensemble.apgd = APGDAttack(net, eps=budget.eps, **steps)
+            ensemble.apgd = APGDAttack(net, n_restarts=budget.num_restarts, **climb)
             ensemble.apgd_targeted = APGDAttack_targeted(
-                net, eps=budget.eps, n_target_classes=budget.num_targets, **steps
+                net, n_target_classes=budget.num_targets, **climb
             )
             ensemble.fab = FABAttack_PT(
                 net, eps=budget.eps, n_target_classes=budget.num_targets, **steps
@@ -98,7 +101,7 @@ def from_reference(net: torch.nn.Module, budget: Budget, folder: str) -> Attacks
 
 
 def from_torchattacks(net: torch.nn.Module, budget: Budget) -> Attacks:
-    """torchattacks; its AutoAttack takes 10 steps, so `standard` is its four members in turn."""
+    """torchattacks, in linf and l2; `standard` is its members in turn: its own takes 10 steps."""
     import torchattacks
 
     common = {"norm": _NORMS[budget.norm], "eps": budget.eps}
@@ -106,9 +109,10 @@ def from_torchattacks(net: torch.nn.Module, budget: Budget) -> Attacks:
     every = {"n_classes": budget.num_targets + 1, **steps}
 
     def make(seed):
+        climb = {"n_restarts": budget.num_restarts, "seed": seed, **steps}
         attacks = {
-            "apgd_ce": torchattacks.APGD(net, loss="ce", seed=seed, **steps),
-            "apgd_dlr": torchattacks.APGD(net, loss="dlr", seed=seed, **steps),
+            "apgd_ce": torchattacks.APGD(net, loss="ce", **climb),
+            "apgd_dlr": torchattacks.APGD(net, loss="dlr", **climb),
             "apgd_t": torchattacks.APGDT(net, seed=seed, **every),
             "fab": torchattacks.FAB(net, seed=seed, **steps),
             "fab_t": torchattacks.FAB(net, multi_targeted=True, seed=seed, **every),
@@ -124,6 +128,9 @@ def from_torchattacks(net: torch.nn.Module, budget: Budget) -> Attacks:
         attacks["pgd"] = pgd(
             net, eps=budget.eps, alpha=budget.step_size, steps=budget.num_pgd_steps
         )
+        if budget.norm == "l2":
+            attacks["nearest_deepfool"] = torchattacks.DeepFool(net)
+            attacks["nearest_carlini_wagner"] = torchattacks.CW(net, steps=budget.num_cw_steps)
         return attacks
 
     def run(name):
@@ -137,20 +144,30 @@ def from_torchattacks(net: torch.nn.Module, budget: Budget) -> Attacks:
 
 
 def from_foolbox(net: torch.nn.Module, budget: Budget) -> Attacks:
-    """Foolbox, which has nothing of AutoAttack."""
+    """Foolbox, in linf and l2, which has nothing of AutoAttack."""
     import foolbox
 
     model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
     pgd = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[budget.norm]
+    deepfool = {
+        "linf": foolbox.attacks.LinfDeepFoolAttack, "l2": foolbox.attacks.L2DeepFoolAttack
+    }[budget.norm]  # fmt: skip
 
-    def bounded(attack):
+    def run(attack, eps):
         def call(x, y, seed):
             torch.manual_seed(seed)
-            return attack(model, x, y, epsilons=budget.eps)[1]
+            return attack(model, x, y, epsilons=eps)[1]
 
         return call
 
-    return {"pgd": bounded(pgd(abs_stepsize=budget.step_size, steps=budget.num_pgd_steps))}
+    attacks = {
+        "pgd": run(pgd(abs_stepsize=budget.step_size, steps=budget.num_pgd_steps), budget.eps),
+        "nearest_deepfool": run(deepfool(), None),
+    }
+    if budget.norm == "l2":
+        carlini_wagner = foolbox.attacks.L2CarliniWagnerAttack(steps=budget.num_cw_steps)
+        attacks["nearest_carlini_wagner"] = run(carlini_wagner, None)
+    return attacks
 
 
 def from_art(net: torch.nn.Module, budget: Budget) -> Attacks:
@@ -190,5 +207,5 @@ def from_art(net: torch.nn.Module, budget: Budget) -> Attacks:
     }  # fmt: skip
 
 
-_NORMS = {"linf": "Linf", "l2": "L2"}
-_ORDERS = {"linf": np.inf, "l2": 2}
+_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+_ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +100,8 @@ def our_side(logits_fn: Callable, budget: Budget) -> Side:
     steps = {"num_steps": budget.num_steps}
     targeted = {**steps, "num_targets": budget.num_targets}
     overrides = {
-        "apgd_ce": steps,
-        "apgd_dlr": steps,
+        "apgd_ce": {**steps, "num_restarts": budget.num_restarts},
+        "apgd_dlr": {**steps, "num_restarts": budget.num_restarts},
         "apgd_t": targeted,
         "fab": steps,
         "fab_t": targeted,
@@ -131,18 +131,19 @@ def our_side(logits_fn: Callable, budget: Budget) -> Side:
         return single(lambda *arguments, **keywords: attack(*arguments, **keywords).x_adv)
 
     pgd = partial(attacks.pgd, eps=eps, step_size=budget.step_size, num_steps=budget.num_pgd_steps)
-    fab = partial(attacks.nearest_adversarial, num_steps=budget.num_steps)
-    return Side(
-        "ours",
-        jax.jit(lambda x: logits_fn(x).argmax(-1)),
-        {
-            **{name: ensemble((name,)) for name in MEMBERS},
-            "standard": ensemble("standard"),
-            "pgd": single(pgd),
-            "nearest_fab": nearest(partial(fab, num_targets=None)),
-            "nearest_fab_t": nearest(partial(fab, num_targets=budget.num_targets)),
-        },
-    )
+    fab = partial(attacks.nearest_adversarial, **steps)
+    ours = {
+        **{name: ensemble((name,)) for name in MEMBERS},
+        "standard": ensemble("standard"),
+        "pgd": single(pgd),
+        "nearest_fab": nearest(partial(fab, num_targets=None)),
+        "nearest_fab_t": nearest(partial(fab, num_targets=budget.num_targets)),
+        "nearest_deepfool": nearest(attacks.nearest_deepfool),
+        "nearest_carlini_wagner": nearest(
+            partial(attacks.nearest_carlini_wagner, num_steps=budget.num_cw_steps)
+        ),
+    }
+    return Side("ours", jax.jit(lambda x: logits_fn(x).argmax(-1)), ours)
 
 
 def torch_side(name: str, net: torch.nn.Module, their_attacks: attack_peers.Attacks) -> Side:
@@ -185,7 +186,9 @@ def measure(side: Side, attack: str, x, y, seed: int, budget: Budget, folder: Pa
 def _measure_batch(side, attack, x, y, keys, seed, budget) -> Outcome:
     right = np.flatnonzero(side.predict(x) == y)
     started = time.perf_counter()
-    x_adv = side.attacks[attack](x[right], y[right], keys[right], seed)
+    x_adv = x[right]
+    if len(right):
+        x_adv = side.attacks[attack](x_adv, y[right], keys[right], seed)
     seconds = time.perf_counter() - started
     size = np.asarray(jax.vmap(partial(norms.size, norm=budget.norm))(x_adv - x[right]))
     valid = (x_adv >= 0).all((1, 2, 3)) & (x_adv <= 1).all((1, 2, 3))
@@ -338,7 +341,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--weights", help="of preact_resnet18: an npz file, made if there is none")
     parser.add_argument("--train_steps", type=int, default=200, help="of preact_resnet18")
     parser.add_argument("--out", required=True, help="a folder for what is measured")
-    parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
+    parser.add_argument("--norm", choices=get_args(norms.Norm), default="linf")
     parser.add_argument("--eps", type=float, required=True, help="pixel units (pixels in [0,1])")
     parser.add_argument("--points", type=int, default=1000, help="so many of the first test points")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions, with seeds 0, 1, …")
@@ -346,9 +349,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["torchattacks"])
     parser.add_argument("--reference", help="a checkout of AutoAttack's own code")
     parser.add_argument("--num_steps", type=int, default=100, help="of APGD and FAB")
+    parser.add_argument("--num_restarts", type=int, default=1, help="of APGD; AutoAttack in l1: 5")
     parser.add_argument("--num_targets", type=int, default=9, help="of APGD-T and FAB-T")
     parser.add_argument("--num_queries", type=int, default=5000, help="of Square")
     parser.add_argument("--num_pgd_steps", type=int, default=40)
+    parser.add_argument("--num_cw_steps", type=int, default=1000, help="Carlini and Wagner's, each")
     parser.add_argument("--batch_size", type=int, default=250)
     return parser.parse_args()
 

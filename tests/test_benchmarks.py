@@ -12,7 +12,7 @@ from benchmarks import compare_attacks, torch_models  # noqa: E402
 from benchmarks.attack_peers import Budget  # noqa: E402
 from benchmarks.compare_attacks import Outcome, Side  # noqa: E402
 
-BUDGET = Budget("linf", 0.1, 5, 2, 10, 5, batch_size=2, num_classes=10)
+BUDGET = Budget("linf", 0.1, 5, 1, 2, 10, 5, 5, batch_size=2, num_classes=10)
 NETWORKS = {
     "lenet5": (models.LeNet5(num_classes=10, mean=(0.1,), std=(0.3,)), torch_models.LeNet5, 28, 1),
     "preact_resnet": (
