@@ -38,6 +38,10 @@ class Check(NamedTuple):
     values: dict[str, float]
 
 
+class NothingToAudit(ValueError):
+    """No example is classified right."""
+
+
 class Audit(NamedTuple):
     """The checks made on num_examples points that the network gets right, and the worst verdict."""
 
@@ -84,13 +88,15 @@ def audit(
     logits = map_examples(_logits)(rows)
     right = np.asarray(losses.correct(jnp.asarray(logits), jnp.asarray(y)), bool)
     if not right.any():
-        raise ValueError(f"none of the {len(x)} examples is classified right: nothing to audit")
+        raise NothingToAudit(f"none of the {len(x)} examples is classified right: nothing to audit")
+    all_rows, all_logits = rows, logits
     rows, logits = {name: array[right] for name, array in rows.items()}, logits[right]
 
     lab = _Lab(map_examples, rows, logits, eps, norm, training_loss)
     checks = []
     with progress_bar(11, "audit", "check", shown=progress) as bar:
-        for found in _checks(lab, logits_fn, surrogates or {}, num_queries):
+        looked_at = all_logits, all_rows["x"], logits_fn
+        for found in _checks(lab, *looked_at, surrogates or {}, num_queries):
             checks.append(found)
             bar.set_postfix_str(found.name, refresh=False)
             bar.update()
@@ -98,10 +104,11 @@ def audit(
     return Audit(verdict, tuple(checks), norm, float(eps), len(logits))
 
 
-def _checks(lab: "_Lab", logits_fn, surrogates, num_queries) -> Iterator[Check]:
-    yield _check_outputs(lab.logits)
-    yield _check_randomness(logits_fn, lab.rows["x"][:16])
-    yield _check_batch(logits_fn, lab.rows["x"][:16])
+def _checks(lab: "_Lab", logits, x, logits_fn, surrogates, num_queries) -> Iterator[Check]:
+    """The checks in turn; the first three look at all examples, also those it gets wrong."""
+    yield _check_outputs(logits)
+    yield _check_randomness(logits_fn, x[:16])
+    yield _check_batch(logits_fn, x[:16])
     yield _check_gradients(lab)
     yield _check_steps(lab)
     yield _check_radius(lab)
@@ -198,8 +205,9 @@ class _Lab:
 
 
 def _check_outputs(logits) -> Check:
-    finite = float(np.isfinite(logits).all(-1).mean())
-    probabilities = are_probabilities(logits)
+    is_finite = np.isfinite(logits).all(-1)
+    finite = float(is_finite.mean())
+    probabilities = are_probabilities(logits[is_finite])
     values = {"share_finite": finite, "probabilities": float(probabilities)}
     if probabilities:
         evidence = "the outputs are in [0, 1] and sum to 1: they are probabilities, not logits"

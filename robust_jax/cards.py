@@ -10,8 +10,9 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
     """The card of the best checkpoint under AutoAttack, at the radius trained against if it ran
     there; None where AutoAttack did not run.
 
-    Accuracies are in percent. RobustBench leaves link, authors and venue to people. `unreliable`
-    is the audit's verdict "fail", None without one; `footnote` says what a reader must know.
+    Accuracies are in percent, both of the images that AutoAttack saw. RobustBench leaves link,
+    authors and venue to people. `unreliable` is the audit's verdict "fail", None without one;
+    `footnote` says what a reader must know.
     """
     runs = [entry for entry in results["attacks"] if entry["attack"] == "autoattack"]
     if not runs:
@@ -32,7 +33,7 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "architecture": results["model"]["name"],
         "threat_model": _NORMS.get(entry["norm"], entry["norm"]),
         "eps": _fraction(entry["eps"]),
-        "clean_acc": f"{100 * results['clean']['accuracy']:.2f}",
+        "clean_acc": f"{100 * entry['members']['clean']:.2f}",
         "autoattack_acc": f"{100 * entry['robust_accuracy']:.2f}",
         "reported": None,
         "additional_data": False,
@@ -47,4 +48,5 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _fraction(eps: float) -> str:
     levels = eps * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-4 else f"{eps:g}"
+    is_fraction = abs(levels - round(levels)) < 1e-4 and len(f"{eps:g}") > 5
+    return f"{round(levels)}/255" if is_fraction else f"{eps:g}"

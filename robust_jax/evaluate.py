@@ -18,6 +18,7 @@ from absl import logging
 from robust_jax import data, jacobian, losses
 from robust_jax import records as records_lib
 from robust_jax.attacks import norms
+from robust_jax.attacks.autoattack import OtherState
 from robust_jax.attacks.jsma import num_changed
 from robust_jax.audit import Audit, audit
 from robust_jax.batches import MapExamples
@@ -161,7 +162,8 @@ class Evaluator:
     def _autoattack(self, variables, name, standing, eps, unfinished) -> dict[str, np.ndarray]:
         images, labels = self._split.take(standing)
         state_path = None if unfinished is None else unfinished / f"{name}@{eps:g}.npz"
-        result = self._grids[name].attack(
+        attack = partial(
+            self._grids[name].attack,
             partial(self.network, variables),
             data.to_pixels(images),
             labels,
@@ -170,6 +172,11 @@ class Evaluator:
             state_path=state_path,
             map_examples=self._map_examples(variables),
         )
+        try:
+            result = attack()
+        except OtherState as error:  # on other devices a borderline example may fall otherwise
+            logging.warning("%s; starting anew", error)
+            result = attack(state_path=None)
         for warning in result.warnings:
             logging.warning("%s at eps %g: %s", name, eps, warning)
         return {

@@ -318,6 +318,9 @@ def _grid(entry: ConfigDict, path: str) -> AttackGrid:
     members: tuple[str, ...] = ()
     if entry["name"] == "autoattack":
         version = attack.keywords.get("version", "standard")
+        overrides = (attack.keywords.get("overrides") or {}).values()
+        if version == "rand" or any("eot_samples" in own for own in overrides):
+            raise UserError(f"{path}: rand is for randomised networks, which a config cannot name")
         members = tuple(VERSIONS.get(version, ()) if isinstance(version, str) else version)
     norm = inspect.signature(attack).parameters["norm"].default  # the entry's or its own
     if surrogate := entry.get("surrogate"):

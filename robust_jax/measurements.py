@@ -39,7 +39,7 @@ def outputs(subject: Subject, *, num_examples: int = 1000) -> Numbers:
     logits = _over(subject, lambda fn, rows: fn(rows["x"]), x, y)
     found = calibration.outcomes(logits, y)
     margin = np.asarray(losses.margin(jnp.asarray(logits), jnp.asarray(y)))
-    curve = calibration.reliability(logits, y)
+    curve = calibration.reliability(found["top_probability"], found["correct"])
     return {
         "mean_margin": float(margin.mean()),
         "std_margin": float(margin.std()),

@@ -74,7 +74,9 @@ def evidence(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Data
 
 
 def disagreements(stored: pd.DataFrame, fresh: pd.DataFrame) -> dict[str, int]:
-    """In how many rows two tables differ, by column; numbers by more than 0.01 and 1 %.
+    """In how many rows two tables differ, by column; numbers by more than 1 % and 0.01.
+
+    Distances, which are small, by more than 1 % and 1e-5.
 
     A column that one of them lacks differs in every row.
     """
@@ -85,7 +87,8 @@ def disagreements(stored: pd.DataFrame, fresh: pd.DataFrame) -> dict[str, int]:
             continue
         one, other = stored[label], fresh[label]
         if pd.api.types.is_numeric_dtype(one) and pd.api.types.is_numeric_dtype(other):
-            differs = ~np.isclose(one.astype(float), other.astype(float), rtol=1e-2, atol=1e-2,
+            slack = 1e-5 if label.endswith("/distance") else 1e-2
+            differs = ~np.isclose(one.astype(float), other.astype(float), rtol=1e-2, atol=slack,
                                   equal_nan=True)  # fmt: skip
         else:
             differs = one.fillna("").astype(str) != other.fillna("").astype(str)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from robust_jax import __version__, cards, records, report
 from robust_jax import config as config_lib
 from robust_jax.analysis import runs
+from robust_jax.audit import NothingToAudit
 from robust_jax.errors import UserError
 from robust_jax.evaluate import summarize
 from robust_jax.experiment import Experiment, build, load, subject_of, surrogate_config
@@ -65,6 +66,10 @@ def run(config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode) -> di
             raise UserError(f"{workdir} has no results yet; --mode={mode} needs a finished run")
         results = runs.results(workdir)
         if mode == "verify":
+            here = config_lib.to_json(experiment.config)
+            ignore = ("audit", "measurements", "data_dir", "parallel")
+            if changed := config_lib.differences(results["config"], here, ignore=ignore):
+                raise UserError(f"{workdir} was evaluated with another config ({changed[0]})")
             verify(experiment, trained, workdir, results)
             return results
         results["config"]["audit"] = config_lib.to_json(experiment.config.audit)
@@ -110,7 +115,7 @@ def _evaluate(
     A run that has results.json is finished and whole, so an old one goes first.
     """
     start = time.perf_counter()
-    for name in ("results.json", "examples.npz"):
+    for name in ("results.json", "examples.npz", "card.json"):
         (workdir / name).unlink(missing_ok=True)
     tables: dict[str, pd.DataFrame] = {}
     states = {"best": trained.best, "last": trained.last}
@@ -175,11 +180,10 @@ def _audit(
     if experiment.audit is None:
         return None
     start = time.perf_counter()
+    surrogates = _surrogates(experiment, workdir, schema)
     try:
-        found = experiment.evaluator.audit(
-            trained.best.variables, experiment.audit, _surrogates(experiment, workdir, schema)
-        )
-    except ValueError as error:  # nothing is classified right
+        found = experiment.evaluator.audit(trained.best.variables, experiment.audit, surrogates)
+    except NothingToAudit as error:
         logging.warning("no audit: %s", error)
         return None
     checks = [
@@ -202,7 +206,7 @@ def _surrogates(experiment: Experiment, workdir: Path, schema: ConfigDict) -> di
     # A run of its own, of which a notebook may load the network.
     config = surrogate_config(experiment.config, schema)
     other, folder = build(config, schema), workdir / "surrogate"
-    _claim(folder, config, "train")
+    _claim(folder, config, "evaluate" if (folder / "config.json").exists() else "train")
     return {"an undefended CNN": subject_of(other, train(other.plan, folder)).logits_fn}
 
 
@@ -227,6 +231,8 @@ def verify(
         for part, value in summary.items():
             if not _alike(value, results[name][part]):
                 wrong.append(f"results.json {name}.{part} is not what the records add up to")
+            if name == "best" and not _alike(value, results[part]):
+                wrong.append(f"results.json {part} is not what the records add up to")
     if wrong:
         raise UserError(f"{workdir} is not confirmed: {'; '.join(wrong)}")
     logging.info("confirmed: every adversarial of %s was found again", workdir)
@@ -241,7 +247,7 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, list):
         return len(one) == len(other) and all(map(_alike, one, other))
     if isinstance(one, float) and isinstance(other, float):
-        return bool(np.isclose(one, other, rtol=1e-5, atol=1e-8))
+        return bool(np.isclose(one, other, rtol=1e-5, atol=1e-8, equal_nan=True))
     return one == other
 
 
@@ -296,12 +302,16 @@ def _trained_against(experiment: Experiment) -> dict[str, Any] | None:
 
 
 def _save_images(experiment: Experiment, trained: Trained, workdir: Path) -> None:
-    """The image grid: the last attack in the adversary's norm, at its eps; else the last of all."""
-    if not experiment.grids:
+    """The image grid: the last attack in the adversary's norm, at its eps; else the last of all.
+
+    AutoAttack has no batch to look at.
+    """
+    grids = {name: grid for name, grid in experiment.grids.items() if not grid.members}
+    if not grids:
         return
     against = _trained_against(experiment) or {}
-    of_norm = [name for name, grid in experiment.grids.items() if grid.norm == against.get("norm")]
-    name = (of_norm or list(experiment.grids))[-1]
-    eps = against["eps"] if of_norm else max(experiment.grids[name].eps)
+    of_norm = [name for name, grid in grids.items() if grid.norm == against.get("norm")]
+    name = (of_norm or list(grids))[-1]
+    eps = against["eps"] if of_norm else max(grids[name].eps)
     images = experiment.evaluator.images(trained.best.variables, name, float(eps))
     np.savez(workdir / "examples.npz", allow_pickle=False, **images)

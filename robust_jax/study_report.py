@@ -45,7 +45,8 @@ def write(workdir: Path, results: Results) -> None:
 
 _CAPTION = (
     "Shares in percent: the mean over seeds, and below it its 95 % interval by Student's t. An arm "
-    "whose audit fails in any seed is marked †: its robust accuracies are not to be trusted."
+    "whose audit fails in any seed is marked †: its robust accuracies are not to be trusted. "
+    "‡: not audited."
 )
 
 
@@ -85,7 +86,8 @@ def _found(test: Mapping[str, Any]) -> str:
 def _rows(results: Results) -> list[dict[str, Any]]:
     rows = []
     for arm, entries in results["table"].items():
-        failed = "fail" in results["audits"][arm].values()
+        found = set(results["audits"][arm].values())
+        mark = " †" if "fail" in found else " ‡" if found <= {None} else ""
         cells = []
         for label, entry in entries.items():
             share = (
@@ -101,7 +103,7 @@ def _rows(results: Results) -> list[dict[str, Any]]:
                     "published": "" if published is None else f"{published:g}",
                 }
             )
-        rows.append({"arm": f"{arm} †" if failed else arm, "cells": cells})
+        rows.append({"arm": f"{arm}{mark}", "cells": cells})
     return rows
 
 

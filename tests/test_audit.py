@@ -60,6 +60,10 @@ MASKED = {
     "probabilities": (lambda x: jax.nn.softmax(trained()(x)), {"outputs"}),
     "batch statistics": (normalised_by_batch, {"batch"}),
     "random outputs": (functools.partial(noisy, np.random.default_rng(0)), {"randomness"}),
+    "not a number": (
+        lambda x: jnp.where(x.mean((1, 2, 3))[:, None] > 0.33, jnp.nan, trained()(x)),
+        {"outputs"},
+    ),
     "root at zero": (lambda x: trained()(jnp.sqrt(x) ** 2), {"gradients"}),
 }
 

@@ -13,6 +13,7 @@ import pytest
 from robust_jax import losses
 from robust_jax.attacks import autoattack, fab, norms
 from robust_jax.attacks.autoattack import MEMBERS, VERSIONS
+from robust_jax.train import parallel
 from tests.linear import make_nonlinear
 
 KEY = jax.random.key(0)
@@ -110,6 +111,22 @@ def test_does_not_depend_on_the_batch_size_and_padding_counts_for_nothing():
     np.testing.assert_array_equal(baseline().broken_by, other.broken_by)
     np.testing.assert_allclose(baseline().x_adv, other.x_adv, atol=1e-4)
     assert baseline().robust_accuracy == other.robust_accuracy
+
+
+@pytest.mark.parametrize("method", ["pmap", "shard_map"])
+def test_does_not_depend_on_the_number_of_devices(method):
+    logits_fn, x, y = problem()
+    settings = {"eps": 0.05, "version": ("apgd_ce", "square")}
+    one = run(logits_fn, x, y, KEY, **settings)
+
+    def network(scale, x):
+        return scale * logits_fn(x)
+
+    mapping = parallel.map_examples(network, jnp.ones(()), method, batch_size=16)
+    eight = run(logits_fn, x, y, KEY, map_examples=mapping, **settings)
+    assert jax.device_count() == 8
+    np.testing.assert_array_equal(one.broken_by, eight.broken_by)
+    np.testing.assert_allclose(one.x_adv, eight.x_adv, atol=1e-5)
 
 
 def test_an_example_takes_its_key_with_it():

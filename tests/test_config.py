@@ -206,7 +206,7 @@ def test_every_field_is_read(monkeypatch):
               if (id(section), field) not in read]  # fmt: skip
     assert unread == []
     # The section `evaluation` is taken whole, and its fields are the ones there are.
-    assert set(plain(config, "evaluation")) == set(Settings._fields)
+    assert set(plain(config, "evaluation")) == {*Settings._fields, "num_examples"}
 
 
 def test_names_in_a_config_are_found_with_their_keywords():
@@ -223,8 +223,9 @@ def test_every_attack_can_be_evaluated_in_a_norm_of_its_own():
     batch = {"image": jnp.zeros((2, 4, 5, 1)), "label": jnp.zeros(2, int), "index": jnp.arange(2)}
     for name, grid in grids.items():
         assert grid.norm == {"jsma": "l0", "carlini_wagner": "l2"}.get(name, "linf")
-        attempt = _attempt(lambda _, x: x[:, 0, :3, 0], grid, jax.random.key(0))
-        assert jax.eval_shape(attempt, None, batch, 4.0)["distance"].shape == (2,)
+        attempt = _attempt(lambda _, x: x[:, 0, :3, 0], grid, name)
+        key_data = jax.random.key_data(jax.random.key(0))
+        assert jax.eval_shape(attempt, None, batch, key_data, 4.0)["distance"].shape == (2,)
 
 
 @pytest.mark.parametrize(

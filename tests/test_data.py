@@ -30,7 +30,8 @@ def test_digits_are_all_there_and_split_without_overlap(digits):
     assert digits.image_shape == (8, 8, 1)
     assert everything.min() == 0
     assert everything.max() == 1
-    np.testing.assert_allclose(digits.mean[0], digits.train.images.mean(), rtol=1e-6)
+    everything = np.concatenate([digits.train.images, digits.validation.images])
+    np.testing.assert_allclose(digits.mean[0], everything.mean(), rtol=1e-6)
 
 
 def test_seed_moves_validation_but_never_the_test_set(digits):

@@ -63,10 +63,7 @@ def test_attacks_do_bite(results):
 
 
 def test_an_untrained_network_does_not_pass(launch, tmp_path):
-    result = launch("--config=configs/default.py", f"--workdir={tmp_path / 'run'}",
-                    "--config.learning_rate=1e-9", "--config.duration=1 step",
-                    "--config.attacks=" + repr({"pgd": {"name": "pgd", "eps": (0.1,)}}),
-                    "--config.audit.num_examples=0")  # fmt: skip
+    result = launch(*TINY, f"--workdir={tmp_path / 'run'}", "--config.learning_rate=1e-9")
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["clean"]["accuracy"] < 0.5
@@ -262,6 +259,13 @@ def test_verify_finds_every_adversarial_again_or_says_what_differs(launch, tmp_p
     results = json.loads((workdir / "results.json").read_text())
     counts = {a["name"]: a["count"] for a in results["attacks"]}
     assert counts == {"pgd_linf": 500, "autoattack_linf": 100, "worst_case_linf": 500}
+    edited = json.loads((workdir / "results.json").read_text())
+    edited["attacks"][0]["robust_accuracy"] += 0.1
+    (workdir / "results.json").write_text(json.dumps(edited))
+    verified = launch(*flags, "--mode=verify")
+    assert verified.returncode == 1
+    assert "results.json attacks is not what the records add up to" in verified.stderr
+    (workdir / "results.json").write_text(json.dumps(results))
     # An image that was broken is passed off as one that held, in the records and in the table.
     path = workdir / "records" / "best.csv"
     records = pd.read_csv(path)
@@ -301,9 +305,23 @@ def test_a_record_s_key_makes_its_adversarial_again(demo):
     assert (np.argmax(logits_fn(x_adv), -1) != rows["label"]).all()
 
 
+def test_autoattack_alone_is_evaluated(launch, tmp_path):
+    flags = (*TINY, f"--config.attacks={ {'autoattack': AUTOATTACK}!r}")
+    result = launch(*flags, f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    card = json.loads((tmp_path / "run" / "card.json").read_text())
+    assert card["eps"] == "0.05" and "not the standard budgets" in card["footnote"]
+    assert not (tmp_path / "run" / "examples.npz").exists()
+
+
 def test_audit_mode_looks_again(demo, results, launch, tmp_path):
     workdir = tmp_path / "copied"
     shutil.copytree(demo[1], workdir)
+    before = (workdir / "results.json").read_bytes()
+    wrong = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=audit",
+                   "--config.audit.surrogate=nowhere")  # fmt: skip
+    assert wrong.returncode == 1 and "nowhere holds no run" in wrong.stderr
+    assert (workdir / "results.json").read_bytes() == before
     result = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=audit",
                     "--config.audit.num_examples=60", "--config.audit.num_queries=50",
                     f"--config.audit.surrogate={demo[1]}")  # fmt: skip

@@ -180,6 +180,10 @@ def autoattack(
     return _result(state, x, norm, warnings)
 
 
+class OtherState(ValueError):
+    """A saved state was made with other inputs or another network."""
+
+
 class _State(NamedTuple):
     """How far a run has come; robust_accuracy holds the attacks begun, in their order."""
 
@@ -385,12 +389,14 @@ def _load(path: Path, inputs: str, logits: np.ndarray) -> _State:
                 json.loads(str(saved["robust_accuracy"])),
             )  # fmt: skip
             same_inputs = str(saved["inputs"]) == inputs
-            same_network = np.allclose(saved["logits"], logits, rtol=1e-3, atol=1e-3)
+            same_network = np.allclose(
+                saved["logits"], logits, rtol=1e-3, atol=1e-3, equal_nan=True
+            )
     except (OSError, EOFError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a state of AutoAttack: {error}") from error
     if not (same_inputs and same_network):
         other = "another network" if same_inputs else "other examples, keys or settings"
-        raise ValueError(f"{path} belongs to {other}; give another state_path or delete it")
+        raise OtherState(f"{path} belongs to {other}; give another state_path or delete it")
     return state
 
 
