@@ -286,7 +286,8 @@ def _check_steps(lab: _Lab) -> Check:
 def _check_radius(lab: _Lab) -> Check:
     whole = float(norms.size(jnp.ones(lab.rows["x"].shape[1:]), lab.norm))
     radii = [lab.eps, *(r for r in (2 * lab.eps, 4 * lab.eps) if r < whole), whole]
-    shares = {f"{r:g}": float(lab.many_steps("margin", eps=r).mean()) for r in radii}
+    shares = {f"{r:g}": float(lab.many_steps("margin", eps=r).mean()) for r in radii[1:]}
+    shares = {f"{lab.eps:g}": lab.share("margin"), **shares}
     found = list(shares.values())
     rise = max((b - a for a, b in zip(found, found[1:], strict=False)), default=0.0)
     verdict = _worse(_grade(rise, (0.02, 0.05)), _grade(found[-1], (0.02, 0.1)))

@@ -340,6 +340,12 @@ def _audit_settings(config: ConfigDict, loss) -> AuditSettings | None:
     norm = choose(get_args(norms.Norm), settings.norm, "config.audit.norm")
     if not settings.eps > 0:
         raise UserError(f"config.audit.eps is {settings.eps}; it must be above 0")
+    other = settings.surrogate
+    if other not in ("", "train") and not (Path(other) / "config.json").exists():
+        raise UserError(
+            f"config.audit.surrogate is {other!r}, which holds no run; "
+            'choices: "train", "" or the folder of a finished run'
+        )
     return AuditSettings(norm, settings.eps, settings.num_examples, settings.num_queries, loss)
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from robust_jax import data, energy, jacobian, losses, margins
-from robust_jax.analysis import calibration, features, latent, spectra
+from robust_jax import data, energy, jacobian, losses
+from robust_jax.analysis import calibration, features, latent, margins, spectra
 from robust_jax.analysis.summaries import gaps as gaps_between
 from robust_jax.analysis.summaries import summary
 from robust_jax.attacks import LogitsFn, Norm, pgd

@@ -320,7 +320,8 @@ def test_audit_mode_looks_again(demo, results, launch, tmp_path):
     before = (workdir / "results.json").read_bytes()
     wrong = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=audit",
                    "--config.audit.surrogate=nowhere")  # fmt: skip
-    assert wrong.returncode == 1 and "nowhere holds no run" in wrong.stderr
+    assert wrong.returncode == 1
+    assert "config.audit.surrogate is 'nowhere', which holds no run" in wrong.stderr
     assert (workdir / "results.json").read_bytes() == before
     result = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=audit",
                     "--config.audit.num_examples=60", "--config.audit.num_queries=50",
