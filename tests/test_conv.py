@@ -73,8 +73,12 @@ def gradient_energy(conv):
     return squares
 
 
+# On either side of what is computed by banded matrices on the CPU.
+few_and_many = pytest.mark.parametrize("inputs", [1, 40])
+
+
 @geometries
-@pytest.mark.parametrize("inputs", [1, 17])  # on either side of the kernel gradient's two layouts
+@few_and_many
 def test_reverse_mode(image, window, strides, padding, inputs):
     def value_and_gradients(conv):
         return lambda x, k: (conv(x, k), jax.grad(energy(conv), argnums=(0, 1))(x, k))
@@ -84,8 +88,9 @@ def test_reverse_mode(image, window, strides, padding, inputs):
 
 
 @geometries
-def test_forward_mode(image, window, strides, padding):
-    args = operands(image, window)
+@few_and_many
+def test_forward_mode(image, window, strides, padding, inputs):
+    args = operands(image, window, inputs=inputs)
     tangents = jax.tree.map(jnp.cos, args)
 
     def jvps(conv):
@@ -96,8 +101,9 @@ def test_forward_mode(image, window, strides, padding):
 
 
 @geometries
-def test_double_backprop(image, window, strides, padding):
-    args = operands(image, window)
+@few_and_many
+def test_double_backprop(image, window, strides, padding, inputs):
+    args = operands(image, window, inputs=inputs)
     gradients = partial(jax.grad, argnums=(0, 1))
     assert_same(lambda conv: gradients(gradient_energy(conv)), both(strides, padding), *args)
 
@@ -203,7 +209,7 @@ def test_plain_has_no_primitive_of_ours():
 
 
 def test_other_platforms_keep_the_ordinary_convolution():
-    x, k = operands((5, 5), (3, 3))
+    x, k = operands((5, 5), (3, 3), inputs=40)
     gradient = jax.grad(energy(conv2d), argnums=(0, 1))
     code = {
         platform: jax.jit(gradient).trace(x, k).lower(lowering_platforms=(platform,)).as_text()
@@ -242,3 +248,11 @@ def test_module_is_interchangeable_with_linens(use_bias):
 def test_pools(image):
     x, _ = operands(image, (1, 1))
     np.testing.assert_array_equal(max_pool2d(x, 2), nn.max_pool(x, (2, 2), (2, 2)))
+    np.testing.assert_array_equal(max_pool2d(x, 3), nn.max_pool(x, (3, 3), (3, 3)))
+
+
+def test_equal_maxima_share_the_gradient():
+    gradient = jax.grad(lambda x: max_pool2d(x, 2).sum())
+    np.testing.assert_array_equal(gradient(jnp.ones((1, 2, 2, 1))).ravel(), [0.25] * 4)
+    x = jnp.array([1.0, 0.0, 1.0, -1.0]).reshape(1, 2, 2, 1)
+    np.testing.assert_array_equal(gradient(x).ravel(), [0.5, 0, 0.5, 0])

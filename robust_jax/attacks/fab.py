@@ -153,7 +153,12 @@ def _search_one(
     def boundary_to(target, x_adv):
         """z_t - z_y and its gradient, for the target or the nearest boundary of all."""
         if num_targets is not None:
-            return jax.value_and_grad(lambda z: logits_of(z)[target] - logits_of(z)[y])(x_adv)
+
+            def gap(x_adv):
+                logits = logits_of(x_adv)  # once: two gradients are two backward passes
+                return logits[target] - logits[y]
+
+            return jax.value_and_grad(gap)(x_adv)
         logits, pull = jax.vjp(logits_of, x_adv)
         identity = jnp.eye(len(logits), dtype=logits.dtype)
         (gradients,) = jax.vmap(pull)(identity - identity[y])

@@ -2,8 +2,9 @@
 
 The one place that knows about the platform. XLA's CPU backend computes the two gradients of a
 convolution many times slower than the convolution itself, above all inside `lax.scan`, where every
-attack lives. Here they have formulas of their own on the CPU; every other platform lowers to
-`lax.conv_general_dilated` and its derivatives.
+attack lives, and the convolution itself slowly where channels are few. Here all three have formulas
+of their own on the CPU; every other platform lowers to `lax.conv_general_dilated` and its
+derivatives.
 
 The convolution and its two gradients are three views of one trilinear form, so each is bilinear
 and each transposes into the other two. Being primitives, not a custom_vjp, they take part in every
@@ -11,7 +12,7 @@ transformation to any order: jvp, vjp, vmap, jacfwd, jacrev, scan, remat.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -94,8 +95,21 @@ def _widen(*arrays: Array) -> list[Array]:
     return [array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in arrays]
 
 
+def _cpu_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
+    channels, outputs = k.shape[2:]
+    # XLA is at its best with 32 output channels and more.
+    if outputs < 32 and channels * outputs * _waste(geometry) <= 200:
+        return _banded_conv(x, k, geometry=geometry)
+    return _plain_conv(x, k, geometry=geometry)
+
+
 def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
     strides, padding, image, window = geometry
+    channels = k.shape[2]
+    if channels * _waste(geometry) <= 32:
+        x = jax.ShapeDtypeStruct((g.shape[0], *image, channels), g.dtype)
+        conv = partial(_banded_conv, k=k, geometry=geometry)
+        return jax.linear_transpose(conv, x)(g)[0]
     if strides == (1, 1) and window != (1, 1):
         # A convolution of g with the kernel turned round. Without the barrier XLA recognises it as
         # a gradient and takes its slow path again.
@@ -123,30 +137,52 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
 
 
 def _cpu_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
-    # One matrix product per tap: the pixels that the tap reads, against the outputs they reach.
     (down, right), padding, _, (rows, columns) = geometry
     batch, height, width, outputs = g.shape
     channels = x.shape[3]
+    if channels < 16 and _waste(geometry) < 16:
+        k = jax.ShapeDtypeStruct((rows, columns, channels, outputs), g.dtype)
+        return jax.linear_transpose(lambda k: _banded_conv(x, k, geometry=geometry), k)(g)[0]
+    # One matrix product per tap: the pixels that the tap reads, against the outputs they reach.
     wide_x, wide_g = _widen(x, g)
     margins = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
     padded = lax.pad(wide_x, jnp.zeros((), wide_x.dtype), margins)
     products = []
-    for i in range(rows):
-        taps = [
-            lax.slice(
-                padded,
-                (0, i, j, 0),
-                (batch, i + (height - 1) * down + 1, j + (width - 1) * right + 1, channels),
-                (1, down, right, 1),
-            )
-            for j in range(columns)
-        ]
-        if channels < 16:  # too thin for a product of its own: the taps of a row side by side
-            taps = [jnp.concatenate(taps, axis=3)]
-        pixels = (0, 1, 2)
-        products += [jnp.tensordot(wide_g, tap, axes=(pixels, pixels)) for tap in taps]
-    k = jnp.concatenate(products, axis=1).T.reshape(rows, columns, channels, outputs)
-    return k.astype(g.dtype)
+    for i, j in np.ndindex(rows, columns):
+        tap = lax.slice(
+            padded,
+            (0, i, j, 0),
+            (batch, i + (height - 1) * down + 1, j + (width - 1) * right + 1, channels),
+            (1, down, right, 1),
+        )
+        products.append(jnp.tensordot(tap, wide_g, axes=((0, 1, 2), (0, 1, 2))))
+    return jnp.stack(products).reshape(rows, columns, channels, outputs).astype(g.dtype)
+
+
+def _banded_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
+    """The convolution as one product: p rows of the image by a matrix that gives a row of it.
+
+    Most of the matrix is zeros, yet with few channels it is several times faster than a
+    convolution, which leaves the vector units of a CPU mostly idle there.
+    """
+    (down, right), (padding, (left, _)), (_, width), (rows, columns) = geometry
+    height, out_width = geometry.output
+    wide_x, wide_k = _widen(x, k)
+    at = np.arange(columns)[:, None] + right * np.arange(out_width) - left  # the column read
+    taps = at[:, None, :] == np.arange(width)[None, :, None]
+    band = jnp.einsum("pqio,qwu->pwiuo", wide_k, taps.astype(wide_k.dtype), precision="highest")
+    lines = wide_x.reshape(*x.shape[:2], -1)
+    lines = lax.pad(lines, jnp.zeros((), lines.dtype), [(0, 0, 0), (*padding, 0), (0, 0, 0)])
+    read = [
+        lax.slice_in_dim(lines, i, i + (height - 1) * down + 1, down, axis=1) for i in range(rows)
+    ]
+    y = jnp.concatenate(read, axis=2) @ band.reshape(-1, out_width * k.shape[3])
+    return y.reshape(len(x), height, out_width, -1).astype(x.dtype)
+
+
+def _waste(geometry: Geometry) -> float:
+    """How many times more a banded product multiplies than the convolution has to."""
+    return geometry.image[1] / geometry.kernel[1]
 
 
 # The primitives.
@@ -176,8 +212,7 @@ def _define(
     ad.defbilinear(primitive, *transposes)
     batching.primitive_batchers[primitive] = partial(_batch, primitive, plain, batch_axes)
     mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=False))
-    if cpu is not plain:
-        mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), "cpu")
+    mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), "cpu")
 
 
 def _batch(primitive, plain, batch_axes, operands, dims, *, geometry):
@@ -208,7 +243,7 @@ _define(
         lambda ct, x, k, geometry: kernel_gradient_p.bind(x, ct, geometry=geometry),
     ),
     plain=_plain_conv,
-    cpu=_plain_conv,
+    cpu=_cpu_conv,
     batch_axes=((0, 0), (3, 3)),
 )
 _define(
@@ -266,8 +301,14 @@ class Conv(nn.Module):
 
 
 def max_pool2d(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v u c"]:
-    """Maximum of each window x window tile; rows and columns that fill no tile are dropped."""
-    return _tiles(x, window).max(axis=(2, 4))
+    """Maximum of each window x window tile; rows and columns that fill no tile are dropped.
+
+    Of two equal maxima each has half of the gradient.
+    """
+    # By maxima of pairs: the gradient of a maximum over an axis takes three times as long.
+    tiles = _tiles(x, window)
+    rows = reduce(jnp.maximum, (tiles[:, :, i] for i in range(window)))
+    return reduce(jnp.maximum, (rows[:, :, :, i] for i in range(window)))
 
 
 def global_avg_pool2d(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
