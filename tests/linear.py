@@ -37,11 +37,5 @@ def make_nonlinear(key, image_shape=(4, 5, 1), num_classes=3, hidden=16):
 
 def sizes(x_adv, x, norm):
     """The norm of each perturbation, [B,H,W,C], [B,H,W,C] -> [B], in float64."""
-    flat = np.asarray(x_adv - x, np.float64).reshape(len(x), -1)
+    flat = (np.asarray(x_adv, np.float64) - np.asarray(x, np.float64)).reshape(len(x), -1)
     return np.linalg.norm(flat, ORDERS[norm], axis=-1)
-
-
-def slack(eps, x, norm):
-    """1e-6 of the radius, and what rounding pixels near 1 to float32 costs (a count: nothing)."""
-    rounding = 0.0 if norm == "l0" else 1e-7
-    return 1e-6 * eps + np.linalg.norm(np.full(x[0].size, rounding), ORDERS[norm])

@@ -23,7 +23,6 @@ from tests.linear import (
     make_linear,
     make_nonlinear,
     sizes,
-    slack,
 )
 
 KEY = jax.random.key(0)
@@ -75,7 +74,7 @@ def test_stays_in_the_ball_and_the_box(name, norm, eps, seed):
     assert x_adv.shape == x.shape
     assert (x_adv >= 0).all()
     assert (x_adv <= 1).all()
-    assert (sizes(x_adv, x, norm) <= eps + slack(eps, x, norm)).all()
+    assert (sizes(x_adv, x, norm) <= eps * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("norm", get_args(Norm))
@@ -298,12 +297,14 @@ def test_projection_onto_the_l1_ball_and_the_box_is_the_nearest_point(seed, reac
     delta, centre = np.float64(x_adv) - x, np.float64(x)
     for i in range(2):
         expected = nearest_in_l1(delta[i], -centre[i], 1 - centre[i], eps)
-        np.testing.assert_allclose(found[i] - centre[i], expected, atol=2e-6 * max(reach, 1))
+        np.testing.assert_allclose(
+            found[i] - centre[i], expected, rtol=5e-6, atol=2e-6 * max(reach, 1)
+        )
         expected = nearest_in_l1(delta[i], -np.inf, np.inf, eps)
         np.testing.assert_allclose(
-            project_l1(jnp.float32(delta[i]), eps), expected, atol=2e-6 * max(reach, 1)
+            project_l1(jnp.float32(delta[i]), eps), expected, rtol=5e-6, atol=2e-6 * max(reach, 1)
         )
     assert (np.abs(found - 0.5) <= 0.5).all()
-    assert (sizes(found, x, "l1") <= eps + slack(eps, x, "l1")).all()
+    assert (sizes(found, x, "l1") <= eps * (1 + 1e-6)).all()
     if eps == 1000:
         np.testing.assert_allclose(found, np.clip(x_adv, 0, 1), atol=1e-6)

@@ -105,14 +105,14 @@ def _search(norm, shape, eps, p_init, num_queries) -> tuple[Callable, Callable]:
 
 def _stripes(key, x, *, eps):
     """Vertical stripes of ±eps, one pixel wide, a sign for each column and channel."""
-    return jnp.clip(x + eps * _signs(key, (1, *x.shape[1:])), 0.0, 1.0)
+    return norms.add(x, eps * _signs(key, (1, *x.shape[1:])))
 
 
 def _paint(key, x, best, i, *, eps, sides):
     """The best point with a square repainted at x ± eps, a sign for each channel."""
     place_key, sign_key = jax.random.split(key)
     window = _window(place_key, sides[i], x.shape)
-    painted = jnp.clip(x + eps * _signs(sign_key, (1, 1, x.shape[2])), 0.0, 1.0)
+    painted = norms.add(x, eps * _signs(sign_key, (1, 1, x.shape[2])))
     return jnp.where(window, painted, best)
 
 
