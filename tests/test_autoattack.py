@@ -318,6 +318,47 @@ def test_refuses_a_state_of_something_else(tmp_path):
         one(logits_fn, x, y, KEY, eps=0.05)
 
 
+def test_a_state_knows_a_partial_loss_by_what_it_says(tmp_path):
+    logits_fn, x, y = problem()
+    path = tmp_path / "state.npz"
+
+    def attack(label_smoothing):
+        loss = functools.partial(losses.cross_entropy, label_smoothing=label_smoothing)
+        overrides = {"apgd_ce": {"num_steps": 2, "loss": loss}}
+        version = ("apgd_ce",)
+        return autoattack(
+            logits_fn, x, y, KEY, eps=0.05, version=version, overrides=overrides,
+            state_path=path, progress=False,
+        )  # fmt: skip
+
+    np.testing.assert_array_equal(attack(0.1).x_adv, attack(0.1).x_adv)  # not refused
+    with pytest.raises(ValueError, match="belongs to other examples, keys or settings"):
+        attack(0.2)
+
+
+def test_one_example_alone():
+    logits_fn, x, y = problem()
+    expected = baseline()
+    for i in (0, 20):  # wrong to begin with, and not
+        alone = run(logits_fn, x[i : i + 1], y[i : i + 1], jax.random.split(KEY, 40)[i : i + 1],
+                    eps=0.05)  # fmt: skip
+        assert alone.x_adv.shape == (1, 4, 5, 1)
+        assert alone.robust_accuracy["clean"] == float(i == 20)
+    keys = jax.vmap(lambda j: jax.random.fold_in(KEY, j))(jnp.arange(40))[20:21]
+    alone = run(logits_fn, x[20:21], y[20:21], keys, eps=0.05)
+    np.testing.assert_array_equal(alone.broken_by, expected.broken_by[20:21])
+    np.testing.assert_allclose(alone.x_adv, expected.x_adv[20:21], atol=1e-5)
+
+
+def test_shows_the_attack_and_how_many_still_stand(capsys):
+    logits_fn, x, y = problem()
+    autoattack(logits_fn, x, y, KEY, eps=0.05, version=("apgd_ce",), overrides=QUICK)
+    shown = capsys.readouterr().err
+    assert "autoattack" in shown and "apgd_ce: 35 standing" in shown
+    run(logits_fn, x, y, KEY, eps=0.05, version=("apgd_ce",))
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("num_classes", "names"), [(2, {"apgd_dlr", "apgd_t"}), (3, {"apgd_t"})])
 def test_few_classes_get_other_losses_and_say_so(num_classes, names):
     logits_fn, x, y = problem(num_classes)

@@ -13,7 +13,7 @@ from scipy import optimize
 
 from robust_jax.attacks import Norm, fab, nearest_adversarial
 from robust_jax.attacks.fab import project_to_boundary
-from tests.linear import interior_images, make_linear, make_nonlinear
+from tests.linear import DUAL_ORDERS, interior_images, make_linear, make_nonlinear
 from tests.test_apgd import near_boundary, robust_accuracy, sizes
 
 KEY = jax.random.key(0)
@@ -146,6 +146,28 @@ def test_restarts_targets_and_ranks_only_help():
     at_rank = jax.jit(lambda rank: search(ranks=rank[None]).distance)
     apart = [at_rank(rank) for rank in jnp.arange(2, 7)]
     np.testing.assert_allclose(np.min(apart, 0), all_targets.distance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_target_of_its_own_is_reached_where_it_is_nearest(norm):
+    """Linear, three classes: the target wins against both others at the larger of two distances."""
+    logits_fn, weights, _ = make_linear(KEY)
+    x = interior_images(KEY, 30)
+    logits = logits_fn(x)
+    y, targets = jnp.argmax(logits, -1), jnp.argsort(logits, -1)[:, 1]
+    found = nearest_adversarial(
+        logits_fn, x, y, KEY, norm=norm, num_steps=100, targets=targets, eps=1.0
+    )
+    reached = np.isfinite(found.distance)
+    assert reached.sum() > 5
+    np.testing.assert_array_equal(jnp.argmax(logits_fn(found.x_adv), -1)[reached], targets[reached])
+    rows = jnp.arange(30)
+    apart = weights[targets][:, None] - weights  # [30,3,D]
+    dual = jnp.linalg.norm(apart, DUAL_ORDERS[norm], axis=-1)
+    gaps = logits - logits[rows, targets][:, None]
+    least = jnp.where(dual > 0, gaps / jnp.maximum(dual, 1e-9), 0).max(1)
+    assert (found.distance[reached] >= least[reached] * (1 - 1e-4)).all()
+    assert np.median(found.distance[reached] / least[reached]) < 1.1
 
 
 @pytest.mark.parametrize(

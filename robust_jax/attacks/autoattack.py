@@ -10,6 +10,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,7 +286,7 @@ def _passes(name: str, member: Member, num_classes: int) -> list[_Pass]:
     if num_targets := keywords.get("num_targets"):
         ranks = range(2, 2 + min(num_targets, num_classes - 1))
         return [_Pass(name, member, np.array([rank]), name) for rank in ranks]
-    if member.attack not in (apgd, fab):
+    if "num_restarts" not in keywords:
         return [_Pass(name, member, None, name)]
     once = Member(member.attack, {**member.keywords, "num_restarts": 1})
     passes = [_Pass(name, once, None, name)]
@@ -355,7 +356,7 @@ def _is_flat(logits_fn, rows):
 def _fingerprint(rows, eps, norm, plan) -> str:
     """What a saved state must have been made with to be of use; the network's logits aside."""
     steps = {
-        name: {k: getattr(v, "__name__", v) for k, v in sorted(member.keywords.items())}
+        name: {k: _described(v) for k, v in sorted(member.keywords.items())}
         for name, member in plan.items()
     }
     text = json.dumps([float(eps), norm, rows["x"].shape, steps], default=str)
@@ -363,6 +364,13 @@ def _fingerprint(rows, eps, norm, plan) -> str:
     for array in rows.values():
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def _described(value: Any) -> Any:
+    """The value of a keyword as another process would write it: functions have no address."""
+    if isinstance(value, partial):
+        return [_described(value.func), value.args, dict(sorted(value.keywords.items()))]
+    return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
 
 
 def _save(path: Path, state: _State, inputs: str, logits: np.ndarray) -> None:

@@ -46,6 +46,7 @@ def fab(
     alpha_max: float = 0.1,
     eta: float = 1.05,
     beta: float = 0.9,
+    targets: Int[Array, " b"] | None = None,
 ) -> Images:
     """The nearest misclassified point, if it is no farther than eps (arXiv 1907.02044).
 
@@ -55,7 +56,7 @@ def fab(
         logits_fn, x, y, key,
         eps=eps, norm=norm, num_steps=num_steps, num_targets=num_targets, ranks=ranks,
         num_restarts=num_restarts, random_start=random_start,
-        alpha_max=alpha_max, eta=eta, beta=beta,
+        alpha_max=alpha_max, eta=eta, beta=beta, targets=targets,
     ).x_adv  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def nearest_adversarial(
     alpha_max: float = 0.1,
     eta: float = 1.05,
     beta: float = 0.9,
+    targets: Int[Array, " b"] | None = None,
 ) -> Nearest:
     """The nearest misclassified point in [0,1] and its distance in pixel units (arXiv 1907.02044).
 
@@ -86,8 +88,9 @@ def nearest_adversarial(
     where there are fewer; or at those of the given ranks, 2 being the likeliest), which takes one
     gradient a step; None is the original attack, which steps to the nearest of all boundaries and
     takes K. num_restarts: the first starts at x (with random_start at random too), the others at
-    random, half as far away as eps or the nearest point so far. Raises ValueError for a negative
-    eps, counts below 1, alpha_max or beta outside (0,1], eta below 1, an unknown norm.
+    random, half as far away as eps or the nearest point so far. targets: classes [B] to reach
+    instead of leaving y, whatever num_targets and ranks are. Raises ValueError for a negative eps,
+    counts below 1, alpha_max or beta outside (0,1], eta below 1, an unknown norm.
     """
     check_eps(eps)
     check_counts(num_steps=num_steps, num_restarts=num_restarts)
@@ -102,7 +105,7 @@ def nearest_adversarial(
         num_restarts=num_restarts, random_start=random_start,
         alpha_max=alpha_max, eta=eta, beta=beta,
     )  # fmt: skip
-    return Nearest(*jax.vmap(search)(x, y, example_keys(key, x.shape[0])))
+    return Nearest(*jax.vmap(search)(x, y, example_keys(key, x.shape[0]), targets))
 
 
 def project_to_boundary(
@@ -144,19 +147,28 @@ def project_to_boundary(
 
 
 def _search_one(
-    logits_of, x, y, key, *,
+    logits_of, x, y, key, own_target, *,
     eps, norm, num_steps, num_targets, ranks, num_restarts, random_start, alpha_max, eta, beta,
 ):  # fmt: skip
     """The nearest misclassified point to one x [H,W,C] and its distance."""
     logits = logits_of(x)
+    aims = num_targets is not None or own_target is not None
+
+    def is_hit(logits):
+        label = jnp.argmax(logits)
+        return label != y if own_target is None else label == own_target
 
     def boundary_to(target, x_adv):
-        """z_t - z_y and its gradient, for the target or the nearest boundary of all."""
-        if num_targets is not None:
+        """z_t - z_y and its gradient, for the target or the nearest boundary of all.
+
+        With a target of its own, which has to win, the other class is the likeliest there.
+        """
+        if aims:
 
             def gap(x_adv):
                 logits = logits_of(x_adv)  # once: two gradients are two backward passes
-                return logits[target] - logits[y]
+                others = jnp.where(jnp.arange(len(logits)) == target, -jnp.inf, logits)
+                return logits[target] - (logits[y] if own_target is None else others.max())
 
             return jax.value_and_grad(gap)(x_adv)
         logits, pull = jax.vjp(logits_of, x_adv)
@@ -187,7 +199,7 @@ def _search_one(
             share = jnp.minimum(size_on / (size_on + size_from_x), alpha_max)
             x_adv = (1 - share) * (x_adv + eta * on) + share * (x + eta * from_x)
             x_adv = jnp.clip(jnp.nan_to_num(x_adv), 0.0, 1.0)
-            wrong = jnp.argmax(logits_of(x_adv)) != y
+            wrong = is_hit(logits_of(x_adv))
             hit = wrong & (distance(x_adv) <= eps)
             best = best.updated(x_adv, jnp.where(hit, -distance(x_adv), -jnp.inf), hit)
             return (jnp.where(wrong, x + beta * (x_adv - x), x_adv), best), None
@@ -199,7 +211,9 @@ def _search_one(
         (_, best), _ = jax.lax.scan(step, (start, best), length=num_steps)
         return best, None
 
-    if num_targets is None:
+    if own_target is not None:
+        targets, at = own_target[None], jnp.zeros(1, int)
+    elif num_targets is None:
         targets, at = jnp.zeros(1, int), jnp.zeros(1, int)
     else:
         targets, at = likeliest_wrong(logits, y, num_targets, ranks)
@@ -210,7 +224,7 @@ def _search_one(
         keys.reshape(-1),
         jnp.tile((restarts > 0) | random_start, len(targets)),
     )
-    wrong = jnp.argmax(logits) != y
+    wrong = is_hit(logits)
     best = Best(x, jnp.where(wrong, 0.0, -jnp.inf), wrong)
     best, _ = jax.lax.scan(run, best, runs)
     return best.x, -best.value

@@ -17,7 +17,7 @@ from robust_jax.attacks import norms
 from robust_jax.attacks.best import Best, check_counts, check_eps, check_shares
 from robust_jax.attacks.norms import Norm
 from robust_jax.attacks.pgd import Images, LogitsFn
-from robust_jax.keys import KeyOrKeys, example_keys
+from robust_jax.keys import KeyOrKeys, example_keys, fold_in_each
 
 # Of 10,000 queries, those after which the share of the image that a patch covers is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -35,40 +35,53 @@ def square(
     eps: float,
     norm: Norm = "linf",
     num_queries: int = 5000,
+    num_restarts: int = 1,
     p_init: float = 0.8,
     loss: Callable = losses.carlini_wagner,
+    targets: Int[Array, " b"] | None = None,
 ) -> Images:
     """Random search for a misclassified point, by patches at random places (arXiv 1912.00049).
 
     In l1 as in l2, with steeper hills and a projection for a rescaling (arXiv 2103.01208).
-    logits_fn is only evaluated, never differentiated. x, y, key, eps: as in `pgd`; y: labels [B].
-    num_queries: evaluations of the network for each example. p_init: the share of the image that
-    the first patches cover; it is halved after queries 10, 50, 200, … as in AutoAttack, whatever
-    num_queries is. Returns [B,H,W,C]: the first misclassified point, where the search for that
-    example ends, or the point of largest loss. Raises ValueError for a negative eps, num_queries
-    below 1, p_init outside (0,1], an unknown norm.
+    logits_fn is only evaluated, never differentiated. x, y, key, eps, targets: as in `pgd`; y:
+    labels [B]. num_queries: evaluations of the network for each example and restart. p_init: the
+    share of the image that the first patches cover; it is halved after queries 10, 50, 200, … as
+    in AutoAttack, whatever num_queries is. Returns [B,H,W,C]: the first point that is
+    misclassified (as the target, if there is one), where the search for that example ends, or the
+    point of largest loss. Raises ValueError for a negative eps, num_queries or num_restarts below
+    1, p_init outside (0,1], an unknown norm.
     """
     check_eps(eps)
-    check_counts(num_queries=num_queries)
+    check_counts(num_queries=num_queries, num_restarts=num_restarts)
     check_shares(p_init=p_init)
     start, propose = _search(norm, x.shape[1:], eps, p_init, num_queries)
+    sign = 1.0
+    if targets is not None:
+        y, sign = targets, -1.0
 
     def search_one(x, y, key):
         def judged(x_adv):
             logits = logits_fn(x_adv[None])
-            return x_adv, loss(logits, y[None])[0], jnp.argmax(logits[0]) != y
+            hit = (jnp.argmax(logits[0]) == y) == (targets is not None)
+            return Best(x_adv, sign * loss(logits, y[None])[0], hit)
 
-        def standing(state):
-            i, best = state
-            return (i < num_queries) & ~best.hit
+        def search(found, key):
+            def standing(state):
+                i, best = state
+                return (i < num_queries) & ~best.hit & ~found.hit
 
-        def query(state):
-            i, best = state
-            x_adv = propose(jax.random.fold_in(key, i), x, best.x, i - 1)
-            return i + 1, best.updated(*judged(x_adv))
+            def query(state):
+                i, best = state
+                x_adv = propose(jax.random.fold_in(key, i), x, best.x, i - 1)
+                return i + 1, best.updated(*judged(x_adv))
 
-        first = Best(*judged(start(jax.random.fold_in(key, 0), x)))
-        return jax.lax.while_loop(standing, query, (1, first))[1].x
+            first = judged(start(jax.random.fold_in(key, 0), x))
+            _, best = jax.lax.while_loop(standing, query, (1, first))
+            return found.updated(*best), None
+
+        nothing = Best(x, jnp.asarray(-jnp.inf, x.dtype), jnp.asarray(False))
+        restarts = fold_in_each(key, jnp.arange(num_restarts))
+        return jax.lax.scan(search, nothing, restarts)[0].x
 
     return jax.vmap(search_one)(x, y, example_keys(key, x.shape[0]))
 

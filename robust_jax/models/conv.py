@@ -107,9 +107,9 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
     strides, padding, image, window = geometry
     channels = k.shape[2]
     if channels * _waste(geometry) <= 32:
-        x = jax.ShapeDtypeStruct((g.shape[0], *image, channels), g.dtype)
+        like = jax.ShapeDtypeStruct((g.shape[0], *image, channels), g.dtype)
         conv = partial(_banded_conv, k=k, geometry=geometry)
-        return jax.linear_transpose(conv, x)(g)[0]
+        return jax.linear_transpose(conv, like)(g)[0]
     if strides == (1, 1) and window != (1, 1):
         # A convolution of g with the kernel turned round. Without the barrier XLA recognises it as
         # a gradient and takes its slow path again.
