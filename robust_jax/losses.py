@@ -57,7 +57,8 @@ def carlini_wagner(logits: Logits, labels: Labels) -> PerExample:
 def dlr(logits: Logits, labels: Labels) -> PerExample:
     """Difference of logits ratio, -(z_y - max_{i≠y} z_i) / (z_π1 - z_π3), maximised by an attack.
 
-    [B,K], [B] -> [B]; invariant to shift and scale of the logits. Raises ValueError for K < 3,
+    [B,K], [B] -> [B]; invariant to shift and scale of the logits, and constant (-(z_y - z_π1) /
+    (z_π1 - z_y) = 1) where the label has fallen to the third place. Raises ValueError for K < 3,
     where z_π3 does not exist: use carlini_wagner there. Source: arXiv 2003.01690, eq. 6.
     """
     _check_classes("dlr", logits, 3, "use carlini_wagner instead")

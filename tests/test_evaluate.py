@@ -1,0 +1,61 @@
+"""The evaluator: AutoAttack within it goes on from what an earlier evaluation left."""
+
+import functools
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from robust_jax import data
+from robust_jax.attacks import autoattack
+from robust_jax.evaluate import AttackGrid, Evaluator, Settings
+from tests.digits import EPS, network, trained
+
+MEMBERS = ("apgd_ce", "square")
+OVERRIDES = {"apgd_ce": {"num_steps": 3}, "square": {"num_queries": 10}}
+SETTINGS = Settings(
+    batch_size=16, jacobian_chunk=8, jacobian_projections=2, spectral_iterations=1, num_images=2
+)
+
+
+@functools.cache
+def split():
+    return data.load("digits", validation_size=100).test.take(np.arange(40))
+
+
+def records(unfinished=None, seed=0):
+    """AutoAttack at two radii; the seed is of the network."""
+    attack = functools.partial(autoattack, version=MEMBERS, overrides=OVERRIDES, progress=False)
+    grid = AttackGrid("autoattack", attack, "linf", (EPS / 2, EPS), members=MEMBERS)
+    evaluator = Evaluator(
+        network, split(), {"autoattack": grid}, SETTINGS, jax.random.key(0), "pmap"
+    )
+    return evaluator.records(trained(seed=seed).args[0], "evaluate", unfinished)
+
+
+def test_autoattack_goes_on_and_what_is_finished_is_not_done_again(tmp_path, monkeypatch):
+    expected = records()
+    attempts = []
+
+    def attempt(member, norm, real=autoattack.__globals__["_attempt"]):
+        attempts.append(member.attack.__name__)
+        if len(attempts) == stop_at:
+            raise KeyboardInterrupt
+        return real(member, norm)
+
+    monkeypatch.setitem(autoattack.__globals__, "_attempt", attempt)
+    stop_at = 4  # Square at the second radius
+    with pytest.raises(KeyboardInterrupt):
+        records(tmp_path)
+    assert attempts == ["apgd", "square", "apgd", "square"]
+    states = sorted(path.name for path in tmp_path.iterdir())
+    assert states == ["autoattack@0.05.npz", "autoattack@0.1.npz"]
+    attempts.clear()
+    pd.testing.assert_frame_equal(records(tmp_path), expected)
+    assert attempts == ["square"]
+
+
+def test_a_state_of_another_network_is_passed_over(tmp_path):
+    records(tmp_path, seed=1)
+    pd.testing.assert_frame_equal(records(tmp_path), records())
