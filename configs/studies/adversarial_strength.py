@@ -40,11 +40,11 @@ def get_config():
     base.schedule = {"name": "one_cycle"}
     base.duration = "2 epochs"
     base.log_every = "50 steps"
-    base.validate_every = "1 epoch"
+    base.validate_every = "2 epochs"  # once: the network at the end of the schedule
     base.checkpoint_every = "1 epoch"
-    base.validation_attack = {"name": "fgsm", "eps": 0.0}  # the last or nearly the last is kept
+    base.validation_attack = {"name": "fgsm", "eps": 0.0}
     base.evaluation.num_examples = 1000
-    base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 100})
+    base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 100, "num_queries": 500})
     base.attacks = attacks((0.05, 0.1, 0.15), 0.1, num_examples=100)
     base.measurements = measurements(eps=0.1, num_examples=500)
     config.base = base
@@ -76,6 +76,7 @@ def get_config():
                 "learning_rate": 0.1,
                 "weight_decay": 5e-4,
                 "duration": "40 epochs",
+                "validate_every": "40 epochs",
                 "evaluation": {"num_examples": 0},
                 "audit": {"eps": 8 / 255, "num_examples": 500},
                 "attacks": attacks(tuple(e / 255 for e in (4, 8, 12)), 8 / 255, 1000),

@@ -45,8 +45,8 @@ def get_config():
     base.validation_attack = {"name": "fgsm", "eps": 0.0}
     base.track_margins = 500
     base.evaluation.num_examples = 1000
-    base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 200})
-    base.attacks = attacks((0.05, 0.1, 0.2), 0.1, num_examples=200)
+    base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 100, "num_queries": 500})
+    base.attacks = attacks((0.05, 0.1, 0.2), 0.1, num_examples=100)
     base.measurements = {"margins": {"num_examples": 500}}
     config.base = base
 

@@ -49,8 +49,8 @@ def get_config():
     base.checkpoint_every = "1 epoch"
     base.validation_attack = {"name": "fgsm", "eps": 0.0}  # best by clean accuracy, as published
     base.evaluation.num_examples = 1000
-    base.audit.update({"norm": "linf", "eps": 0.2, "num_examples": 200})
-    base.attacks = attacks(eps=0.2, num_examples=200)
+    base.audit.update({"norm": "linf", "eps": 0.2, "num_examples": 100, "num_queries": 500})
+    base.attacks = attacks(eps=0.2, num_examples=100)
     base.measurements = {"clusters": {"num_examples": 1000}}
     config.base = base
 
@@ -77,7 +77,7 @@ def get_config():
             },
             "arms": {arm: {"duration": "2 epochs"} for arm in ("at", "gce_at")},
         },
-        "small": {},
+        "small": {"base": {"validate_every": "5 epochs"}},  # once: the network at the end
         "full": {
             "seeds": (0, 1, 2, 3, 4),
             "base": {
