@@ -28,7 +28,7 @@ from robust_jax.objectives import Adversary, Apply, Term, halves_needed, make_ob
 from robust_jax.train import optimizer, parallel
 from robust_jax.train.loop import Plan, Trained, restore
 from robust_jax.train.state import init_state
-from robust_jax.train.step import make_train_step
+from robust_jax.train.step import make_train_step, together
 from robust_jax.train.validate import make_validation
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -148,6 +148,7 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
     plan = Plan(
         init=init,
         train_step=parallel.map_step(train_step, method),
+        train_steps=parallel.map_step(together(train_step), method),
         validate=make_validation(
             _network(model),
             validation_attack,

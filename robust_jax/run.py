@@ -5,7 +5,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from robust_jax.evaluate import summarize
 from robust_jax.experiment import Experiment, build, load, subject_of, surrogate_config
 from robust_jax.files import write_atomically
 from robust_jax.models import num_parameters
+from robust_jax.train import loop
 from robust_jax.train.loop import Trained, is_trained, restore, train
 
 Mode = Literal["train", "evaluate", "audit", "verify", "report"]
@@ -77,6 +78,21 @@ def run(config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode) -> di
         _write(workdir, results)
         return results
     return _evaluate(experiment, trained, workdir, schema)
+
+
+def train_together(
+    configs: Sequence[ConfigDict], schema: ConfigDict, workdirs: Sequence[Path]
+) -> None:
+    """Trains runs that differ in their seed alone in one program; `run` then has the rest to do.
+
+    Networks of a million parameters and more are left to `run`: each fills the device by itself.
+    """
+    experiments = [build(config, schema) for config in configs]
+    size = num_parameters(jax.eval_shape(experiments[0].plan.init).params)
+    if size < 1_000_000:
+        for config, workdir in zip(configs, workdirs, strict=True):
+            _claim(workdir, config, "train")
+        loop.train_together([experiment.plan for experiment in experiments], workdirs)
 
 
 def _claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
@@ -62,6 +63,8 @@ def run_study(
             choose(sorted({str(m.seed) for m in members}), seed, "--only's seed")
         members = [m for m in members if m.arm == arm and seed in ("", str(m.seed))]
     if mode == "train":
+        if jax.default_backend() != "cpu":
+            train_seeds_together(members, schema, workdir)
         for i, member in enumerate(members):
             logging.info("%s: %s, seed %d (%d of %d)", config.title, member.arm, member.seed,
                          i + 1, len(members))  # fmt: skip
@@ -73,6 +76,21 @@ def run_study(
     write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     logging.info("report: %s", workdir / "report.html")
     return results
+
+
+def train_seeds_together(members: Sequence["Member"], schema: ConfigDict, workdir: Path) -> None:
+    """Trains the seeds of each arm that have no results yet under one vmap, arm by arm."""
+    for arm in dict.fromkeys(member.arm for member in members):
+        left = [
+            (member.config, workdir / arm / str(member.seed))
+            for member in members
+            if member.arm == arm
+            and not (workdir / arm / str(member.seed) / "results.json").exists()
+        ]
+        if len(left) > 1:
+            configs, workdirs = zip(*left, strict=True)
+            logging.info("training %d seeds of %s together", len(left), arm)
+            run.train_together(configs, schema, workdirs)
 
 
 class Member(NamedTuple):

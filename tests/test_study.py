@@ -11,8 +11,10 @@ from configs import default
 from robust_jax import config as config_lib
 from robust_jax import study
 from robust_jax.errors import UserError
+from robust_jax.experiment import build
 from robust_jax.models import MODELS
 from robust_jax.regularizers import PAIR_REGULARIZERS, REGULARIZERS
+from robust_jax.train import loop
 from tests.conftest import REPOSITORY
 
 STUDIES = sorted(
@@ -154,6 +156,23 @@ def test_mistakes_are_told(tmp_path):
     with pytest.raises(UserError, match="config.loss_at is not a field of a config; did you mean"):
         study.run_study(config, schema, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, monkeypatch):
+    schema = default.get_config()
+    config = importlib.import_module("configs.studies.entm").get_config()
+    config.scale = "smoke"
+    config.base.duration = "6 steps"
+    config.scales.smoke.base.duration = "6 steps"
+    members = [member for member in study.plan(config) if member.arm == "at_ls"]
+    study.train_seeds_together(members, schema, tmp_path)
+    plans = [build(member.config, schema).plan for member in members]
+    for member, plan in zip(members, plans, strict=True):
+        assert loop.is_trained(plan, tmp_path / "at_ls" / str(member.seed))
+        assert not (tmp_path / "at_ls" / str(member.seed) / "results.json").exists()
+    (tmp_path / "at_ls" / "0" / "results.json").write_text("{}")
+    monkeypatch.setattr(study.run, "train_together", None)  # one is left: nothing to share
+    study.train_seeds_together(members, schema, tmp_path)
 
 
 def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path):

@@ -219,6 +219,54 @@ def test_sigterm_in_the_last_step_is_not_swallowed(tmp_path):
     assert loop.is_trained(plan_of(small_config()), tmp_path)
 
 
+@pytest.mark.parametrize("method", parallel.METHODS)
+def test_seeds_trained_together_are_those_trained_alone(undisturbed, method, tmp_path):
+    """Terminated on the way; then one goes on alone, both together, and each ends as by itself."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+
+    def plans(terminate_at=None):
+        found = [plan_of(small_config(seed=seed, parallel=method)) for seed in (0, 1)]
+        plain = found[0].train_steps
+
+        def train_steps(states, batches, keys):
+            sizes.append(len(states))
+            if int(states[0].step) == terminate_at:
+                signal.raise_signal(signal.SIGTERM)
+            return plain(states, batches, keys)
+
+        object.__setattr__(found[0], "train_steps", train_steps)
+        return found
+
+    sizes = []
+    with pytest.raises(SystemExit) as stopped:
+        loop.train_together(plans(terminate_at=3), folders)
+    assert stopped.value.code == loop.EXIT_TERMINATED
+    assert sizes == [2] * 4
+    together = loop.train_together(plans(), folders)
+    assert sizes == [2] * 12
+    expected, workdir = undisturbed
+    chex.assert_trees_all_close(together[0].last, expected.last, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(together[0].best, expected.best, rtol=1e-3, atol=1e-5)
+    one, other = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (folders[0], workdir)
+    )
+    assert [line.keys() for line in one] == [line.keys() for line in other]
+    for line, right in zip(one, other, strict=True):
+        np.testing.assert_allclose(list(line.values()), list(right.values()), rtol=2e-3, atol=1e-4)
+    differs = jax.tree.map(lambda a, b: np.abs(a - b).max(), *(t.last.params for t in together))
+    assert max(jax.tree.leaves(differs)) > 0.01
+
+
+def test_a_finished_seed_waits_for_no_other(undisturbed, tmp_path):
+    _, finished = undisturbed
+    trained = loop.train_together(
+        [plan_of(small_config(seed=seed)) for seed in (0, 1)], [finished, tmp_path]
+    )
+    chex.assert_trees_all_equal(trained[0].last, undisturbed[0].last)
+    assert int(trained[1].last.step) == 12
+
+
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     config = small_config(
         optimizer=ConfigDict({"name": "sgd"}),

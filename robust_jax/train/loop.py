@@ -1,11 +1,14 @@
-"""The training loop: steps, logs, validation, checkpoints, and going on where it stopped."""
+"""The training loop: steps, logs, validation, checkpoints, and going on where it stopped.
+
+A run is a generator that asks for its next step, so that several can take it in one program.
+"""
 
 import contextlib
 import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,15 @@ EXIT_TERMINATED = 143
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to train: train_step maps (state, batch, key) to (state, sums); durations in steps."""
+    """What to train; durations in steps.
+
+    train_step maps (state, batch, key) to (state, sums); train_steps maps tuples of them, one for
+    each of several runs, to a tuple of (state, sums).
+    """
 
     init: Callable[[], TrainState]
     train_step: Callable
+    train_steps: Callable
     validate: Validate
     batches: TrainBatches
     schedule: Schedule
@@ -60,11 +68,48 @@ def train(plan: Plan, workdir: Path) -> Trained:
     Raises UserError at a non-finite loss or gradient, keeping the last good checkpoint; exits
     with EXIT_TERMINATED, after saving, on SIGTERM.
     """
-    with _open(plan, workdir) as checkpoints:
-        state, notes = checkpoints.restore("last") or (plan.init(), dict(_NEW_RUN))
-        if int(state.step) < plan.total_steps:
-            state, notes = _run(plan, workdir, checkpoints, state, notes)
-        return _trained(plan, checkpoints, state, notes)
+    return train_together([plan], [workdir])[0]
+
+
+def train_together(plans: Sequence[Plan], workdirs: Sequence[Path]) -> list[Trained]:
+    """`train` for several runs that differ in their seed alone, a step of all as one program.
+
+    Small networks leave an accelerator idle; under vmap the runs share it. Each run has its own
+    folder, checkpoints and logs, and goes on from there, together or alone.
+    """
+    with _Terminated() as terminated:
+        runs = [
+            _train(plan, workdir, terminated, shown=i == 0)
+            for i, (plan, workdir) in enumerate(zip(plans, workdirs, strict=True))
+        ]
+        trained: dict[int, Trained | None] = {}
+        asked: dict[int, tuple[TrainState, Any]] = {}
+
+        def advance(i, result):
+            asked.pop(i, None)
+            try:
+                asked[i] = runs[i].send(result)
+            except StopIteration as end:
+                trained[i] = end.value
+
+        with contextlib.ExitStack() as stack:
+            for i, run in enumerate(runs):
+                stack.enter_context(contextlib.closing(run))
+                advance(i, None)
+            while asked:
+                which = list(asked)
+                states, batches = zip(*asked.values(), strict=True)
+                keys = tuple(plans[i].key for i in which)
+                if len(which) == 1:
+                    results = (plans[which[0]].train_step(states[0], batches[0], keys[0]),)
+                else:
+                    results = plans[0].train_steps(states, batches, keys)
+                for i, result in zip(which, results, strict=True):
+                    advance(i, result)
+    finished = [trained[i] for i in range(len(plans))]
+    if None in finished:
+        sys.exit(EXIT_TERMINATED)
+    return [one for one in finished if one is not None]
 
 
 def restore(plan: Plan, workdir: Path) -> Trained:
@@ -105,9 +150,28 @@ _NEW_RUN: Notes = {
 }
 
 
+# Of a run: asks for a step of (state, batch), is sent (state, sums), and returns in the end.
+_Steps = Generator[tuple[TrainState, Any], tuple[TrainState, Any], Any]
+
+
+def _train(plan: Plan, workdir: Path, terminated: "_Terminated", *, shown: bool) -> _Steps:
+    """Returns Trained, or None where it was terminated."""
+    with _open(plan, workdir) as checkpoints:
+        state, notes = checkpoints.restore("last") or (plan.init(), dict(_NEW_RUN))
+        if int(state.step) < plan.total_steps:
+            state, notes = yield from _run(
+                plan, workdir, checkpoints, state, notes, terminated, shown
+            )
+            if terminated.flag:
+                return None
+        return _trained(plan, checkpoints, state, notes)
+
+
 def _run(
-    plan: Plan, workdir: Path, checkpoints: Checkpoints, state: TrainState, notes: Notes
-) -> tuple[TrainState, Notes]:
+    plan: Plan, workdir: Path, checkpoints: Checkpoints, state: TrainState, notes: Notes,
+    terminated: "_Terminated", shown: bool,
+) -> _Steps:  # fmt: skip
+    """Returns the last state and its notes."""
     start = int(state.step)
     if start:
         logging.info("resuming at step %d of %d", start, plan.total_steps)
@@ -127,11 +191,10 @@ def _run(
 
     with (
         contextlib.closing(MetricsWriter(workdir, resumed_at=start)) as writer,
-        progress(plan.total_steps, "train", "step", initial=start) as bar,
-        _Terminated() as terminated,
+        progress(plan.total_steps, "train", "step", initial=start, shown=shown) as bar,
     ):
         for done in range(start + 1, plan.total_steps + 1):
-            state, sums = plan.train_step(state, plan.batches[done - 1], plan.key)
+            state, sums = yield state, plan.batches[done - 1]
             pending.append(sums)
             bar.update()
             if done == start + 1:
@@ -166,7 +229,7 @@ def _run(
             if terminated.flag:
                 checkpoints.wait()
                 logging.warning("terminated: saved step %d; the same command goes on", done)
-                sys.exit(EXIT_TERMINATED)
+                break
     checkpoints.wait()
     return state, notes
 

@@ -35,7 +35,7 @@ def map_step(
 ) -> Callable:
     """step(state, batch, key) -> (state, sums), written per device, on the rows of all of them.
 
-    The state is unreplicated outside and donated.
+    The state is unreplicated outside and donated. All three may be tuples, of several runs.
     """
     if method == "pmap":
         mapped = jax.pmap(

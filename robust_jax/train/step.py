@@ -74,6 +74,19 @@ def make_train_step(
     return train_step
 
 
+def together(train_step: TrainStep) -> Callable:
+    """The step of several runs at once: tuples of states, batches and keys, by jax.vmap."""
+
+    def train_steps(states, batches, keys):
+        def stacked(trees):
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+        out = jax.vmap(train_step)(stacked(states), stacked(batches), stacked(keys))
+        return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(len(states)))
+
+    return train_steps
+
+
 def _averaged(
     state: TrainState, params: Any, batch_stats: Any, decay: float | None
 ) -> Average | None:
