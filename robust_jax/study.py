@@ -25,7 +25,7 @@ from robust_jax.files import write_atomically
 
 Verdict = Literal["supported", "refuted", "inconclusive"]
 _FIELDS = ("title", "paper", "question", "scale", "seeds", "base", "scales", "arms", "measures",
-           "claims", "published", "notes")  # fmt: skip
+           "pairs", "along_training", "claims", "published", "notes")  # fmt: skip
 
 
 class Interval(NamedTuple):
@@ -144,6 +144,7 @@ def collect(config: ConfigDict, members: Sequence[Member], workdir: Path) -> dic
                         ", ".join(missing[:5]))  # fmt: skip
     radii = _scale(config).get("radii", {})
     measures = {label.format(**radii): m.format(**radii) for label, m in config.measures}
+    pairs = [[label.format(**radii) for label in pair] for pair in config.pairs]
     table = {
         arm: {
             label: _summary({seed: value(r, measure) for seed, r in by_seed.items()})
@@ -169,6 +170,14 @@ def collect(config: ConfigDict, members: Sequence[Member], workdir: Path) -> dic
         "table": table,
         "audits": audits,
         "curves": curves,
+        "pairs": pairs,
+        "along_training": {
+            name: {
+                arm: _history([workdir / arm / str(seed) for seed in by_seed], name)
+                for arm, by_seed in found.items()
+            }
+            for name in config.along_training
+        },
         "claims": claims,
         "published": {arm: dict(numbers) for arm, numbers in config.published},
         "configs": {arm: config_lib.to_json(m.config) for m in members for arm in [m.arm]},
@@ -282,6 +291,21 @@ def _curves(results: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, An
     return curves
 
 
+def _history(folders: Sequence[Path], name: str) -> list[dict[str, Any]]:
+    """A number of the validations against the epoch: mean and interval over seeds."""
+    by_epoch: dict[float, list[float]] = {}
+    for folder in folders:
+        metrics = runs.load(folder).metrics
+        steps_per_epoch = (metrics["step"] / metrics["epoch"]).dropna().iloc[0]
+        for _, line in metrics.dropna(subset=[f"validation/{name}"]).iterrows():
+            epoch = round(line["step"] / steps_per_epoch, 3)
+            by_epoch.setdefault(epoch, []).append(line[f"validation/{name}"])
+    return [
+        {"epoch": epoch, **{k: _number(v) for k, v in mean_interval(values)._asdict().items()}}
+        for epoch, values in sorted(by_epoch.items())
+    ]
+
+
 def _number(x: float) -> float | None:
     return float(x) if np.isfinite(x) else None
 
@@ -294,6 +318,10 @@ def _check(config: ConfigDict, schema: ConfigDict, members: Sequence[Member]) ->
             raise UserError(f"config.{field} is missing: a study has {', '.join(_FIELDS)}")
     for member in members:
         config_lib.check_fields(member.config, schema)
+    labels = [label for label, _ in config.measures]
+    for pair in config.pairs:
+        for label in pair:
+            choose(labels, label, "config.pairs' measure")
     for name, claim in config.claims.items():
         for test in claim.tests:
             for arm in test["arms"]:

@@ -25,6 +25,16 @@ def write(workdir: Path, results: Results) -> None:
             "The measures of the table: the mean over seeds with its 95 % interval.",
         ),
     }
+    if results["pairs"]:
+        figures["pairs"] = (
+            plots.measures_against_each_other(results["table"], results["pairs"]),
+            "Measures against each other, a point for each arm and seed.",
+        )
+    if results["along_training"]:
+        figures["training"] = (
+            plots.along_training(results["along_training"]),
+            "Along training: the mean over seeds with its 95 % interval.",
+        )
     (workdir / "figures").mkdir(parents=True, exist_ok=True)
     images = []
     for name, (figure, alt) in figures.items():

@@ -5,6 +5,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from robust_jax.analysis import calibration, plots
+from robust_jax.analysis.plots import study as study_plots
 
 ARMS = ("standard", "adversarial")
 
@@ -121,3 +122,29 @@ def test_loss_surfaces_share_their_scale_and_mark_both_points():
     assert legend(figure) == ["clean", "adversarial"]
     flat = plots.loss_surfaces({"flat": np.zeros((5, 4))}, a, b)
     assert len(flat.axes) == 2
+
+
+def test_measures_of_a_study_are_paired_by_seed():
+    def row(jacobian, accuracy):
+        return {"J": {"values": jacobian}, "PGD": {"values": accuracy}}
+
+    table = {"a": row({0: 3.0, 1: 2.0}, {1: 0.5, 0: 0.4}), "b": row({0: 1.0}, {1: 0.7})}
+    figure = study_plots.measures_against_each_other(table, [("J", "PGD")])
+    ax = figure.axes[0]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("J", "PGD")
+    points = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert points == {"a": [[3.0, 0.4], [2.0, 0.5]], "b": []}  # b has no seed with both
+    assert legend(figure) == ["a", "b"]
+
+
+def test_numbers_along_training_have_a_line_an_arm_and_its_interval():
+    points = [
+        {"epoch": 0.5, "mean": 1.0, "low": 0.5, "high": 1.5},
+        {"epoch": 1.0, "mean": 2.0, "low": None, "high": None},
+    ]
+    figure = study_plots.along_training({"minimum_margin": {"ce": points, "at": points[:1]}})
+    ax = figure.axes[0]
+    assert ax.get_title() == "minimum margin" and ax.get_xlabel() == "epoch"
+    np.testing.assert_array_equal(ax.lines[0].get_xydata(), [[0.5, 1], [1, 2]])
+    assert ax.collections[0].get_datalim(ax.transData).y1 == 1.5
+    assert not figure.axes[1].get_visible()

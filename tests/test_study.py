@@ -158,6 +158,23 @@ def test_mistakes_are_told(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_numbers_along_training_are_those_of_the_validations(tmp_path):
+    for seed, shift in ((0, 0.0), (1, 0.2)):
+        (tmp_path / str(seed) / "records").mkdir(parents=True)
+        for name in ("best", "last"):
+            (tmp_path / str(seed) / "records" / f"{name}.csv").write_text("index\n0\n")
+        lines = [
+            {"step": 5, "epoch": 0.5, "train/loss": 1.0},
+            {"step": 5, "validation/average_margin": 1.0 + shift},
+            {"step": 20, "validation/average_margin": 3.0 + shift},
+        ]
+        (tmp_path / str(seed) / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    points = study._history([tmp_path / "0", tmp_path / "1"], "average_margin")
+    assert [point["epoch"] for point in points] == [0.5, 2.0]
+    np.testing.assert_allclose([point["mean"] for point in points], [1.1, 3.1])
+    assert points[0]["low"] < 1.1 < points[0]["high"]
+
+
 def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, monkeypatch):
     schema = default.get_config()
     config = importlib.import_module("configs.studies.entm").get_config()
@@ -193,6 +210,6 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path):
     readme = (tmp_path / "README.md").read_text()
     for text in (page, readme):
         assert "inconclusive" in text and "published 62.74" in text
-    for name in ("accuracy", "measures"):
+    for name in ("accuracy", "measures", "pairs"):
         figure = tmp_path / "figures" / f"{name}.svg"
         assert 1000 < figure.stat().st_size < 200_000

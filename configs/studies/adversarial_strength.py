@@ -96,6 +96,13 @@ def get_config():
         ("mean confidence", "measurements.outputs.mean_confidence"),
         ("accuracy gap", "measurements.gaps.accuracy"),
     )
+    config.pairs = (
+        ("singular value spread", "AutoAttack at {trained:.3g}"),
+        ("feature change, adversarial", "AutoAttack at {trained:.3g}"),
+        ("mean margin", "clean"),
+        ("mean confidence", "clean"),
+    )
+    config.along_training = ()
     config.published = ()
 
     def falls(measure):

@@ -91,6 +91,8 @@ def get_config():
         ("minimum, change", MINIMUM),
         ("average, change", AVERAGE),
     )
+    config.pairs = (("average margin", "PGD at 0.1"), ("minimum margin", "PGD at 0.1"))
+    config.along_training = ("minimum_margin", "average_margin")
     config.published = ()
     config.claims = ConfigDict(
         {

@@ -106,6 +106,11 @@ def get_config():
         ("mean-square energy", "measurements.energy.mean_square"),
         ("oscillation energy", "measurements.energy.oscillation"),
     )
+    config.pairs = (
+        ("oscillation energy", "AutoAttack at 1.5"),
+        ("mean-square energy", "AutoAttack at 1.5"),
+    )
+    config.along_training = ()
     config.published = ()
     config.claims = ConfigDict(
         {

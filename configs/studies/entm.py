@@ -105,6 +105,13 @@ def get_config():
         ("‖J‖ logits", "jacobian.logits.frobenius.mean"),
         ("‖J‖ probabilities", "jacobian.probabilities.frobenius.mean"),
     )
+    config.pairs = (
+        ("‖J‖ logits", "AutoAttack at {trained:.3g}"),
+        ("‖J‖ probabilities", "AutoAttack at {trained:.3g}"),
+        ("‖J‖ logits", "PGD at {faint:.3g}"),
+        ("‖J‖ probabilities", "PGD at {faint:.3g}"),
+    )
+    config.along_training = ()
     config.published = ()
 
     config.claims = ConfigDict(

@@ -99,6 +99,8 @@ def get_config():
         ("silhouette", "measurements.clusters.silhouette"),
         ("intra/inter", "measurements.clusters.distance_ratio"),
     )
+    config.pairs = (("silhouette", "FGSM"), ("silhouette", "AutoAttack"))
+    config.along_training = ()
     config.published = (
         ("ce", {"FGSM": 38.88, "MIM": 2.29, "PGD": 1.58}),
         ("gce", {"FGSM": 62.74, "MIM": 39.81, "PGD": 9.55}),

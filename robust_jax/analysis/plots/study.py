@@ -5,10 +5,11 @@ from itertools import cycle
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from robust_jax.analysis.plots.run import NORMS
-from robust_jax.analysis.plots.style import COLORS, STYLE, WIDTH
+from robust_jax.analysis.plots.style import COLORS, STYLE, WIDTH, legend_below
 
 _COLORS = (*COLORS, "0.3", "0.6")
 _MARKERS = "os^DvPX*"
@@ -77,3 +78,57 @@ def measures_by_arm(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Fig
         ax.set_ylim(len(arms) - 0.5, -0.5)
         ax.locator_params(axis="x", nbins=4)
     return figure
+
+
+@rc_context(STYLE)
+def measures_against_each_other(
+    table: Mapping[str, Mapping[str, Mapping[str, Any]]], pairs: Sequence[Sequence[str]]
+) -> Figure:
+    """A panel for each pair of measures, in it a point for each arm and seed.
+
+    table: by arm and measure {values: by seed}; pairs: the measures on the two axes.
+    """
+    figure, panels = _panels(len(pairs))
+    for ax, (across, up) in zip(panels, pairs, strict=False):
+        for (arm, row), color, marker in zip(
+            table.items(), cycle(_COLORS), cycle(_MARKERS), strict=False
+        ):
+            seeds = row[across]["values"].keys() & row[up]["values"].keys()
+            points = [(row[across]["values"][s], row[up]["values"][s]) for s in sorted(seeds)]
+            ax.plot([x for x, _ in points], [y for _, y in points], ls="", marker=marker,
+                    color=color, ms=5, alpha=0.8, label=arm)  # fmt: skip
+        ax.set(xlabel=across, ylabel=up)
+    legend_below(figure, panels)
+    return figure
+
+
+@rc_context(STYLE)
+def along_training(history: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+    """A panel for each number of the validations against the epoch, a line for each arm.
+
+    history: by number and arm the points {epoch, mean, low, high}; low and high may be None.
+    """
+    figure, panels = _panels(len(history))
+    for ax, (name, by_arm) in zip(panels, history.items(), strict=False):
+        for (arm, points), color, marker in zip(
+            by_arm.items(), cycle(_COLORS), cycle(_MARKERS), strict=False
+        ):
+            epochs = [point["epoch"] for point in points]
+            ax.plot(epochs, [point["mean"] for point in points], color=color, marker=marker, ms=4,
+                    lw=1.4, label=arm)  # fmt: skip
+            band = [p for p in points if p["low"] is not None]
+            ax.fill_between([p["epoch"] for p in band], [p["low"] for p in band],
+                            [p["high"] for p in band], color=color, alpha=0.15, lw=0)  # fmt: skip
+        ax.set(title=name.replace("_", " "), xlabel="epoch")
+    legend_below(figure, panels)
+    return figure
+
+
+def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
+    """Panels in rows of two."""
+    rows = max(1, -(-count // 2))
+    figure = Figure(figsize=(WIDTH, 3.0 * rows + 0.6))
+    panels = figure.subplots(rows, 2, squeeze=False).flat
+    for ax in panels[count:]:
+        ax.set_visible(False)
+    return figure, list(panels)[:count]
