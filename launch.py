@@ -29,6 +29,7 @@ flags.DEFINE_enum(
 flags.DEFINE_string(
     "only", "", "Of a study: an arm, or arm/seed, to run alone; --mode=report collects them."
 )
+flags.DEFINE_bool("profile", False, "Leave a trace of ten training steps in workdir/profile.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -50,11 +51,16 @@ def main(argv: list[str]) -> None:
     config, workdir = FLAGS.config, Path(FLAGS.workdir)
     try:
         if study.is_study(config):
+            if FLAGS.profile:
+                raise UserError("--profile is for one run: give it a run's config and folder")
             study.run_study(config, default.get_config(), workdir, FLAGS.mode, only=FLAGS.only)
         elif FLAGS.only:
             raise UserError("--only is a study's; this config is that of one run")
         else:
-            print(report.table(run.run(config, default.get_config(), workdir, FLAGS.mode)))
+            results = run.run(
+                config, default.get_config(), workdir, FLAGS.mode, profile=FLAGS.profile
+            )
+            print(report.table(results))
     except UserError as error:
         sys.exit(f"error: {error}")
 

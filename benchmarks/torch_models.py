@@ -1,8 +1,9 @@
-"""LeNet-5 and PreActResNet in PyTorch, as robust_jax.models has them, and their weights both ways.
+"""LeNet-5, SmallCNN and PreActResNet in PyTorch, as robust_jax.models has them; weights both ways.
 
 Layers stand in lists that bear flax's names, `Conv.0` for Conv_0, so weights are copied by name.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -45,6 +46,26 @@ class LeNet5(_Classifier):
         for conv in self.Conv:
             x = F.max_pool2d(F.relu(conv(x)), 2)
         x = x.permute(0, 2, 3, 1).flatten(1)  # in flax's order: height, width, channel
+        for dense in self.Dense:
+            x = F.relu(dense(x))
+        return x
+
+
+class SmallCNN(_Classifier):
+    """SmallCNN of TRADES for images of 28x28x1."""
+
+    def __init__(self, model: models.SmallCNN):
+        super().__init__(model)
+        widths = (1, 32, 32, 64, 64)
+        self.Conv = nn.ModuleList([nn.Conv2d(i, o, 3) for i, o in pairwise(widths)])
+        self.Dense = nn.ModuleList([nn.Linear(1024, 200), nn.Linear(200, 200)])
+        self.head = nn.Linear(200, model.num_classes)
+
+    def features(self, x):
+        for i, conv in enumerate(self.Conv, start=1):
+            x = F.relu(conv(x))
+            x = F.max_pool2d(x, 2) if i % 2 == 0 else x
+        x = x.permute(0, 2, 3, 1).flatten(1)
         for dense in self.Dense:
             x = F.relu(dense(x))
         return x

@@ -5,7 +5,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
 
-from robust_jax import __version__, cards, records, report
+from robust_jax import __version__, cards, records, report, speed
 from robust_jax import config as config_lib
 from robust_jax.analysis import runs
 from robust_jax.audit import NothingToAudit
@@ -34,14 +34,17 @@ _UNFINISHED = "unfinished"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
-def run(config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode) -> dict[str, Any]:
+def run(
+    config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode, *, profile: bool = False
+) -> dict[str, Any]:
     """Trains (or goes on, or says that the run is finished), evaluates and writes the report.
 
     Of a finished run, mode "evaluate" measures again, with the attacks the config has now; "audit"
     looks again for masked gradients; "verify" makes every adversarial anew from the checkpoint and
-    compares what it finds with the records; "report" writes the page again. Returns what
-    results.json holds. Raises UserError where the config is mistaken, workdir holds a run of
-    another config, or "verify" finds something else.
+    compares what it finds with the records; "report" writes the page again. profile: leaves a trace
+    of ten training steps in workdir/profile. Returns what results.json holds. Raises UserError
+    where the config is mistaken, workdir holds a run of another config, or "verify" finds something
+    else.
     """
     workdir = workdir.absolute()
     if mode == "report":
@@ -61,7 +64,11 @@ def run(config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode) -> di
     ):
         logging.info("%s is finished; --mode=evaluate or --mode=report redo a part", workdir)
         return runs.results(workdir)
-    trained = (train if mode == "train" else restore)(experiment.plan, workdir)
+    if mode == "train":
+        trained = train(experiment.plan, workdir, workdir / "profile" if profile else None)
+        logging.info(_speed(trained.timings))
+    else:
+        trained = restore(experiment.plan, workdir)
     if mode in ("audit", "verify"):
         if not (workdir / "results.json").exists():
             raise UserError(f"{workdir} has no results yet; --mode={mode} needs a finished run")
@@ -147,13 +154,30 @@ def _evaluate(
         tables[name].to_csv(workdir / "records" / f"{name}.csv", index=False)
     _save_images(experiment, trained, workdir)
     results = _results(experiment, trained, tables)
-    results["timings"] = {**trained.timings, "evaluate_seconds": time.perf_counter() - start}
+    results["timings"] = {
+        **trained.timings,
+        "evaluate_seconds": time.perf_counter() - start,
+        "peak_memory_mebibytes": speed.memory_high_water() / 2**20,
+    }
     results["training"] = _training(workdir)
     results["measurements"] = _measurements(experiment, trained)
     results["audit"] = _audit(experiment, trained, workdir, schema)
     _write(workdir, results)
     shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
     return results
+
+
+def _speed(timings: Mapping[str, float]) -> str:
+    """How fast training was, in a line."""
+    parts = [
+        f"{timings['examples_per_second']:,.0f} examples/s",
+        f"{timings['step_milliseconds']:.3g} ms a step",
+        f"compiled in {timings['compile_seconds']:.1f} s",
+        f"at most {speed.memory_high_water() / 2**20:,.0f} MiB",
+    ]
+    if "share_of_peak" in timings:
+        parts.append(f"{100 * timings['share_of_peak']:.1f} % of the chip's peak")
+    return "training: " + ", ".join(parts)
 
 
 def _training(workdir: Path) -> dict[str, dict[str, float]]:

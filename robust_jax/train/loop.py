@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from robust_jax import speed
 from robust_jax.data import TrainBatches
 from robust_jax.errors import UserError
 from robust_jax.progress import progress
@@ -61,17 +62,20 @@ class Trained:
     timings: dict[str, float]
 
 
-def train(plan: Plan, workdir: Path) -> Trained:
+def train(plan: Plan, workdir: Path, profile: Path | None = None) -> Trained:
     """Trains to the end of the plan, going on from the last checkpoint in workdir.
 
     The best checkpoint is that of the highest robust validation accuracy, the earlier on a tie.
     Raises UserError at a non-finite loss or gradient, keeping the last good checkpoint; exits
-    with EXIT_TERMINATED, after saving, on SIGTERM.
+    with EXIT_TERMINATED, after saving, on SIGTERM. profile: a folder for a trace of the ten steps
+    after the first, as TensorBoard, XProf and Perfetto read it.
     """
-    return train_together([plan], [workdir])[0]
+    return train_together([plan], [workdir], profile)[0]
 
 
-def train_together(plans: Sequence[Plan], workdirs: Sequence[Path]) -> list[Trained]:
+def train_together(
+    plans: Sequence[Plan], workdirs: Sequence[Path], profile: Path | None = None
+) -> list[Trained]:
     """`train` for several runs that differ in their seed alone, a step of all as one program.
 
     Small networks leave an accelerator idle; under vmap the runs share it. Each run has its own
@@ -96,6 +100,7 @@ def train_together(plans: Sequence[Plan], workdirs: Sequence[Path]) -> list[Trai
             for i, run in enumerate(runs):
                 stack.enter_context(contextlib.closing(run))
                 advance(i, None)
+            trace = stack.enter_context(contextlib.closing(_Trace(profile)))
             while asked:
                 which = list(asked)
                 states, batches = zip(*asked.values(), strict=True)
@@ -104,6 +109,7 @@ def train_together(plans: Sequence[Plan], workdirs: Sequence[Path]) -> list[Trai
                     results = (plans[which[0]].train_step(states[0], batches[0], keys[0]),)
                 else:
                     results = plans[0].train_steps(states, batches, keys)
+                trace.step_done(results)
                 for i, result in zip(which, results, strict=True):
                     advance(i, result)
     finished = [trained[i] for i in range(len(plans))]
@@ -138,7 +144,7 @@ def _trained(plan: Plan, checkpoints: Checkpoints, last: TrainState, notes: Note
     best = checkpoints.restore("best")
     if best is None:
         raise UserError("the best checkpoint is gone; train in another --workdir")
-    return Trained(best=best[0], last=last, timings=_timings(plan, notes))
+    return Trained(best=best[0], last=last, timings=_timings(plan, last, notes))
 
 
 _NEW_RUN: Notes = {
@@ -248,13 +254,44 @@ def _add_time(seconds: float, clock: float) -> tuple[float, float]:
     return seconds + now - clock, now
 
 
-def _timings(plan: Plan, notes: Notes) -> dict[str, float]:
-    seconds = notes["seconds"]
-    return {
+def _timings(plan: Plan, last: TrainState, notes: Notes) -> dict[str, float]:
+    """How fast the steps were; the share of the peak where the chip's is known."""
+    seconds, steps = max(notes["seconds"], 1e-9), max(notes["steps_timed"], 1)
+    timings = {
         "compile_seconds": notes["compile_seconds"],
-        "train_seconds": seconds,
-        "examples_per_second": notes["steps_timed"] * plan.batch_size / max(seconds, 1e-9),
+        "train_seconds": notes["seconds"],
+        "step_milliseconds": 1000 * seconds / steps,
+        "examples_per_second": notes["steps_timed"] * plan.batch_size / seconds,
     }
+    if peak := speed.peak(jax.devices()[0].device_kind):
+        work = speed.flops(plan.train_step, last, plan.batches[0], plan.key)
+        per_second = work * steps / seconds
+        timings["teraflops_per_second"] = per_second / 1e12
+        timings["share_of_peak"] = per_second / (peak * jax.device_count())
+    return timings
+
+
+class _Trace:
+    """A profile of the ten steps after the first, which compiles; none without a folder."""
+
+    def __init__(self, folder: Path | None):
+        self._folder, self._done, self._running = folder, 0, False
+
+    def step_done(self, results: Any) -> None:
+        self._done += 1
+        if self._folder is not None and self._done == 1:
+            jax.block_until_ready(results)
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        elif self._running and self._done == 11:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            logging.info("trace: %s", self._folder)
 
 
 class _Terminated:

@@ -1,0 +1,106 @@
+"""How fast a program is for what it has to do: its products, its memory, the chip's peak."""
+
+import math
+import re
+import resource
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from robust_jax.models import conv
+
+# Dense bfloat16 (V100, T4: float16) products by the data sheets, in FLOP/s of what JAX calls a
+# device.
+PEAKS: Mapping[str, float] = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "Tesla V100": 125e12,
+    "Tesla T4": 65e12,
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak(device_kind: str) -> float | None:
+    """The FLOP/s of a device by its name; None for one that is not in the table."""
+    known = [name for name in PEAKS if re.match(rf"{name}\b", device_kind)]
+    return PEAKS[max(known, key=len)] if known else None
+
+
+def memory_high_water() -> int:
+    """The most bytes in use so far: of the first device, or on a CPU of the process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def flops(fn: Callable, *args: Any) -> float:
+    """The floating-point operations of fn(*args)'s matrix products and convolutions.
+
+    A multiply-add counts two. Read from the program's jaxpr, so shapes are enough: a scan's body
+    counts as often as it runs, a while loop's once, of branches the longest, and of a program
+    mapped over devices all of them.
+    """
+    return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _count(jaxpr: Jaxpr) -> float:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    shapes: list[Any] = [getattr(v.aval, "shape", ()) for v in equation.invars]
+    out: Any = getattr(equation.outvars[0].aval, "shape", ()) if equation.outvars else ()
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2.0 * math.prod(out) * math.prod(shapes[0][axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = params["dimension_numbers"].rhs_spec  # output channels, input channels, window
+        return 2.0 * math.prod(out) * math.prod(shapes[1][axis] for axis in kernel[1:])
+    if equation.primitive in (conv.conv_p, conv.input_gradient_p, conv.kernel_gradient_p):
+        outputs, channels = {
+            conv.conv_p: (out, shapes[0][3]),
+            conv.input_gradient_p: (shapes[0], out[3]),
+            conv.kernel_gradient_p: (shapes[1], shapes[0][3]),
+        }[equation.primitive]
+        return 2.0 * math.prod(outputs) * math.prod(params["geometry"].kernel) * channels
+    inner = [_count(jaxpr) for jaxpr in _jaxprs(params.values())]
+    if not inner:
+        return 0.0
+    if name == "cond":
+        return max(inner)
+    return _repeats(name, params) * sum(inner)
+
+
+def _repeats(name: str, params: Mapping[str, Any]) -> int:
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape.values())
+    return params.get("global_axis_size", 1)  # of a pmap
+
+
+def _jaxprs(values: Iterable[Any]) -> Iterable[Jaxpr]:
+    for value in values:
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _jaxprs(value)

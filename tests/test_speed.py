@@ -1,0 +1,82 @@
+"""Counts of operations against closed forms, the table of chips, a profile, seconds that add up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_jax import models, speed
+from robust_jax.train import loop, parallel
+from tests.test_train import plan_of, small_config
+
+
+def array(*shape):
+    return jnp.zeros(shape)
+
+
+def test_a_product_counts_two_for_each_multiply_add():
+    assert speed.flops(lambda a, b: a @ b, array(3, 4), array(4, 5)) == 2 * 3 * 4 * 5
+    batched = jax.vmap(jnp.matmul)
+    assert speed.flops(batched, array(7, 3, 4), array(7, 4, 5)) == 7 * 2 * 3 * 4 * 5
+    assert speed.flops(lambda a: jnp.exp(a).sum(), array(3, 4)) == 0
+
+
+@pytest.mark.parametrize("implementation", models.conv.IMPLEMENTATIONS)
+def test_a_convolution_and_its_gradients_count_the_same(implementation):
+    x, k = array(2, 9, 8, 3), array(5, 3, 3, 6)
+
+    def conv(x, k):
+        return models.conv.conv2d(x, k, padding="VALID", implementation=implementation)
+
+    once = 2 * (2 * 5 * 6 * 6) * (5 * 3 * 3)
+    assert speed.flops(conv, x, k) == once
+    value = jax.value_and_grad(lambda x, k: jnp.sin(conv(x, k)).sum(), argnums=(0, 1))
+    if implementation == "auto":
+        assert speed.flops(value, x, k) == 3 * once
+    else:  # the gradients of lax's convolution slide over what padding and strides put in
+        assert speed.flops(value, x, k) >= 3 * once
+
+
+def test_loops_count_each_turn_and_branches_the_longest():
+    w = array(4, 4)
+    once = speed.flops(lambda x: w @ x, array(4))
+    scanned = lambda x: jax.lax.scan(lambda c, _: (w @ c, None), x, length=10)[0]  # noqa: E731
+    assert speed.flops(scanned, array(4)) == 10 * once
+    branched = lambda x: jax.lax.cond(x[0] > 0, lambda x: w @ (w @ x), lambda x: w @ x, x)  # noqa: E731
+    assert speed.flops(branched, array(4)) == 2 * once
+
+
+@pytest.mark.parametrize("method", parallel.METHODS)
+def test_a_training_step_counts_what_all_devices_do(method):
+    plan = plan_of(small_config(parallel=method))
+    state = jax.eval_shape(plan.init)
+    step = speed.flops(plan.train_step, state, plan.batches[0], plan.key)
+    model = models.CNN(num_classes=10, widths=(4, 4), hidden=8)
+    forward = speed.flops(model.apply, model.init(jax.random.key(0), array(1, 8, 8, 1)),
+                          array(64, 8, 8, 1))  # fmt: skip
+    # Two steps of PGD, each there and back to the image, and the parameters' gradient.
+    assert 6 * forward < step < 12 * forward
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12),
+     ("NVIDIA L99", None), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12),
+     ("cpu", None)],
+)  # fmt: skip
+def test_peaks_are_found_by_the_longest_name(kind, expected):
+    assert speed.peak(kind) == expected
+
+
+def test_training_says_how_fast_it_was_and_leaves_a_trace(tmp_path, monkeypatch):
+    monkeypatch.setitem(speed.__dict__, "PEAKS", {jax.devices()[0].device_kind: 1e12})
+    plan = plan_of(small_config(duration="14 steps"))
+    timings = loop.train(plan, tmp_path, tmp_path / "profile").timings
+    np.testing.assert_allclose(
+        timings["examples_per_second"] * timings["step_milliseconds"] / 1000, plan.batch_size
+    )
+    work = speed.flops(plan.train_step, plan.init(), plan.batches[0], plan.key)
+    per_second = work / timings["step_milliseconds"] * 1000
+    np.testing.assert_allclose(timings["share_of_peak"], per_second / 1e12 / jax.device_count())
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert speed.memory_high_water() > 2**20
