@@ -4,6 +4,7 @@ python launch.py --config=configs/default.py --workdir=runs/demo [--config.field
 python launch.py --config=configs/studies/entm.py --workdir=runs/entm [--config.scale=smoke]
 """
 
+import errno
 import logging as python_logging
 import os
 import sys
@@ -63,6 +64,11 @@ def main(argv: list[str]) -> None:
             print(report.table(results))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        sys.exit(f"error: {error.strerror}: {error.filename or workdir}; what was saved before is "
+                 "kept, and the same command goes on from there")  # fmt: skip
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -1,11 +1,13 @@
 """One run in its folder: train, evaluate, report; resumed where it stopped, never overwritten."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +59,14 @@ def run(
         return results
     experiment = build(config, schema)
     _claim(workdir, config, mode)
+    with contextlib.nullcontext() if mode == "verify" else _alone(workdir):
+        return _run(experiment, config, schema, workdir, mode, profile)
+
+
+def _run(
+    experiment: Experiment, config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode,
+    profile: bool,
+) -> dict[str, Any]:  # fmt: skip
     if (
         mode == "train"
         and (workdir / "results.json").exists()
@@ -97,9 +107,11 @@ def train_together(
     experiments = [build(config, schema) for config in configs]
     size = num_parameters(jax.eval_shape(experiments[0].plan.init).params)
     if size < 1_000_000:
-        for config, workdir in zip(configs, workdirs, strict=True):
-            _claim(workdir, config, "train")
-        loop.train_together([experiment.plan for experiment in experiments], workdirs)
+        with contextlib.ExitStack() as stack:
+            for config, workdir in zip(configs, workdirs, strict=True):
+                _claim(workdir, config, "train")
+                stack.enter_context(_alone(workdir))
+            loop.train_together([experiment.plan for experiment in experiments], workdirs)
 
 
 def _claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
@@ -128,6 +140,23 @@ def _claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
         write_atomically(path, json.dumps(new, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """Keeps other processes out of workdir; the lock goes with the process, however it ends."""
+    try:
+        file = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is at work in {workdir}; wait for it or take another --workdir"
+            ) from error
+        yield
 
 
 def _evaluate(

@@ -1,5 +1,6 @@
 """The demo as its user runs it: launch.py in a process of its own, and everything it leaves."""
 
+import fcntl
 import html.parser
 import json
 import shutil
@@ -230,6 +231,18 @@ def test_a_run_whose_evaluation_was_killed_is_evaluated_again(launch, tmp_path):
     results = json.loads((workdir / "results.json").read_text())
     (workdir / "results.json").unlink()  # written last
     (workdir / "report.html").unlink()
+    records = workdir / "records" / "best.csv"
+    records.unlink()
+    records.symlink_to("/dev/full")
+    full = launch(*TINY, f"--workdir={workdir}")
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1].startswith("error: No space left on device")
+    records.unlink()
+    with (workdir / ".lock").open("w") as lock:  # as another process would
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = launch(*TINY, f"--workdir={workdir}")
+    assert second.returncode == 1
+    assert f"another process is at work in {workdir}" in second.stderr.splitlines()[-1]
     result = launch(*TINY, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr[-3000:]
     again = json.loads((workdir / "results.json").read_text())

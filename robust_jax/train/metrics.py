@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from robust_jax.files import write_atomically
+
 Totals = Mapping[str, tuple[float, float]]
 
 
@@ -32,7 +34,7 @@ class MetricsWriter:
         kept = [
             line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_at
         ]
-        path.write_text("".join(kept))
+        write_atomically(path, "".join(kept))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
