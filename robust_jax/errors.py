@@ -2,4 +2,8 @@
 
 
 class UserError(ValueError):
-    """A mistake in a config, a file or a call; its message says what to do about it."""
+    """A mistake in a config, a file or a call; its message, one line, says what to do about it."""
+
+    def __init__(self, message: str):
+        # What it quotes may have lines of its own, as a ConfigDict does.
+        super().__init__(" ".join(part.strip() for part in message.splitlines()).strip())

@@ -89,8 +89,8 @@ def _found(test: Mapping[str, Any]) -> str:
     if not test["values"]:
         return "not measured"
     if len(test["values"]) < 2:
-        return f"{values} (one seed)"
-    return f"{test['mean']:+.3g} [{test['low']:+.3g}, {test['high']:+.3g}] from {values}"
+        return f"by {values} (one seed)"
+    return f"by {test['mean']:+.3g} [{test['low']:+.3g}, {test['high']:+.3g}], seeds {values}"
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:

@@ -42,8 +42,7 @@ def accuracy_by_arm(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
         ax.set(title=NORMS.get(norm, norm), xlabel="ε", ylim=(-2, 102))
         ax.set_xlim(left=0)
     panels[0].set_ylabel("accuracy under the worst case, %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    legend_below(figure, panels)
     return figure
 
 
