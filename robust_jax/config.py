@@ -48,7 +48,7 @@ def _check_section(config: ConfigDict, schema: ConfigDict, path: str) -> None:
         if field in TABLES:
             if not isinstance(value, ConfigDict):
                 raise UserError(f"{here} must be a table of entries, not {value!r}")
-        elif isinstance(default, ConfigDict) and "name" not in default and value is not None:
+        elif isinstance(default, ConfigDict) and "name" not in default:
             if not isinstance(value, ConfigDict):
                 raise UserError(f"{here} must be a section like {_short(default)}, not {value!r}")
             _check_section(value, default, here)
