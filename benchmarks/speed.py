@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks import torch_models
 from robust_jax import attacks, jacobian, losses, models
+from robust_jax.experiment import apply_fn
 from robust_jax.objectives import Adversary, make_objective
 from robust_jax.train import parallel
 from robust_jax.train.state import init_state
@@ -44,17 +45,9 @@ def steps(net: str, flags) -> Sides:
     make, make_torch, shape = NETS[net]
     model = make(num_classes=10, axis_name=parallel.AXIS)
     x, y = images(shape, flags.batch_size)
-
-    def apply(params, batch_stats, x, train):
-        variables = {"params": params, "batch_stats": batch_stats}
-        if not train:
-            return model.apply(variables, x), batch_stats
-        logits, mutated = model.apply(variables, x, train=True, mutable=["batch_stats"])
-        return logits, mutated.get("batch_stats", batch_stats)
-
     pgd = {"eps": EPS, "step_size": STEP_SIZE, "num_steps": flags.num_steps}
     objective = make_objective(
-        apply,
+        apply_fn(model),
         loss=losses.cross_entropy,
         loss_on="adversarial",
         adversary=Adversary(partial(attacks.pgd, keep_best=False, **pgd)),

@@ -104,7 +104,7 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
     objective = guard(
         "config",
         make_objective,
-        _apply(model),
+        apply_fn(model),
         loss=loss,
         loss_on=config.loss_on,
         adversary=adversary,
@@ -398,7 +398,9 @@ def _try_out(dataset, model, loss, adversary, terms, validation_attack, grids) -
                 guard(f"config.attacks.{name}", attacked, grid.attack, y, eps=eps)
 
 
-def _apply(model: nn.Module) -> Apply:
+def apply_fn(model: nn.Module) -> Apply:
+    """A linen network as an objective calls it."""
+
     def apply(params, batch_stats, x, train):
         variables = {"params": params, "batch_stats": batch_stats}
         if not train:
