@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from robust_jax import losses
 from robust_jax.attacks import pgd
-from robust_jax.experiment import _apply
+from robust_jax.experiment import apply_fn
 from robust_jax.objectives import Adversary, make_objective
 from robust_jax.train import awp, optimizer, parallel
 from robust_jax.train.state import TrainState, init_state
@@ -99,7 +99,7 @@ def stepped():
     model = Net()
     adversary = Adversary(lambda f, x, y, k: pgd(f, x, y, k, eps=0.5, norm="l2", num_steps=1))
     objective = make_objective(
-        _apply(model), loss=losses.cross_entropy, loss_on="adversarial", adversary=adversary
+        apply_fn(model), loss=losses.cross_entropy, loss_on="adversarial", adversary=adversary
     )
     tx = optimizer.sgd(optax.constant_schedule(0.1), 1e-3, optimizer.decayed)
     rng = np.random.default_rng(0)

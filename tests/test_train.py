@@ -17,7 +17,7 @@ from configs import default
 from robust_jax import data, losses
 from robust_jax.attacks import pgd
 from robust_jax.errors import UserError
-from robust_jax.experiment import _apply, build
+from robust_jax.experiment import apply_fn, build
 from robust_jax.models import MODELS
 from robust_jax.objectives import Adversary, make_objective
 from robust_jax.train import loop, optimizer, parallel
@@ -59,7 +59,7 @@ def wide_resnet_step():
     # Smooth all along: a sign or a kink would turn a rounding difference into a large one.
     adversary = Adversary(lambda f, x, y, k: pgd(f, x, y, k, eps=0.5, norm="l2", num_steps=2))
     objective = make_objective(
-        _apply(model), loss=losses.cross_entropy, loss_on="both", adversary=adversary
+        apply_fn(model), loss=losses.cross_entropy, loss_on="both", adversary=adversary
     )
     tx = optimizer.sgd(optax.constant_schedule(0.01), 1e-3, optimizer.decayed)
     step = make_train_step(
