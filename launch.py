@@ -2,6 +2,7 @@
 
 python launch.py --config=configs/default.py --workdir=runs/demo [--config.field=value …]
 python launch.py --config=configs/studies/entm.py --workdir=runs/entm [--config.scale=smoke]
+python launch.py … --distributed=10.0.0.1:1234,2,0     # and …,2,1 on the other of two hosts
 """
 
 import errno
@@ -30,6 +31,12 @@ flags.DEFINE_enum(
 flags.DEFINE_string(
     "only", "", "Of a study: an arm, or arm/seed, to run alone; --mode=report collects them."
 )
+flags.DEFINE_string(
+    "distributed",
+    "",
+    "Several processes at one run: auto (SLURM, Open MPI, Kubernetes, a TPU pod tell), or "
+    "address:port,number of processes,number of this one. Under srun and mpirun: auto.",
+)
 flags.DEFINE_bool("profile", False, "Leave a trace of ten training steps in workdir/profile.")
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -44,13 +51,16 @@ def main(argv: list[str]) -> None:
     import jax
 
     from configs import default
-    from robust_jax import report, run, study
+    from robust_jax import processes, report, run, study
     from robust_jax.errors import UserError
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
     config, workdir = FLAGS.config, Path(FLAGS.workdir)
     try:
+        processes.initialize(FLAGS.distributed)
+        if not processes.is_first():
+            logging.set_verbosity(logging.ERROR)
         if study.is_study(config):
             if FLAGS.profile:
                 raise UserError("--profile is for one run: give it a run's config and folder")
@@ -61,7 +71,8 @@ def main(argv: list[str]) -> None:
             results = run.run(
                 config, default.get_config(), workdir, FLAGS.mode, profile=FLAGS.profile
             )
-            print(report.table(results))
+            if processes.is_first():
+                print(report.table(results))
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

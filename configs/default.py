@@ -18,6 +18,9 @@ def get_config() -> ConfigDict:
     # and y_test. Pixels are in [0,1] everywhere outside the model, and so is every eps.
     config.dataset = "digits"
     config.data_dir = ""  # of TFDS; "" is TFDS's own default
+    config.test_split = "test"  # of TFDS: the name of the split that is measured
+    config.image_size = 0  # of TFDS: the side images are scaled and cut to; 0: as they are
+    config.streaming = False  # of TFDS: read while training, by Grain; else held in memory
     config.validation_size = 197  # examples split off the training set, drawn by seed
     config.num_labeled = 0  # 0: all. Else a class-balanced subset keeps its labels
     config.labeled_fraction = 0.5  # of each batch, where only num_labeled examples have labels
@@ -65,6 +68,9 @@ def get_config() -> ConfigDict:
 
     # Optimisation. Durations are "20 epochs", "500 steps" or "1e6 examples".
     config.batch_size = 128  # over all devices
+    # A device takes its share of the batch in so many pieces, where its activations do not fit:
+    # the same gradient (but for BatchNorm, which sees a piece at a time), more slowly.
+    config.batch_parts = 1
     config.duration = "40 epochs"
     config.optimizer = ConfigDict({"name": "adam"})  # sgd | adam | adamw and their keywords
     config.learning_rate = 3e-3  # the schedule's peak

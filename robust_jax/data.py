@@ -1,4 +1,4 @@
-"""Image classification data in memory: digits, any TFDS set, or an npz file.
+"""Image classification data: digits, any TFDS set, or an npz file.
 
 Images stay as they are stored, uint8 or float32 in [0,1]; `to_pixels` makes float32 in [0,1] of
 either on the device. Nothing is ever unpickled.
@@ -6,9 +6,10 @@ either on the device. Nothing is ever unpickled.
 
 import dataclasses
 import difflib
+import itertools
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,37 +17,34 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from robust_jax.errors import UserError
+from robust_jax.splits import UNLABELED, Split, Streamed
 
-UNLABELED = -1
 SOURCES = "digits, tfds:<name>, npz:<path>"
+# Images of a streamed set whose pixels are measured.
+_MOST_MEASURED = 2048
+# Of a streamed set: batches read at a time, each by a thread of its own.
+_NUM_THREADS = 8
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
-
-
-class Split(NamedTuple):
-    """images [N,H,W,C], uint8 or float32 in [0,1]; labels int32 [N], -1 where unlabelled."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def take(self, index: np.ndarray) -> "Split":
-        return Split(self.images[index], self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set's splits, with the mean and standard deviation of the training pixels [C]."""
+    """A data set's splits, with the mean and standard deviation of the training pixels [C].
+
+    A streamed set has train and test on disk; those of pixels are then of some training images.
+    """
 
     name: str
-    train: Split
+    train: Split | Streamed
     validation: Split
-    test: Split
+    test: Split | Streamed
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        return self.train.images.shape[1:]
+        return self.validation.image_shape
 
 
 def load(
@@ -56,26 +54,42 @@ def load(
     num_labeled: int | None = None,
     seed: int = 0,
     data_dir: str | None = None,
+    test_split: str = "test",
+    image_size: int = 0,
+    streaming: bool = False,
 ) -> Dataset:
     """The data set `source` names: digits, tfds:<name> or npz:<path>.
 
     validation_size examples, drawn by seed, are split off the training set. num_labeled, a
     multiple of the number of classes, keeps that many labels, the same number in each class, and
-    sets the others to -1. Raises UserError for anything a user can mend.
+    sets the others to -1. Of a TFDS set: test_split names the split that becomes test; image_size
+    is the side that images are scaled and cut to (0: as they are); with streaming, train and test
+    stay on disk. Raises UserError for anything a user can mend.
     """
     kind, _, argument = source.partition(":")
+    if kind != "tfds" and (image_size or streaming):
+        field = "streaming" if streaming else "image_size"
+        raise UserError(f"config.{field} is for tfds: sets; config.dataset is {source!r}")
+    if streaming and num_labeled is not None:
+        raise UserError("config.num_labeled needs the labels in memory; config.streaming is set")
+    train: Split | Streamed
+    test: Split | Streamed
     if source == "digits":
         train, test, num_classes = _digits()
     elif kind == "tfds" and argument:
-        train, test, num_classes = _tfds(argument, data_dir)
+        train, test, num_classes = _tfds(argument, data_dir, test_split, image_size)
+        if not streaming:
+            train, test = (split.take(np.arange(split.size)) for split in (train, test))
     elif kind == "npz" and argument:
         train, test, num_classes = _npz(Path(argument).expanduser())
     else:
         raise UserError(f"config.dataset is {source!r}; choices: {SOURCES}")
     # Before the split, so that they, and with them the compiled programs, are those of every seed.
-    mean, std = _pixel_statistics(train.images)
+    some = np.linspace(0, train.size - 1, min(train.size, _MOST_MEASURED)).astype(int)
+    measured = train if isinstance(train, Split) else train.take(some)
+    mean, std = _pixel_statistics(measured.images)
     train, validation = _split_off(train, validation_size, seed)
-    if num_labeled is not None:
+    if num_labeled is not None and isinstance(train, Split):
         train = _keep_labels(train, num_labeled, num_classes, seed)
     return Dataset(source, train, validation, test, num_classes, mean, std)
 
@@ -114,7 +128,7 @@ class Stream:
 
     def __init__(self, index: np.ndarray, seed: tuple[int, ...]):
         self._index, self._seed = index, seed
-        self._epoch, self._order = -1, index
+        self._cached = (-1, index)
 
     def __getitem__(self, positions: slice) -> np.ndarray:
         where = np.arange(positions.start, positions.stop)
@@ -125,10 +139,11 @@ class Stream:
         return np.concatenate(parts)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            rng = np.random.default_rng([*self._seed, epoch])
-            self._epoch, self._order = epoch, rng.permutation(self._index)
-        return self._order
+        cached, order = self._cached  # a pair, as threads read and write it
+        if epoch != cached:
+            order = np.random.default_rng([*self._seed, epoch]).permutation(self._index)
+            self._cached = (epoch, order)
+        return order
 
 
 class TrainBatches:
@@ -136,13 +151,21 @@ class TrainBatches:
 
     With an unlabelled part, num_labeled_in_batch rows of each batch come from the labelled
     examples and the others from the unlabelled ones. A batch holds image [B,H,W,C], label [B]
-    and position [B], each row's place in the global batch.
+    and position [B], each row's place in the global batch, of which this process has `rows`.
     """
 
-    def __init__(self, split: Split, *, batch_size: int, num_labeled_in_batch: int, seed: int):
-        self._split, self._batch_size = split, batch_size
-        labeled = np.flatnonzero(split.labels != UNLABELED)
-        unlabeled = np.flatnonzero(split.labels == UNLABELED)
+    def __init__(
+        self,
+        split: Split | Streamed,
+        *,
+        batch_size: int,
+        num_labeled_in_batch: int,
+        seed: int,
+        rows: slice = slice(None),
+    ):
+        self._split, self._positions = split, np.arange(batch_size)[rows]
+        labeled = split.labeled
+        unlabeled = np.setdiff1d(np.arange(split.size), labeled)
         self._parts = [(Stream(labeled, (seed, 0)), num_labeled_in_batch)]
         if num_labeled_in_batch < batch_size:
             self._parts.append((Stream(unlabeled, (seed, 1)), batch_size - num_labeled_in_batch))
@@ -151,8 +174,17 @@ class TrainBatches:
         index = np.concatenate(
             [stream[step * rows : (step + 1) * rows] for stream, rows in self._parts]
         )
-        images, labels = self._split.take(index)
-        return {"image": images, "label": labels, "position": np.arange(self._batch_size)}
+        images, labels = self._split.take(index[self._positions])
+        return {"image": images, "label": labels, "position": self._positions}
+
+    def starting_at(self, step: int) -> Iterator[dict[str, np.ndarray]]:
+        """self[step], self[step + 1], …; those of a streamed set are read ahead, by Grain."""
+        if isinstance(self._split, Split):
+            return map(self.__getitem__, itertools.count(step))
+        import grain  # slow to import, and only streams need it
+
+        batches = grain.MapDataset.range(step, 2**62).map(self.__getitem__)
+        return iter(batches.to_iter_dataset(grain.ReadOptions(_NUM_THREADS, _NUM_THREADS)))
 
 
 def _digits() -> tuple[Split, Split, int]:
@@ -166,7 +198,9 @@ def _digits() -> tuple[Split, Split, int]:
     return everything.take(order[500:]), everything.take(order[:500]), 10
 
 
-def _tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
+def _tfds(
+    name: str, data_dir: str | None, test_split: str, image_size: int
+) -> tuple[Streamed, Streamed, int]:
     import tensorflow_datasets as tfds
 
     where = f", data_dir={data_dir!r}" if data_dir else ""
@@ -190,31 +224,21 @@ def _tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
             f"prepare it with: {prepare}"
         )
     features, splits = builder.info.features, builder.info.splits
-    if not {"image", "label"} <= set(features) or not {"train", "test"} <= set(splits):
+    if not {"image", "label"} <= set(features) or not {"train", test_split} <= set(splits):
         raise UserError(
-            f"config.dataset: tfds:{name} needs features image and label and splits "
-            f"train and test; it has {', '.join(features)} and {', '.join(splits)}"
+            f"config.dataset: tfds:{name} needs features image and label and splits train and "
+            f"{test_split} (config.test_split); it has {', '.join(features)} and "
+            f"{', '.join(splits)}"
         )
     shapes = features["image"].shape
-    if None in shapes:
+    if None in shapes and not image_size:
         raise UserError(
             f"config.dataset: tfds:{name} has images of varying size {shapes}; "
-            "resize them and give an npz: file"
+            "give config.image_size, the side they are scaled and cut to"
         )
-    train, test = (_read_source(builder.as_data_source(split)) for split in ("train", "test"))
+    sources = (builder.as_data_source(split) for split in ("train", test_split))
+    train, test = (Streamed(s, np.arange(len(s)), image_size) for s in sources)
     return train, test, features["label"].num_classes
-
-
-def _read_source(source) -> Split:
-    chunks = (
-        source.__getitems__(range(i, min(i + 1024, len(source))))
-        for i in range(0, len(source), 1024)
-    )
-    examples = [(e["image"], e["label"]) for chunk in chunks for e in chunk]
-    images, labels = zip(*examples, strict=True)
-    if min(labels) < 0:
-        raise UserError("config.dataset: the data set has examples without a label")
-    return Split(np.stack(images), np.asarray(labels, np.int32))
 
 
 def _npz(path: Path) -> tuple[Split, Split, int]:
@@ -308,15 +332,15 @@ def _npz_labels(path: Path, key: str, labels: np.ndarray, num_images: int) -> np
     return labels.astype(np.int32)
 
 
-def _split_off(train: Split, size: int, seed: int) -> tuple[Split, Split]:
-    num_examples = len(train.labels)
+def _split_off(train: Split | Streamed, size: int, seed: int) -> tuple[Split | Streamed, Split]:
+    num_examples = train.size
     if not 0 < size < num_examples:
         raise UserError(
             f"config.validation_size is {size}; it must be between 1 and "
             f"{num_examples - 1}, {num_examples} being the training set"
         )
     order = np.random.default_rng([seed, 2]).permutation(num_examples)
-    return train.take(np.sort(order[size:])), train.take(np.sort(order[:size]))
+    return train.part(np.sort(order[size:])), train.take(np.sort(order[:size]))
 
 
 def _keep_labels(train: Split, num_labeled: int, num_classes: int, seed: int) -> Split:

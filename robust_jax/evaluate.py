@@ -89,6 +89,10 @@ class Evaluator:
             if not grid.members
         }
 
+    def logits_fn(self, variables: Any) -> Callable:
+        """The network with its variables, for what runs on one device; each process has its own."""
+        return partial(self.network, parallel.on_this_device(variables))
+
     def records(
         self, variables: Any, description: str, unfinished: Path | None = None
     ) -> pd.DataFrame:
@@ -142,7 +146,7 @@ class Evaluator:
             np.arange(len(self._split.labels))[: settings.num_examples]
         )
         return audit(
-            partial(self.network, variables),
+            self.logits_fn(variables),
             np.asarray(data.to_pixels(images)),
             labels,
             _named_key(self._key, "audit"),
@@ -164,7 +168,7 @@ class Evaluator:
         state_path = None if unfinished is None else unfinished / f"{name}@{eps:g}.npz"
         attack = partial(
             self._grids[name].attack,
-            partial(self.network, variables),
+            self.logits_fn(variables),
             data.to_pixels(images),
             labels,
             _attack_keys(self._key, name, standing),

@@ -96,6 +96,9 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         num_labeled=config.num_labeled or None,
         seed=config.seed,
         data_dir=config.data_dir or None,
+        test_split=config.test_split,
+        image_size=config.image_size,
+        streaming=config.streaming,
     )
     statistics = {"mean": dataset.mean, "std": dataset.std} if config.normalize else {}
     model = guard("config.model", make_model, num_classes=dataset.num_classes, **statistics)
@@ -118,7 +121,7 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
             config[field],
             f"config.{field}",
             batch_size=config.batch_size,
-            num_examples=len(dataset.train.labels),
+            num_examples=dataset.train.size,
         )
 
     total_steps = steps("duration")
@@ -133,6 +136,7 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         axis_name=parallel.AXIS,
         ema_decay=config.ema_decay or None,
         weight_perturbation=config.weight_perturbation,
+        num_parts=config.batch_parts,
         crop_padding=config.augmentation.crop_padding,
         flip=config.augmentation.flip,
     )
@@ -145,6 +149,8 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         # As the step returns it, or its program would be compiled once more for the second step.
         return jax.device_put(state, parallel.replicated())
 
+    count = min(config.track_margins, dataset.train.size)
+    tracked = dataset.train.take(np.arange(count)) if count else None
     plan = Plan(
         init=init,
         train_step=parallel.map_step(train_step, method),
@@ -156,28 +162,29 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
             batch_size=config.evaluation.batch_size,
             key=validation_key,
             method=method,
-            margins_of=dataset.train.take(np.arange(config.track_margins)),
+            margins_of=tracked,
         ),
         batches=data.TrainBatches(
             dataset.train,
             batch_size=config.batch_size,
             num_labeled_in_batch=num_labeled_in_batch,
             seed=config.seed,
+            rows=parallel.own_rows(config.batch_size),
         ),
         schedule=schedule,
         key=train_key,
         total_steps=total_steps,
-        steps_per_epoch=len(dataset.train.labels) / config.batch_size,
+        steps_per_epoch=dataset.train.size / config.batch_size,
         batch_size=config.batch_size,
         log_every=steps("log_every"),
         validate_every=steps("validate_every"),
         checkpoint_every=steps("checkpoint_every"),
     )
     evaluation = config.evaluation.to_dict()
-    num_examples = evaluation.pop("num_examples") or len(dataset.test.labels)
+    num_examples = evaluation.pop("num_examples") or dataset.test.size
     evaluator = Evaluator(
         _network(model),
-        dataset.test.take(np.arange(min(num_examples, len(dataset.test.labels)))),
+        dataset.test.take(np.arange(min(num_examples, dataset.test.size))),
         grids,
         Settings(**evaluation),
         key=evaluation_key,
@@ -205,11 +212,11 @@ def load(workdir: Path | str) -> Subject:
 
 def subject_of(experiment: Experiment, trained: Trained) -> Subject:
     """The best network of an experiment that was trained."""
-    variables = trained.best.variables
+    variables = parallel.on_this_device(trained.best.variables)
     return Subject(
         experiment.model,
         variables,
-        partial(experiment.evaluator.network, variables),
+        experiment.evaluator.logits_fn(variables),
         experiment.dataset,
         jax.random.key(experiment.config.seed),
     )
@@ -218,7 +225,8 @@ def subject_of(experiment: Experiment, trained: Trained) -> Subject:
 def surrogate_config(config: ConfigDict, schema: ConfigDict) -> ConfigDict:
     """The config of an undefended CNN for the same data, for attacks to be transferred from."""
     other = schema.copy_and_resolve_references()
-    for field in ("dataset", "data_dir", "validation_size", "normalize", "parallel", "batch_size"):
+    for field in ("dataset", "data_dir", "test_split", "image_size", "streaming",
+                  "validation_size", "normalize", "parallel", "batch_size"):  # fmt: skip
         other[field] = config[field]
     other.seed = config.seed + 1
     other.loss_on, other.adversary = "clean", None
@@ -239,6 +247,8 @@ def _check_numbers(config: ConfigDict) -> None:
         "weight_decay": 0,
         "weight_perturbation": 0,
         "gradient_clip_norm": 0,
+        "batch_parts": 1,
+        "image_size": 0,
         "evaluation.num_examples": 0,
         "evaluation.batch_size": 1,
         "evaluation.jacobian_chunk": 1,
@@ -260,7 +270,7 @@ def _check_numbers(config: ConfigDict) -> None:
         raise UserError(
             f"config.labeled_fraction is {config.labeled_fraction}; it must be in (0, 1]"
         )
-    guard("config.batch_size", parallel.check_batch_size, config.batch_size)
+    guard("config.batch_size", parallel.check_batch_size, config.batch_size, config.batch_parts)
 
 
 def _get(config: ConfigDict, path: str):
@@ -350,8 +360,8 @@ def _audit_settings(config: ConfigDict, loss) -> AuditSettings | None:
     return AuditSettings(norm, settings.eps, settings.num_examples, settings.num_queries, loss)
 
 
-def _num_labeled_in_batch(config: ConfigDict, train: data.Split) -> int:
-    if (train.labels != data.UNLABELED).all():
+def _num_labeled_in_batch(config: ConfigDict, train: data.Split | data.Streamed) -> int:
+    if len(train.labeled) == train.size:
         return config.batch_size
     return max(1, round(config.labeled_fraction * config.batch_size))
 

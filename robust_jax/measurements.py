@@ -168,10 +168,11 @@ MEASUREMENTS: Mapping[str, Callable[..., Numbers]] = {
 }
 
 
-def _examples(split: data.Split, num_examples: int) -> tuple[np.ndarray, np.ndarray]:
+def _examples(
+    split: data.Split | data.Streamed, num_examples: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The first labelled examples of a split."""
-    index = np.flatnonzero(split.labels != data.UNLABELED)[:num_examples]
-    images, labels = split.take(index)
+    images, labels = split.take(split.labeled[:num_examples])
     return np.asarray(data.to_pixels(images)), labels
 
 

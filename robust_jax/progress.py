@@ -4,11 +4,13 @@ import sys
 
 from tqdm import tqdm
 
+from robust_jax import processes
+
 
 def progress(
     total: int, description: str, unit: str, *, initial: int = 0, shown: bool = True
 ) -> tqdm:
-    """A bar with an estimate of what is left; in a log file a line every half minute."""
+    """A bar with an estimate of what is left, in the first process; a log gets few lines of it."""
     return tqdm(
         total=total,
         initial=initial,
@@ -16,6 +18,6 @@ def progress(
         unit=unit,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 30,
-        disable=not shown,
+        disable=not (shown and processes.is_first()),
         smoothing=0,  # steps are dispatched in bursts: only the average says what is left
     )

@@ -8,6 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
 
-from robust_jax import __version__, cards, records, report, speed
+from robust_jax import __version__, cards, processes, records, report, speed
 from robust_jax import config as config_lib
 from robust_jax.analysis import runs
 from robust_jax.audit import NothingToAudit
@@ -55,10 +56,10 @@ def run(
         if not (workdir / "results.json").exists():
             raise UserError(f"{workdir} has no results yet; run it with --mode=train first")
         results = runs.results(workdir)
-        logging.info("report: %s", report.write(workdir, results))
+        processes.on_first(partial(_write_report, workdir, results))
         return results
     experiment = build(config, schema)
-    _claim(workdir, config, mode)
+    processes.on_first(partial(_claim, workdir, config, mode))
     with contextlib.nullcontext() if mode == "verify" else _alone(workdir):
         return _run(experiment, config, schema, workdir, mode, profile)
 
@@ -92,7 +93,7 @@ def _run(
             return results
         results["config"]["audit"] = config_lib.to_json(experiment.config.audit)
         results["audit"] = _audit(experiment, trained, workdir, schema)
-        _write(workdir, results)
+        processes.on_first(partial(_write, workdir, results))
         return results
     return _evaluate(experiment, trained, workdir, schema)
 
@@ -109,7 +110,7 @@ def train_together(
     if size < 1_000_000:
         with contextlib.ExitStack() as stack:
             for config, workdir in zip(configs, workdirs, strict=True):
-                _claim(workdir, config, "train")
+                processes.on_first(partial(_claim, workdir, config, "train"))
                 stack.enter_context(_alone(workdir))
             loop.train_together([experiment.plan for experiment in experiments], workdirs)
 
@@ -144,18 +145,22 @@ def _claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
 
 @contextlib.contextmanager
 def _alone(workdir: Path) -> Iterator[None]:
-    """Keeps other processes out of workdir; the lock goes with the process, however it ends."""
-    try:
-        file = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is at work in {workdir}; wait for it or take another --workdir"
-            ) from error
+    """Keeps other runs out of workdir; the lock goes with the process, however it ends."""
+    with contextlib.ExitStack() as stack:
+
+        def lock():
+            try:
+                file = stack.enter_context((workdir / ".lock").open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is at work in {workdir}; wait for it or take another "
+                    "--workdir"
+                ) from error
+            except OSError as error:
+                raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+
+        processes.on_first(lock)
         yield
 
 
@@ -167,21 +172,23 @@ def _evaluate(
     A run that has results.json is finished and whole, so an old one goes first.
     """
     start = time.perf_counter()
-    for name in ("results.json", "examples.npz", "card.json"):
-        (workdir / name).unlink(missing_ok=True)
+    processes.on_first(partial(_make_way, workdir))
     tables: dict[str, pd.DataFrame] = {}
     states = {"best": trained.best, "last": trained.last}
-    (workdir / "records").mkdir(exist_ok=True)
     for name, state in states.items():
         if name == "last" and int(state.step) == int(trained.best.step):
             tables[name] = tables["best"]  # one checkpoint, measured once
         else:
             unfinished = _unfinished(workdir, experiment.config, name, int(state.step))
+            processes.on_first(partial(unfinished.mkdir, parents=True, exist_ok=True))
             tables[name] = experiment.evaluator.records(
                 state.variables, f"evaluate {name}", unfinished
             )
-        tables[name].to_csv(workdir / "records" / f"{name}.csv", index=False)
-    _save_images(experiment, trained, workdir)
+        path = workdir / "records" / f"{name}.csv"
+        processes.on_first(partial(tables[name].to_csv, path, index=False))
+    if images := _images(experiment, trained):
+        path = workdir / "examples.npz"
+        processes.on_first(partial(np.savez, path, allow_pickle=False, **images))
     results = _results(experiment, trained, tables)
     results["timings"] = {
         **trained.timings,
@@ -191,9 +198,14 @@ def _evaluate(
     results["training"] = _training(workdir)
     results["measurements"] = _measurements(experiment, trained)
     results["audit"] = _audit(experiment, trained, workdir, schema)
-    _write(workdir, results)
-    shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
+    processes.on_first(partial(_write, workdir, results))
     return results
+
+
+def _make_way(workdir: Path) -> None:
+    for name in ("results.json", "examples.npz", "card.json"):
+        (workdir / name).unlink(missing_ok=True)
+    (workdir / "records").mkdir(exist_ok=True)
 
 
 def _speed(timings: Mapping[str, float]) -> str:
@@ -228,18 +240,21 @@ def _measurements(experiment: Experiment, trained: Trained) -> dict[str, dict[st
 def _unfinished(workdir: Path, config: ConfigDict, name: str, step: int) -> Path:
     """Where the attacks on a checkpoint leave what they have done: a folder for each evaluation."""
     what = json.dumps([config_lib.to_json(config), name, step], sort_keys=True)
-    folder = workdir / _UNFINISHED / hashlib.sha256(what.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return workdir / _UNFINISHED / hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def _write(workdir: Path, results: dict[str, Any]) -> None:
     """The report, the card and config.json; results.json last."""
-    logging.info("report: %s", report.write(workdir, results))
+    _write_report(workdir, results)
     if card := cards.card(results):
         write_atomically(workdir / "card.json", json.dumps(card, indent=2) + "\n")
     write_atomically(workdir / "config.json", json.dumps(results["config"], indent=2) + "\n")
     write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+    shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
+
+
+def _write_report(workdir: Path, results: dict[str, Any]) -> None:
+    logging.info("report: %s", report.write(workdir, results))
 
 
 def _audit(
@@ -275,7 +290,8 @@ def _surrogates(experiment: Experiment, workdir: Path, schema: ConfigDict) -> di
     # A run of its own, of which a notebook may load the network.
     config = surrogate_config(experiment.config, schema)
     other, folder = build(config, schema), workdir / "surrogate"
-    _claim(folder, config, "evaluate" if (folder / "config.json").exists() else "train")
+    mode: Mode = "evaluate" if (folder / "config.json").exists() else "train"
+    processes.on_first(partial(_claim, folder, config, mode))
     return {"an undefended CNN": subject_of(other, train(other.plan, folder)).logits_fn}
 
 
@@ -347,10 +363,7 @@ def _results(
         },
         "data": {
             "name": dataset.name,
-            **{
-                split: len(getattr(dataset, split).labels)
-                for split in ("train", "validation", "test")
-            },
+            **{split: getattr(dataset, split).size for split in ("train", "validation", "test")},
             "num_classes": dataset.num_classes,
             "image_shape": list(dataset.image_shape),
         },
@@ -370,17 +383,16 @@ def _trained_against(experiment: Experiment) -> dict[str, Any] | None:
     return {"norm": adversary.get("norm", "linf"), "eps": adversary.eps}
 
 
-def _save_images(experiment: Experiment, trained: Trained, workdir: Path) -> None:
+def _images(experiment: Experiment, trained: Trained) -> dict[str, np.ndarray]:
     """The image grid: the last attack in the adversary's norm, at its eps; else the last of all.
 
-    AutoAttack has no batch to look at.
+    AutoAttack has no batch to look at: none for it alone.
     """
     grids = {name: grid for name, grid in experiment.grids.items() if not grid.members}
     if not grids:
-        return
+        return {}
     against = _trained_against(experiment) or {}
     of_norm = [name for name, grid in grids.items() if grid.norm == against.get("norm")]
     name = (of_norm or list(grids))[-1]
     eps = against["eps"] if of_norm else max(grids[name].eps)
-    images = experiment.evaluator.images(trained.best.variables, name, float(eps))
-    np.savez(workdir / "examples.npz", allow_pickle=False, **images)
+    return experiment.evaluator.images(trained.best.variables, name, float(eps))

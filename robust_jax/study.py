@@ -7,6 +7,7 @@ intervals over seeds.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from robust_jax import config as config_lib
-from robust_jax import run, study_report
+from robust_jax import processes, run, study_report
 from robust_jax.analysis import runs
 from robust_jax.config import choose
 from robust_jax.errors import UserError
@@ -72,10 +73,14 @@ def run_study(
     if only:
         return {}
     results = collect(config, members, workdir)
+    processes.on_first(partial(_write, workdir, results))
+    return results
+
+
+def _write(workdir: Path, results: dict[str, Any]) -> None:
     study_report.write(workdir, results)
     write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     logging.info("report: %s", workdir / "report.html")
-    return results
 
 
 def train_seeds_together(members: Sequence["Member"], schema: ConfigDict, workdir: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
+from robust_jax import data
 from robust_jax.experiment import build
+from robust_jax.models import num_parameters
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
@@ -18,12 +20,13 @@ TRACED = {
     "digits_cnn_at_entm", "digits_cnn_at_ls", "digits_cnn_cot", "digits_cnn_energy",
     "digits_cnn_energy_label_free", "digits_cnn_entm", "digits_cnn_fast_at", "digits_cnn_gce",
     "digits_cnn_gce_at", "digits_cnn_l2_at", "digits_cnn_ls", "fashion_mnist_lenet5_at",
-    "mnist_madry_cnn_at",
+    "imagenet_resnet50_at", "mnist_madry_cnn_at",
 }  # fmt: skip
 # Fields that make a network of the same class small.
 SMALL = {
     "cnn": {"widths": (4, 4), "hidden": 8},
     "preact_resnet": {"width": 1 / 16},
+    "resnet50": {"width": 1 / 16},
     "wide_resnet": {"depth": 10, "width": 1},
 }
 
@@ -34,7 +37,7 @@ def npz_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("npz")
     rng = np.random.default_rng(0)
     shapes = {"tfds:mnist": (28, 28, 1), "tfds:fashion_mnist": (28, 28, 1),
-              "tfds:cifar10": (32, 32, 3)}  # fmt: skip
+              "tfds:cifar10": (32, 32, 3), "tfds:imagenet2012": (64, 64, 3)}  # fmt: skip
     files = {}
     for name, shape in shapes.items():
         path = folder / f"{name.removeprefix('tfds:')}.npz"
@@ -50,7 +53,7 @@ def test_config_takes_two_steps_or_is_traced(name, npz_files):
     config = importlib.import_module(f"configs.{name}").get_config()
     if config.dataset != "digits":
         config.dataset = npz_files[config.dataset]
-        config.validation_size = 8
+        config.validation_size, config.streaming, config.image_size = 8, False, 0
     config.batch_size = 16
     config.duration = "2 steps"
     config.model.update(SMALL.get(config.model.name, {}))
@@ -109,3 +112,25 @@ def test_the_step_is_compiled_once():
     finally:
         jax.monitoring.clear_event_listeners()
     assert not compiled
+
+
+@pytest.mark.slow
+def test_the_imagenet_step_compiles_for_eight_devices_without_data(monkeypatch):
+    """At its real size: ResNet-50, 512 images of 224x224, bfloat16."""
+    images = np.broadcast_to(np.uint8(0), (2000, 224, 224, 3))
+    split = data.Split(images, np.arange(2000, dtype=np.int32) % 1000)
+    dataset = data.Dataset("imagenet", split, split, split, 1000, (0.5,) * 3, (0.2,) * 3)
+    monkeypatch.setattr(data, "load", lambda *_, **__: dataset)
+    config = importlib.import_module("configs.imagenet_resnet50_at").get_config()
+    plan = build(config, default.get_config()).plan
+    assert jax.device_count() == 8
+    state = jax.eval_shape(plan.init)
+    assert num_parameters(state.params) == 25_557_032  # torchvision's
+    batch = {
+        "image": jax.ShapeDtypeStruct((512, 224, 224, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((512,), np.int32),
+        "position": jax.ShapeDtypeStruct((512,), np.int32),
+    }
+    compiled = jax.jit(plan.train_step).lower(state, batch, plan.key).compile()
+    reduced = compiled.as_text().count("all-reduce")
+    assert reduced  # the gradient, and BatchNorm's statistics

@@ -1,17 +1,25 @@
 """Data: sources, splits, streams that are a function of the position, padding, augmentation."""
 
+import functools
 import io
+import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 from PIL import Image
 
+from configs import default
 from robust_jax import data
 from robust_jax.errors import UserError
+from robust_jax.experiment import build
+from robust_jax.splits import resized
+from robust_jax.train.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +197,9 @@ def test_a_truncated_npz_is_refused(tmp_path):
         data.load(f"npz:{tmp_path / 'a.npz'}", validation_size=5)
 
 
-def test_tfds_reads_what_its_own_builder_wrote(tmp_path):
-    """A small MNIST in TFDS's real format, so that this runs where nothing can be downloaded."""
+@pytest.fixture(scope="module")
+def small_mnist(tmp_path_factory):
+    """Images of a small MNIST in TFDS's real format, as nothing may be downloaded here."""
     import tensorflow_datasets as tfds
 
     rng = np.random.default_rng(0)
@@ -203,15 +212,95 @@ def test_tfds_reads_what_its_own_builder_wrote(tmp_path):
             png.seek(0)
             yield i, {"image": png, "label": i % 10}
 
-    builder = tfds.builder_cls("mnist")(data_dir=tmp_path, file_format="array_record")
+    folder = tmp_path_factory.mktemp("tfds")
+    builder = tfds.builder_cls("mnist")(data_dir=folder, file_format="array_record")
     builder._split_generators = lambda *_: {"train": examples(0, 30), "test": examples(30, 50)}
     builder.download_and_prepare()
-    dataset = data.load("tfds:mnist", validation_size=10, data_dir=str(tmp_path))
+    return images, str(folder)
+
+
+def test_tfds_reads_what_its_own_builder_wrote(small_mnist):
+    images, folder = small_mnist
+    dataset = data.load("tfds:mnist", validation_size=10, data_dir=folder)
     assert dataset.image_shape == (28, 28, 1)
     assert dataset.num_classes == 10
     assert len(dataset.train.labels) == 20
     got = sorted(im.tobytes() for im in dataset.test.images)
     assert got == sorted(im.tobytes() for im in images[30:])
+
+
+def test_a_streamed_set_gives_the_batches_of_the_one_in_memory(small_mnist):
+    """From any step on, which is how a run is resumed, and to each process its own rows."""
+    load = functools.partial(
+        data.load, "tfds:mnist", validation_size=10, data_dir=small_mnist[1], seed=3
+    )
+    whole, streamed = load(), load(streaming=True)
+    assert isinstance(streamed.train, data.Streamed) and isinstance(streamed.test, data.Streamed)
+    assert streamed.image_shape == whole.image_shape
+    np.testing.assert_array_equal(streamed.validation.images, whole.validation.images)
+    np.testing.assert_allclose(streamed.mean, whole.mean)  # of all images where they are few
+    in_turn = {
+        (name, start, rows): list(itertools.islice(
+            data.TrainBatches(split, batch_size=8, num_labeled_in_batch=8, seed=1,
+                              rows=slice(*rows)).starting_at(start), 9 - start))
+        for name, split in (("whole", whole.train), ("streamed", streamed.train))
+        for start in (0, 4) for rows in ((0, 8), (4, 8))
+    }  # fmt: skip
+    everything = in_turn["whole", 0, (0, 8)]
+    for (_, start, rows), batches in in_turn.items():
+        for batch, expected in zip(batches, everything[start:], strict=True):
+            for field, values in expected.items():
+                np.testing.assert_array_equal(batch[field], values[slice(*rows)])
+
+
+def test_a_training_run_on_a_stream_ends_as_one_in_memory(small_mnist, tmp_path):
+    found = {}
+    for streaming in (False, True):
+        config = default.get_config()
+        config.update(dataset="tfds:mnist", data_dir=small_mnist[1], validation_size=10,
+                      streaming=streaming, batch_size=8, duration="4 steps", seed=0)  # fmt: skip
+        config.model.update(widths=(4,), hidden=8)
+        config.adversary.num_steps = 1
+        config.attacks = ConfigDict()
+        plan = build(config, default.get_config()).plan
+        found[streaming] = jax.device_get(train(plan, tmp_path / str(streaming)).last.params)
+    chex.assert_trees_all_equal(found[False], found[True])
+
+
+@pytest.mark.parametrize("shape", [(30, 40, 3), (41, 20, 1), (16, 16, 3)])
+def test_images_are_scaled_and_cut_to_their_middle(shape):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, shape, dtype=np.uint8)
+    out = resized(image, 16)
+    assert out.shape == (16, 16, shape[2]) and out.dtype == np.uint8
+    mirrored = resized(np.ascontiguousarray(image[:, ::-1]), 16)
+    assert np.abs(np.int32(mirrored[:, ::-1]) - out).max() <= 1  # the middle, and not a corner
+    np.testing.assert_array_equal(resized(np.full(shape, 7, np.uint8), 16), 7)
+    if shape[:2] == (16, 16):
+        np.testing.assert_array_equal(out, image)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"streaming": True}, "config.streaming is for tfds: sets; config.dataset is 'digits'"),
+        ({"image_size": 32}, "config.image_size is for tfds: sets"),
+    ],
+)
+def test_only_tfds_sets_are_streamed_or_resized(keywords, message):
+    with pytest.raises(UserError, match=message):
+        data.load("digits", validation_size=197, **keywords)
+
+
+def test_a_stream_has_all_its_labels_and_the_split_that_is_named(small_mnist):
+    load = functools.partial(
+        data.load, "tfds:mnist", validation_size=10, data_dir=small_mnist[1], streaming=True
+    )
+    with pytest.raises(UserError, match="num_labeled needs the labels in memory"):
+        load(num_labeled=10)
+    with pytest.raises(UserError, match=r"splits train and middle \(config.test_split\)"):
+        load(test_split="middle")
+    assert load(image_size=14).image_shape == (14, 14, 1)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,35 @@ def wide_resnet_step():
     return step, lambda: init_state(model, tx, KEY, (8, 8, 1), average=True), batch
 
 
+def test_a_batch_in_parts_has_the_gradient_of_the_whole():
+    """Of a network without BatchNorm, in the attack as in the loss, on one device and on two."""
+    model = MODELS["cnn"](num_classes=10, widths=(4,), hidden=8)
+    adversary = Adversary(lambda f, x, y, k: pgd(f, x, y, k, eps=0.5, norm="l2", num_steps=2))
+    objective = make_objective(
+        apply_fn(model), loss=losses.cross_entropy, loss_on="both", adversary=adversary
+    )
+    tx = optimizer.sgd(optax.constant_schedule(0.1), 1e-3, optimizer.decayed)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.random((16, 8, 8, 1), dtype=np.float32),
+        "label": rng.integers(0, 10, 16).astype(np.int32),
+        "position": np.arange(16),
+    }
+    found = []
+    for num_parts, devices in ((1, 1), (4, 1), (4, 2)):
+        step = make_train_step(
+            objective, tx, axis_name=parallel.AXIS, num_parts=num_parts, weight_perturbation=0.01
+        )
+        mapped = parallel.map_step(step, "shard_map", jax.devices()[:devices])
+        state = init_state(model, tx, KEY, (8, 8, 1), average=False)
+        for _ in range(2):
+            state, sums = mapped(state, batch, KEY)
+        assert float(sums["loss"][1]) == 16
+        found.append(jax.device_get((state.params, sums)))
+    for other in found[1:]:
+        chex.assert_trees_all_close(other, found[0], rtol=2e-4, atol=1e-5)
+
+
 def train_three_steps(wide_resnet_step, method, num_devices):
     step, fresh, batch = wide_resnet_step
     mapped = parallel.map_step(step, method, jax.devices()[:num_devices])

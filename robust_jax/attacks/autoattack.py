@@ -175,7 +175,7 @@ def autoattack(
                 state.broken_by[broken] = name
             state.robust_accuracy[name] = float((state.broken_by == "").mean())
             state = state._replace(passes_done=i + 1)
-            if state_path is not None:
+            if state_path is not None and jax.process_index() == 0:
                 _save(Path(state_path), state, inputs, logits)
             bar.update()
     return _result(state, x, norm, warnings)

@@ -3,7 +3,7 @@
 from flax import linen as nn
 
 from robust_jax.models.layers import num_parameters
-from robust_jax.models.resnet import PreActResNet, WideResNet
+from robust_jax.models.resnet import PreActResNet, ResNet50, WideResNet
 from robust_jax.models.small import CNN, MLP, LeNet5, Linear, MadryCNN, SmallCNN
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -14,6 +14,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "madry_cnn": MadryCNN,
     "small_cnn": SmallCNN,
     "preact_resnet": PreActResNet,
+    "resnet50": ResNet50,
     "wide_resnet": WideResNet,
 }
 
@@ -25,6 +26,7 @@ __all__ = [
     "Linear",
     "MadryCNN",
     "PreActResNet",
+    "ResNet50",
     "SmallCNN",
     "WideResNet",
     "num_parameters",

@@ -1,7 +1,8 @@
-"""Pre-activation residual networks for images of about 32x32 (He et al., 1603.05027)."""
+"""Residual networks: pre-activation ones for images of about 32x32, ResNet-50 for larger ones."""
 
 from typing import ClassVar
 
+from flax import linen as nn
 from jaxtyping import Array, Float
 
 from robust_jax.models.conv import global_avg_pool2d
@@ -15,8 +16,8 @@ from robust_jax.models.layers import (
 )
 
 
-class _PreActivationNet(Classifier, kw_only=True):
-    """Stem, stages of two-convolution blocks, norm, activation and global average pooling."""
+class _Normalized(Classifier, kw_only=True):
+    """A network with a norm layer before its activations."""
 
     norm: str = "batch"
     activation: str = "relu"
@@ -25,6 +26,19 @@ class _PreActivationNet(Classifier, kw_only=True):
         check_choice("norm", self.norm, NORMS)
         check_choice("activation", self.activation, ACTIVATIONS)
         super().__post_init__()
+
+    def normed(self, x: Array, train: bool) -> Array:
+        norm = make_norm(
+            self.norm, x.shape[-1], train=train, dtype=self.dtype, axis_name=self.axis_name
+        )
+        return norm(x)
+
+    def norm_and_activation(self, x: Array, train: bool) -> Array:
+        return ACTIVATIONS[self.activation](self.normed(x, train))
+
+
+class _PreActivationNet(_Normalized, kw_only=True):
+    """Stem, stages of two-convolution blocks, norm, activation and pooling (1603.05027)."""
 
     def stages(self) -> tuple[int, list[tuple[int, int, int]]]:
         """Channels of the stem, and (blocks, channels, stride) of each stage."""
@@ -54,12 +68,6 @@ class _PreActivationNet(Classifier, kw_only=True):
         padding = ((1, 1), (1, 1))
         conv = self.conv(channels, 3, strides=(stride, stride), padding=padding, use_bias=False)
         return conv(x)
-
-    def norm_and_activation(self, x: Array, train: bool) -> Array:
-        norm = make_norm(
-            self.norm, x.shape[-1], train=train, dtype=self.dtype, axis_name=self.axis_name
-        )
-        return ACTIVATIONS[self.activation](norm(x))
 
 
 class PreActResNet(_PreActivationNet, kw_only=True):
@@ -99,3 +107,40 @@ class WideResNet(_PreActivationNet, kw_only=True):
             (blocks, 32 * self.width, 2),
             (blocks, 64 * self.width, 2),
         ]
+
+
+class ResNet50(_Normalized, kw_only=True):
+    """ResNet-50 for images of about 224x224 (1512.03385), with the stride in the 3x3 (v1.5)."""
+
+    width: float = 1.0  # multiplies 64, 128, 256, 512 channels of the blocks' 3x3
+
+    def __post_init__(self):
+        check_sizes("width", round(64 * self.width))
+        super().__post_init__()
+
+    def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
+        stem = self.padded_conv(round(64 * self.width), 7, x, stride=2)
+        x = self.norm_and_activation(stem, train)
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        self.sow("intermediates", "stem", x)
+        for i, blocks in enumerate((3, 4, 6, 3), start=1):
+            channels = round(64 * 2 ** (i - 1) * self.width)
+            for block in range(blocks):
+                x = self.block(channels, 2 if i > 1 and block == 0 else 1, x, train)
+            self.sow("intermediates", f"stage{i}", x)
+        return global_avg_pool2d(x)
+
+    def block(self, channels: int, stride: int, x: Array, train: bool) -> Array:
+        """act(x + norm(1x1(act(norm(3x3(act(norm(1x1(x))))))))), x projected to a new shape."""
+        h = self.norm_and_activation(self.padded_conv(channels, 1, x), train)
+        h = self.norm_and_activation(self.padded_conv(channels, 3, h, stride), train)
+        h = self.normed(self.padded_conv(4 * channels, 1, h), train)
+        if stride != 1 or x.shape[-1] != 4 * channels:
+            x = self.normed(self.padded_conv(4 * channels, 1, x, stride), train)
+        return ACTIVATIONS[self.activation](x + h)
+
+    def padded_conv(self, channels: int, size: int, x: Array, stride: int = 1) -> Array:
+        """Padded alike on all sides: with stride 2, "SAME" would pad the bottom and right more."""
+        padding = ((size // 2, size // 2),) * 2
+        conv = self.conv(channels, size, strides=(stride, stride), padding=padding, use_bias=False)
+        return conv(x)

@@ -3,14 +3,15 @@
 A checkpoint holds the state and `notes`, a small JSON dict of what else the run must remember.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
+from robust_jax import processes
 from robust_jax.errors import UserError
 from robust_jax.train import parallel
 from robust_jax.train.state import TrainState
@@ -42,7 +43,7 @@ class Checkpoints:
         if step in self._managers[kind].all_steps():
             return  # a resumed run passes again, with the same bits, through what it has saved
         # Training donates its state while the write goes on, and on CPU Orbax reads in place.
-        state = jax.tree.map(jnp.copy, state)
+        state = parallel.on_every_device(state)
         self._managers[kind].save(
             step,
             args=ocp.args.Composite(
@@ -86,12 +87,15 @@ class Checkpoints:
         return None
 
     def _set_aside(self, kind: str, steps: list[int]) -> None:
+        if steps:
+            processes.on_first(partial(self._move, kind, steps))
+            self._managers[kind].reload()
+
+    def _move(self, kind: str, steps: list[int]) -> None:
         folder = self._workdir / "checkpoints" / "damaged"
         for step in steps:
             folder.mkdir(exist_ok=True)
             (Path(self._managers[kind].directory) / str(step)).rename(folder / f"{kind}_{step}")
-        if steps:
-            self._managers[kind].reload()
 
     def latest_step(self) -> int:
         """The step of the newest `last` checkpoint, readable or not; 0 where there is none."""

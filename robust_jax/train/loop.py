@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from robust_jax import speed
 from robust_jax.data import TrainBatches
@@ -165,10 +166,10 @@ def _train(plan: Plan, workdir: Path, terminated: "_Terminated", *, shown: bool)
     with _open(plan, workdir) as checkpoints:
         state, notes = checkpoints.restore("last") or (plan.init(), dict(_NEW_RUN))
         if int(state.step) < plan.total_steps:
-            state, notes = yield from _run(
+            state, notes, stopped = yield from _run(
                 plan, workdir, checkpoints, state, notes, terminated, shown
             )
-            if terminated.flag:
+            if stopped:
                 return None
         return _trained(plan, checkpoints, state, notes)
 
@@ -177,14 +178,14 @@ def _run(
     plan: Plan, workdir: Path, checkpoints: Checkpoints, state: TrainState, notes: Notes,
     terminated: "_Terminated", shown: bool,
 ) -> _Steps:  # fmt: skip
-    """Returns the last state and its notes."""
+    """Returns the last state, its notes and whether it was asked to stop there."""
     start = int(state.step)
     if start:
         logging.info("resuming at step %d of %d", start, plan.total_steps)
     timed_before = notes["steps_timed"]  # the first step of each start compiles: not timed
     pending: list[Any] = []  # sums on the device, not yet fetched
     fetched: list[Any] = list(notes["pending"])  # sums since the last log line
-    clock = time.perf_counter()
+    clock, stopped = time.perf_counter(), False
 
     def fetch():
         for offset, sums in enumerate(jax.device_get(pending)):
@@ -199,8 +200,9 @@ def _run(
         contextlib.closing(MetricsWriter(workdir, resumed_at=start)) as writer,
         progress(plan.total_steps, "train", "step", initial=start, shown=shown) as bar,
     ):
+        batches = plan.batches.starting_at(start)
         for done in range(start + 1, plan.total_steps + 1):
-            state, sums = yield state, plan.batches[done - 1]
+            state, sums = yield state, next(batches)
             pending.append(sums)
             bar.update()
             if done == start + 1:
@@ -225,19 +227,20 @@ def _run(
                     notes["best_accuracy"] = values["robust_accuracy"]
                     checkpoints.save("best", state, {"best_accuracy": notes["best_accuracy"]})
                 clock = time.perf_counter()
-            if done % plan.checkpoint_every == 0 or last or terminated.flag:
+            stopped = terminated.at(done)
+            if done % plan.checkpoint_every == 0 or last or stopped:
                 fetch()
                 notes["seconds"], clock = _add_time(notes["seconds"], clock)
                 notes["steps_timed"] = timed_before + done - start - 1
                 # The best must be on disk before a later `last` makes a resumed run skip it.
                 checkpoints.wait()
                 checkpoints.save("last", state, {**notes, "pending": list(fetched)})
-            if terminated.flag:
+            if stopped:
                 checkpoints.wait()
                 logging.warning("terminated: saved step %d; the same command goes on", done)
                 break
     checkpoints.wait()
-    return state, notes
+    return state, notes, stopped
 
 
 def _check_finite(name: str, value: float, step: int, workdir: Path) -> None:
@@ -295,16 +298,25 @@ class _Trace:
 
 
 class _Terminated:
-    """Turns SIGTERM into a flag while training runs."""
+    """Whether SIGTERM came while training runs; several processes agree on the step to stop at."""
 
-    flag = False
+    def __init__(self):
+        self._flag = False
 
     def __enter__(self):
-        self._previous = signal.signal(signal.SIGTERM, self._raise_flag)
+        self._previous = signal.getsignal(signal.SIGTERM)
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._raise_flag)
         return self
 
     def __exit__(self, *_):
         signal.signal(signal.SIGTERM, self._previous)
 
+    def at(self, step: int) -> bool:
+        """To be asked after each step. Where there are several, JAX listens, and tells all."""
+        if jax.process_count() == 1:
+            return self._flag
+        return multihost_utils.reached_preemption_sync_point(step)
+
     def _raise_flag(self, *_):
-        self.flag = True
+        self._flag = True

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from robust_jax import processes
 from robust_jax.files import write_atomically
 
 Totals = Mapping[str, tuple[float, float]]
@@ -21,7 +22,7 @@ def reduce_sums(steps: Iterable[Totals]) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Appends to workdir/metrics.jsonl and workdir/tensorboard.
+    """Appends to workdir/metrics.jsonl and workdir/tensorboard, in the first process.
 
     A run resumed at a step drops the lines after it, so none is doubled.
     """
@@ -29,6 +30,9 @@ class MetricsWriter:
     def __init__(self, workdir: Path, *, resumed_at: int):
         from tensorboardX import SummaryWriter  # slow to import, and only training needs it
 
+        self._writes = processes.is_first()
+        if not self._writes:
+            return
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [
@@ -42,6 +46,8 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of values at a step, on disk when this returns."""
+        if not self._writes:
+            return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
@@ -49,5 +55,6 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()

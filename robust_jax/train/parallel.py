@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from robust_jax.batches import MapExamples, batches, counted, joined
@@ -19,14 +21,15 @@ Method = Literal["pmap", "shard_map"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raises ValueError where the devices cannot share a batch evenly."""
-    devices = jax.device_count()
-    if batch_size < 1 or batch_size % devices:
-        near = max(devices, round(batch_size / devices) * devices)
+def check_batch_size(batch_size: int, num_parts: int) -> None:
+    """Raises ValueError where the devices cannot share a batch, or its parts, evenly."""
+    shares = jax.device_count() * num_parts
+    if batch_size < 1 or batch_size % shares:
+        near = max(shares, round(batch_size / shares) * shares)
+        parts = f" in {num_parts} parts each" if num_parts > 1 else ""
         raise ValueError(
-            f"{batch_size} examples cannot be shared by {devices} device(s); "
-            f"take a multiple of {devices}, such as {near}"
+            f"{batch_size} examples cannot be shared by {jax.device_count()} device(s){parts}; "
+            f"take a multiple of {shares}, such as {near}"
         )
 
 
@@ -35,7 +38,8 @@ def map_step(
 ) -> Callable:
     """step(state, batch, key) -> (state, sums), written per device, on the rows of all of them.
 
-    The state is unreplicated outside and donated. All three may be tuples, of several runs.
+    The batch holds this process's rows: see `own_rows`. The state is unreplicated outside and
+    donated. All three may be tuples, of several runs.
     """
     if method == "pmap":
         mapped = jax.pmap(
@@ -62,17 +66,21 @@ def map_batches(
 ) -> Callable:
     """fn(variables, batch, *scalars) -> arrays [B,…], over any number of rows on all devices.
 
-    The result is called as (variables, count, take, *scalars) and returns arrays [count,…];
-    take(rows) gives the batch at those row numbers. Batches are of batch_size rounded up to a
-    multiple of the devices, the last padded and the padding dropped. Scalars are the same for
-    every example and can change without recompiling.
+    The result is called as (variables, count, take, *scalars) and returns arrays [count,…], the
+    same in every process; take(rows) gives the batch at those row numbers, of which each process
+    takes its own. Batches are of batch_size rounded up to a multiple of the devices, the last
+    padded and the padding dropped. Scalars are the same for every example and can change without
+    recompiling.
     """
     num_devices = len(devices or jax.devices())
     mapped = _map_examples(fn, method, devices)
 
     def call(variables, count, take, *scalars):
         plan = list(batches(count, batch_size, multiple_of=num_devices))
-        parts = [jax.device_get(mapped(variables, take(rows), scalars)) for rows, _ in plan]
+        parts = [
+            _everyone_s(mapped(variables, take(rows[own_rows(len(rows))]), scalars))
+            for rows, _ in plan
+        ]
         return joined(parts, [real for _, real in plan])
 
     return call
@@ -111,8 +119,40 @@ def map_examples(
 
 
 def replicated() -> NamedSharding:
-    """An array's whole copy on every device."""
+    """An array's whole copy on every device of every process."""
     return NamedSharding(_mesh(None), PartitionSpec())
+
+
+def own_rows(batch_size: int) -> slice:
+    """The rows of a batch that this process feeds to its devices."""
+    share = batch_size // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def on_this_device(tree: Any) -> Any:
+    """Arrays that every device has a whole copy of, as arrays of this process alone."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def on_every_device(tree: Any) -> Any:
+    """A copy of arrays that each process holds alike, whole on the devices of all of them.
+
+    What pmap returns belongs to one process; a checkpoint is written by all.
+    """
+
+    def copied(leaf):
+        if jax.process_count() > 1 and leaf.is_fully_addressable:
+            return jax.make_array_from_process_local_data(replicated(), np.asarray(leaf))
+        return jnp.copy(leaf)
+
+    return jax.tree.map(copied, tree)
+
+
+def _everyone_s(outputs: Any) -> Any:
+    """The rows that all processes computed, in their order, as numpy arrays."""
+    if jax.process_count() == 1:
+        return jax.device_get(outputs)
+    return multihost_utils.process_allgather(outputs, tiled=True)
 
 
 def _map_examples(fn: Callable, method: Method, devices: Sequence[jax.Device] | None) -> Callable:
@@ -139,8 +179,9 @@ def _shard_map(fn: Callable, mesh: Mesh, out_specs: PartitionSpec) -> Callable:
 
 
 def _mesh(devices: Sequence[jax.Device] | None) -> Mesh:
-    devices = devices or jax.devices()
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    # Process by process, so that the rows of each are neighbours; jax.make_mesh may mix them.
+    chosen = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def _shard_rows(batch: Any, mesh: Mesh) -> Any:

@@ -26,6 +26,7 @@ def make_train_step(
     flip: bool = False,
     ema_decay: float | None = None,
     weight_perturbation: float = 0.0,
+    num_parts: int = 1,
 ) -> TrainStep:
     """train_step(state, batch, key) -> (state, sums), per device, with collectives over axis_name.
 
@@ -33,6 +34,8 @@ def make_train_step(
     every step and on every device. sums are already summed over the devices. With
     weight_perturbation above 0 the gradient, the sums and the batch statistics are those at weights
     perturbed by that share (AWP): one more gradient a step, on the same adversarial examples.
+    num_parts: in how many pieces, one after another, a device takes its rows, where their
+    activations do not fit; the gradient is that of all rows, but BatchNorm sees a piece at a time.
     """
 
     def train_step(state, batch, key):
@@ -42,15 +45,25 @@ def make_train_step(
             data.to_pixels(batch["image"]), augment_keys, crop_padding=crop_padding, flip=flip
         )
         batch = {**batch, "image": images}
-        batch = objective.attack(state.params, state.batch_stats, batch, key)
+        parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), batch)
+        parts = _mapped(
+            lambda part: objective.attack(state.params, state.batch_stats, part, key), parts
+        )
 
-        def mean_loss(params):
-            per_example, (batch_stats, sums) = objective.loss(params, state.batch_stats, batch, key)
-            return per_example.mean(), (batch_stats, sums)
+        def mean_loss(params, batch_stats, part):
+            per_example, aux = objective.loss(params, batch_stats, part, key)
+            return per_example.mean(), aux
 
         def mean_gradient(params):
-            gradient, aux = jax.grad(mean_loss, has_aux=True)(params)
-            return jax.lax.pmean(gradient, axis_name), aux
+            def of_part(batch_stats, part):
+                gradient, (batch_stats, sums) = jax.grad(mean_loss, has_aux=True)(
+                    params, batch_stats, part
+                )
+                return batch_stats, (gradient, sums)
+
+            batch_stats, (gradient, sums) = _summed(of_part, state.batch_stats, parts)
+            gradient = jax.tree.map(lambda g: g / num_parts, gradient)
+            return jax.lax.pmean(gradient, axis_name), (batch_stats, sums)
 
         params = state.params
         if weight_perturbation:
@@ -85,6 +98,28 @@ def together(train_step: TrainStep) -> Callable:
         return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(len(states)))
 
     return train_steps
+
+
+def _mapped(fn: Callable, parts: Any) -> Any:
+    """fn of each part [P,…] in turn; a single one is no loop, which would be slower."""
+    if jax.tree.leaves(parts)[0].shape[0] == 1:
+        return jax.tree.map(lambda a: a[None], fn(jax.tree.map(lambda a: a[0], parts)))
+    return jax.lax.map(fn, parts)
+
+
+def _summed(fn: Callable, carry: Any, parts: Any) -> tuple[Any, Any]:
+    """The last carry and Σ output of fn(carry, part) -> (carry, output) over the parts [P,…]."""
+    first = jax.tree.map(lambda a: a[0], parts)
+    if jax.tree.leaves(parts)[0].shape[0] == 1:
+        return fn(carry, first)
+
+    def add(so_far, part):
+        carry, output = fn(so_far[0], part)
+        return (carry, jax.tree.map(jnp.add, so_far[1], output)), None
+
+    outputs = jax.eval_shape(fn, carry, first)[1]
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), outputs)
+    return jax.lax.scan(add, (carry, zeros), parts)[0]
 
 
 def _averaged(

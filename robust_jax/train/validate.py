@@ -27,7 +27,7 @@ def make_validation(
 ) -> Validate:
     """validate(variables) -> {clean_accuracy, robust_accuracy, cross_entropy} over the whole split.
 
-    And, of the split margins_of, if it has examples: minimum_margin and average_margin, first-order
+    And, of the split margins_of, if there is one: minimum_margin and average_margin, first-order
     in the input space, l2 (arXiv 1907.11780).
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
@@ -62,11 +62,10 @@ def make_validation(
     mapped_margins = parallel.map_split(measure_margins, method, batch_size=batch_size)
 
     def validate(variables):
-        values = mapped(variables, split, np.arange(len(split.labels)), run_key_data)
+        values = mapped(variables, split, np.arange(split.size), run_key_data)
         found = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
-        if margins_of is not None and len(margins_of.labels):
-            labeled = np.flatnonzero(margins_of.labels != data.UNLABELED)
-            margin = mapped_margins(variables, margins_of, labeled)["margin"]
+        if margins_of is not None:
+            margin = mapped_margins(variables, margins_of, margins_of.labeled)["margin"]
             found["minimum_margin"] = float(margin.min())
             found["average_margin"] = float(margin.mean(dtype=np.float64))
         return found

@@ -1,0 +1,93 @@
+"""The examples of a data set's split: arrays in memory, or read when they are asked for."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from robust_jax.errors import UserError
+
+UNLABELED = -1
+# Of decoded examples, which a list of dicts holds beside the arrays made of them.
+_CHUNK = 1024
+
+
+class Split(NamedTuple):
+    """images [N,H,W,C], uint8 or float32 in [0,1]; labels int32 [N], -1 where unlabelled."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.images.shape[1:]
+
+    @property
+    def labeled(self) -> np.ndarray:
+        """The rows that have a label."""
+        return np.flatnonzero(self.labels != UNLABELED)
+
+    def take(self, index: np.ndarray) -> "Split":
+        """These rows, in memory."""
+        return Split(self.images[index], self.labels[index])
+
+    def part(self, index: np.ndarray) -> "Split":
+        """A split of these rows."""
+        return self.take(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """Rows `index` of a random-access source of {"image": [H,W,C], "label"}; a `Split` on disk.
+
+    image_size: the side of the square that every image becomes (0: as it is stored): scaled until
+    its shorter side fits, then cut to the middle.
+    """
+
+    source: Sequence[Mapping[str, Any]]
+    index: np.ndarray
+    image_size: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.index)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.take(np.arange(1)).image_shape
+
+    @property
+    def labeled(self) -> np.ndarray:
+        """The rows that have a label: all, as none is looked at before it is needed."""
+        return np.arange(self.size)
+
+    def part(self, index: np.ndarray) -> "Streamed":
+        return dataclasses.replace(self, index=self.index[index])
+
+    def take(self, index: np.ndarray) -> Split:
+        """These rows, read. Raises UserError for images of several sizes or rows of no label."""
+        rows = [int(row) for row in self.index[index]]
+        images, labels = [], []
+        for start in range(0, len(rows), _CHUNK):
+            for example in self.source.__getitems__(rows[start : start + _CHUNK]):
+                image = example["image"]
+                images.append(resized(image, self.image_size) if self.image_size else image)
+                labels.append(example["label"])
+        if min(labels, default=0) < 0:
+            raise UserError("config.dataset: the data set has examples without a label")
+        return Split(np.stack(images), np.asarray(labels, np.int32))
+
+
+def resized(image: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "s s c"]:
+    """The middle square of an image, its side scaled to size, antialiased."""
+    channels = image.shape[-1]
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    cut = np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR))
+    return cut.reshape(size, size, channels)

@@ -1,0 +1,124 @@
+"""Several processes, each with devices of its own, at one run: real ones, on this machine."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from robust_jax import processes
+from robust_jax.errors import UserError
+from robust_jax.train.loop import EXIT_TERMINATED
+from tests.conftest import REPOSITORY
+from tests.test_demo import AUTOATTACK, TINY
+
+ATTACKS = {"pgd_linf": {"name": "pgd", "eps": (0.05,), "num_steps": 3}, "autoattack": AUTOATTACK}
+FLAGS = (*TINY, f"--config.attacks={ATTACKS!r}", "--config.checkpoint_every=5 steps")
+
+
+def start(workdir, num_processes, num_devices, *flags):
+    """One process, or several, each with its own devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    joined = [f"--distributed={address},{num_processes},{i}" for i in range(num_processes)]
+    devices = f"--xla_force_host_platform_device_count={num_devices}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "launch.py", *FLAGS, f"--workdir={workdir}", *flags,
+             *([one] if num_processes > 1 else [])],
+            cwd=REPOSITORY, env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for one in joined
+    ]  # fmt: skip
+
+
+def finish(started, code=0):
+    outputs = [process.communicate(timeout=300) for process in started]
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        assert process.returncode == code, errors[-3000:]
+    return outputs
+
+
+def left_in(workdir):
+    """The numbers of a finished run, and its examples' fates."""
+    results = json.loads((workdir / "results.json").read_text())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    return results, pd.DataFrame(lines), pd.read_csv(workdir / "records" / "best.csv")
+
+
+def assert_the_same(one, other):
+    """To float tolerance: the devices' sums are added up in another order."""
+    results, metrics, records = one
+    other_results, other_metrics, other_records = other
+    pd.testing.assert_frame_equal(metrics, other_metrics, rtol=1e-4, atol=1e-5)
+    assert results["best"]["step"] == other_results["best"]["step"]
+    for attack, same in zip(results["attacks"], other_results["attacks"], strict=True):
+        assert attack["name"] == same["name"]
+        np.testing.assert_allclose(attack["robust_accuracy"], same["robust_accuracy"], atol=0.01)
+    for name in ("cross_entropy", "margin", "frobenius_logits", "spectral_logits"):
+        np.testing.assert_allclose(records[name], other_records[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """One process with four devices."""
+    workdir = tmp_path_factory.mktemp("processes") / "undisturbed"
+    finish(start(workdir, 1, 4))
+    return left_in(workdir)
+
+
+@pytest.fixture(scope="module")
+def terminated(tmp_path_factory):
+    """Two processes with two devices each, one of which was sent SIGTERM."""
+    workdir = tmp_path_factory.mktemp("processes") / "terminated"
+    started = start(workdir, 2, 2)
+    deadline = time.monotonic() + 300
+    while not list((workdir / "checkpoints" / "last").glob("[0-9]*")):
+        assert time.monotonic() < deadline and started[0].poll() is None, started[0].communicate()
+    started[1].send_signal(signal.SIGTERM)
+    (_, told), (_, silent) = finish(started, EXIT_TERMINATED)
+    assert "terminated: saved step" in told
+    assert "terminated" not in silent  # the first process speaks for all
+    assert not (workdir / "results.json").exists()
+    return workdir
+
+
+def test_two_processes_go_on_and_end_as_one_would(terminated, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(terminated, workdir)
+    (printed, told), (nothing, _) = finish(start(workdir, 2, 2, "--config.parallel=shard_map"))
+    assert "resuming at step" in told
+    assert "clean accuracy" in printed and "clean accuracy" not in nothing
+    found = left_in(workdir)
+    assert found[0]["device"]["count"] == 4
+    assert_the_same(undisturbed, found)
+
+
+def test_one_process_with_one_device_goes_on(terminated, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(terminated, workdir)
+    finish(start(workdir, 1, 1))
+    assert_the_same(undisturbed, left_in(workdir))
+
+
+def test_a_mistake_is_told_by_all(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for _, errors in finish(start(tmp_path, 2, 1), code=1):
+        line = [line for line in errors.splitlines() if line.startswith("error")]
+        assert line == [f"error: {tmp_path} is not empty and holds no run; take another --workdir"]
+
+
+@pytest.mark.parametrize("where", ["nowhere", "host:1,two,0", "host:1,2"])
+def test_where_the_others_are_must_be_said(where):
+    with pytest.raises(UserError, match="--distributed is '.*'; choices: auto, or address:port"):
+        processes.initialize(where)
