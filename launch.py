@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
     from configs import default
     from robust_jax import processes, report, run, study
-    from robust_jax.errors import UserError
+    from robust_jax.errors import CannotWrite, UserError
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
@@ -73,13 +73,21 @@ def main(argv: list[str]) -> None:
             )
             if processes.is_first():
                 print(report.table(results))
+    except CannotWrite as error:
+        _exit_at_once(f"error: {error}")
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        sys.exit(f"error: {error.strerror}: {error.filename or workdir}; what was saved before is "
-                 "kept, and the same command goes on from there")  # fmt: skip
+        _exit_at_once(f"error: {error.strerror}: {error.filename or workdir}; what was saved "
+                      "before is kept, and the same command goes on from there")  # fmt: skip
+
+
+def _exit_at_once(line: str) -> None:
+    """Ends with the line: threads that still want to write would bury it under what they raise."""
+    print(line, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -104,8 +112,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _not_orbax(record: python_logging.LogRecord) -> bool:
-    """Orbax tells each checkpoint's life through absl at INFO; users want its warnings only."""
-    return record.levelno > python_logging.INFO or "orbax" not in record.pathname
+    """Orbax tells each checkpoint's life at INFO, and its errors twice; they are told in a line."""
+    return record.levelno == python_logging.WARNING or "orbax" not in record.pathname
 
 
 if __name__ == "__main__":

@@ -7,3 +7,7 @@ class UserError(ValueError):
     def __init__(self, message: str):
         # What it quotes may have lines of its own, as a ConfigDict does.
         super().__init__(" ".join(part.strip() for part in message.splitlines()).strip())
+
+
+class CannotWrite(UserError):
+    """A file of the run could not be written: the disk is full, or nobody may write there."""

@@ -3,6 +3,10 @@
 A checkpoint holds the state and `notes`, a small JSON dict of what else the run must remember.
 """
 
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from robust_jax import processes
-from robust_jax.errors import UserError
+from robust_jax.errors import CannotWrite, UserError
 from robust_jax.train import parallel
 from robust_jax.train.state import TrainState
 
@@ -38,18 +42,23 @@ class Checkpoints:
         }
 
     def save(self, kind: str, state: TrainState, notes: Notes) -> None:
-        """Starts writing the state; returns once it may be donated."""
+        """Starts writing the state; returns once it may be donated.
+
+        Raises CannotWrite where the one before, which was still being written, could not be.
+        """
         step = int(state.step)
         if step in self._managers[kind].all_steps():
             return  # a resumed run passes again, with the same bits, through what it has saved
         # Training donates its state while the write goes on, and on CPU Orbax reads in place.
         state = parallel.on_every_device(state)
-        self._managers[kind].save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
-            ),
-        )
+        notes = {"digest": _digest(state, notes), **notes}
+        with self._writing():
+            self._managers[kind].save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
+                ),
+            )
 
     def restore(self, kind: str) -> tuple[TrainState, Notes] | None:
         """The newest readable checkpoint, or None where there is none.
@@ -69,8 +78,11 @@ class Checkpoints:
                         notes=ocp.args.JsonRestore(),
                     ),
                 )
+                state, notes = restored["state"], restored["notes"]
+                if notes.pop("digest") != _digest(state, notes):
+                    raise ValueError("its numbers are not those that were saved")
                 self._set_aside(kind, damaged)
-                return restored["state"], restored["notes"]
+                return state, notes
             except Exception as error:  # whatever a damaged file makes Orbax or TensorStore raise
                 damaged.append(step)
                 logging.warning(
@@ -102,13 +114,34 @@ class Checkpoints:
         return self._managers["last"].latest_step() or 0
 
     def wait(self) -> None:
-        """Returns once everything saved so far is on disk."""
-        for manager in self._managers.values():
-            manager.wait_until_finished()
+        """Returns once everything saved so far is on disk. Raises CannotWrite where it is not."""
+        with self._writing():
+            for manager in self._managers.values():
+                manager.wait_until_finished()
 
     def close(self) -> None:
-        for manager in self._managers.values():
-            manager.close()
+        with self._writing():
+            for manager in self._managers.values():
+                manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore have no type for it
+            reason = " ".join(str(error).split())
+            raise CannotWrite(
+                f"a checkpoint could not be written: {reason[:120]} … {reason[-60:]}; those in "
+                f"{self._workdir / 'checkpoints'} are kept, and the same command goes on from there"
+            ) from error
+
+
+def _digest(state: TrainState, notes: Notes) -> str:
+    """A checksum of what is saved: a flipped bit may still decode, to other numbers."""
+    digest = hashlib.blake2b(json.dumps(notes, sort_keys=True).encode(), digest_size=16)
+    for leaf in jax.tree.leaves(jax.device_get(state)):
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
 
 
 def _manager(workdir: Path, kind: str, max_to_keep: int) -> ocp.CheckpointManager:

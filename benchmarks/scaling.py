@@ -1,0 +1,157 @@
+"""A cost model of an adversarial training step on 1 to 1,024 devices, and its terms checked here.
+
+    python -m benchmarks.scaling --model=preact_resnet --image=32,32,3 --chip="NVIDIA H200"
+
+First it compiles the step for 1, 2, 4 and 8 devices (of a CPU, made up; nothing is run) and prints
+what the model says beside what the programs hold: operations, bytes of all-reduce and bytes of
+memory, each of one device. Then it predicts step times. docs/scaling.md has the formulas.
+"""
+
+import argparse
+import math
+import os
+import re
+from functools import partial
+from typing import NamedTuple
+
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
+
+import jax  # noqa: E402 - reads the flags
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+
+from robust_jax import attacks, losses, models, speed  # noqa: E402
+from robust_jax.experiment import apply_fn  # noqa: E402
+from robust_jax.objectives import Adversary, make_objective  # noqa: E402
+from robust_jax.train import parallel  # noqa: E402
+from robust_jax.train.state import init_state  # noqa: E402
+from robust_jax.train.step import make_train_step  # noqa: E402
+
+
+class Links(NamedTuple):
+    """Bytes a second that a device sends and receives at a time, and seconds a message takes."""
+
+    bandwidth: float
+    latency: float
+
+
+class Work(NamedTuple):
+    """What a step needs, apart from the number of devices."""
+
+    flops_per_example: float
+    reduced_values: int  # float32, all-reduced once a step
+
+
+def allreduce_seconds(values: int, devices: int, links: Links) -> float:
+    """Of a ring: each device sends 2 (n-1)/n of the array; the latency is that of a tree."""
+    if devices == 1:
+        return 0.0
+    sent = 2 * (devices - 1) / devices * 4 * values
+    return sent / links.bandwidth + 2 * math.log2(devices) * links.latency
+
+
+def step_seconds(
+    work: Work, devices: int, batch_per_device: int, flops_per_second: float, links: Links
+) -> tuple[float, float]:
+    """(compute, all-reduce); they overlap at best, and follow one another at worst."""
+    compute = work.flops_per_example * batch_per_device / flops_per_second
+    return compute, allreduce_seconds(work.reduced_values, devices, links)
+
+
+def lowered(flags, devices: int, batch_size: int):
+    """The step on the first of the devices, at abstract inputs; and those inputs."""
+    model = models.MODELS[flags.model](num_classes=flags.classes, axis_name=parallel.AXIS)
+    pgd = partial(attacks.pgd, eps=8 / 255, num_steps=flags.num_steps, keep_best=False)
+    objective = make_objective(
+        apply_fn(model), loss=losses.cross_entropy, loss_on="adversarial", adversary=Adversary(pgd)
+    )
+    tx = optax.sgd(0.1, momentum=0.9)
+    step = parallel.map_step(
+        make_train_step(objective, tx, axis_name=parallel.AXIS), "pmap", jax.devices()[:devices]
+    )
+    state = jax.eval_shape(
+        partial(init_state, model, tx, image_shape=flags.image, average=False), jax.random.key(0)
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct((batch_size, *flags.image), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        "position": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    }
+    return step, (state, batch, jax.random.key(0))
+
+
+def allreduced_bytes(program: str) -> int:
+    """The bytes of every all-reduce in a compiled program that is not in a loop's body."""
+    total = 0
+    for line in program.splitlines():
+        if found := re.search(r"= (.+?) all-reduce(?:-start)?\(", line):
+            for shape in re.findall(r"f32\[([\d,]*)\]", found[1]):
+                total += 4 * math.prod(int(n) for n in shape.split(",") if n)
+    return total
+
+
+def reduced_values(state, sums) -> int:
+    """Gradients, metrics, and BatchNorm's mean and mean square, forward and backward."""
+    count = models.num_parameters
+    return count(state.params) + count(sums) + 2 * count(state.batch_stats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="preact_resnet", choices=models.MODELS)
+    parser.add_argument(
+        "--image", default=(32, 32, 3), type=lambda text: tuple(map(int, text.split(",")))
+    )
+    parser.add_argument("--classes", default=10, type=int)
+    parser.add_argument("--num_steps", default=10, type=int, help="of PGD")
+    parser.add_argument("--batch_per_device", default=128, type=int)
+    parser.add_argument("--chip", default="NVIDIA H200", choices=speed.PEAKS)
+    parser.add_argument("--share", default=0.3, type=float, help="of the chip's peak")
+    parser.add_argument(
+        "--bandwidth", default=50e9, type=float, help="of a device's links, bytes/s"
+    )
+    parser.add_argument("--latency", default=1e-5, type=float, help="of a message, seconds")
+    flags = parser.parse_args()
+
+    step, (state, batch, key) = lowered(flags, 1, flags.batch_per_device)
+    sums = jax.eval_shape(step, state, batch, key)[1]
+    flops = speed.flops(step, state, batch, key)
+    work = Work(flops / flags.batch_per_device, reduced_values(state, sums))
+    print(f"{flags.model}: {models.num_parameters(state.params):,} parameters, "
+          f"{work.flops_per_example / 1e9:.3g} GFLOP an example and step\n")  # fmt: skip
+
+    print("| devices | GFLOP: model | program | MB all-reduced: model | program | MB of memory |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for devices in (1, 2, 4, 8):
+        step, arguments = lowered(flags, devices, flags.batch_per_device)
+        compiled = jax.jit(step).lower(*arguments).compile()
+        memory = compiled.memory_analysis()
+        used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        numbers = (
+            flops / devices / 1e9,
+            speed.flops(step, *arguments) / devices / 1e9,
+            4 * work.reduced_values / 1e6,
+            allreduced_bytes(compiled.as_text()) / 1e6,
+            used / 1e6,
+        )
+        print(f"| {devices} | {' | '.join(f'{number:.4g}' for number in numbers)} |")
+
+    links = Links(flags.bandwidth, flags.latency)
+    rate = speed.PEAKS[flags.chip] * flags.share
+    print(
+        f"\n{flags.chip} at {flags.share:.0%} of its peak, {flags.batch_per_device} images each\n"
+    )
+    print("| devices | batch | compute, ms | all-reduce, ms | step, ms | efficiency |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for devices in (2**i for i in range(11)):
+        compute, reduce = step_seconds(work, devices, flags.batch_per_device, rate, links)
+        slowest = compute + reduce
+        print(f"| {devices} | {devices * flags.batch_per_device:,} | {1e3 * compute:.3g} "
+              f"| {1e3 * reduce:.3g} | {1e3 * max(compute, reduce):.3g} to {1e3 * slowest:.3g} "
+              f"| {compute / slowest:.0%} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
