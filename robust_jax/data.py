@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from robust_jax.errors import UserError
+from robust_jax.files import UNREADABLE_NPZ
 from robust_jax.splits import UNLABELED, Split, Streamed
 
 SOURCES = "digits, tfds:<name>, npz:<path>"
@@ -254,15 +255,15 @@ def _npz(path: Path) -> tuple[Split, Split, int]:
             arrays = {key: archive[key] for key in _NPZ_KEYS}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; config.dataset is npz:<path>") from None
-    except (OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except UNREADABLE_NPZ as error:
+        if "allow_pickle" in str(error):
+            raise UserError(
+                f"{path} holds Python objects, which are never unpickled; save plain "
+                "arrays with numpy.savez"
+            ) from error
         raise UserError(f"{path} is not a readable npz file: {error}") from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{path} holds Python objects, which are never unpickled; save plain "
-            "arrays with numpy.savez"
-        ) from error
     splits = [
         Split(
             _npz_images(path, f"x_{s}", arrays[f"x_{s}"]),

@@ -1,6 +1,14 @@
-"""Files that are whole or not there, whenever the process may be killed."""
+"""Files that are whole or not there, whenever the process may be killed; and unreadable ones."""
 
+import zipfile
+import zlib
 from pathlib import Path
+
+# What numpy.load raises, without unpickling, of an npz file that is damaged or something else.
+UNREADABLE_NPZ = (
+    OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, NotImplementedError,
+    RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def write_atomically(path: Path, text: str) -> Path:

@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import os
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,6 +27,7 @@ from robust_jax.attacks.norms import Norm
 from robust_jax.attacks.pgd import LogitsFn
 from robust_jax.attacks.square import square
 from robust_jax.batches import MapExamples, on_one_device
+from robust_jax.files import UNREADABLE_NPZ
 from robust_jax.keys import KeyOrKeys, example_keys, fold_each
 from robust_jax.progress import progress as progress_bar
 
@@ -400,7 +400,7 @@ def _load(path: Path, inputs: str, logits: np.ndarray) -> _State:
             same_network = np.allclose(
                 saved["logits"], logits, rtol=1e-3, atol=1e-3, equal_nan=True
             )
-    except (OSError, EOFError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except UNREADABLE_NPZ as error:
         raise ValueError(f"{path} is not a state of AutoAttack: {error}") from error
     if not (same_inputs and same_network):
         other = "another network" if same_inputs else "other examples, keys or settings"
