@@ -50,7 +50,7 @@ def get_config():
     base.validate_every = "1 epoch"
     base.checkpoint_every = "0.5 epochs"
     base.validation_attack = {"name": "pgd", "norm": "l2", "eps": EPS}
-    base.evaluation.num_examples = 1000
+    base.evaluation.num_examples = 500
     base.audit.update({"norm": "l2", "eps": EPS, "num_examples": 100, "num_queries": 500})
     base.attacks = attacks((0.75, EPS, 2.25), EPS, num_examples=100, norm="l2")
     base.measurements = {"energy": {"eps": EPS, "norm": "l2", "num_examples": 500}}

@@ -44,7 +44,7 @@ def get_config():
     base.validate_every = "2 epochs"  # once: the network at the end of the schedule
     base.checkpoint_every = "1 epoch"
     base.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.1}
-    base.evaluation.num_examples = 1000
+    base.evaluation.num_examples = 500
     base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 100, "num_queries": 500})
     base.attacks = attacks((0.02, 0.05, 0.1, 0.15, 0.2), trained=0.1, num_examples=100)
     config.base = base
