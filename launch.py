@@ -56,6 +56,8 @@ def main(argv: list[str]) -> None:
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+    # By default programs that compile within a second are not kept: a run has many of those.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     config, workdir = FLAGS.config, Path(FLAGS.workdir)
     try:
         processes.initialize(FLAGS.distributed)

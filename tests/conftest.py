@@ -35,15 +35,25 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+def environment_of(devices: int, *, as_users_do: bool = False) -> dict[str, str]:
+    """For a process of its own, with as many made-up devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    if not as_users_do:
+        flags += " --xla_backend_optimization_level=0"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
 @pytest.fixture(scope="session")
 def launch():
-    """launch(*flags, devices=1) runs launch.py in a process of its own, as a user does."""
+    """launch(*flags, devices=1) runs launch.py in a process of its own.
 
-    def run(*flags: str, devices: int = 1, timeout: float = 400) -> subprocess.CompletedProcess:
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_PLATFORMS": "cpu",
-        }
+    as_users_do: compiled as for a user, for the demo and what is compared with it.
+    """
+
+    def run(
+        *flags: str, devices: int = 1, as_users_do: bool = False, timeout: float = 400
+    ) -> subprocess.CompletedProcess:
+        environment = environment_of(devices, as_users_do=as_users_do)
         return subprocess.run(
             [sys.executable, "launch.py", *flags],
             cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout,

@@ -1,7 +1,6 @@
 """Several processes, each with devices of its own, at one run: real ones, on this machine."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -16,7 +15,7 @@ import pytest
 from robust_jax import processes
 from robust_jax.errors import UserError
 from robust_jax.train.loop import EXIT_TERMINATED
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, environment_of
 from tests.test_demo import AUTOATTACK, TINY
 
 ATTACKS = {"pgd_linf": {"name": "pgd", "eps": (0.05,), "num_steps": 3}, "autoattack": AUTOATTACK}
@@ -29,12 +28,11 @@ def start(workdir, num_processes, num_devices, *flags):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     joined = [f"--distributed={address},{num_processes},{i}" for i in range(num_processes)]
-    devices = f"--xla_force_host_platform_device_count={num_devices}"
     return [
         subprocess.Popen(
             [sys.executable, "launch.py", *FLAGS, f"--workdir={workdir}", *flags,
              *([one] if num_processes > 1 else [])],
-            cwd=REPOSITORY, env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
+            cwd=REPOSITORY, env=environment_of(num_devices),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for one in joined

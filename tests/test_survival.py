@@ -1,7 +1,6 @@
 """A run that is stopped again and again ends as if nothing had happened: `make test-slow`."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 
 from robust_jax import experiment
 from robust_jax.train.loop import EXIT_TERMINATED
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, environment_of
 from tests.test_demo import AUTOATTACK, TINY
 
 NUM_STOPS = 20
@@ -25,7 +24,7 @@ FLAGS = (*TINY, "--config.checkpoint_every=5 steps", "--config.validate_every=10
 def start(workdir):
     return subprocess.Popen(
         [sys.executable, "launch.py", *FLAGS, f"--workdir={workdir}"],
-        cwd=REPOSITORY, env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        cwd=REPOSITORY, env=environment_of(1, as_users_do=True),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
