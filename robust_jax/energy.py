@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from robust_jax import losses
 from robust_jax.attacks import LogitsFn, Norm, norms, pgd
-from robust_jax.attacks.best import check_counts, check_eps
+from robust_jax.attacks.best import check_counts, check_lengths
 from robust_jax.keys import KeyOrKeys, example_keys, fold_each
 
 Images = Float[Array, "b h w c"]
@@ -37,7 +37,7 @@ def mean_square(
     [B,H,W,C], [B] -> [B]. Costs num_samples + 1 forward passes. Raises ValueError for a negative
     eps, an unknown norm or num_samples below 1.
     """
-    check_eps(eps)
+    check_lengths(eps=eps)
     check_counts(num_samples=num_samples)
     loss, reference = _loss_around(logits_fn, x, y)
     keys = example_keys(key, x.shape[0])

@@ -5,6 +5,7 @@ All of them execute the same code on the same numbers; each feeds its own rows t
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,18 +26,18 @@ def initialize(where: str) -> None:
     if not where and not _several_tasks():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    address, count, index = None, None, None
+    place: tuple[Any, ...] = ()
     if where not in ("", "auto"):
         try:
             address, count, index = where.split(",")
-            count, index = int(count), int(index)
+            place = (address, int(count), int(index))
         except ValueError:
             raise UserError(
                 f"--distributed is {where!r}; choices: auto, or address:port,number of "
                 "processes,number of this one, as in 10.0.0.1:1234,2,0"
             ) from None
     try:
-        jax.distributed.initialize(address, count, index)
+        jax.distributed.initialize(*place)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--distributed: the processes cannot be joined: {reason}") from error

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
@@ -43,6 +43,12 @@ class Split(NamedTuple):
         return self.take(index)
 
 
+class RandomAccess(Protocol):
+    """What TFDS's data sources are: examples by their row numbers, many at a time."""
+
+    def __getitems__(self, rows: Sequence[int]) -> Sequence[Mapping[str, Any]]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Streamed:
     """Rows `index` of a random-access source of {"image": [H,W,C], "label"}; a `Split` on disk.
@@ -51,7 +57,7 @@ class Streamed:
     its shorter side fits, then cut to the middle.
     """
 
-    source: Sequence[Mapping[str, Any]]
+    source: RandomAccess
     index: np.ndarray
     image_size: int = 0
 

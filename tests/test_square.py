@@ -44,7 +44,7 @@ def test_stays_in_the_ball_and_the_box(norm, eps, seed, shape):
     assert (sizes(x_adv, x, norm) <= eps * (1 + 1e-6)).all()
 
 
-@pytest.mark.parametrize(("norm", "slack"), [("linf", 1.02), ("l2", 1.6), ("l1", 1.6)])
+@pytest.mark.parametrize(("norm", "slack"), [("linf", 1.02), ("l2", 1.5), ("l1", 1.5)])
 def test_breaks_a_network_without_gradients(norm, slack):
     """At a little more than the closed-form distance, and never below it."""
     linear, x, y, distance = near_boundary(3, norm)
@@ -55,7 +55,10 @@ def test_breaks_a_network_without_gradients(norm, slack):
     @jax.jit
     @jax.vmap
     def attack(x, y, eps):
-        return square(logits_fn, x[None], y[None], KEY, eps=eps, norm=norm, num_queries=3000)[0]
+        # Restarts: on so few pixels a search in l2 may end where no window helps.
+        return square(
+            logits_fn, x[None], y[None], KEY, eps=eps, norm=norm, num_queries=1500, num_restarts=4
+        )[0]
 
     assert robust_accuracy(logits_fn, attack(x, y, 0.99 * distance), y) == 1
     assert robust_accuracy(logits_fn, attack(x, y, slack * distance), y) < 0.1

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
 from robust_jax.attacks import Norm, norms
-from robust_jax.attacks.best import check_eps
+from robust_jax.attacks.best import check_lengths
 from robust_jax.batches import in_chunks
 from robust_jax.keys import KeyOrKeys, example_keys
 
@@ -71,7 +71,7 @@ def random_neighbour(x: Images, key: KeyOrKeys, *, eps: float, norm: Norm = "lin
     The random counterpart of an adversarial point. Raises ValueError for a negative eps or an
     unknown norm.
     """
-    check_eps(eps)
+    check_lengths(eps=eps)
 
     def move(image, key):
         return jnp.clip(image + norms.random_on_sphere(key, image.shape, eps, norm), 0.0, 1.0)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax import losses
 from robust_jax.attacks import norms
-from robust_jax.attacks.best import Best, check_counts, check_eps, check_shares
+from robust_jax.attacks.best import Best, check_counts, check_lengths, check_shares
 from robust_jax.attacks.norms import Norm
 from robust_jax.attacks.pgd import Images, LogitsFn, Reference
 from robust_jax.keys import KeyOrKeys, example_keys, fold_in_each
@@ -338,6 +338,6 @@ def _even_step(gradient, num_pixels) -> Float[Array, "h w c"]:
 
 
 def _check(eps, rho, eot_samples, **counts) -> None:
-    check_eps(eps)
+    check_lengths(eps=eps)
     check_counts(**counts, **({} if eot_samples is None else {"eot_samples": eot_samples}))
     check_shares(rho=rho)

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from robust_jax import losses
 from robust_jax.attacks import norms
 from robust_jax.attacks.apgd import apgd, apgd_targeted
-from robust_jax.attacks.best import check_counts, check_eps
+from robust_jax.attacks.best import check_counts, check_lengths
 from robust_jax.attacks.fab import fab
 from robust_jax.attacks.norms import Norm
 from robust_jax.attacks.pgd import LogitsFn
@@ -215,7 +215,7 @@ def check_arguments(
 
     Raises ValueError as `autoattack` does.
     """
-    check_eps(eps)
+    check_lengths(eps=eps)
     norms.check(norm)
     overrides = overrides or {}
     if isinstance(version, str):

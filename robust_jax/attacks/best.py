@@ -1,5 +1,6 @@
 """What the iterative attacks share: the best point met so far, and checks of their arguments."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -20,10 +21,15 @@ class Best(NamedTuple):
         return jax.tree.map(partial(jnp.where, better), Best(x, value, hit), self)
 
 
-def check_eps(eps) -> None:
-    """Raises ValueError for a negative eps; a traced one is not looked at."""
-    if isinstance(eps, int | float) and not eps >= 0:
-        raise ValueError(f"eps must not be negative, not {eps!r} (pixels are in [0,1])")
+def check_lengths(**lengths) -> None:
+    """Raises ValueError for the first number that is negative or infinite.
+
+    None and what is traced are not looked at.
+    """
+    for name, value in lengths.items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            wrong = "be finite" if value == math.inf else "not be negative"
+            raise ValueError(f"{name} must {wrong}, not {value!r} (pixels are in [0,1])")
 
 
 def check_counts(**counts) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from robust_jax.attacks import norms
 from robust_jax.attacks.apgd import likeliest_wrong
-from robust_jax.attacks.best import Best, check_counts, check_eps, check_shares
+from robust_jax.attacks.best import Best, check_counts, check_lengths, check_shares
 from robust_jax.attacks.norms import Norm, Perturbation, Scalar
 from robust_jax.attacks.pgd import Images, LogitsFn
 from robust_jax.keys import KeyOrKeys, example_keys, fold_in_each
@@ -92,7 +92,7 @@ def nearest_adversarial(
     instead of leaving y, whatever num_targets and ranks are. Raises ValueError for a negative eps,
     counts below 1, alpha_max or beta outside (0,1], eta below 1, an unknown norm.
     """
-    check_eps(eps)
+    check_lengths(eps=eps)
     check_counts(num_steps=num_steps, num_restarts=num_restarts)
     if num_targets is not None:
         check_counts(num_targets=num_targets)

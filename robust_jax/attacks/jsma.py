@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax.attacks.apgd import likeliest_wrong
-from robust_jax.attacks.best import check_eps
+from robust_jax.attacks.best import check_lengths
 from robust_jax.attacks.norms import Perturbation
 from robust_jax.attacks.pgd import Images, LogitsFn
 from robust_jax.keys import KeyOrKeys
@@ -42,7 +42,7 @@ def jsma(
     example, beside one pass through the network and two gradients. Raises ValueError for a
     negative eps, a theta of 0 or outside [-1,1], a norm other than l0.
     """
-    check_eps(eps)
+    check_lengths(eps=eps)
     if not 0 < abs(theta) <= 1:
         raise ValueError(f"theta must be in [-1, 1] and not 0, not {theta!r}")
     if norm != "l0":

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from robust_jax import losses
 from robust_jax.attacks import norms
-from robust_jax.attacks.best import Best, check_counts, check_eps
+from robust_jax.attacks.best import Best, check_counts, check_lengths
 from robust_jax.attacks.norms import Norm
 from robust_jax.attacks.pgd import Images, LogitsFn
 from robust_jax.keys import KeyOrKeys, example_keys, fold_in_each
@@ -78,7 +78,7 @@ def gaussian_noise(
 
 
 def _worst_draw(draw, logits_fn, x, y, key, eps, norm, num_samples, loss) -> Images:
-    check_eps(eps)
+    check_lengths(eps=eps)
     check_counts(num_samples=num_samples)
 
     def attack_one(x, y, key):

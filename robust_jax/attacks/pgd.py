@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from robust_jax import losses
 from robust_jax.attacks import norms
-from robust_jax.attacks.best import Best
+from robust_jax.attacks.best import Best, check_counts, check_lengths
 from robust_jax.attacks.norms import Norm
 from robust_jax.keys import KeyOrKeys, example_keys
 
@@ -225,11 +225,7 @@ def _ascend_one(
 
 
 def _check(eps, num_steps, step_size, num_restarts, momentum) -> None:
-    for name, value in (("eps", eps), ("step_size", step_size)):
-        if isinstance(value, int | float) and not value >= 0:
-            raise ValueError(f"{name} must not be negative, not {value!r} (pixels are in [0,1])")
-    for name, value in (("num_steps", num_steps), ("num_restarts", num_restarts)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    check_lengths(eps=eps, step_size=step_size)
+    check_counts(num_steps=num_steps, num_restarts=num_restarts)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1], not {momentum!r}")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from robust_jax import losses
 from robust_jax.attacks import norms
-from robust_jax.attacks.best import Best, check_counts, check_eps, check_shares
+from robust_jax.attacks.best import Best, check_counts, check_lengths, check_shares
 from robust_jax.attacks.norms import Norm
 from robust_jax.attacks.pgd import Images, LogitsFn
 from robust_jax.keys import KeyOrKeys, example_keys, fold_in_each
@@ -51,7 +51,7 @@ def square(
     point of largest loss. Raises ValueError for a negative eps, num_queries or num_restarts below
     1, p_init outside (0,1], an unknown norm.
     """
-    check_eps(eps)
+    check_lengths(eps=eps)
     check_counts(num_queries=num_queries, num_restarts=num_restarts)
     check_shares(p_init=p_init)
     start, propose = _search(norm, x.shape[1:], eps, p_init, num_queries)
