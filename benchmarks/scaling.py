@@ -3,8 +3,8 @@
     python -m benchmarks.scaling --model=preact_resnet --image=32,32,3 --chip="NVIDIA H200"
 
 First it compiles the step for 1, 2, 4 and 8 devices (of a CPU, made up; nothing is run) and prints
-what the model says beside what the programs hold: operations, bytes of all-reduce and bytes of
-memory, each of one device. Then it predicts step times. docs/scaling.md has the formulas.
+what the model says of one device (operations, bytes of all-reduce, bytes of the state) beside what
+the programs hold. Then it predicts step times. docs/scaling.md has the formulas.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import re
 from functools import partial
 from typing import NamedTuple
 
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
@@ -83,7 +84,7 @@ def lowered(flags, devices: int, batch_size: int):
 
 
 def allreduced_bytes(program: str) -> int:
-    """The bytes of every all-reduce in a compiled program that is not in a loop's body."""
+    """The bytes of every all-reduce in a compiled program; those in a loop's body count once."""
     total = 0
     for line in program.splitlines():
         if found := re.search(r"= (.+?) all-reduce(?:-start)?\(", line):
@@ -119,22 +120,24 @@ def main() -> None:
     sums = jax.eval_shape(step, state, batch, key)[1]
     flops = speed.flops(step, state, batch, key)
     work = Work(flops / flags.batch_per_device, reduced_values(state, sums))
-    print(f"{flags.model}: {models.num_parameters(state.params):,} parameters, "
+    parameters = models.num_parameters(state.params)
+    print(f"{flags.model}: {parameters:,} parameters, "
           f"{work.flops_per_example / 1e9:.3g} GFLOP an example and step\n")  # fmt: skip
 
-    print("| devices | GFLOP: model | program | MB all-reduced: model | program | MB of memory |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| devices | GFLOP | MB all-reduced: model | program | MB of state: model | program "
+          "| MB in use at most |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for devices in (1, 2, 4, 8):
         step, arguments = lowered(flags, devices, flags.batch_per_device)
         compiled = jax.jit(step).lower(*arguments).compile()
         memory = compiled.memory_analysis()
-        used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         numbers = (
             flops / devices / 1e9,
-            speed.flops(step, *arguments) / devices / 1e9,
             4 * work.reduced_values / 1e6,
             allreduced_bytes(compiled.as_text()) / 1e6,
-            used / 1e6,
+            4 * (2 * parameters + models.num_parameters(state.batch_stats)) / 1e6,
+            memory.output_size_in_bytes / 1e6,
+            (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e6,
         )
         print(f"| {devices} | {' | '.join(f'{number:.4g}' for number in numbers)} |")
 

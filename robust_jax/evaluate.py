@@ -18,7 +18,7 @@ from absl import logging
 from robust_jax import data, jacobian, losses
 from robust_jax import records as records_lib
 from robust_jax.attacks import norms
-from robust_jax.attacks.autoattack import OtherState
+from robust_jax.attacks.autoattack import UnusableState
 from robust_jax.attacks.jsma import num_changed
 from robust_jax.audit import Audit, audit
 from robust_jax.batches import MapExamples
@@ -178,7 +178,7 @@ class Evaluator:
         )
         try:
             result = attack()
-        except OtherState as error:  # on other devices a borderline example may fall otherwise
+        except UnusableState as error:  # on other devices a borderline example may fall otherwise
             logging.warning("%s; starting anew", error)
             result = attack(state_path=None)
         for warning in result.warnings:

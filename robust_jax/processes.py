@@ -5,13 +5,15 @@ All of them execute the same code on the same numbers; each feeds its own rows t
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from robust_jax.errors import UserError
+
+Result = TypeVar("Result")
 
 _LONGEST_MESSAGE = 4096
 
@@ -26,6 +28,8 @@ def initialize(where: str) -> None:
     if not where and not _several_tasks():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its listener cannot be set up again once training has ended: see train/loop.py.
+    jax.config.update("jax_enable_preemption_service", False)
     place: tuple[Any, ...] = ()
     if where not in ("", "auto"):
         try:
@@ -53,23 +57,33 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def on_first(fn: Callable[[], object]) -> None:
-    """Calls fn in the first process while the others wait; its UserError is raised in all."""
+def together(fn: Callable[[], Result]) -> Result:
+    """fn() of every process; what a user can mend in one is raised in all, as none can go on alone.
+
+    Raises UserError, and OSError where it is this process's own.
+    """
     if jax.process_count() == 1:
-        fn()
-        return
-    message = b""
-    if is_first():
-        try:
-            fn()
-        except UserError as error:
-            message = str(error).encode()[:_LONGEST_MESSAGE]
-    padded = np.frombuffer(message.ljust(_LONGEST_MESSAGE, b"\0"), np.uint8)
-    message = bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0")
-    if message:
-        raise UserError(message.decode(errors="replace"))
+        return fn()
+    result, failed = None, None
+    try:
+        result = fn()
+    except (UserError, OSError) as error:
+        failed = error
+    message = str(failed or "").encode()[:_LONGEST_MESSAGE].ljust(_LONGEST_MESSAGE, b"\0")
+    messages = multihost_utils.process_allgather(np.frombuffer(message, np.uint8))
+    if failed is not None:
+        raise failed
+    for other in messages:
+        if text := bytes(other).rstrip(b"\0"):
+            raise UserError(text.decode(errors="replace"))
+    return cast(Result, result)
 
 
-def wait() -> None:
-    """Returns once every process is here, so that what the first has written can be read."""
-    multihost_utils.sync_global_devices("processes.wait")
+def on_first(fn: Callable[[], object]) -> None:
+    """fn() of the first process while the others wait; see `together`."""
+    together(fn if is_first() else lambda: None)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in some process; all must ask."""
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())

@@ -58,7 +58,7 @@ def run(
         results = runs.results(workdir)
         processes.on_first(partial(_write_report, workdir, results))
         return results
-    experiment = build(config, schema)
+    experiment = processes.together(partial(build, config, schema))
     processes.on_first(partial(_claim, workdir, config, mode))
     with contextlib.nullcontext() if mode == "verify" else _alone(workdir):
         return _run(experiment, config, schema, workdir, mode, profile)
@@ -105,7 +105,7 @@ def train_together(
 
     Networks of a million parameters and more are left to `run`: each fills the device by itself.
     """
-    experiments = [build(config, schema) for config in configs]
+    experiments = processes.together(lambda: [build(config, schema) for config in configs])
     size = num_parameters(jax.eval_shape(experiments[0].plan.init).params)
     if size < 1_000_000:
         with contextlib.ExitStack() as stack:

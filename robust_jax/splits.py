@@ -66,10 +66,6 @@ class Streamed:
         return len(self.index)
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
-        return self.take(np.arange(1)).image_shape
-
-    @property
     def labeled(self) -> np.ndarray:
         """The rows that have a label: all, as none is looked at before it is needed."""
         return np.arange(self.size)
@@ -78,7 +74,7 @@ class Streamed:
         return dataclasses.replace(self, index=self.index[index])
 
     def take(self, index: np.ndarray) -> Split:
-        """These rows, read. Raises UserError for images of several sizes or rows of no label."""
+        """These rows, read. Raises UserError for an example that has no label."""
         rows = [int(row) for row in self.index[index]]
         images, labels = [], []
         for start in range(0, len(rows), _CHUNK):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import default
+from configs import default, imagenet_resnet50_at
 from robust_jax import data
 from robust_jax.errors import UserError
 from robust_jax.experiment import build
@@ -290,6 +290,38 @@ def test_images_are_scaled_and_cut_to_their_middle(shape):
 def test_only_tfds_sets_are_streamed_or_resized(keywords, message):
     with pytest.raises(UserError, match=message):
         data.load("digits", validation_size=197, **keywords)
+
+
+def test_the_imagenet_config_streams_images_of_any_size(tmp_path):
+    """JPEGs in TFDS's format for ImageNet; read, cut, and taken into a step of a small ResNet-50."""
+    import tensorflow_datasets as tfds
+
+    rng = np.random.default_rng(0)
+
+    def examples(count):
+        for i in range(count):
+            jpeg = io.BytesIO()
+            size = (*rng.integers(20, 60, 2), 3)
+            Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(jpeg, "JPEG")
+            jpeg.seek(0)
+            yield i, {"image": jpeg, "label": i, "file_name": f"{i}.JPEG"}
+
+    builder = tfds.builder_cls("imagenet2012")(data_dir=tmp_path, file_format="array_record")
+    builder._split_generators = lambda *_: {"train": examples(20), "validation": examples(6)}
+    builder.download_and_prepare()
+    config = imagenet_resnet50_at.get_config()
+    with pytest.raises(UserError, match="images of varying size .*; give config.image_size"):
+        data.load(
+            config.dataset, validation_size=4, data_dir=str(tmp_path), test_split="validation"
+        )
+    config.update(data_dir=str(tmp_path), validation_size=4, image_size=32, batch_size=8)
+    config.model.width = 1 / 16
+    plan = build(config, default.get_config()).plan
+    batch = next(plan.batches.starting_at(0))
+    assert batch["image"].shape == (8, 32, 32, 3) and batch["image"].dtype == np.uint8
+    assert len(set(batch["label"])) == 8
+    state, sums = jax.eval_shape(lambda: plan.train_step(plan.init(), batch, plan.key))
+    assert sums["loss"][0].shape == ()
 
 
 def test_a_stream_has_all_its_labels_and_the_split_that_is_named(small_mnist):

@@ -8,18 +8,21 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 
-from robust_jax import processes
+from robust_jax import processes, speed
 from robust_jax.errors import UserError
+from robust_jax.train import parallel
 from robust_jax.train.loop import EXIT_TERMINATED
 from tests.conftest import REPOSITORY, environment_of
 from tests.test_demo import AUTOATTACK, TINY
 
 ATTACKS = {"pgd_linf": {"name": "pgd", "eps": (0.05,), "num_steps": 3}, "autoattack": AUTOATTACK}
-FLAGS = (*TINY, f"--config.attacks={ATTACKS!r}", "--config.checkpoint_every=5 steps")
+FLAGS = (*TINY, f"--config.attacks={ATTACKS!r}", "--config.checkpoint_every=5 steps",
+         "--config.duration=6 epochs")  # fmt: skip
 
 
 def start(workdir, num_processes, num_devices, *flags):
@@ -91,10 +94,11 @@ def terminated(tmp_path_factory):
     return workdir
 
 
-def test_two_processes_go_on_and_end_as_one_would(terminated, undisturbed, tmp_path):
+@pytest.mark.parametrize("method", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
+def test_two_processes_go_on_and_end_as_one_would(method, terminated, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(terminated, workdir)
-    (printed, told), (nothing, _) = finish(start(workdir, 2, 2, "--config.parallel=shard_map"))
+    (printed, told), (nothing, _) = finish(start(workdir, 2, 2, f"--config.parallel={method}"))
     assert "resuming at step" in told
     assert "clean accuracy" in printed and "clean accuracy" not in nothing
     found = left_in(workdir)
@@ -109,7 +113,7 @@ def test_one_process_with_one_device_goes_on(terminated, undisturbed, tmp_path):
     assert_the_same(undisturbed, left_in(workdir))
 
 
-def test_a_mistake_is_told_by_all(tmp_path):
+def test_a_mistake_of_one_is_told_by_all(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for _, errors in finish(start(tmp_path, 2, 1), code=1):
         line = [line for line in errors.splitlines() if line.startswith("error")]
@@ -120,3 +124,11 @@ def test_a_mistake_is_told_by_all(tmp_path):
 def test_where_the_others_are_must_be_said(where):
     with pytest.raises(UserError, match="--distributed is '.*'; choices: auto, or address:port"):
         processes.initialize(where)
+
+
+def test_a_step_s_operations_are_counted_where_arrays_belong_to_several(monkeypatch):
+    """As they are at the end of training on a chip with a known peak: from tracers."""
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", None)
+    step = parallel.map_step(lambda state, batch, key: (state @ batch["x"].T, {}), "shard_map")
+    state, batch = np.ones((2, 3)), {"x": np.ones((8, 3))}
+    assert speed.flops(step, state, batch, jax.random.key(0)) == 2 * 2 * 3 * 8

@@ -181,8 +181,8 @@ def autoattack(
     return _result(state, x, norm, warnings)
 
 
-class OtherState(ValueError):
-    """A saved state was made with other inputs or another network."""
+class UnusableState(ValueError):
+    """A saved state was made with other inputs or another network, or cannot be read."""
 
 
 class _State(NamedTuple):
@@ -397,14 +397,14 @@ def _load(path: Path, inputs: str, logits: np.ndarray) -> _State:
                 json.loads(str(saved["robust_accuracy"])),
             )  # fmt: skip
             same_inputs = str(saved["inputs"]) == inputs
-            same_network = np.allclose(
+            same_network = same_inputs and np.allclose(
                 saved["logits"], logits, rtol=1e-3, atol=1e-3, equal_nan=True
             )
     except UNREADABLE_NPZ as error:
-        raise ValueError(f"{path} is not a state of AutoAttack: {error}") from error
+        raise UnusableState(f"{path} is not a state of AutoAttack: {error}") from error
     if not (same_inputs and same_network):
         other = "another network" if same_inputs else "other examples, keys or settings"
-        raise OtherState(f"{path} belongs to {other}; give another state_path or delete it")
+        raise UnusableState(f"{path} belongs to {other}; give another state_path or delete it")
     return state
 
 

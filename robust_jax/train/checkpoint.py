@@ -68,29 +68,20 @@ class Checkpoints:
         """
         manager = self._managers[kind]
         steps = sorted(manager.all_steps(), reverse=True)
-        damaged: list[int] = []
-        for step in steps:
-            try:
-                restored = manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(self._template),
-                        notes=ocp.args.JsonRestore(),
-                    ),
-                )
-                state, notes = restored["state"], restored["notes"]
-                if notes.pop("digest") != _digest(state, notes):
-                    raise ValueError("its numbers are not those that were saved")
-                self._set_aside(kind, damaged)
-                return state, notes
-            except Exception as error:  # whatever a damaged file makes Orbax or TensorStore raise
-                damaged.append(step)
+        for i, step in enumerate(steps):
+            read, problem = self._read(manager, step)
+            if processes.any_of(read is None):  # in one process: then none of them goes on from it
                 logging.warning(
                     "checkpoint %s/%d cannot be read, trying the one before: %s",
                     kind,
                     step,
-                    str(error).splitlines()[0],
+                    problem or "another process failed to",
                 )
+                continue
+            if i:
+                processes.on_first(partial(self._set_aside, kind, steps[:i]))
+                manager.reload()
+            return read
         if steps:
             raise UserError(
                 f"no checkpoint in {manager.directory} can be read (see the warnings above); "
@@ -98,16 +89,32 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, kind: str, steps: list[int]) -> None:
-        if steps:
-            processes.on_first(partial(self._move, kind, steps))
-            self._managers[kind].reload()
+    def _read(
+        self, manager: ocp.CheckpointManager, step: int
+    ) -> tuple[tuple[TrainState, Notes] | None, str]:
+        """What the checkpoint holds, or None and why it cannot be read."""
+        try:
+            restored = manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(self._template),
+                    notes=ocp.args.JsonRestore(),
+                ),
+            )
+            state, notes = restored["state"], restored["notes"]
+            if notes.pop("digest", None) != _digest(state, notes):
+                return None, "its numbers are not those that were saved"
+            return (state, notes), ""
+        except Exception as error:  # whatever a damaged file makes Orbax or TensorStore raise
+            return None, str(error).splitlines()[0]
 
-    def _move(self, kind: str, steps: list[int]) -> None:
+    def _set_aside(self, kind: str, steps: list[int]) -> None:
         folder = self._workdir / "checkpoints" / "damaged"
+        folder.mkdir(exist_ok=True)
         for step in steps:
-            folder.mkdir(exist_ok=True)
-            (Path(self._managers[kind].directory) / str(step)).rename(folder / f"{kind}_{step}")
+            taken = len(list(folder.glob(f"{kind}_{step}*")))
+            name = f"{kind}_{step}" + (f"_{taken + 1}" if taken else "")
+            (Path(self._managers[kind].directory) / str(step)).rename(folder / name)
 
     def latest_step(self) -> int:
         """The step of the newest `last` checkpoint, readable or not; 0 where there is none."""
@@ -128,7 +135,7 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore have no type for it
+        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
             reason = " ".join(str(error).split())
             raise CannotWrite(
                 f"a checkpoint could not be written: {reason[:120]} … {reason[-60:]}; those in "

@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
-from robust_jax import speed
+from robust_jax import processes, speed
 from robust_jax.data import TrainBatches
 from robust_jax.errors import UserError
 from robust_jax.progress import progress
@@ -114,7 +113,7 @@ def train_together(
                 for i, result in zip(which, results, strict=True):
                     advance(i, result)
     finished = [trained[i] for i in range(len(plans))]
-    if None in finished:
+    if None in finished or terminated.asked(agree=True):
         sys.exit(EXIT_TERMINATED)
     return [one for one in finished if one is not None]
 
@@ -227,7 +226,7 @@ def _run(
                     notes["best_accuracy"] = values["robust_accuracy"]
                     checkpoints.save("best", state, {"best_accuracy": notes["best_accuracy"]})
                 clock = time.perf_counter()
-            stopped = terminated.at(done)
+            stopped = terminated.asked(agree=done % plan.log_every == 0 or last)
             if done % plan.checkpoint_every == 0 or last or stopped:
                 fetch()
                 notes["seconds"], clock = _add_time(notes["seconds"], clock)
@@ -298,25 +297,23 @@ class _Trace:
 
 
 class _Terminated:
-    """Whether SIGTERM came while training runs; several processes agree on the step to stop at."""
+    """Turns SIGTERM into a flag while training runs; several processes stop at the same step."""
 
     def __init__(self):
         self._flag = False
 
     def __enter__(self):
-        self._previous = signal.getsignal(signal.SIGTERM)
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._raise_flag)
+        self._previous = signal.signal(signal.SIGTERM, self._raise_flag)
         return self
 
     def __exit__(self, *_):
         signal.signal(signal.SIGTERM, self._previous)
 
-    def at(self, step: int) -> bool:
-        """To be asked after each step. Where there are several, JAX listens, and tells all."""
+    def asked(self, *, agree: bool) -> bool:
+        """agree: whether several processes tell each other now; otherwise none of them stops."""
         if jax.process_count() == 1:
             return self._flag
-        return multihost_utils.reached_preemption_sync_point(step)
+        return agree and processes.any_of(self._flag)
 
     def _raise_flag(self, *_):
         self._flag = True

@@ -41,7 +41,9 @@ class MetricsWriter:
         write_atomically(path, "".join(kept))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
+            str(workdir / "tensorboard"),
+            purge_step=resumed_at + 1 if resumed_at else None,
+            max_queue=10**6,  # a full disk ends its thread, and a full queue would wait for ever
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

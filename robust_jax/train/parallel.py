@@ -186,7 +186,13 @@ def _mesh(devices: Sequence[jax.Device] | None) -> Mesh:
 
 def _shard_rows(batch: Any, mesh: Mesh) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
+
+    def sharded(array):
+        if isinstance(array, jax.core.Tracer):  # counting operations, for which shapes are enough
+            return array
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return jax.tree.map(sharded, batch)
 
 
 def _split_rows(batch: Any, devices: Sequence[jax.Device] | None) -> Any:
