@@ -293,7 +293,7 @@ def test_only_tfds_sets_are_streamed_or_resized(keywords, message):
 
 
 def test_the_imagenet_config_streams_images_of_any_size(tmp_path):
-    """JPEGs in TFDS's format for ImageNet; read, cut, and taken into a step of a small ResNet-50."""
+    """JPEGs in TFDS's format for ImageNet: read, cut, and taken into a step of a small net."""
     import tensorflow_datasets as tfds
 
     rng = np.random.default_rng(0)
@@ -310,11 +310,10 @@ def test_the_imagenet_config_streams_images_of_any_size(tmp_path):
     builder._split_generators = lambda *_: {"train": examples(20), "validation": examples(6)}
     builder.download_and_prepare()
     config = imagenet_resnet50_at.get_config()
+    config.update(data_dir=str(tmp_path), validation_size=4, image_size=0, batch_size=8)
     with pytest.raises(UserError, match="images of varying size .*; give config.image_size"):
-        data.load(
-            config.dataset, validation_size=4, data_dir=str(tmp_path), test_split="validation"
-        )
-    config.update(data_dir=str(tmp_path), validation_size=4, image_size=32, batch_size=8)
+        build(config, default.get_config())
+    config.image_size = 32
     config.model.width = 1 / 16
     plan = build(config, default.get_config()).plan
     batch = next(plan.batches.starting_at(0))

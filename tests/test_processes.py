@@ -106,6 +106,7 @@ def test_two_processes_go_on_and_end_as_one_would(method, terminated, undisturbe
     assert_the_same(undisturbed, found)
 
 
+@pytest.mark.slow
 def test_one_process_with_one_device_goes_on(terminated, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(terminated, workdir)
