@@ -54,7 +54,7 @@ def write(workdir: Path, results: Results) -> None:
 
 
 _CAPTION = (
-    "Shares in percent: the mean over seeds, and below it its 95 % interval by Student's t. An arm "
+    "Shares in percent: the mean over seeds with its 95 % interval by Student's t. An arm "
     "whose audit fails in any seed is marked †: its robust accuracies are not to be trusted. "
     "‡: not audited."
 )
