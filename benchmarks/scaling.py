@@ -9,26 +9,20 @@ the programs hold. Then it predicts step times. docs/scaling.md has the formulas
 
 import argparse
 import math
-import os
 import re
 from functools import partial
 from typing import NamedTuple
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-)
+import jax
+import jax.numpy as jnp
+import optax
 
-import jax  # noqa: E402 - reads the flags
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-
-from robust_jax import attacks, losses, models, speed  # noqa: E402
-from robust_jax.experiment import apply_fn  # noqa: E402
-from robust_jax.objectives import Adversary, make_objective  # noqa: E402
-from robust_jax.train import parallel  # noqa: E402
-from robust_jax.train.state import init_state  # noqa: E402
-from robust_jax.train.step import make_train_step  # noqa: E402
+from robust_jax import attacks, losses, models, speed
+from robust_jax.experiment import apply_fn
+from robust_jax.objectives import Adversary, make_objective
+from robust_jax.train import parallel
+from robust_jax.train.state import init_state
+from robust_jax.train.step import make_train_step
 
 
 class Links(NamedTuple):
@@ -115,6 +109,8 @@ def main() -> None:
     )
     parser.add_argument("--latency", default=1e-5, type=float, help="of a message, seconds")
     flags = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
 
     step, (state, batch, key) = lowered(flags, 1, flags.batch_per_device)
     sums = jax.eval_shape(step, state, batch, key)[1]
