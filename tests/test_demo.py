@@ -365,6 +365,7 @@ def test_a_folder_with_other_things_is_refused(launch, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow  # test_processes.py has four devices beside one, test_train.py a step on eight
 def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
     found = {}
     for devices, mapping in ((1, "pmap"), (8, "pmap"), (8, "shard_map")):
