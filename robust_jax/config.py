@@ -27,6 +27,8 @@ TABLES = ("regularizers", "attacks", "measurements")
 # What --mode=evaluate and --mode=report may change: no training depends on it.
 FIELDS_OF_NO_TRAINING = ("attacks", "evaluation", "measurements", "audit", "data_dir", "parallel")
 
+_MANY = 30
+
 
 def check_fields(config: ConfigDict, schema: ConfigDict) -> None:
     """Compares a config with the one that holds every field (configs/default.py).
@@ -198,6 +200,8 @@ def _plain(value: Any) -> Any:
 def _choices(name: Any, choices: Iterable[str]) -> str:
     choices = list(choices)
     close = difflib.get_close_matches(str(name), choices, n=1)
+    if close and len(choices) > _MANY:  # a list that nobody reads to its end
+        return f"did you mean {close[0]}?"
     meant = f"did you mean {close[0]}? " if close else ""
     return f"{meant}choices: {', '.join(choices) or 'none'}"
 
