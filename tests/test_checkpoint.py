@@ -23,6 +23,13 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def collected():
+    """What Orbax left behind complains here, not in a later test."""
+    yield
+    gc.collect()
+
+
 def state_at(step, width=40):
     """Random numbers, so that a file does not compress to nothing."""
     rng = np.random.default_rng(step)
@@ -108,7 +115,6 @@ def test_a_damaged_checkpoint_is_skipped_or_as_it_was(target, damage, saved, tmp
     assert notes == {"step": step}
     chex.assert_trees_all_equal(state, state_at(step))
     checkpoints.close()
-    gc.collect()  # what Orbax left behind complains here, not in a later test
 
 
 def test_a_full_disk_is_told_and_what_was_saved_stays(saved, tmp_path):
@@ -134,7 +140,6 @@ def test_a_full_disk_is_told_and_what_was_saved_stays(saved, tmp_path):
     again.wait()
     chex.assert_trees_all_equal(again.restore("last")[0], state_at(7))
     again.close()
-    gc.collect()
 
 
 @pytest.mark.parametrize("width", [20, 41])
@@ -146,4 +151,3 @@ def test_a_checkpoint_of_other_shapes_is_refused(width, saved, tmp_path):
         checkpoints.restore("last")
     assert sorted(p.name for p in (workdir / "checkpoints/last").iterdir()) == ["3", "5"]
     checkpoints.close()
-    gc.collect()

@@ -21,15 +21,19 @@ class Best(NamedTuple):
         return jax.tree.map(partial(jnp.where, better), Best(x, value, hit), self)
 
 
-def check_lengths(**lengths) -> None:
-    """Raises ValueError for the first number that is negative or infinite.
+def check_lengths(*, infinite: bool = False, **lengths) -> None:
+    """Raises ValueError for the first number that is negative or, unless it may be, infinite.
 
     None and what is traced are not looked at.
     """
     for name, value in lengths.items():
-        if isinstance(value, int | float) and not 0 <= value < math.inf:
-            wrong = "be finite" if value == math.inf else "not be negative"
-            raise ValueError(f"{name} must {wrong}, not {value!r} (pixels are in [0,1])")
+        if isinstance(value, int | float):
+            if not value >= 0:
+                raise ValueError(
+                    f"{name} must not be negative, not {value!r} (pixels are in [0,1])"
+                )
+            if value == math.inf and not infinite:
+                raise ValueError(f"{name} must be finite, not inf (pixels are in [0,1])")
 
 
 def check_counts(**counts) -> None:

@@ -92,7 +92,7 @@ def nearest_adversarial(
     instead of leaving y, whatever num_targets and ranks are. Raises ValueError for a negative eps,
     counts below 1, alpha_max or beta outside (0,1], eta below 1, an unknown norm.
     """
-    check_lengths(eps=eps)
+    check_lengths(eps=eps, infinite=True)
     check_counts(num_steps=num_steps, num_restarts=num_restarts)
     if num_targets is not None:
         check_counts(num_targets=num_targets)

@@ -85,7 +85,7 @@ def nearest_carlini_wagner(
     leaving y. Raises ValueError for a negative eps or kappa, counts below 1, a learning_rate or
     initial_c that is not positive, a norm other than l2.
     """
-    check_lengths(eps=eps)
+    check_lengths(eps=eps, infinite=True)
     check_counts(num_steps=num_steps, num_searches=num_searches)
     for name, value in (("learning_rate", learning_rate), ("initial_c", initial_c)):
         if not value > 0:
@@ -155,7 +155,7 @@ def nearest_deepfool(
     for all. Raises ValueError for a negative eps or overshoot, counts below 1, a norm other than
     linf and l2.
     """
-    check_lengths(eps=eps)
+    check_lengths(eps=eps, infinite=True)
     check_counts(num_steps=num_steps)
     if num_targets is not None:
         check_counts(num_targets=num_targets)

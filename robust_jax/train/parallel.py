@@ -131,7 +131,9 @@ def own_rows(batch_size: int) -> slice:
 
 def on_this_device(tree: Any) -> Any:
     """Arrays that every device has a whole copy of, as arrays of this process alone."""
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+    return jax.tree.map(
+        lambda leaf: leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf, tree
+    )
 
 
 def on_every_device(tree: Any) -> Any:
