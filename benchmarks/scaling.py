@@ -55,7 +55,7 @@ def step_seconds(
     return compute, allreduce_seconds(work.reduced_values, devices, links)
 
 
-def lowered(flags, devices: int, batch_size: int):
+def step_and_inputs(flags, devices: int, batch_size: int):
     """The step on the first of the devices, at abstract inputs; and those inputs."""
     model = models.MODELS[flags.model](num_classes=flags.classes, axis_name=parallel.AXIS)
     pgd = partial(attacks.pgd, eps=8 / 255, num_steps=flags.num_steps, keep_best=False)
@@ -112,7 +112,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 
-    step, (state, batch, key) = lowered(flags, 1, flags.batch_per_device)
+    step, (state, batch, key) = step_and_inputs(flags, 1, flags.batch_per_device)
     sums = jax.eval_shape(step, state, batch, key)[1]
     flops = speed.flops(step, state, batch, key)
     work = Work(flops / flags.batch_per_device, reduced_values(state, sums))
@@ -124,7 +124,7 @@ def main() -> None:
           "| MB in use at most |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for devices in (1, 2, 4, 8):
-        step, arguments = lowered(flags, devices, flags.batch_per_device)
+        step, arguments = step_and_inputs(flags, devices, flags.batch_per_device)
         compiled = jax.jit(step).lower(*arguments).compile()
         memory = compiled.memory_analysis()
         numbers = (

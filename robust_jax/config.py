@@ -26,7 +26,7 @@ Name = TypeVar("Name", bound=str)
 TABLES = ("regularizers", "attacks", "measurements")
 # What --mode=evaluate and --mode=report may change: no training depends on it.
 FIELDS_OF_NO_TRAINING = ("attacks", "evaluation", "measurements", "audit", "data_dir", "parallel")
-
+# Choices beyond which the one that was meant says more than all of them.
 _MANY = 30
 
 
@@ -200,7 +200,7 @@ def _plain(value: Any) -> Any:
 def _choices(name: Any, choices: Iterable[str]) -> str:
     choices = list(choices)
     close = difflib.get_close_matches(str(name), choices, n=1)
-    if close and len(choices) > _MANY:  # a list that nobody reads to its end
+    if close and len(choices) > _MANY:
         return f"did you mean {close[0]}?"
     meant = f"did you mean {close[0]}? " if close else ""
     return f"{meant}choices: {', '.join(choices) or 'none'}"

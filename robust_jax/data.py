@@ -68,9 +68,14 @@ def load(
     stay on disk. Raises UserError for anything a user can mend.
     """
     kind, _, argument = source.partition(":")
-    if kind != "tfds" and (image_size or streaming):
-        field = "streaming" if streaming else "image_size"
-        raise UserError(f"config.{field} is for tfds: sets; config.dataset is {source!r}")
+    for_tfds = {
+        "test_split": test_split != "test",
+        "image_size": image_size,
+        "streaming": streaming,
+    }
+    for field, is_set in for_tfds.items():
+        if is_set and kind != "tfds":
+            raise UserError(f"config.{field} is for tfds: sets; config.dataset is {source!r}")
     if streaming and num_labeled is not None:
         raise UserError("config.num_labeled needs the labels in memory; config.streaming is set")
     train: Split | Streamed

@@ -4,7 +4,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-# What numpy.load raises, without unpickling, of an npz file that is damaged or something else.
+# What numpy.load raises, without unpickling, of an npz file that is damaged or something else;
+# NotImplementedError and RuntimeError are zipfile's, of a compression or a flag it does not know.
 UNREADABLE_NPZ = (
     OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, NotImplementedError,
     RuntimeError, zipfile.BadZipFile, zlib.error,

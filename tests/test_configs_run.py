@@ -53,7 +53,8 @@ def test_config_takes_two_steps_or_is_traced(name, npz_files):
     config = importlib.import_module(f"configs.{name}").get_config()
     if config.dataset != "digits":
         config.dataset = npz_files[config.dataset]
-        config.validation_size, config.streaming, config.image_size = 8, False, 0
+        config.validation_size = 8
+        config.streaming, config.image_size, config.test_split = False, 0, "test"
     config.batch_size = 16
     config.duration = "2 steps"
     config.model.update(SMALL.get(config.model.name, {}))

@@ -285,6 +285,7 @@ def test_images_are_scaled_and_cut_to_their_middle(shape):
     [
         ({"streaming": True}, "config.streaming is for tfds: sets; config.dataset is 'digits'"),
         ({"image_size": 32}, "config.image_size is for tfds: sets"),
+        ({"test_split": "validation"}, "config.test_split is for tfds: sets"),
     ],
 )
 def test_only_tfds_sets_are_streamed_or_resized(keywords, message):

@@ -28,7 +28,7 @@ def test_compute_is_shared_and_all_reduce_is_not():
 
 
 def test_the_program_reduces_what_the_model_says():
-    step, (state, batch, key) = scaling.lowered(FLAGS, 4, 8)
+    step, (state, batch, key) = scaling.step_and_inputs(FLAGS, 4, 8)
     program = jax.jit(step).lower(state, batch, key).compile().as_text()
     sums = jax.eval_shape(step, state, batch, key)[1]
     expected = scaling.reduced_values(state, sums)

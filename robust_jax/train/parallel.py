@@ -78,7 +78,7 @@ def map_batches(
     def call(variables, count, take, *scalars):
         plan = list(batches(count, batch_size, multiple_of=num_devices))
         parts = [
-            _everyone_s(mapped(variables, take(rows[own_rows(len(rows))]), scalars))
+            _gathered(mapped(variables, take(rows[own_rows(len(rows))]), scalars))
             for rows, _ in plan
         ]
         return joined(parts, [real for _, real in plan])
@@ -150,7 +150,7 @@ def on_every_device(tree: Any) -> Any:
     return jax.tree.map(copied, tree)
 
 
-def _everyone_s(outputs: Any) -> Any:
+def _gathered(outputs: Any) -> Any:
     """The rows that all processes computed, in their order, as numpy arrays."""
     if jax.process_count() == 1:
         return jax.device_get(outputs)
