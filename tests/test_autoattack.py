@@ -12,7 +12,7 @@ import pytest
 
 from robust_jax import losses
 from robust_jax.attacks import autoattack, fab, norms
-from robust_jax.attacks.autoattack import MEMBERS, VERSIONS
+from robust_jax.attacks.autoattack import MEMBERS, VERSIONS, UnusableState
 from robust_jax.train import parallel
 from tests.linear import make_nonlinear
 
@@ -303,14 +303,15 @@ def test_refuses_a_state_of_something_else(tmp_path):
         ((logits_fn, x, y, KEY), 0.06),
         ((logits_fn, x, y, jax.random.key(1)), 0.05),
         ((logits_fn, x[::-1], y[::-1], KEY), 0.05),
+        ((logits_fn, x[:-1], y[:-1], KEY), 0.05),
     ):
-        with pytest.raises(ValueError, match="belongs to other examples, keys or settings"):
+        with pytest.raises(UnusableState, match="belongs to other examples, keys or settings"):
             one(*arguments, eps=eps)
     with pytest.raises(ValueError, match="belongs to another network"):
         one(lambda x: 2 * logits_fn(x), x, y, KEY, eps=0.05)
     for content in (b"", b"nonsense", path.read_bytes()[:200]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is not a state of AutoAttack"):
+        with pytest.raises(UnusableState, match="is not a state of AutoAttack"):
             one(logits_fn, x, y, KEY, eps=0.05)
     with path.open("wb") as file:
         np.savez(file, x_adv=np.array([object()]))

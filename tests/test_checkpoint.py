@@ -117,6 +117,21 @@ def test_a_damaged_checkpoint_is_skipped_or_as_it_was(target, damage, saved, tmp
     checkpoints.close()
 
 
+def test_a_step_that_is_damaged_twice_is_set_aside_twice(saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    for _ in range(2):
+        emptied(workdir / "checkpoints/last/5/notes/metadata")
+        checkpoints = Checkpoints(workdir, state_at(0))
+        assert int(checkpoints.restore("last")[0].step) == 3
+        checkpoints.save("last", state_at(5), {"step": 5})
+        checkpoints.wait()
+        assert int(checkpoints.restore("last")[0].step) == 5
+        checkpoints.close()
+    aside = sorted(p.name for p in (workdir / "checkpoints/damaged").iterdir())
+    assert aside == ["last_5", "last_5_2"]
+
+
 def test_a_full_disk_is_told_and_what_was_saved_stays(saved, tmp_path):
     """Files may not grow beyond a size, as they may not on a disk with that much room."""
     workdir = tmp_path / "run"

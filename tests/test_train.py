@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import shutil
 import signal
 
 import chex
@@ -246,6 +247,23 @@ def test_sigterm_in_the_last_step_is_not_swallowed(tmp_path):
         loop.train(plan, tmp_path)
     assert stopped.value.code == loop.EXIT_TERMINATED
     assert loop.is_trained(plan_of(small_config()), tmp_path)
+
+
+def test_sigterm_while_nothing_is_left_to_train_is_not_swallowed(
+    undisturbed, monkeypatch, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[1], workdir)
+    plain = Checkpoints.restore
+
+    def terminate(self, kind):
+        signal.raise_signal(signal.SIGTERM)
+        return plain(self, kind)
+
+    monkeypatch.setattr(Checkpoints, "restore", terminate)
+    with pytest.raises(SystemExit) as stopped:
+        loop.train(plan_of(small_config()), workdir)
+    assert stopped.value.code == loop.EXIT_TERMINATED
 
 
 @pytest.mark.parametrize("method", parallel.METHODS)
