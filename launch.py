@@ -24,9 +24,10 @@ flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, records, re
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "audit", "verify", "report"],
-    "train: all of it; evaluate, audit, report: that part again, of a finished run; verify: every "
-    "adversarial made anew from the checkpoint and compared with the records.",
+    ["train", "evaluate", "measure", "audit", "verify", "report"],
+    "train: all of it. Of a finished run, evaluate: all again but training; measure, audit, "
+    "report: that part alone; verify: every adversarial made anew from the checkpoint and compared "
+    "with the records.",
 )
 flags.DEFINE_string(
     "only", "", "Of a study: an arm, or arm/seed, to run alone; --mode=report collects them."

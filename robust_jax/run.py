@@ -31,7 +31,7 @@ from robust_jax.models import num_parameters
 from robust_jax.train import loop
 from robust_jax.train.loop import Trained, is_trained, restore, train
 
-Mode = Literal["train", "evaluate", "audit", "verify", "report"]
+Mode = Literal["train", "evaluate", "measure", "audit", "verify", "report"]
 # The folder of attacks that are not finished yet.
 _UNFINISHED = "unfinished"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -42,12 +42,12 @@ def run(
 ) -> dict[str, Any]:
     """Trains (or goes on, or says that the run is finished), evaluates and writes the report.
 
-    Of a finished run, mode "evaluate" measures again, with the attacks the config has now; "audit"
-    looks again for masked gradients; "verify" makes every adversarial anew from the checkpoint and
-    compares what it finds with the records; "report" writes the page again. profile: leaves a trace
-    of ten training steps in workdir/profile. Returns what results.json holds. Raises UserError
-    where the config is mistaken, workdir holds a run of another config, or "verify" finds something
-    else.
+    Of a finished run, mode "evaluate" does all again but training, with the attacks the config has
+    now; "measure" takes config.measurements alone; "audit" looks again for masked gradients;
+    "verify" makes every adversarial anew from the checkpoint and compares what it finds with the
+    records; "report" writes the page again. profile: leaves a trace of ten training steps in
+    workdir/profile. Returns what results.json holds. Raises UserError where the config is mistaken,
+    workdir holds a run of another config, or "verify" finds something else.
     """
     workdir = workdir.absolute()
     if mode == "report":
@@ -80,7 +80,7 @@ def _run(
         logging.info(_speed(trained.timings))
     else:
         trained = restore(experiment.plan, workdir)
-    if mode in ("audit", "verify"):
+    if mode in ("measure", "audit", "verify"):
         if not (workdir / "results.json").exists():
             raise UserError(f"{workdir} has no results yet; --mode={mode} needs a finished run")
         results = runs.results(workdir)
@@ -91,8 +91,12 @@ def _run(
                 raise UserError(f"{workdir} was evaluated with another config ({changed[0]})")
             verify(experiment, trained, workdir, results)
             return results
-        results["config"]["audit"] = config_lib.to_json(experiment.config.audit)
-        results["audit"] = _audit(experiment, trained, workdir, schema)
+        if mode == "measure":
+            results["config"]["measurements"] = config_lib.to_json(experiment.config.measurements)
+            results["measurements"] = _measurements(experiment, trained, workdir)
+        else:
+            results["config"]["audit"] = config_lib.to_json(experiment.config.audit)
+            results["audit"] = _audit(experiment, trained, workdir, schema)
         processes.on_first(partial(_write, workdir, results))
         return results
     return _evaluate(experiment, trained, workdir, schema)
@@ -196,14 +200,14 @@ def _evaluate(
         "peak_memory_mebibytes": speed.memory_high_water() / 2**20,
     }
     results["training"] = _training(workdir)
-    results["measurements"] = _measurements(experiment, trained)
+    results["measurements"] = _measurements(experiment, trained, workdir)
     results["audit"] = _audit(experiment, trained, workdir, schema)
     processes.on_first(partial(_write, workdir, results))
     return results
 
 
 def _make_way(workdir: Path) -> None:
-    for name in ("results.json", "examples.npz", "card.json"):
+    for name in ("results.json", "examples.npz", "measurements.npz", "card.json"):
         (workdir / name).unlink(missing_ok=True)
     (workdir / "records").mkdir(exist_ok=True)
 
@@ -231,10 +235,21 @@ def _training(workdir: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def _measurements(experiment: Experiment, trained: Trained) -> dict[str, dict[str, float]]:
-    """What config.measurements asks for, of the best checkpoint."""
+def _measurements(
+    experiment: Experiment, trained: Trained, workdir: Path
+) -> dict[str, dict[str, float]]:
+    """What config.measurements asks for, of the best checkpoint; arrays go to measurements.npz."""
     subject = subject_of(experiment, trained)
-    return {name: measure(subject) for name, measure in experiment.measurements.items()}
+    numbers: dict[str, dict[str, float]] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for name, measure in experiment.measurements.items():
+        found = measure(subject)
+        numbers[name] = {k: v for k, v in found.items() if not isinstance(v, np.ndarray)}
+        arrays |= {f"{name}/{k}": v for k, v in found.items() if isinstance(v, np.ndarray)}
+    if arrays:
+        path = workdir / "measurements.npz"
+        processes.on_first(partial(np.savez_compressed, path, allow_pickle=False, **arrays))
+    return numbers
 
 
 def _unfinished(workdir: Path, config: ConfigDict, name: str, step: int) -> Path:

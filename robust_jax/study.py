@@ -23,7 +23,10 @@ from robust_jax.analysis import runs
 from robust_jax.config import choose
 from robust_jax.errors import UserError
 from robust_jax.files import write_atomically
+from robust_jax.run import Mode
 
+# What of each run, in this order; "report" collects what there is.
+MODES = ("train", "evaluate", "measure", "audit", "report")
 Verdict = Literal["supported", "refuted", "inconclusive"]
 _FIELDS = ("title", "paper", "question", "scale", "seeds", "base", "scales", "arms", "measures",
            "pairs", "along_training", "claims", "published", "notes")  # fmt: skip
@@ -43,16 +46,17 @@ def is_study(config: ConfigDict) -> bool:
 
 
 def run_study(
-    config: ConfigDict, schema: ConfigDict, workdir: Path, mode: str = "train", *, only: str = ""
+    config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode = "train", *, only: str = ""
 ) -> dict[str, Any]:
     """Trains and evaluates what is missing, then writes the study's results and report.
 
     only: "arm" or "arm/seed" runs that part alone and writes no report, so that a scheduler can
-    spread a study over machines; mode "report" collects what is there and runs nothing. Each run
-    is an ordinary one in workdir/arm/seed. Returns what results.json holds. Raises UserError for a
-    mistaken config or an unknown arm, before anything runs.
+    spread a study over machines. Each run
+    is an ordinary one in workdir/arm/seed, in the mode given; mode "report" collects what there is.
+    Returns what results.json holds. Raises UserError for a mistaken config or an unknown arm,
+    before anything runs.
     """
-    if mode not in ("train", "report"):
+    if mode not in MODES:
         raise UserError(f"--mode={mode} is for one run: give it a run's config and folder")
     workdir = workdir.absolute()
     members = list(plan(config))
@@ -63,13 +67,13 @@ def run_study(
         if seed:
             choose(sorted({str(m.seed) for m in members}), seed, "--only's seed")
         members = [m for m in members if m.arm == arm and seed in ("", str(m.seed))]
-    if mode == "train":
-        if jax.default_backend() != "cpu":
-            train_seeds_together(members, schema, workdir)
+    if mode == "train" and jax.default_backend() != "cpu":
+        train_seeds_together(members, schema, workdir)
+    if mode != "report":
         for i, member in enumerate(members):
             logging.info("%s: %s, seed %d (%d of %d)", config.title, member.arm, member.seed,
                          i + 1, len(members))  # fmt: skip
-            run.run(member.config, schema, workdir / member.arm / str(member.seed), "train")
+            run.run(member.config, schema, workdir / member.arm / str(member.seed), mode)
     if only:
         return {}
     results = collect(config, members, workdir)
@@ -78,7 +82,14 @@ def run_study(
 
 
 def _write(workdir: Path, results: dict[str, Any]) -> None:
-    study_report.write(workdir, results)
+    folders = {
+        arm: workdir / arm / min(entry["values"], key=int)
+        for arm, row in results["table"].items()
+        for entry in list(row.values())[:1]
+        if entry["values"]
+    }
+    arrays = {arm: runs.measured(folder) for arm, folder in folders.items()}
+    study_report.write(workdir, results, arrays)
     write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     logging.info("report: %s", workdir / "report.html")
 
@@ -184,7 +195,10 @@ def collect(config: ConfigDict, members: Sequence[Member], workdir: Path) -> dic
             for name in config.along_training
         },
         "claims": claims,
-        "published": {arm: dict(numbers) for arm, numbers in config.published},
+        "published": {
+            arm: {label.format(**radii): number for label, number in numbers.items()}
+            for arm, numbers in _scale(config).get("published", config.published)
+        },
         "configs": {arm: config_lib.to_json(m.config) for m in members for arm in [m.arm]},
     }
 
@@ -211,27 +225,41 @@ def _test(test: Mapping[str, Any], found: Mapping[str, Mapping[int, dict]]) -> d
     shared = set.intersection(*(set(found[arm]) for arm in test["arms"]))
     values = []
     for seed in sorted(shared):
-        here = [value(found[arm][seed], test["measure"]) for arm in test["arms"]]
+        here = [_entries(found[arm][seed], test["measure"]) for arm in test["arms"]]
         known = [v for v in here if v is not None]
         if len(known) == len(here):
-            values.append(_margin(test, known))
+            values.append(_margin(test, np.array(known)))
     interval = mean_interval(values)
     return {"values": values, **interval._asdict(), "verdict": verdict_of(interval)}
 
 
-def _margin(test: Mapping[str, Any], values: list[float]) -> float:
-    """How far one seed is on the claimed side.
+def _entries(results: Mapping[str, Any], measure: str) -> list[float] | None:
+    """The number of a run, or all of "a.path/*" in the order of their names, for most of them."""
+    if not measure.endswith("/*"):
+        one = value(results, measure)
+        return None if one is None else [one]
+    path, _, start = measure[:-1].rpartition(".")
+    node = _node(results, path) or {}
+    return [float(v) for name, v in sorted(node.items()) if name.startswith(start)] or None
 
-    "above"/"below" compare the first arm with the second, or with a level; "rises"/"falls" takes
-    the slope over the arms, in the order given, against `at` (or their numbers).
+
+def _margin(test: Mapping[str, Any], values: np.ndarray) -> float:
+    """How far one seed is on the claimed side; values [arms, entries].
+
+    "above"/"below" compare the first arm with the second, or with a level; "rises"/"falls" take the
+    change from the first arm to the last of a line fitted over the arms, against `at` (or their
+    numbers). Of several entries: the share on the claimed side, over one half.
     """
-    relation, by = test["relation"], test.get("by", 0.0)
+    relation = test["relation"]
     if relation in ("rises", "falls"):
-        slope = np.polyfit(test.get("at", range(len(values))), values, 1)[0]
-        return float(slope if relation == "rises" else -slope)
-    other = values[1] if len(values) > 1 else test["level"]
-    difference = values[0] - other
-    return (difference if relation == "above" else -difference) - by
+        at = test.get("at", range(len(values)))
+        found = np.polyfit(at, values, 1)[0] * (at[-1] - at[0])
+    else:
+        found = values[0] - (values[1] if len(values) > 1 else test["level"])
+    if relation in ("falls", "below"):
+        found = -found
+    found = found - test.get("by", 0.0)
+    return float(found[0] if len(found) == 1 else np.mean(found > 0) - 0.5)
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
@@ -266,10 +294,18 @@ def value(results: Mapping[str, Any], measure: str) -> float | None:
             if entry["name"] == name and np.isclose(entry["eps"], float(eps), rtol=1e-5):
                 return entry["robust_accuracy"]
         return None
-    node: Any = results
-    for part in measure.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
+    node = _node(results, measure)
     return None if node is None else float(node)
+
+
+def _node(results: Mapping[str, Any], path: str) -> Any:
+    """What is at a dotted path, an entry of a list by its name; None where nothing is."""
+    node: Any = results
+    for part in path.split("."):
+        if isinstance(node, list):
+            node = {entry["name"]: entry for entry in node}
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
 
 
 def _summary(values: Mapping[int, float | None]) -> dict[str, Any]:

@@ -5,16 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 
 from robust_jax import report
+from robust_jax.analysis.plots import measures
 from robust_jax.analysis.plots import study as plots
 from robust_jax.files import write_atomically
 
 Results = Mapping[str, Any]
+Arrays = Mapping[str, Mapping[str, np.ndarray]]
+# What of a measurement's arrays, one number an example, is drawn as histograms, and its axis.
+_DISTRIBUTIONS = {
+    "output_margin": "output margin, in logits",
+    "confidence": "probability of the label",
+    "input_margin": "margin in the input space, pixel units",
+}
 
 
-def write(workdir: Path, results: Results) -> None:
-    """Writes report.html, README.md and figures/*.svg into workdir."""
+def write(workdir: Path, results: Results, arrays: Arrays) -> None:
+    """Writes report.html, README.md and figures/*.svg into workdir.
+
+    arrays: by arm, what the measurements of one seed left to draw.
+    """
     figures = {
         "accuracy": (
             plots.accuracy_by_arm(results["curves"]),
@@ -35,6 +48,7 @@ def write(workdir: Path, results: Results) -> None:
             plots.along_training(results["along_training"]),
             "Along training: the mean over seeds with its 95 % interval.",
         )
+    figures |= _measured(arrays)
     (workdir / "figures").mkdir(parents=True, exist_ok=True)
     images = []
     for name, (figure, alt) in figures.items():
@@ -53,10 +67,58 @@ def write(workdir: Path, results: Results) -> None:
     write_atomically(workdir / "README.md", _markdown(results, claims, heads, rows, captions))
 
 
+def _measured(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
+    """Figures of the arrays that the arms share."""
+    arms = [found for found in arrays.values() if found]
+    names = sorted(set.intersection(*(set(found) for found in arms))) if arms else []
+    figures: dict[str, tuple[Figure, str]] = {}
+
+    def of(name):
+        return {arm: found[name] for arm, found in arrays.items() if found}
+
+    def by_layer(prefix):
+        return {
+            arm: {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+            for arm, found in arrays.items()
+            if found
+        }
+
+    for name in names:
+        measurement, _, array = name.partition("/")
+        if array in _DISTRIBUTIONS:
+            figures[name.replace("/", "_")] = (
+                measures.distributions(of(name), xlabel=_DISTRIBUTIONS[array]),
+                f"{measurement}, {_DISTRIBUTIONS[array]}: one seed.",
+            )
+        elif array == "projection":
+            figures[measurement] = (
+                measures.latent_scatter(of(name), next(iter(of(f"{measurement}/label").values()))),
+                "The last layer's input on its principal axes, a colour for each class: one seed.",
+            )
+    for measurement in dict.fromkeys(name.partition("/")[0] for name in names):
+        inside = [name for name in names if name.startswith(f"{measurement}/")]
+        if any("/singular_values/" in name for name in inside):
+            figures[measurement] = (
+                measures.singular_values(by_layer(f"{measurement}/singular_values/")),
+                "Singular values of each layer: one seed.",
+            )
+        if any("/change_random/" in name for name in inside):
+            changes = {
+                f"{kind} δ": by_layer(f"{measurement}/change_{kind}/")
+                for kind in ("random", "adversarial")
+            }
+            figures[measurement] = (
+                measures.by_layer(changes, ylabel="‖h(x+δ) - h(x)‖ / ‖δ‖"),
+                "The change in each layer over that of the image, median and middle half of the "
+                "examples: one seed.",
+            )
+    return figures
+
+
 _CAPTION = (
     "Shares in percent: the mean over seeds with its 95 % interval by Student's t. An arm "
-    "whose audit fails in any seed is marked †: its robust accuracies are not to be trusted. "
-    "‡: not audited."
+    "whose audit fails in any seed is marked †: its robust accuracies are not to be trusted; one "
+    "that it warns of in any is marked ⚠. ‡: not audited."
 )
 
 
@@ -78,13 +140,17 @@ def _describe(test: Mapping[str, Any]) -> str:
     """The test as a sentence."""
     arms, by = list(test["arms"]), test.get("by", 0.0)
     if test["relation"] in ("rises", "falls"):
-        return f"{test['measure']} {test['relation']} from {arms[0]} to {arms[-1]}"
+        most = "most of " if test["measure"].endswith("*") else ""
+        return f"{most}{test['measure']} {test['relation']} from {arms[0]} to {arms[-1]}"
     other = arms[1] if len(arms) > 1 else f"{test['level']:g}"
     margin = f" by more than {by:g}" if by > 0 else f" or at most {-by:g} short of it" if by else ""
     return f"{test['measure']}: {arms[0]} {test['relation']} {other}{margin}"
 
 
 def _found(test: Mapping[str, Any]) -> str:
+    if test["measure"].endswith("*") and test["values"]:
+        shares = ", ".join(f"{100 * (v + 0.5):.0f} %" for v in test["values"])
+        return f"of {shares} of them, by seed"
     values = ", ".join(f"{v:+.3g}" for v in test["values"])
     if not test["values"]:
         return "not measured"
@@ -97,11 +163,21 @@ def _rows(results: Results) -> list[dict[str, Any]]:
     rows = []
     for arm, entries in results["table"].items():
         found = set(results["audits"][arm].values())
-        mark = " †" if "fail" in found else " ‡" if found <= {None} else ""
+        mark = (
+            " †"
+            if "fail" in found
+            else " ⚠"
+            if "warn" in found
+            else " ‡"
+            if found <= {None}
+            else ""
+        )
         cells = []
         for label, entry in entries.items():
             share = (
-                results["measures"][label].endswith("accuracy") or "@" in results["measures"][label]
+                results["measures"][label].endswith("accuracy")
+                or "@" in results["measures"][label]
+                or ".transfer." in results["measures"][label]
             )
             published = results["published"].get(arm, {}).get(label)
             cells.append(
@@ -124,10 +200,11 @@ def _number(x: float | None, share: bool) -> str:
 
 
 def _markdown(results, claims, heads, rows, captions) -> str:
+    missing = [f"Not finished: {', '.join(results['missing'])}.", ""] if results["missing"] else []
     lines = [
         f"# {results['title']}", "", results["question"], "",
         f"{results['paper']}. Scale `{results['scale']}`, {len(results['seeds'])} seeds.",
-        "", "## What is claimed, and what came out", "",
+        "", *missing, "## What is claimed, and what came out", "",
     ]  # fmt: skip
     for claim in claims:
         lines += [f"**{claim['verdict']}**: {claim['text']}", ""]

@@ -10,6 +10,7 @@ from scipy import stats
 from configs import default
 from robust_jax import config as config_lib
 from robust_jax import study
+from robust_jax.analysis import runs as run_files
 from robust_jax.errors import UserError
 from robust_jax.experiment import build
 from robust_jax.models import MODELS
@@ -81,8 +82,28 @@ def test_margins_levels_and_trends():
     falls = {"measure": "pgd@0.1", "arms": ("a", "b", "c"), "relation": "falls", "at": (0, 1, 2)}
     judged = study.judge(claim(falls), runs)
     assert judged["verdict"] == "supported"
-    np.testing.assert_allclose(judged["tests"][0]["values"], [0.15, 0.145, 0.155])
+    np.testing.assert_allclose(judged["tests"][0]["values"], [0.3, 0.29, 0.31])
     assert study.judge(claim({**falls, "relation": "rises"}), runs)["verdict"] == "refuted"
+
+
+def test_most_of_several_numbers():
+    runs = {
+        arm: {
+            seed: {
+                "measurements": {"spectra": {"spread/a": a, "spread/b": b, "spread/c": c, "d": 9}}
+            }
+            for seed in range(3)
+        }
+        for arm, (a, b, c) in {"weak": (3, 2, 1), "strong": (2, 1.5, 4)}.items()
+    }
+    falls = {"measure": "measurements.spectra.spread/*", "arms": ("weak", "strong"),
+             "relation": "falls"}  # fmt: skip
+    judged = study.judge(claim(falls), runs)
+    assert judged["verdict"] == "supported"
+    np.testing.assert_allclose(judged["tests"][0]["values"], 2 / 3 - 1 / 2)
+    assert study.judge(claim({**falls, "relation": "rises"}), runs)["verdict"] == "refuted"
+    other = {**falls, "measure": "measurements.spectra.spread/z*"}
+    assert study.judge(claim(other), runs)["tests"][0]["values"] == []
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out():
@@ -91,13 +112,16 @@ def test_a_seed_that_one_arm_lacks_is_left_out():
 
 
 def test_value_reads_attacks_paths_and_differences():
-    results = {**result(0.9, 0.4), "measurements": {"spectra": {"mean": 3}}}
+    results = {**result(0.9, 0.4), "measurements": {"spectra": {"mean": 3}},
+               "audit": {"checks": [{"name": "one", "values": {"share": 0.25}}]}}  # fmt: skip
     assert study.value(results, "pgd@0.1") == 0.4
     assert study.value(results, "pgd@0.10000000001") == 0.4
     assert study.value(results, "clean.accuracy") == 0.9
     assert study.value(results, "measurements.spectra.mean") == 3.0
+    assert study.value(results, "audit.checks.one.values.share") == 0.25
     np.testing.assert_allclose(study.value(results, "clean.accuracy - pgd@0.1"), 0.5)
-    for missing in ("pgd@0.2", "measurements.energy.mean", "clean.accuracy - pgd@0.2"):
+    for missing in ("pgd@0.2", "measurements.energy.mean", "clean.accuracy - pgd@0.2",
+                    "audit.checks.two.values.share"):  # fmt: skip
         assert study.value(results, missing) is None
 
 
@@ -202,6 +226,16 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path):
     collected = launch(*flags, "--mode=report")
     assert collected.returncode == 0, collected.stderr[-3000:]
     assert "7 of 10 runs are not finished: ce/0, cot/0, at/0, gce_at/0" in collected.stderr
+    before = run_files.results(tmp_path / "ce" / "1")
+    again = launch(*flags, "--only=ce/1", "--mode=measure",
+                   "--config.base.measurements.clusters.num_examples=50")  # fmt: skip
+    assert again.returncode == 0, again.stderr[-3000:]
+    after = run_files.results(tmp_path / "ce" / "1")
+    assert after.pop("measurements") != before.pop("measurements")
+    assert after["config"]["measurements"] != before["config"].pop("measurements")
+    del after["config"]["measurements"]
+    assert after == before
+    assert len(run_files.measured(tmp_path / "ce" / "1")["clusters/label"]) == 50
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["table"]["gce"]["FGSM"]["values"]) == 2
     assert results["table"]["at"]["FGSM"]["mean"] is None
@@ -210,6 +244,6 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path):
     readme = (tmp_path / "README.md").read_text()
     for text in (page, readme):
         assert "inconclusive" in text and "published 62.74" in text
-    for name in ("accuracy", "measures", "pairs"):
+    for name in ("accuracy", "measures", "pairs", "clusters"):
         figure = tmp_path / "figures" / f"{name}.svg"
         assert 1000 < figure.stat().st_size < 200_000

@@ -35,6 +35,11 @@ def load(workdir: Path | str) -> Run:
     )
 
 
+def measured(workdir: Path | str) -> dict[str, np.ndarray]:
+    """The arrays of a run's measurements, as "measurement/array"; none where it took none."""
+    return _arrays(Path(workdir) / "measurements.npz") or {}
+
+
 def _arrays(path: Path) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
