@@ -12,62 +12,42 @@ benchmarks.compare_attacks. docs/performance.md has our tables.
 
 import argparse
 import os
-import time
-from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
 import numpy as np
-import optax
 import torch
 from torch.nn import functional as F
 
 from benchmarks import torch_models
-from robust_jax import attacks, jacobian, losses, models
-from robust_jax.experiment import apply_fn
-from robust_jax.objectives import Adversary, make_objective
-from robust_jax.train import parallel
-from robust_jax.train.state import init_state
-from robust_jax.train.step import make_train_step
+from benchmarks.timing import (
+    EPS,
+    LEARNING_RATE,
+    MOMENTUM,
+    STEP_SIZE,
+    Sides,
+    TrainingStep,
+    images,
+    turns,
+)
+from robust_jax import jacobian, models
 
 NETS = {
     "lenet5": (models.LeNet5, torch_models.LeNet5, (28, 28, 1)),
     "small_cnn": (models.SmallCNN, torch_models.SmallCNN, (28, 28, 1)),
     "preact_resnet18": (models.PreActResNet, torch_models.PreActResNet, (32, 32, 3)),
 }
-EPS, STEP_SIZE, LEARNING_RATE, MOMENTUM = 0.1, 0.025, 0.01, 0.9
-
-Sides = Mapping[str, Callable[[], object]]
 
 
 def steps(net: str, flags) -> Sides:
     """A training step of each side; each call makes one and waits for it."""
     make, make_torch, shape = NETS[net]
-    model = make(num_classes=10, axis_name=parallel.AXIS)
-    x, y = images(shape, flags.batch_size)
-    pgd = {"eps": EPS, "step_size": STEP_SIZE, "num_steps": flags.num_steps}
-    objective = make_objective(
-        apply_fn(model),
-        loss=losses.cross_entropy,
-        loss_on="adversarial",
-        adversary=Adversary(partial(attacks.pgd, keep_best=False, **pgd)),
-    )
-    tx = optax.sgd(LEARNING_RATE, MOMENTUM)
-    step = parallel.map_step(
-        make_train_step(objective, tx, axis_name=parallel.AXIS), "pmap", jax.devices()[:1]
-    )
-    state = init_state(model, tx, jax.random.key(0), shape, average=False)
-    pixels = (x * 255).astype(np.uint8)
-    batch = {"image": pixels, "label": y, "position": np.arange(len(y))}
-    weights = jax.device_get(state.variables)
-
-    def ours():
-        nonlocal state
-        state, sums = step(state, batch, jax.random.key(0))
-        return jax.block_until_ready(sums)
+    ours = TrainingStep(make, shape, batch_size=flags.batch_size, num_steps=flags.num_steps)
+    pixels, (_, y) = ours.pixels, images(shape, flags.batch_size)
 
     def theirs(layout):
-        network = torch_models.from_flax(make_torch(model), weights).to(memory_format=layout)
+        network = torch_models.from_flax(make_torch(make(num_classes=10)), ours.weights)
+        network = network.to(memory_format=layout)
         network.requires_grad_(True)
         optimizer = torch.optim.SGD(network.parameters(), LEARNING_RATE, MOMENTUM)
         images = torch_models.to_torch(pixels.astype(np.float32) / 255)
@@ -128,27 +108,6 @@ def jacobians(net: str, flags) -> Sides:
 WORK = {"step": steps, "jacobian": jacobians}
 
 
-def images(shape: tuple[int, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    x = rng.uniform(size=(count, *shape)).astype(np.float32)
-    return x, rng.integers(10, size=count).astype(np.int32)
-
-
-def compare(sides: Sides, repeats: int) -> tuple[dict[str, float], np.ndarray]:
-    """Median seconds of each side, and for each turn ours over the fastest of the others."""
-    for side in sides.values():
-        side()  # compiles, or fills its caches
-    seconds = np.zeros((repeats, len(sides)))
-    for turn in range(repeats):
-        for i, side in enumerate(sides.values()):
-            start = time.perf_counter()
-            side()
-            seconds[turn, i] = time.perf_counter() - start
-    best = 1 + np.median(seconds[:, 1:], axis=0).argmin()
-    medians = dict(zip(sides, np.median(seconds, axis=0).tolist(), strict=True))
-    return medians, seconds[:, 0] / seconds[:, best]
-
-
 def main() -> None:
     flags = _parse()
     torch.set_num_threads(flags.threads)
@@ -159,9 +118,13 @@ def main() -> None:
     for work in flags.work:
         for net in flags.nets:
             sides = WORK[work](net, flags)
-            medians, ratios = compare(sides, flags.repeats)
-            theirs = ", ".join(f"{n} {1e3 * s:.0f}" for n, s in medians.items() if n != "ours")
-            print(f"| {work} | {net} | {1e3 * medians['ours']:.0f} | {theirs} | "
+            seconds = turns(sides, flags.repeats)
+            ours, *others = np.median(seconds, axis=0)
+            ratios = seconds[:, 0] / seconds[:, 1 + np.argmin(others)]
+            theirs = ", ".join(
+                f"{name} {1e3 * s:.0f}" for name, s in zip(list(sides)[1:], others, strict=True)
+            )
+            print(f"| {work} | {net} | {1e3 * ours:.0f} | {theirs} | "
                   f"{np.median(ratios):.2f} | {ratios.min():.2f} to {ratios.max():.2f} |",
                   flush=True)  # fmt: skip
 

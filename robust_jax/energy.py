@@ -34,8 +34,9 @@ def mean_square(
 ) -> PerExample:
     """E (ℓ(x+r) - ℓ(x))², r uniform in the ball and moved into the box: mean of num_samples.
 
-    [B,H,W,C], [B] -> [B]. Costs num_samples + 1 forward passes. Raises ValueError for a negative
-    eps, an unknown norm or num_samples below 1.
+    [B,H,W,C], [B] -> [B]. Costs num_samples + 1 forward passes of the whole batch, one at a time;
+    its gradient keeps the activations of all. Raises ValueError for a negative eps, an unknown norm
+    or num_samples below 1.
     """
     check_lengths(eps=eps)
     check_counts(num_samples=num_samples)
@@ -69,28 +70,52 @@ def oscillation(
 
     [B,H,W,C], [B] -> [B]. x is among the points, so this is never below (max ℓ(x+r) - ℓ(x))², the
     term that adversarial training raises it by. Costs two attacks of num_steps, or one if
-    label-free: KL is least at x. Raises ValueError as `attacks.pgd` does.
+    label-free (KL is least at x), each a forward and a backward pass a step, and a forward pass for
+    each end and x; the whole batch at once. Raises ValueError as `attacks.pgd` does.
     """
+    values = _ends(logits_fn, x, y, key, (1.0,) if y is None else (1.0, -1.0), eps=eps, norm=norm,
+                   num_steps=num_steps, step_size=step_size)  # fmt: skip
+    return (values.max(0) - values.min(0)) ** 2
+
+
+def rise(
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Labels | None,
+    key: KeyOrKeys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_steps: int = 10,
+    step_size: float | None = None,
+) -> PerExample:
+    """(max ℓ(x+r) - ℓ(x))², what adversarial training pushes down: at most `oscillation`.
+
+    [B,H,W,C], [B] -> [B]; with the same arguments it is of the maximum that `oscillation` found.
+    Costs an attack of num_steps and two forward passes. Raises ValueError as `attacks.pgd` does.
+    """
+    values = _ends(logits_fn, x, y, key, (1.0,), eps=eps, norm=norm, num_steps=num_steps,
+                   step_size=step_size)  # fmt: skip
+    return (values.max(0) - values[0]) ** 2
+
+
+def _ends(
+    logits_fn: LogitsFn, x: Images, y: Labels | None, key: KeyOrKeys, signs: tuple[float, ...],
+    **keywords,
+) -> Float[Array, "n b"]:  # fmt: skip
+    """ℓ at x itself, and where PGD ends that follows ℓ times each sign."""
     loss, reference = _loss_around(logits_fn, x, y)
     keys = example_keys(key, x.shape[0])
 
     def end(sign, salt):
         found = pgd(
-            logits_fn,
-            x,
-            reference,
-            fold_each(keys, salt),
-            eps=eps,
-            norm=norm,
-            num_steps=num_steps,
-            step_size=step_size,
-            loss=lambda logits, reference: sign * loss(logits, reference),
-        )
+            logits_fn, x, reference, fold_each(keys, salt),
+            loss=lambda logits, reference: sign * loss(logits, reference), **keywords,
+        )  # fmt: skip
         return jax.lax.stop_gradient(found)
 
-    points = [x, end(1.0, 0)] if y is None else [x, end(1.0, 0), end(-1.0, 1)]
-    values = jnp.stack([loss(logits_fn(point), reference) for point in points])
-    return (values.max(0) - values.min(0)) ** 2
+    points = [x, *(end(sign, salt) for salt, sign in enumerate(signs))]
+    return jnp.stack([loss(logits_fn(point), reference) for point in points])
 
 
 def _loss_around(logits_fn: LogitsFn, x: Images, y: Labels | None) -> tuple[Callable, Array]:

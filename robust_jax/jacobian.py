@@ -2,8 +2,7 @@
 
 fn maps [B,H,W,C] to [B,K], each example on its own: logits, or probabilities with
 `probabilities(logits_fn)`. Norms are in units of fn's output per pixel unit ([0,1]).
-Cost in passes through the network for each example: exact and spectrum min(K, H·W·C), estimated
-num_projections, spectral 2·num_iterations. chunk_size bounds how many examples are in memory.
+chunk_size bounds how many examples are in memory.
 """
 
 from collections.abc import Callable
@@ -36,20 +35,25 @@ def probabilities(logits_fn: Fn) -> Fn:
 def jacobian(fn: Fn, x: Images, *, chunk_size: int | None = None) -> Float[Array, "b k h w c"]:
     """The exact Jacobian of each example, [B,H,W,C] -> [B,K,H,W,C].
 
-    Reverse mode, or forward mode where an image has fewer pixels than there are outputs.
+    Costs a forward and K backward passes an example, or H·W·C forward-mode passes where an image
+    has fewer pixel values than there are outputs; all those of chunk_size examples at once.
     """
     return in_chunks(lambda one: _jacobian_one(fn, one), x, chunk_size)
 
 
 def frobenius_norm(fn: Fn, x: Images, *, chunk_size: int | None = None) -> PerExample:
-    """Exact ‖J‖_F, [B,H,W,C] -> [B]; at most chunk_size Jacobians are held at a time."""
+    """Exact ‖J‖_F, [B,H,W,C] -> [B].
+
+    Costs a `jacobian` an example; at most chunk_size of them are held at a time.
+    """
     return in_chunks(lambda one: jnp.sqrt((_jacobian_one(fn, one) ** 2).sum()), x, chunk_size)
 
 
 def singular_values(fn: Fn, x: Images, *, chunk_size: int | None = None) -> Float[Array, "b n"]:
-    """All singular values of J, largest first, [B,H,W,C] -> [B,min(K,H·W·C)]: one SVD an example.
+    """All singular values of J, largest first, [B,H,W,C] -> [B,min(K,H·W·C)].
 
-    Their squares sum to ‖J‖_F², and the first is the spectral norm, exactly.
+    Their squares sum to ‖J‖_F², and the first is the spectral norm, exactly. Costs a `jacobian`
+    and an SVD of [K,H·W·C] an example; at most chunk_size of them are held at a time.
     """
 
     def singular_values_one(one):
@@ -62,9 +66,11 @@ def singular_values(fn: Fn, x: Images, *, chunk_size: int | None = None) -> Floa
 def squared_frobenius_samples(
     fn: Fn, x: Images, key: KeyOrKeys, *, num_projections: int
 ) -> Float[Array, "n b"]:
-    """Unbiased samples ‖Jv‖² of ‖J‖_F², v ~ N(0, I), each by one jax.jvp -> [num_projections, B].
+    """Unbiased samples ‖Jv‖² of ‖J‖_F², v ~ N(0, I) -> [num_projections, B].
 
-    Differentiable in the network's parameters, so it serves as a regulariser too.
+    Differentiable in the network's parameters, so it serves as a regulariser too. Costs
+    num_projections forward-mode passes (jax.jvp) of the whole batch, one at a time; its gradient
+    keeps the activations of all. Raises ValueError for num_projections below 1.
     """
     if num_projections < 1:
         raise ValueError(f"num_projections must be at least 1, not {num_projections!r}")
@@ -83,7 +89,8 @@ def frobenius_norm_estimate(
     """‖J‖_F from num_projections ≥ 2 random projections, with its standard error; both [B].
 
     E‖Jv‖² = ‖J‖_F² for v ~ N(0, I) (Hutchinson; as a regulariser: arXiv 1908.02729). The error
-    of the square is carried to the norm by the delta method.
+    of the square is carried to the norm by the delta method. Costs num_projections forward-mode
+    passes an example, chunk_size examples at a time. Raises ValueError for num_projections below 2.
     """
     if num_projections < 2:
         raise ValueError(
@@ -108,9 +115,11 @@ def spectral_norm(
     num_iterations: int = 20,
     chunk_size: int | None = None,
 ) -> PerExample:
-    """The largest singular value of J by power iteration on JᵀJ (a jvp and a vjp each) -> [B].
+    """The largest singular value of J by power iteration on JᵀJ -> [B].
 
-    A lower bound that converges from below, at the rate (σ₂/σ₁)² an iteration.
+    A lower bound that converges from below, at the rate (σ₂/σ₁)² an iteration. Costs num_iterations
+    forward-mode and backward passes an example, chunk_size examples at a time. Raises ValueError
+    for num_iterations below 1.
     """
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, not {num_iterations!r}")

@@ -32,8 +32,9 @@ def guided_complement_entropy(
 ) -> PerExample:
     """Guided complement entropy, p_y^α · Σ_{j≠y} q_j log q_j / log(K-1) in [-1, 0], minimised.
 
-    q is the softmax over the classes other than y. [B,K], [B] -> [B]; K ≥ 3. Source: arXiv
-    1903.09799. The authors' code divides by log K instead: a constant factor on the gradient.
+    q is the softmax over the classes other than y. [B,K], [B] -> [B]. Raises ValueError for K < 3
+    or α outside [0, 1]. Source: arXiv 1903.09799. The authors' code divides by log K instead: a
+    constant factor on the gradient.
     """
     _check_range("alpha", alpha, 0.0, 1.0)
     num_classes = _check_classes("guided_complement_entropy", logits, 3)
@@ -50,7 +51,10 @@ def boosted_cross_entropy(logits: Logits, labels: Labels) -> PerExample:
 
 
 def carlini_wagner(logits: Logits, labels: Labels) -> PerExample:
-    """Negated margin, max_{j≠y} z_j - z_y, as maximised by an attack (arXiv 1608.04644, f6)."""
+    """Negated margin, max_{j≠y} z_j - z_y, as maximised by an attack.
+
+    [B,K], [B] -> [B]. Source: arXiv 1608.04644, f6, untargeted and not cut off at 0.
+    """
     return -margin(logits, labels)
 
 
@@ -79,43 +83,56 @@ def targeted_dlr(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
 
 
 def targeted_margin(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
-    """z_t - z_y, maximised by an attack from y towards t, [B,K], [B], [B] -> [B]."""
+    """z_t - z_y, maximised by an attack from y towards t (arXiv 1910.09338).
+
+    [B,K], [B], [B] -> [B].
+    """
     return _at(logits, targets) - _at(logits, labels)
 
 
 def kl(logits: Logits, reference: Logits) -> PerExample:
-    """KL(softmax(reference) ‖ softmax(logits)), [B,K], [B,K] -> [B] (TRADES, arXiv 1901.08573)."""
+    """KL(p ‖ q) = Σ_k p_k log(p_k / q_k), p and q the softmax of reference and of logits.
+
+    [B,K], [B,K] -> [B]. Source: TRADES, arXiv 1901.08573.
+    """
     log_p = jax.nn.log_softmax(reference)
     return (jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits))).sum(-1)
 
 
 def entropy(logits: Logits) -> PerExample:
-    """Shannon entropy of softmax(logits), in [0, log K] nats, [B,K] -> [B]."""
+    """Shannon entropy -Σ_k p_k log p_k of p = softmax(logits), in [0, log K] nats, [B,K] -> [B]."""
     log_p = jax.nn.log_softmax(logits)
     return -(jnp.exp(log_p) * log_p).sum(-1)
 
 
 def complement_entropy(logits: Logits, labels: Labels) -> PerExample:
-    """Shannon entropy of the softmax over the classes other than y, in [0, log(K-1)] nats.
+    """Entropy -Σ_{j≠y} q_j log q_j of the softmax q over the classes other than y, in nats.
 
-    [B,K], [B] -> [B]; K ≥ 3. Source: arXiv 1903.01182, eq. 2.
+    [B,K], [B] -> [B], in [0, log(K-1)]. Raises ValueError for K < 3. Source: arXiv 1903.01182,
+    eq. 2.
     """
     _check_classes("complement_entropy", logits, 3)
     return entropy(complement(logits, labels))
 
 
 def margin(logits: Logits, labels: Labels) -> PerExample:
-    """Output margin z_y - max_{j≠y} z_j, positive where classified right, [B,K], [B] -> [B]."""
+    """Output margin z_y - max_{j≠y} z_j, positive where classified right.
+
+    [B,K], [B] -> [B], in units of the logits. Source: Crammer & Singer 2001.
+    """
     return _at(logits, labels) - _without(logits, labels).max(-1)
 
 
 def confidence(logits: Logits, labels: Labels) -> PerExample:
-    """Probability of the label, p_y in [0, 1], [B,K], [B] -> [B]."""
+    """Probability of the label, p_y = exp(z_y) / Σ_k exp(z_k) in [0, 1], [B,K], [B] -> [B]."""
     return jnp.exp(_at(jax.nn.log_softmax(logits), labels))
 
 
 def correct(logits: Logits, labels: Labels) -> PerExample:
-    """1 where the label's logit is the largest, else 0; NaN logits count as wrong. -> [B]."""
+    """1 where the label's logit is the largest, else 0: [B,K], [B] -> [B].
+
+    Logits that are not all finite count as wrong.
+    """
     finite = jnp.isfinite(logits).all(-1)
     return ((jnp.argmax(logits, -1) == labels) & finite).astype(jnp.float32)
 

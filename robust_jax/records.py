@@ -44,6 +44,14 @@ def fates(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Series:
     return pd.Series(fate, index=records.index, name="fate")
 
 
+def breaking_eps(records: pd.DataFrame, names: Iterable[str]) -> pd.Series:
+    """The smallest eps at which any of the named attacks broke each example; inf where none did."""
+    eps = pd.Series(np.inf, index=records.index, name="breaking_eps")
+    for name, radius in reversed(_columns(records, names, np.inf)):
+        eps[held(records, name, radius) == 0] = radius
+    return eps
+
+
 def evidence(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.DataFrame:
     """For each example the attack up to eps that broke it at the smallest radius.
 

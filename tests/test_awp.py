@@ -8,13 +8,11 @@ import optax
 import pytest
 from flax import linen as nn
 
-from robust_jax import losses
-from robust_jax.attacks import pgd
-from robust_jax.experiment import apply_fn
 from robust_jax.objectives import Adversary, make_objective
-from robust_jax.train import awp, optimizer, parallel
-from robust_jax.train.state import TrainState, init_state
+from robust_jax.train import awp, parallel
+from robust_jax.train.state import TrainState
 from robust_jax.train.step import make_train_step
+from tests.training import training_of
 
 KEY = jax.random.key(0)
 GAMMA, RATE = 0.1, 0.5
@@ -90,29 +88,17 @@ class Net(nn.Module):
         x = nn.Dense(8)(x.reshape(x.shape[0], -1))
         axis = parallel.AXIS if train else None
         x = nn.BatchNorm(use_running_average=not train, axis_name=axis)(x)
-        return nn.Dense(3)(jnp.tanh(x))
+        return nn.Dense(10)(jnp.tanh(x))
 
 
 @pytest.fixture(scope="module")
 def stepped():
     """stepped(num_devices, **keywords) -> the state and sums after two steps."""
-    model = Net()
-    adversary = Adversary(lambda f, x, y, k: pgd(f, x, y, k, eps=0.5, norm="l2", num_steps=1))
-    objective = make_objective(
-        apply_fn(model), loss=losses.cross_entropy, loss_on="adversarial", adversary=adversary
-    )
-    tx = optimizer.sgd(optax.constant_schedule(0.1), 1e-3, optimizer.decayed)
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 256, (16, 4, 4, 1), dtype=np.uint8),
-        "label": rng.integers(0, 3, 16).astype(np.int32),
-        "position": np.arange(16),
-    }
+    make_step, init, batch = training_of(Net(), loss_on="adversarial")
 
     def run(num_devices, **keywords):
-        step = make_train_step(objective, tx, axis_name=parallel.AXIS, **keywords)
-        mapped = parallel.map_step(step, "pmap", jax.devices()[:num_devices])
-        state = init_state(model, tx, KEY, (4, 4, 1), average=False)
+        mapped = parallel.map_step(make_step(**keywords), "pmap", jax.devices()[:num_devices])
+        state = init()
         for _ in range(2):
             state, sums = mapped(state, batch, KEY)
         return jax.device_get((state, sums))

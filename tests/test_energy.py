@@ -101,6 +101,9 @@ def test_oscillation_is_above_the_adversarial_term_on_every_example(trained, nor
     at_x, at_adv = (losses.cross_entropy(logits_fn(point), y) for point in (x, x_adv))
     # And strictly so: no image is at a minimum of its own loss.
     assert (oscillation > 1.2 * (at_adv - at_x) ** 2).all()
+    rise = energy.rise(logits_fn, x, y, KEY, **keywords)
+    assert (rise <= oscillation).all() and (rise > 0).all()
+    np.testing.assert_allclose(rise.mean(), ((at_adv - at_x) ** 2).mean(), rtol=0.1)
 
 
 @pytest.mark.parametrize("label", [0, 1])

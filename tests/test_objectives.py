@@ -232,15 +232,17 @@ KEYWORDS = {
     "energy_oscillation": {"eps": 0.2, "norm": "l2", "num_steps": 2},
     "energy_oscillation_label_free": {"eps": 0.2, "norm": "l2", "num_steps": 2},
 }
+EVERY = {**regularizers.REGULARIZERS, **regularizers.PAIR_REGULARIZERS}
 
 
-@pytest.mark.parametrize("name", regularizers.REGULARIZERS)
-def test_parameters_are_pulled_in_the_direction_that_lowers_the_term(name, setting):
+@pytest.mark.parametrize("on", ["adversarial", "both"])
+@pytest.mark.parametrize("name", EVERY)
+def test_parameters_are_pulled_in_the_direction_that_lowers_the_term(name, on, setting):
     """A small step against the gradient of the whole objective lowers it: nothing is cut off."""
     params, stats, batch = setting
-    fn = functools.partial(regularizers.REGULARIZERS[name], **KEYWORDS.get(name, {}))
-    term = Term(fn, 5.0, "clean")
-    objective = make_objective(apply, loss=losses.cross_entropy, loss_on="clean",
+    term = Term(functools.partial(EVERY[name], **KEYWORDS.get(name, {})), 5.0, on)
+    shifted = Adversary(lambda f, x, y, k: jnp.clip(x + 0.1, 0, 1))
+    objective = make_objective(apply, loss=losses.cross_entropy, loss_on=on, adversary=shifted,
                                terms={name: term})  # fmt: skip
 
     @jax.jit
@@ -250,6 +252,7 @@ def test_parameters_are_pulled_in_the_direction_that_lowers_the_term(name, setti
 
     before, gradient = value_and_gradient(params)
     squared_norm = sum((g**2).sum() for g in jax.tree.leaves(gradient))
+    assert 0 < squared_norm < np.inf
     step = 1e-3
     after, _ = value_and_gradient(jax.tree.map(lambda p, g: p - step * g, params, gradient))
     np.testing.assert_allclose(before - after, step * squared_norm, rtol=0.15)

@@ -13,7 +13,7 @@ import pytest
 
 from robust_jax import report
 from robust_jax.analysis import plots, runs
-from robust_jax.records import evidence, fates
+from robust_jax.records import breaking_eps, evidence, fates
 
 EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
 ATTACKS = {"fgsm": 1.3, "pgd": 1.0}  # how much further than the nearest boundary each must go
@@ -150,6 +150,15 @@ def make_images(channels: int, num: int = 10) -> dict[str, np.ndarray]:
     return {"clean": clean, "adversarial": np.clip(clean + noise, 0, 1).astype(np.float32),
             "label": label, "clean_prediction": label,
             "adversarial_prediction": (label + rng.integers(0, 2, num)) % 10}  # fmt: skip
+
+
+def test_the_smallest_eps_that_breaks_is_that_of_the_attack_that_got_there_first():
+    records = pd.DataFrame({
+        "pgd@0.1/held": [True, False, True], "pgd@0.2/held": [False, False, True],
+        "fgsm@0.1/held": [False, True, True], "other@0.05/held": [False, False, False],
+    })  # fmt: skip
+    assert list(breaking_eps(records, ("pgd", "fgsm"))) == [0.1, 0.1, np.inf]
+    assert list(breaking_eps(records, ("pgd",))) == [0.2, 0.1, np.inf]
 
 
 def make_audit(**verdicts) -> dict:

@@ -1,8 +1,9 @@
 """A run that is stopped again and again ends as if nothing had happened: `make test-slow`.
 
-`pytest -m slow -rP tests/test_survival.py` shows at what work each stop came.
+`pytest -m slow -rP tests/test_survival.py` shows how many stops came at what work.
 """
 
+import contextlib
 import json
 import random
 import signal
@@ -10,6 +11,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
+from itertools import cycle
+from pathlib import Path
 
 import chex
 import jax
@@ -23,8 +27,29 @@ from tests.test_demo import AUTOATTACK, TINY
 
 NUM_STOPS = 20
 ATTACKS = {"pgd_linf": {"name": "pgd", "eps": (0.1,), "num_steps": 3}, "autoattack": AUTOATTACK}
-FLAGS = (*TINY, "--config.checkpoint_every=5 steps", "--config.validate_every=10 steps",
-         f"--config.attacks={ATTACKS!r}")  # fmt: skip
+FLAGS = (*TINY, "--config.duration=150 steps", "--config.checkpoint_every=5 steps",
+         "--config.validate_every=10 steps", f"--config.attacks={ATTACKS!r}")  # fmt: skip
+
+
+def touched(workdir: Path, pattern: str, since: float) -> bool:
+    """Whether a file or folder of that pattern has changed since then."""
+    times = []
+    for path in workdir.glob(pattern):
+        try:
+            times.append(path.stat().st_mtime)
+        except FileNotFoundError:  # renamed or removed just now
+            continue
+    return max(times, default=0.0) > since
+
+
+# What a process leaves when it gets to a work, and the share of a run within which it is stopped.
+WORK: Mapping[str, tuple[Callable[[Path, float], bool], float]] = {
+    "anywhere": (lambda workdir, since: True, 1.0),
+    "training": (lambda workdir, since: touched(workdir, "checkpoints/last/*", since), 0.3),
+    "writing a checkpoint": (lambda workdir, since: touched(workdir, "checkpoints/*/*tmp*", since),
+                             0.005),
+    "evaluation": (lambda workdir, since: touched(workdir, "unfinished/*", since), 0.2),
+}  # fmt: skip
 
 
 def start(workdir):
@@ -55,22 +80,24 @@ def left_in(workdir):
     return results, files, jax.device_get((trained.best, trained.last))
 
 
-def work_of(workdir):
-    """What a process that was stopped had been at, by what it left."""
-    last = workdir / "checkpoints/last"
-    steps = [path.name for path in last.glob("*")] if last.exists() else []
-    if any("tmp" in name for name in steps):
+def work_of(workdir, since):
+    """What a process that began then and was stopped had been at, by what it left."""
+    steps = [path.name for path in (workdir / "checkpoints/last").glob("*")]
+    if touched(workdir, "checkpoints/*/*tmp*", since):
         return "writing a checkpoint"
     if (workdir / "unfinished").exists() or (workdir / "records").exists():
         return "evaluation"
-    if "26" in steps:
+    if "150" in steps:
         return "before evaluation"
     return "training" if (workdir / "metrics.jsonl").exists() else "before training"
 
 
-def stop(workdir, seconds, kind):
-    """Starts the run and stops it after so long; whether it was in time to."""
-    process = start(workdir)
+def stop(workdir, work, seconds, kind):
+    """Stops a run so long after it got to a work: what it was at, None if it ended before that."""
+    since, process = time.time(), start(workdir)
+    while not WORK[work][0](workdir, since) and process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.002)
     try:
         process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -79,13 +106,13 @@ def stop(workdir, seconds, kind):
         _, errors = process.communicate(timeout=60)
         # A SIGTERM before or after training ends the process as it ends any other.
         if process.returncode == 0:  # it ended just before
-            return False
+            return None
         expected = {-kind, EXIT_TERMINATED} if kind == signal.SIGTERM else {-kind}
         assert process.returncode in expected, errors[-3000:]
         assert time.perf_counter() - begun < 30
-        return True
+        return work_of(workdir, since)
     assert process.returncode == 0
-    return False
+    return None
 
 
 @pytest.mark.slow
@@ -95,12 +122,16 @@ def test_stopped_at_random_moments_a_run_ends_as_undisturbed(tmp_path, kind):
     finish(tmp_path / "first")  # compiles, so that moments are spread over work
     seconds = finish(tmp_path / "undisturbed")
     expected = left_in(tmp_path / "undisturbed")
-    stops, runs = [], 0
+    stops, runs, works = [], 0, cycle(WORK)
     while len(stops) < NUM_STOPS:
         workdir = tmp_path / f"stopped_{runs}"
         runs += 1
-        while len(stops) < NUM_STOPS and stop(workdir, rng.uniform(0, 1) * seconds, kind):
-            stops.append(work_of(workdir))
+        while len(stops) < NUM_STOPS:
+            work = next(works)
+            stopped = stop(workdir, work, rng.uniform(0, WORK[work][1]) * seconds, kind)
+            if stopped is None:
+                break
+            stops.append(stopped)
         finish(workdir)
         results, files, variables = left_in(workdir)
         assert results == expected[0]

@@ -15,18 +15,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from robust_jax import data, losses
+from robust_jax import data
 from robust_jax.attacks import pgd
 from robust_jax.errors import UserError
-from robust_jax.experiment import apply_fn, build
+from robust_jax.experiment import build
 from robust_jax.models import MODELS
-from robust_jax.objectives import Adversary, make_objective
 from robust_jax.train import loop, optimizer, parallel
 from robust_jax.train.checkpoint import Checkpoints
 from robust_jax.train.metrics import MetricsWriter, reduce_sums
-from robust_jax.train.state import init_state
-from robust_jax.train.step import make_train_step
 from robust_jax.train.validate import make_validation
+from tests.training import training_of
 
 KEY = jax.random.key(0)
 
@@ -57,45 +55,20 @@ def wide_resnet_step():
     model = MODELS["wide_resnet"](
         num_classes=10, depth=10, width=1, activation="silu", axis_name=parallel.AXIS
     )
-    # Smooth all along: a sign or a kink would turn a rounding difference into a large one.
-    adversary = Adversary(lambda f, x, y, k: pgd(f, x, y, k, eps=0.5, norm="l2", num_steps=2))
-    objective = make_objective(
-        apply_fn(model), loss=losses.cross_entropy, loss_on="both", adversary=adversary
-    )
-    tx = optimizer.sgd(optax.constant_schedule(0.01), 1e-3, optimizer.decayed)
-    step = make_train_step(
-        objective, tx, axis_name=parallel.AXIS, crop_padding=1, flip=True, ema_decay=0.9
-    )
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8),
-        "label": rng.integers(0, 10, 16).astype(np.int32),
-        "position": np.arange(16),
-    }
-    return step, lambda: init_state(model, tx, KEY, (8, 8, 1), average=True), batch
+    make_step, init, batch = training_of(model, loss_on="both", learning_rate=0.01)
+    step = make_step(crop_padding=1, flip=True, ema_decay=0.9)
+    return step, functools.partial(init, average=True), batch
 
 
 def test_a_batch_in_parts_has_the_gradient_of_the_whole():
     """Of a network without BatchNorm, in the attack as in the loss, on one device and on two."""
     model = MODELS["cnn"](num_classes=10, widths=(4,), hidden=8)
-    adversary = Adversary(lambda f, x, y, k: pgd(f, x, y, k, eps=0.5, norm="l2", num_steps=2))
-    objective = make_objective(
-        apply_fn(model), loss=losses.cross_entropy, loss_on="both", adversary=adversary
-    )
-    tx = optimizer.sgd(optax.constant_schedule(0.1), 1e-3, optimizer.decayed)
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.random((16, 8, 8, 1), dtype=np.float32),
-        "label": rng.integers(0, 10, 16).astype(np.int32),
-        "position": np.arange(16),
-    }
+    make_step, init, batch = training_of(model, loss_on="both")
     found = []
     for num_parts, devices in ((1, 1), (4, 1), (4, 2)):
-        step = make_train_step(
-            objective, tx, axis_name=parallel.AXIS, num_parts=num_parts, weight_perturbation=0.01
-        )
+        step = make_step(num_parts=num_parts, weight_perturbation=0.01)
         mapped = parallel.map_step(step, "shard_map", jax.devices()[:devices])
-        state = init_state(model, tx, KEY, (8, 8, 1), average=False)
+        state = init()
         for _ in range(2):
             state, sums = mapped(state, batch, KEY)
         assert float(sums["loss"][1]) == 16
@@ -158,12 +131,22 @@ def test_validation_attacks_and_counts_an_example_once():
         return variables["scale"] * x.reshape(x.shape[0], 2)
 
     validate = make_validation(
-        network, functools.partial(pgd, eps=0.1), split, batch_size=3, key=KEY, method="pmap"
-    )
+        network, functools.partial(pgd, eps=0.1), split, batch_size=3, key=KEY, method="pmap",
+        margins_of=split,
+    )  # fmt: skip
     values = validate({"scale": np.float32(3)})
     # Right: the first three. Held at 0.1, which moves the gap by 0.2: the first and the third.
     assert values["clean_accuracy"] == 0.75
     assert values["robust_accuracy"] == 0.5
+    # Of a linear network the distances to the boundary are exact, whatever its scale.
+    distances = np.array([0.8, 0.1, 0.8, -0.1]) / np.sqrt(2)
+    expected = {
+        "minimum_margin": distances.min(),
+        "average_margin": distances.mean(),
+        **{f"margin_q{q}": np.percentile(distances, q) for q in (10, 50, 90)},
+    }
+    found = {name: value for name, value in values.items() if "margin" in name}
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Confidence, entropy and calibration, from logits or from the columns of an evaluation's records.
 
-numpy arrays in and out, one row an example; no network is called.
+numpy arrays in and out, one row an example. Each costs a pass over its rows; no network is called.
 """
 
 from typing import NamedTuple

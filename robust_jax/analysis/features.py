@@ -27,7 +27,8 @@ def captured(model: nn.Module, variables: Any, *, every_module: bool = False) ->
 
     The networks of `models` sow their hidden layers after the activation, and "features", the
     input of the last layer. every_module: the outputs of all submodules too, under their paths,
-    for a network that sows nothing. Something sown several times is numbered.
+    for a network that sows nothing. Something sown several times is numbered. A call costs one
+    forward pass and holds every layer's values of the whole batch.
     """
 
     def features_fn(x):
@@ -68,8 +69,8 @@ def change(
 def random_neighbour(x: Images, key: KeyOrKeys, *, eps: float, norm: Norm = "linf") -> Images:
     """A random point at distance eps from each x (`norms.random_on_sphere`), clipped to [0,1].
 
-    The random counterpart of an adversarial point. Raises ValueError for a negative eps or an
-    unknown norm.
+    The random counterpart of an adversarial point, at the cost of the draw: no network is called.
+    Raises ValueError for a negative eps or an unknown norm.
     """
     check_lengths(eps=eps)
 

@@ -41,7 +41,8 @@ def linear(
 
     q is the order dual to norm; the walls of [0,1] are not looked at. Exact where x is classified
     right, and for two classes; otherwise no larger in magnitude than the margin, for of the
-    boundaries in between it goes to the furthest alone. Raises ValueError for an unknown norm.
+    boundaries in between it goes to the furthest alone. Costs B·K·D multiplications and holds K²
+    differences of D weights. Raises ValueError for an unknown norm.
     """
     weights, x = np.asarray(weights, np.float64), np.asarray(x, np.float64)
     logits = x.reshape(len(x), -1) @ weights.T + np.asarray(bias, np.float64)
@@ -119,8 +120,8 @@ def lipschitz(
     norm, or all l2 and the distance carried over by ‖δ‖_2 ≤ ‖δ‖_1 and ‖δ‖_2 ≤ √D ‖δ‖_∞: whichever
     guarantees more. It holds for layers that follow one another, as `spectra.layers` lists them,
     with nothing in between but maps of Lipschitz constant at most 1: ReLU, maxima or means of
-    disjoint tiles, flattening. Raises ValueError for a last layer that is not dense, or an unknown
-    norm.
+    disjoint tiles, flattening. Costs two `operator_norm` a layer, in norm and in l2, for all
+    examples together. Raises ValueError for a last layer that is not dense, or an unknown norm.
     """
     first, *_ = *hidden, head = layers.values()
     if head.kernel.ndim != 2:

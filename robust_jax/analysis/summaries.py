@@ -1,4 +1,4 @@
-"""Many measurements as a few numbers."""
+"""Many measurements as a few numbers, by a sort or a pass over them: no network is called."""
 
 from collections.abc import Mapping, Sequence
 

@@ -15,7 +15,10 @@ Images = Float[Array, "b h w c"]
 
 
 def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:
-    """A random direction at right angles to x_adv - x and as long in l2, [B,H,W,C]."""
+    """A random direction at right angles to x_adv - x and as long in l2, [B,H,W,C].
+
+    Costs the draw alone: no network is called.
+    """
 
     def direction_one(move, key):
         noise = jax.random.normal(key, move.shape, move.dtype)

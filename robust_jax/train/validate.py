@@ -27,8 +27,9 @@ def make_validation(
 ) -> Validate:
     """validate(variables) -> {clean_accuracy, robust_accuracy, cross_entropy} over the whole split.
 
-    And, of the split margins_of, if there is one: minimum_margin and average_margin, first-order
-    in the input space, l2 (arXiv 1907.11780).
+    And, of the split margins_of, if there is one: minimum_margin, average_margin and the quantiles
+    margin_q10, margin_q50 and margin_q90, first-order in the input space, l2, in pixel units
+    (arXiv 1907.11780).
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
     where both the example and its x_adv are classified right.
@@ -66,8 +67,13 @@ def make_validation(
         found = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
         if margins_of is not None:
             margin = mapped_margins(variables, margins_of, margins_of.labeled)["margin"]
-            found["minimum_margin"] = float(margin.min())
-            found["average_margin"] = float(margin.mean(dtype=np.float64))
+            # What `margins.first_order` gives where the gradient vanishes is no distance.
+            margin = np.where(np.abs(margin) < 1e9, margin, np.nan)
+            found["minimum_margin"] = float(np.nanmin(margin))
+            found["average_margin"] = float(np.nanmean(margin, dtype=np.float64))
+            # The minimum is one example's, and a few far ones move the average.
+            for q in (10, 50, 90):
+                found[f"margin_q{q}"] = float(np.nanpercentile(margin, q))
         return found
 
     return validate

@@ -1,4 +1,7 @@
-"""Figures: arrays or DataFrames in, matplotlib Figures out. `run` of one run, `measures` of any."""
+"""Figures: arrays or DataFrames in, matplotlib Figures out.
+
+`run` of one run, `measures` of any networks, `study` of arms and seeds.
+"""
 
 from robust_jax.analysis.plots.measures import (
     by_layer,
@@ -22,6 +25,7 @@ from robust_jax.analysis.plots.run import (
     jacobian_histograms,
     training_curves,
 )
+from robust_jax.analysis.plots.study import measures_against_each_other
 
 __all__ = [
     "FATE_COLORS",
@@ -39,6 +43,7 @@ __all__ = [
     "jacobian_histograms",
     "latent_scatter",
     "loss_surfaces",
+    "measures_against_each_other",
     "reliability_diagram",
     "singular_values",
     "training_curves",

@@ -1,0 +1,87 @@
+"""What the benchmarks of our own speed share: a training step, images, and taking turns."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+
+from robust_jax import attacks, losses
+from robust_jax.experiment import apply_fn
+from robust_jax.objectives import Adversary, make_objective
+from robust_jax.train import parallel
+from robust_jax.train.state import init_state
+from robust_jax.train.step import make_train_step, together
+
+EPS, STEP_SIZE, LEARNING_RATE, MOMENTUM = 0.1, 0.025, 0.01, 0.9
+
+Sides = Mapping[str, Callable[[], object]]
+
+
+def images(shape: tuple[int, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random images in [0,1] and labels of ten classes."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(count, *shape)).astype(np.float32)
+    return x, rng.integers(10, size=count).astype(np.int32)
+
+
+class TrainingStep:
+    """Adversarial training by PGD (linf) with SGD and momentum; a call makes a step and waits.
+
+    Of num_seeds networks in one program, as a study trains them; weights are the first's at the
+    beginning.
+    """
+
+    def __init__(
+        self, make_model: Callable, shape: tuple[int, ...], *, batch_size: int, num_steps: int,
+        num_seeds: int = 1,
+    ):  # fmt: skip
+        model = make_model(num_classes=10, axis_name=parallel.AXIS)
+        x, y = images(shape, batch_size)
+        self.pixels = (x * 255).astype(np.uint8)
+        pgd = partial(
+            attacks.pgd, keep_best=False, eps=EPS, step_size=STEP_SIZE, num_steps=num_steps
+        )
+        objective = make_objective(
+            apply_fn(model), loss=losses.cross_entropy, loss_on="adversarial",
+            adversary=Adversary(pgd),
+        )  # fmt: skip
+        tx = optax.sgd(LEARNING_RATE, MOMENTUM)
+        step = make_train_step(objective, tx, axis_name=parallel.AXIS)
+        self._step = parallel.map_step(step if num_seeds == 1 else together(step), "pmap")
+        states = tuple(
+            # As the step returns it, or its program would be compiled once more.
+            jax.device_put(
+                init_state(model, tx, jax.random.key(i), shape, average=False),
+                parallel.replicated(),
+            )
+            for i in range(num_seeds)
+        )
+        batch = {"image": self.pixels, "label": y, "position": np.arange(len(y))}
+        key = jax.random.key(0)
+        self.weights = jax.device_get(states[0].variables)
+        self._alone = num_seeds == 1
+        if self._alone:
+            self._state, self._inputs = states[0], (batch, key)
+        else:
+            self._state, self._inputs = states, ((batch,) * num_seeds, (key,) * num_seeds)
+
+    def __call__(self) -> object:
+        results = self._step(self._state, *self._inputs)
+        self._state = results[0] if self._alone else tuple(state for state, _ in results)
+        return jax.block_until_ready(results)
+
+
+def turns(sides: Sides, repeats: int) -> np.ndarray:
+    """Seconds [repeats, sides], the sides one after the other in each repeat, none compiling."""
+    for side in sides.values():
+        side()
+    seconds = np.zeros((repeats, len(sides)))
+    for turn in range(repeats):
+        for i, side in enumerate(sides.values()):
+            start = time.perf_counter()
+            side()
+            seconds[turn, i] = time.perf_counter() - start
+    return seconds
