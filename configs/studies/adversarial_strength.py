@@ -3,7 +3,7 @@
     python launch.py --config=configs/studies/adversarial_strength.py --workdir=runs/strength
 
 Adversarial training of a LeNet-5 on Fashion-MNIST at four strengths. smoke: digits, seconds.
-small: 2 epochs, 3 seeds, about half an hour on 2 CPU cores. full: CIFAR-10, PreActResNet-18, up to
+small: 2 epochs, 3 seeds, 35 minutes of a CPU core. full: CIFAR-10, PreActResNet-18, up to
 16/255, an accelerator.
 """
 

@@ -3,8 +3,8 @@
     python launch.py --config=configs/studies/average_margin.py --workdir=runs/margin
 
 Margins in the input space along training, and a regulariser that promotes their average (our
-reading of the paper). smoke: digits, seconds. small: 3 epochs, 3 seeds, about an hour on 2 CPU
-cores. full: 20 epochs, 5 seeds.
+reading of the paper). smoke: digits, seconds. small: 3 epochs, 3 seeds, 100 minutes of a CPU
+core. full: 20 epochs, 5 seeds.
 """
 
 from ml_collections import ConfigDict

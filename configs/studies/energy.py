@@ -3,8 +3,8 @@
     python launch.py --config=configs/studies/energy.py --workdir=runs/energy
 
 Mean-square and oscillation energy against adversarial training in l2 and VAT, supervised and with
-100 labels (our reading of the paper). smoke: digits, seconds. small: 1 epoch, 3 seeds, about an
-hour on 2 CPU cores. full: 20 epochs, 5 seeds; the paper's other data sets by
+100 labels (our reading of the paper). smoke: digits, seconds. small: 1 epoch, 3 seeds, 65
+minutes of a CPU core. full: 20 epochs, 5 seeds; the paper's other data sets by
 --config.base.dataset=tfds:cifar10 or tfds:svhn_cropped, with --config.base.model.name=…
 """
 

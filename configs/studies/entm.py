@@ -3,8 +3,8 @@
     python launch.py --config=configs/studies/entm.py --workdir=runs/entm --config.scale=small
 
 Entropy maximisation (EntM) and label smoothing (LS), alone and with adversarial training (AT), on
-Fashion-MNIST with LeNet-5. smoke: digits, seconds. small: 2 epochs, 3 seeds, about an hour on 2
-CPU cores. full: CIFAR-10, PreActResNet-18, 8/255, an accelerator.
+Fashion-MNIST with LeNet-5. smoke: digits, seconds. small: 2 epochs, 3 seeds, 40 minutes of a
+CPU core. full: CIFAR-10, PreActResNet-18, 8/255, an accelerator.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 
 The authors' table at eps 0.2 arm for arm, attacked with cross-entropy and with the training loss,
 and AutoAttack, which nobody has published. smoke: digits, seconds. small: 5 epochs (adversarial
-arms: 1), 3 seeds, about an hour on 2 CPU cores. full: the authors' 20 epochs, 5 seeds.
+arms: 1), 3 seeds, 30 minutes of a CPU core. full: the authors' 20 epochs, 5 seeds.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """Figures of a study: several arms, means over seeds with 95 % intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -72,10 +72,13 @@ def measures_by_arm(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Fig
                 ax.plot([entry["low"], entry["high"]], [i, i], color=color, lw=1.5)
             if entry["mean"] is not None:
                 ax.plot(entry["mean"], i, "|", color=color, ms=11, mew=2)
+        if _spread_far(v for arm in arms for v in table[arm][name]["values"].values()):
+            ax.set_xscale("log")
+        else:
+            ax.locator_params(axis="x", nbins=4)
         ax.set_title(name)
         ax.set_yticks(range(len(arms)), arms)
         ax.set_ylim(len(arms) - 0.5, -0.5)
-        ax.locator_params(axis="x", nbins=4)
     return figure
 
 
@@ -96,6 +99,8 @@ def measures_against_each_other(
             points = [(row[across]["values"][s], row[up]["values"][s]) for s in sorted(seeds)]
             ax.plot([x for x, _ in points], [y for _, y in points], ls="", marker=marker,
                     color=color, ms=5, alpha=0.8, label=arm)  # fmt: skip
+        if _spread_far(v for row in table.values() for v in row[across]["values"].values()):
+            ax.set_xscale("log")
         ax.set(xlabel=across, ylabel=up)
     legend_below(figure, panels)
     return figure
@@ -121,6 +126,12 @@ def along_training(history: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
         ax.set(title=name.replace("_", " "), xlabel="epoch")
     legend_below(figure, panels)
     return figure
+
+
+def _spread_far(values: Iterable[float]) -> bool:
+    """Whether values above 0 need a logarithmic axis to be told apart."""
+    known = list(values)
+    return bool(known) and min(known) > 0 and max(known) > 20 * min(known)
 
 
 def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
