@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from scipy import stats
+from scipy.special import stdtrit
 
 from robust_jax import config as config_lib
 from robust_jax import processes, run, study_report
@@ -269,7 +269,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
         return Interval(np.nan, np.nan, np.nan)
     if array.size == 1:
         return Interval(float(array[0]), np.nan, np.nan)
-    half = stats.t.ppf((1 + level) / 2, array.size - 1) * stats.sem(array)
+    half = stdtrit(array.size - 1, (1 + level) / 2) * array.std(ddof=1) / np.sqrt(array.size)
     return Interval(float(array.mean()), float(array.mean() - half), float(array.mean() + half))
 
 

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from sklearn.decomposition import PCA
-from sklearn.metrics import silhouette_score
 
 Latents = Float[np.ndarray, "n ..."]
 Labels = Int[np.ndarray, " n"]
@@ -27,6 +25,8 @@ def projection(latents: Latents, *, num_components: int = 2) -> Projection:
 
     Costs an SVD of [N,D].
     """
+    from sklearn.decomposition import PCA  # seconds that most runs can do without
+
     pca = PCA(num_components, svd_solver="full")
     return Projection(pca.fit_transform(_flat(latents)), pca.explained_variance_ratio_)
 
@@ -38,6 +38,8 @@ def silhouette(latents: Latents, labels: Labels) -> float:
     nearest other class (Rousseeuw 1987). Costs N² distances in D dimensions, of which scikit-learn
     holds 1 GiB at a time.
     """
+    from sklearn.metrics import silhouette_score
+
     return float(silhouette_score(_flat(latents), labels))
 
 
