@@ -2,11 +2,16 @@
 
     python -m benchmarks.speed --work=step,jacobian --nets=small_cnn,preact_resnet18 --repeats=7
 
-Needs the bench extra. Both sides have the same weights, images and float32; they take turns in one
-process, and a row shows the median time of each and the median and range of the ratios of turns. A
-step: PGD (linf) on 128 images, the gradient at the adversarials, SGD with momentum; PyTorch runs
-eagerly in both memory layouts, and the faster one counts. A Jacobian: exact Frobenius norms with
-respect to the image, PyTorch's by torch.func vmap(jacrev). AutoAttack's time is a column of
+    python -m benchmarks.speed --work=step --nets=preact_resnet18,wide_resnet28 --dtype=bfloat16
+
+Needs the bench extra. Both sides have the same weights and images; they take turns in one process,
+and a row shows the median time of each, the median and range of the ratios of turns to the fastest
+of PyTorch's, and the rate of our products beside that of a large matrix product.
+
+A step: PGD (linf) on 128 images, the gradient at the adversarials, SGD with momentum. PyTorch runs
+eagerly in both memory layouts, with autocast in bfloat16, and on a GPU by torch.compile as well,
+with and without CUDA graphs. A Jacobian: exact Frobenius norms with respect to the image, in
+float32, PyTorch's by torch.func vmap(jacrev). AutoAttack's time is a column of
 benchmarks.compare_attacks. docs/performance.md has our tables.
 """
 
@@ -28,6 +33,7 @@ from benchmarks.timing import (
     Sides,
     TrainingStep,
     images,
+    matrix_rate,
     turns,
 )
 from robust_jax import jacobian, models
@@ -36,23 +42,34 @@ NETS = {
     "lenet5": (models.LeNet5, torch_models.LeNet5, (28, 28, 1)),
     "small_cnn": (models.SmallCNN, torch_models.SmallCNN, (28, 28, 1)),
     "preact_resnet18": (models.PreActResNet, torch_models.PreActResNet, (32, 32, 3)),
+    "wide_resnet28": (models.WideResNet, torch_models.PreActResNet, (32, 32, 3)),
 }
 
 
 def steps(net: str, flags) -> Sides:
     """A training step of each side; each call makes one and waits for it."""
     make, make_torch, shape = NETS[net]
-    ours = TrainingStep(make, shape, batch_size=flags.batch_size, num_steps=flags.num_steps)
+    ours = TrainingStep(
+        partial(make, dtype=flags.dtype), shape, batch_size=flags.batch_size,
+        num_steps=flags.num_steps,
+    )  # fmt: skip
     pixels, (_, y) = ours.pixels, images(shape, flags.batch_size)
+    is_gpu = jax.default_backend() == "gpu"
+    device = "cuda" if is_gpu else "cpu"
 
-    def theirs(layout):
+    def theirs(layout=torch.channels_last, compiled=None):
         network = torch_models.from_flax(make_torch(make(num_classes=10)), ours.weights)
-        network = network.to(memory_format=layout)
+        network = network.to(device, memory_format=layout)
         network.requires_grad_(True)
         optimizer = torch.optim.SGD(network.parameters(), LEARNING_RATE, MOMENTUM)
         images = torch_models.to_torch(pixels.astype(np.float32) / 255)
-        images = images.contiguous(memory_format=layout)
-        labels = torch.tensor(y, dtype=torch.long)
+        images = images.to(device).contiguous(memory_format=layout)
+        labels = torch.tensor(y, dtype=torch.long, device=device)
+        logits_of = torch.compile(network, mode=compiled) if compiled else network
+
+        def loss(x, reduction):
+            with torch.autocast(device, torch.bfloat16, enabled=flags.dtype == "bfloat16"):
+                return F.cross_entropy(logits_of(x), labels, reduction=reduction)
 
         def run():
             network.eval()
@@ -61,22 +78,23 @@ def steps(net: str, flags) -> Sides:
             x_adv = torch.minimum(torch.maximum(x_adv, low), high)
             for _ in range(flags.num_steps):
                 x_adv.requires_grad_()
-                value = F.cross_entropy(network(x_adv), labels, reduction="sum")
-                (gradient,) = torch.autograd.grad(value, x_adv)
+                (gradient,) = torch.autograd.grad(loss(x_adv, "sum"), x_adv)
                 x_adv = x_adv.detach() + STEP_SIZE * gradient.sign()
                 x_adv = torch.minimum(torch.maximum(x_adv, low), high)
             network.train()
             optimizer.zero_grad()
-            F.cross_entropy(network(x_adv), labels).backward()
+            loss(x_adv, "mean").backward()
             optimizer.step()
+            if is_gpu:
+                torch.cuda.synchronize()
 
         return run
 
-    return {
-        "ours": ours,
-        "contiguous": theirs(torch.contiguous_format),
-        "channels_last": theirs(torch.channels_last),
-    }
+    sides = {"ours": ours, "contiguous": theirs(torch.contiguous_format), "channels_last": theirs()}
+    if is_gpu:
+        sides["compiled"] = theirs(compiled="default")
+        sides["compiled, CUDA graphs"] = theirs(compiled="reduce-overhead")
+    return sides
 
 
 def jacobians(net: str, flags) -> Sides:
@@ -113,8 +131,10 @@ def main() -> None:
     torch.set_num_threads(flags.threads)
     print(f"{jax.devices()[0].device_kind}, {flags.threads} threads, JAX {jax.__version__}, "
           f"PyTorch {torch.__version__}, {flags.repeats} turns\n")  # fmt: skip
-    print("| work | network | ours, ms | PyTorch, ms | ours / theirs | range |")
-    print("|" + " --- |" * 6)
+    rate = matrix_rate(flags.dtype)
+    print(f"A large matrix product in {flags.dtype}: {rate / 1e12:.3g} TFLOP/s.\n")
+    print("| work | network | ours, ms | PyTorch, ms | ours / theirs | range | of that rate |")
+    print("|" + " --- |" * 7)
     for work in flags.work:
         for net in flags.nets:
             sides = WORK[work](net, flags)
@@ -124,8 +144,14 @@ def main() -> None:
             theirs = ", ".join(
                 f"{name} {1e3 * s:.0f}" for name, s in zip(list(sides)[1:], others, strict=True)
             )
+            step = sides["ours"]
+            share = (
+                f"{100 * step.flops() / ours / rate:.0f} %"
+                if isinstance(step, TrainingStep)
+                else ""
+            )
             print(f"| {work} | {net} | {1e3 * ours:.0f} | {theirs} | "
-                  f"{np.median(ratios):.2f} | {ratios.min():.2f} to {ratios.max():.2f} |",
+                  f"{np.median(ratios):.2f} | {ratios.min():.2f} to {ratios.max():.2f} | {share} |",
                   flush=True)  # fmt: skip
 
 
@@ -135,8 +161,13 @@ def _parse() -> argparse.Namespace:
     )
     names = partial(str.split, sep=",")
     parser.add_argument("--work", type=names, default="step,jacobian", help=", ".join(WORK))
-    parser.add_argument("--nets", type=names, default=",".join(NETS), help=", ".join(NETS))
+    parser.add_argument(
+        "--nets", type=names, default="lenet5,small_cnn,preact_resnet18", help=", ".join(NETS)
+    )
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the steps"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--num_steps", type=int, default=10, help="of PGD")

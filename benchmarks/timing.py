@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from robust_jax import attacks, losses
+from robust_jax import attacks, losses, speed
 from robust_jax.experiment import apply_fn
 from robust_jax.objectives import Adversary, make_objective
 from robust_jax.train import parallel
@@ -68,10 +69,23 @@ class TrainingStep:
         else:
             self._state, self._inputs = states, ((batch,) * num_seeds, (key,) * num_seeds)
 
+    def flops(self) -> float:
+        """The floating-point operations of a step's products and convolutions."""
+        return speed.flops(self._step, self._state, *self._inputs)
+
     def __call__(self) -> object:
         results = self._step(self._state, *self._inputs)
         self._state = results[0] if self._alone else tuple(state for state, _ in results)
         return jax.block_until_ready(results)
+
+
+def matrix_rate(dtype: str) -> float:
+    """FLOP/s of a large matrix product on the first device: what a step can be measured by."""
+    size = 8192 if jax.default_backend() != "cpu" else 2048
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: a @ a)
+    seconds = turns({"product": lambda: jax.block_until_ready(product(a))}, repeats=10)
+    return 2 * size**3 / float(np.median(seconds))
 
 
 def turns(sides: Sides, repeats: int) -> np.ndarray:
