@@ -9,7 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from configs import default
 from robust_jax import report
+from robust_jax.errors import UserError
+from robust_jax.run import run
 from tests.conftest import REPOSITORY
 
 TINY = (
@@ -184,12 +187,13 @@ def test_a_finished_run_says_so_and_keeps_its_files(demo, launch):
     assert (workdir / "results.json").read_bytes() == before
 
 
-def test_another_config_in_the_same_folder_is_refused(demo, launch):
+def test_another_config_in_the_same_folder_is_refused(demo):
     _, workdir = demo
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-    result = launch("--config=configs/default.py", f"--workdir={workdir}", "--config.seed=7")
-    assert result.returncode == 1
-    assert "holds a run of another config (config.seed: 0 → 7)" in result.stderr
+    config = default.get_config()
+    config.seed = 7
+    with pytest.raises(UserError, match=r"a run of another config \(config.seed: 0 → 7\)"):
+        run(config, default.get_config(), workdir, "train")
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
 
 
@@ -348,20 +352,17 @@ def test_audit_mode_looks_again(demo, results, launch, tmp_path):
     assert report.verdict(again) in (workdir / "report.html").read_text()
 
 
-def test_modes_need_a_finished_run(launch, tmp_path):
-    for mode in ("evaluate", "report", "audit", "verify"):
-        result = launch("--config=configs/default.py", f"--workdir={tmp_path / 'none'}",
-                        f"--mode={mode}")  # fmt: skip
-        assert result.returncode == 1
-        assert "holds no run" in result.stderr
+@pytest.mark.parametrize("mode", ["evaluate", "measure", "report", "audit", "verify"])
+def test_modes_need_a_finished_run(mode, tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        run(default.get_config(), default.get_config(), tmp_path / "none", mode)
     assert not (tmp_path / "none").exists()
 
 
-def test_a_folder_with_other_things_is_refused(launch, tmp_path):
+def test_a_folder_with_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    result = launch("--config=configs/default.py", f"--workdir={tmp_path}")
-    assert result.returncode == 1
-    assert "is not empty and holds no run" in result.stderr
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        run(default.get_config(), default.get_config(), tmp_path, "train")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
