@@ -90,8 +90,8 @@ def get_config():
         ("AutoAttack at 0.1", "autoattack@0.1"),
         ("minimum margin", "measurements.margins.minimum"),
         ("average margin", "measurements.margins.mean"),
-        ("average margin, attack", "measurements.margins_attack.mean"),
-        ("average margin, guaranteed", "measurements.margins_guaranteed.mean"),
+        ("average, attack", "measurements.margins_attack.mean"),
+        ("average, guaranteed", "measurements.margins_guaranteed.mean"),
         ("minimum, change", MINIMUM),
         ("average, change", AVERAGE),
     )
