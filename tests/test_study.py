@@ -216,6 +216,23 @@ def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, m
     study.train_seeds_together(members, schema, tmp_path)
 
 
+@pytest.mark.slow  # the parts of one of them run in the suite, below
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [("entm", "at_entm"), ("adversarial_strength", "eps_1"), ("average_margin", "average_margin"),
+     ("energy", "oscillation_100")],
+)  # fmt: skip
+def test_a_seed_of_each_study_runs_at_smoke(name, arm, tmp_path):
+    config = importlib.import_module(f"configs.studies.{name}").get_config()
+    config.scale = "smoke"
+    study.run_study(config, default.get_config(), tmp_path, only=f"{arm}/0")
+    results = study.run_study(config, default.get_config(), tmp_path, "report")
+    for label, measure in results["measures"].items():
+        if not measure.startswith("audit."):  # smoke has no audit
+            assert results["table"][arm][label]["mean"] is not None, label
+    assert (tmp_path / "README.md").exists()
+
+
 def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path):
     flags = ("--config=configs/studies/guided_complement_entropy.py", "--config.scale=smoke",
              f"--workdir={tmp_path}")  # fmt: skip
