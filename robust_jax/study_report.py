@@ -54,7 +54,8 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
     for name, (figure, alt) in figures.items():
         images.append(report.image(figure, alt))
         with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
-            figure.savefig(workdir / "figures" / f"{name}.svg", metadata={"Date": None})
+            path = workdir / "figures" / f"{name}.svg"
+            figure.savefig(path, metadata={"Date": None}, dpi=90)  # of what is pixels within it
     claims, heads, rows = _claims(results), list(results["measures"]), _rows(results)
     page = report.template("study.html.j2").render(
         title=results["title"], question=results["question"], paper=results["paper"],
