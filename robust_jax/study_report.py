@@ -22,6 +22,8 @@ _DISTRIBUTIONS = {
     "input_margin": "margin in the input space, pixel units",
 }
 
+_DRAWN = 400  # points of a scatter plot
+
 
 def write(workdir: Path, results: Results, arrays: Arrays) -> None:
     """Writes report.html, README.md and figures/*.svg into workdir.
@@ -55,7 +57,7 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
         images.append(report.image(figure, alt))
         with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
             path = workdir / "figures" / f"{name}.svg"
-            figure.savefig(path, metadata={"Date": None}, dpi=90)  # of what is pixels within it
+            figure.savefig(path, metadata={"Date": None}, dpi=80)  # of what is pixels within it
     claims, heads, rows = _claims(results), list(results["measures"]), _rows(results)
     page = report.template("study.html.j2").render(
         title=results["title"], question=results["question"], paper=results["paper"],
@@ -93,7 +95,10 @@ def _measured(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
             )
         elif array == "projection":
             figures[measurement] = (
-                measures.latent_scatter(of(name), next(iter(of(f"{measurement}/label").values()))),
+                measures.latent_scatter(
+                    {arm: points[:_DRAWN] for arm, points in of(name).items()},
+                    next(iter(of(f"{measurement}/label").values()))[:_DRAWN],
+                ),
                 "The last layer's input on its principal axes, a colour for each class: one seed.",
             )
     for measurement in dict.fromkeys(name.partition("/")[0] for name in names):

@@ -161,12 +161,13 @@ def latent_scatter(points: Mapping[str, ArrayLike], labels: ArrayLike) -> Figure
         for i, c in enumerate(classes):
             here = xy[labels == c]
             ax.scatter(here[:, 0], here[:, 1], s=9, alpha=0.6, color=COLORS[i % len(COLORS)],
-                       linewidths=0, marker=MARKERS[i % len(MARKERS)], rasterized=True)  # fmt: skip
+                       linewidths=0, marker=MARKERS[i % len(MARKERS)], zorder=1)  # fmt: skip
             at_x, at_y = np.median(here, axis=0)
             ax.text(at_x, at_y, str(c), weight="bold", ha="center", va="center",
                     fontsize=11, path_effects=outline)  # fmt: skip
         ax.set(title=_wrapped(arm, 38), xlabel="first component", ylabel="second component")
         ax.set_aspect("equal", adjustable="datalim")
+        ax.set_rasterization_zorder(1.1)  # all points of a panel as one picture
     return figure
 
 
