@@ -4,6 +4,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
+
 # What numpy.load raises, without unpickling, of an npz file that is damaged or something else;
 # NotImplementedError and RuntimeError are zipfile's, of a compression or a flag it does not know.
 UNREADABLE_NPZ = (
@@ -16,4 +18,12 @@ def write_atomically(path: Path, text: str) -> Path:
     """Writes text beside path and renames it to path, which is returned."""
     pending = path.with_name(path.name + ".pending")
     pending.write_text(text, encoding="utf-8")
+    return pending.replace(path)
+
+
+def save_arrays(path: Path, **arrays: np.ndarray | str | int) -> Path:
+    """Writes a compressed npz file beside path and renames it to path, which is returned."""
+    pending = path.with_name(path.name + ".pending")
+    with pending.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
     return pending.replace(path)

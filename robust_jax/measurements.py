@@ -99,7 +99,10 @@ def input_margins(
         found = _over(
             subject, lambda fn, rows: margins.first_order(fn, rows["x"], rows["y"], norm=norm), x, y
         )
-    return {**summary(found), "input_margin": np.asarray(found)}
+    found = np.asarray(found)
+    if not np.isfinite(found).any():  # such as those of a network that collapsed
+        return {"count": 0, "not_finite": len(found)}
+    return {**summary(found), "input_margin": found}
 
 
 def layer_spectra(subject: Subject) -> Found:
@@ -152,10 +155,11 @@ def feature_change(
         }
         return {kind: features.change(features_fn, x, there) for kind, there in moved.items()}
 
+    # A compiled program gives dicts back in the order of their keys.
+    layers = list(features_fn(jnp.asarray(x[:1])))
     found: Found = {}
     for kind, changes in _over(subject, measure, x, y).items():
-        # A compiled program gives dicts back in the order of their keys.
-        by_layer = {name: changes[name] for name in features_fn(jnp.asarray(x[:1]))}
+        by_layer = {name: changes[name] for name in layers}
         means = {name: float(np.nanmean(v)) for name, v in by_layer.items()}
         found |= {f"{kind}/{name}": mean for name, mean in means.items()}
         found[f"mean_{kind}"] = float(np.mean(list(means.values())))
@@ -238,8 +242,9 @@ def jacobian_spectrum(
     x, y = _examples(subject.dataset.test, num_examples)
 
     def measure(fn, rows):
-        outputs_fn = fn if of == "logits" else lambda x: jax.nn.softmax(fn(x))
-        return jacobian.singular_values(outputs_fn, rows["x"])
+        return jacobian.singular_values(
+            fn if of == "logits" else jacobian.probabilities(fn), rows["x"]
+        )
 
     found = _over(subject, measure, x, y)
     return {f"{i}": float(value) for i, value in enumerate(found.mean(0))}

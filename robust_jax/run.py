@@ -26,7 +26,7 @@ from robust_jax.audit import NothingToAudit
 from robust_jax.errors import UserError
 from robust_jax.evaluate import summarize
 from robust_jax.experiment import Experiment, build, load, subject_of, surrogate_config
-from robust_jax.files import write_atomically
+from robust_jax.files import save_arrays, write_atomically
 from robust_jax.models import num_parameters
 from robust_jax.train import loop
 from robust_jax.train.loop import Trained, is_trained, restore, train
@@ -192,7 +192,7 @@ def _evaluate(
         processes.on_first(partial(tables[name].to_csv, path, index=False))
     if images := _images(experiment, trained):
         path = workdir / "examples.npz"
-        processes.on_first(partial(np.savez, path, allow_pickle=False, **images))
+        processes.on_first(partial(save_arrays, path, **images))
     results = _results(experiment, trained, tables)
     results["timings"] = {
         **trained.timings,
@@ -230,25 +230,33 @@ def _training(workdir: Path) -> dict[str, dict[str, float]]:
     metrics = runs.load(workdir).metrics.dropna(subset=["validation/cross_entropy"])
     columns = [name for name in metrics if name.startswith("validation/")]
     return {
-        when: {name.partition("/")[2]: float(metrics[name].iloc[i]) for name in columns}
+        when: {
+            name.partition("/")[2]: float(value)
+            for name, value in metrics[columns].iloc[i].items()
+            if np.isfinite(value)
+        }
         for when, i in (("first", 0), ("last", -1))
     }
 
 
 def _measurements(
     experiment: Experiment, trained: Trained, workdir: Path
-) -> dict[str, dict[str, float]]:
-    """What config.measurements asks for, of the best checkpoint; arrays go to measurements.npz."""
+) -> dict[str, dict[str, float | None]]:
+    """What config.measurements asks for, of the best checkpoint; arrays go to measurements.npz.
+
+    None stands for a number that is not finite.
+    """
     subject = subject_of(experiment, trained)
-    numbers: dict[str, dict[str, float]] = {}
+    numbers: dict[str, dict[str, float | None]] = {}
     arrays: dict[str, np.ndarray] = {}
     for name, measure in experiment.measurements.items():
-        found = measure(subject)
-        numbers[name] = {k: v for k, v in found.items() if not isinstance(v, np.ndarray)}
-        arrays |= {f"{name}/{k}": v for k, v in found.items() if isinstance(v, np.ndarray)}
-    if arrays:
-        path = workdir / "measurements.npz"
-        processes.on_first(partial(np.savez_compressed, path, allow_pickle=False, **arrays))
+        numbers[name] = {}
+        for key, value in measure(subject).items():
+            if isinstance(value, np.ndarray):
+                arrays[f"{name}/{key}"] = value
+            else:
+                numbers[name][key] = value if np.isfinite(value) else None
+    processes.on_first(partial(save_arrays, workdir / "measurements.npz", **arrays))
     return numbers
 
 

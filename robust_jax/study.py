@@ -25,8 +25,6 @@ from robust_jax.errors import UserError
 from robust_jax.files import write_atomically
 from robust_jax.run import Mode
 
-# What of each run, in this order; "report" collects what there is.
-MODES = ("train", "evaluate", "measure", "audit", "report")
 Verdict = Literal["supported", "refuted", "inconclusive"]
 _FIELDS = ("title", "paper", "question", "scale", "seeds", "base", "scales", "arms", "measures",
            "pairs", "along_training", "claims", "published", "notes")  # fmt: skip
@@ -51,12 +49,11 @@ def run_study(
     """Trains and evaluates what is missing, then writes the study's results and report.
 
     only: "arm" or "arm/seed" runs that part alone and writes no report, so that a scheduler can
-    spread a study over machines. Each run
-    is an ordinary one in workdir/arm/seed, in the mode given; mode "report" collects what there is.
-    Returns what results.json holds. Raises UserError for a mistaken config or an unknown arm,
-    before anything runs.
+    spread a study over machines. Each run is an ordinary one in workdir/arm/seed, in the mode
+    given; mode "report" collects what there is and runs nothing. Returns what results.json holds.
+    Raises UserError for a mistaken config, an unknown arm or mode "verify", before anything runs.
     """
-    if mode not in MODES:
+    if mode == "verify":
         raise UserError(f"--mode={mode} is for one run: give it a run's config and folder")
     workdir = workdir.absolute()
     members = list(plan(config))
@@ -82,14 +79,12 @@ def run_study(
 
 
 def _write(workdir: Path, results: dict[str, Any]) -> None:
-    folders = {
-        arm: workdir / arm / min(entry["values"], key=int)
-        for arm, row in results["table"].items()
-        for entry in list(row.values())[:1]
-        if entry["values"]
+    arrays = {
+        arm: runs.measured(workdir / arm / min(by_seed, key=int))
+        for arm, by_seed in results["audits"].items()
+        if by_seed
     }
-    arrays = {arm: runs.measured(folder) for arm, folder in folders.items()}
-    study_report.write(workdir, results, arrays)
+    study_report.write(workdir, results, {arm: found for arm, found in arrays.items() if found})
     write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     logging.info("report: %s", workdir / "report.html")
 

@@ -71,44 +71,40 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
 
 
 def _measured(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
-    """Figures of the arrays that the arms share."""
-    arms = [found for found in arrays.values() if found]
-    names = sorted(set.intersection(*(set(found) for found in arms))) if arms else []
+    """Figures of the arrays that all the arms have."""
     figures: dict[str, tuple[Figure, str]] = {}
+    names = set.intersection(*map(set, arrays.values())) if arrays else set()
 
     def of(name):
-        return {arm: found[name] for arm, found in arrays.items() if found}
+        return {arm: found[name] for arm, found in arrays.items()}
 
     def by_layer(prefix):
         return {
             arm: {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
             for arm, found in arrays.items()
-            if found
         }
 
-    for name in names:
-        measurement, _, array = name.partition("/")
+    for measurement, array in sorted({tuple(name.split("/")[:2]) for name in names}):
+        here = f"{measurement}/{array}"
         if array in _DISTRIBUTIONS:
-            figures[name.replace("/", "_")] = (
-                measures.distributions(of(name), xlabel=_DISTRIBUTIONS[array]),
+            figures[f"{measurement}_{array}"] = (
+                measures.distributions(of(here), xlabel=_DISTRIBUTIONS[array]),
                 f"{measurement}, {_DISTRIBUTIONS[array]}: one seed.",
             )
         elif array == "projection":
+            label = next(iter(of(f"{measurement}/label").values()))
             figures[measurement] = (
                 measures.latent_scatter(
-                    {arm: points[:_DRAWN] for arm, points in of(name).items()},
-                    next(iter(of(f"{measurement}/label").values()))[:_DRAWN],
+                    {arm: points[:_DRAWN] for arm, points in of(here).items()}, label[:_DRAWN]
                 ),
                 "The last layer's input on its principal axes, a colour for each class: one seed.",
             )
-    for measurement in dict.fromkeys(name.partition("/")[0] for name in names):
-        inside = [name for name in names if name.startswith(f"{measurement}/")]
-        if any("/singular_values/" in name for name in inside):
+        elif array == "singular_values":
             figures[measurement] = (
-                measures.singular_values(by_layer(f"{measurement}/singular_values/")),
+                measures.singular_values(by_layer(f"{here}/")),
                 "Singular values of each layer: one seed.",
             )
-        if any("/change_random/" in name for name in inside):
+        elif array == "change_random":
             changes = {
                 f"{kind} δ": by_layer(f"{measurement}/change_{kind}/")
                 for kind in ("random", "adversarial")
@@ -146,8 +142,10 @@ def _describe(test: Mapping[str, Any]) -> str:
     """The test as a sentence."""
     arms, by = list(test["arms"]), test.get("by", 0.0)
     if test["relation"] in ("rises", "falls"):
-        most = "most of " if test["measure"].endswith("*") else ""
-        return f"{most}{test['measure']} {test['relation']} from {arms[0]} to {arms[-1]}"
+        what, relation = test["measure"], test["relation"]
+        if what.endswith("*"):
+            what, relation = f"most of {what}", relation.removesuffix("s")
+        return f"{what} {relation} from {arms[0]} to {arms[-1]}"
     other = arms[1] if len(arms) > 1 else f"{test['level']:g}"
     margin = f" by more than {by:g}" if by > 0 else f" or at most {-by:g} short of it" if by else ""
     return f"{test['measure']}: {arms[0]} {test['relation']} {other}{margin}"
@@ -156,7 +154,7 @@ def _describe(test: Mapping[str, Any]) -> str:
 def _found(test: Mapping[str, Any]) -> str:
     if test["measure"].endswith("*") and test["values"]:
         shares = ", ".join(f"{100 * (v + 0.5):.0f} %" for v in test["values"])
-        return f"of {shares} of them, by seed"
+        return f"{shares} of them, by seed"
     values = ", ".join(f"{v:+.3g}" for v in test["values"])
     if not test["values"]:
         return "not measured"
@@ -165,19 +163,15 @@ def _found(test: Mapping[str, Any]) -> str:
     return f"by {test['mean']:+.3g} [{test['low']:+.3g}, {test['high']:+.3g}], seeds {values}"
 
 
+# By the verdicts of an arm's audits, the worst first.
+_MARKS = {"fail": " †", "warn": " ⚠", "pass": ""}
+
+
 def _rows(results: Results) -> list[dict[str, Any]]:
     rows = []
     for arm, entries in results["table"].items():
         found = set(results["audits"][arm].values())
-        mark = (
-            " †"
-            if "fail" in found
-            else " ⚠"
-            if "warn" in found
-            else " ‡"
-            if found <= {None}
-            else ""
-        )
+        mark = next((mark for verdict, mark in _MARKS.items() if verdict in found), " ‡")
         cells = []
         for label, entry in entries.items():
             share = (

@@ -4,13 +4,15 @@ import fnmatch
 import functools
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import data, losses, models
+from robust_jax import data, losses, models, run
+from robust_jax.analysis import runs
 from robust_jax.errors import UserError
 from robust_jax.measurements import MEASUREMENTS, Subject
 from tests.test_study import STUDIES
@@ -65,6 +67,27 @@ def test_estimates_of_margins_bound_each_other():
     other = subject()._replace(model=models.PreActResNet(num_classes=10))
     with pytest.raises(UserError, match="are for Linear, .* not for a PreActResNet"):
         MEASUREMENTS["margins"](other, estimate="lipschitz", num_examples=4)
+
+
+@pytest.mark.parametrize("estimate", ["first_order", "minimum_norm"])
+def test_a_collapsed_network_has_no_margins_and_loses_no_run(estimate):
+    flat = subject()._replace(logits_fn=lambda x: jnp.zeros((len(x), 10)) + jnp.arange(10.0))
+    found = MEASUREMENTS["margins"](flat, estimate=estimate, num_examples=6, num_steps=2)
+    assert found == {"count": 0, "not_finite": 6}
+
+
+def test_arrays_are_kept_apart_and_what_is_not_finite_is_null(tmp_path, monkeypatch):
+    values = np.arange(3.0)
+    found = {"whole": 2, "share": 0.5, "nothing": float("nan"), "values": values}
+    experiment = SimpleNamespace(measurements={"one": lambda subject: found})
+    monkeypatch.setattr(run, "subject_of", lambda *_: None)
+    numbers = run._measurements(experiment, None, tmp_path)
+    assert numbers == {"one": {"whole": 2, "share": 0.5, "nothing": None}}
+    assert [path.name for path in tmp_path.iterdir()] == ["measurements.npz"]
+    np.testing.assert_array_equal(runs.measured(tmp_path)["one/values"], values)
+    experiment.measurements = {}  # what was measured before is not of this config
+    run._measurements(experiment, None, tmp_path)
+    assert runs.measured(tmp_path) == {}
 
 
 def test_outputs_of_either_split_and_spectra_of_either_output():

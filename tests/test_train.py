@@ -149,6 +149,24 @@ def test_validation_attacks_and_counts_an_example_once():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_validation_leaves_flat_examples_out_of_the_margins():
+    images = np.array([[0.1, 0.9], [0.9, 0.1], [0.8, 0.3]], np.float32)
+    split = data.Split(images.reshape(3, 1, 2, 1), np.array([1, 0, 0], np.int32))
+
+    def network(variables, x):
+        pixels = x.reshape(x.shape[0], 2)
+        return jnp.where(pixels[:, :1] > variables["from"], pixels, 0.0)
+
+    validate = make_validation(
+        network, lambda f, x, y, k: x, split, batch_size=3, key=KEY, method="pmap",
+        margins_of=split,
+    )  # fmt: skip
+    some = validate({"from": np.float32(0.5)})
+    np.testing.assert_allclose(some["average_margin"], (0.8 + 0.5) / 2 / np.sqrt(2), rtol=1e-5)
+    assert some["minimum_margin"] == pytest.approx(0.5 / np.sqrt(2), rel=1e-5)
+    assert not [name for name in validate({"from": np.float32(2)}) if "margin" in name]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")

@@ -27,7 +27,7 @@ from robust_jax.attacks.norms import Norm
 from robust_jax.attacks.pgd import LogitsFn
 from robust_jax.attacks.square import square
 from robust_jax.batches import MapExamples, on_one_device
-from robust_jax.files import UNREADABLE_NPZ
+from robust_jax.files import UNREADABLE_NPZ, save_arrays
 from robust_jax.keys import KeyOrKeys, example_keys, fold_each
 from robust_jax.progress import progress as progress_bar
 
@@ -374,19 +374,16 @@ def _described(value: Any) -> Any:
 
 
 def _save(path: Path, state: _State, inputs: str, logits: np.ndarray) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        np.savez_compressed(
-            file,
-            x_adv=state.x_adv,
-            broken_by=state.broken_by,
-            margin=state.margin,
-            passes_done=state.passes_done,
-            robust_accuracy=json.dumps(state.robust_accuracy),
-            inputs=inputs,
-            logits=logits,
-        )
-    os.replace(part, path)
+    save_arrays(
+        path,
+        x_adv=state.x_adv,
+        broken_by=state.broken_by,
+        margin=state.margin,
+        passes_done=state.passes_done,
+        robust_accuracy=json.dumps(state.robust_accuracy),
+        inputs=inputs,
+        logits=logits,
+    )
 
 
 def _load(path: Path, inputs: str, logits: np.ndarray) -> _State:

@@ -29,7 +29,7 @@ def make_validation(
 
     And, of the split margins_of, if there is one: minimum_margin, average_margin and the quantiles
     margin_q10, margin_q50 and margin_q90, first-order in the input space, l2, in pixel units
-    (arXiv 1907.11780).
+    (arXiv 1907.11780), of the examples whose gradient does not vanish; none where all do.
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
     where both the example and its x_adv are classified right.
@@ -68,12 +68,13 @@ def make_validation(
         if margins_of is not None:
             margin = mapped_margins(variables, margins_of, margins_of.labeled)["margin"]
             # What `margins.first_order` gives where the gradient vanishes is no distance.
-            margin = np.where(np.abs(margin) < 1e9, margin, np.nan)
-            found["minimum_margin"] = float(np.nanmin(margin))
-            found["average_margin"] = float(np.nanmean(margin, dtype=np.float64))
-            # The minimum is one example's, and a few far ones move the average.
-            for q in (10, 50, 90):
-                found[f"margin_q{q}"] = float(np.nanpercentile(margin, q))
+            margin = margin[np.abs(margin) < 1e9]
+            if len(margin):
+                found["minimum_margin"] = float(margin.min())
+                found["average_margin"] = float(margin.mean(dtype=np.float64))
+                # The minimum is one example's, and a few far ones move the average.
+                for q in (10, 50, 90):
+                    found[f"margin_q{q}"] = float(np.percentile(margin, q))
         return found
 
     return validate
