@@ -155,7 +155,7 @@ def test_validation_leaves_flat_examples_out_of_the_margins():
 
     def network(variables, x):
         pixels = x.reshape(x.shape[0], 2)
-        return jnp.where(pixels[:, :1] > variables["from"], pixels, 0.0)
+        return jnp.where(pixels[:, :1] > variables["from"], pixels, jnp.array([1.0, 0.0]))
 
     validate = make_validation(
         network, lambda f, x, y, k: x, split, batch_size=3, key=KEY, method="pmap",
