@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 Pair = tuple[int, int]
 Padding = Literal["SAME", "VALID"] | Sequence[Pair]
 IMPLEMENTATIONS = ("auto", "plain")
+_YNNPACK_IS_FAST = jax.__version_info__ >= (0, 11)
 
 
 class Geometry(NamedTuple):
@@ -100,7 +101,24 @@ def _cpu_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     # XLA is at its best with 32 output channels and more.
     if outputs < 32 and channels * outputs * _waste(geometry) <= 200:
         return _banded_conv(x, k, geometry=geometry)
-    return _plain_conv(x, k, geometry=geometry)
+    return _tall_conv(x, k, geometry=geometry)
+
+
+def _tall_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
+    """The convolution with zeros below the image, until its result is higher than the image.
+
+    Such a one XLA leaves to Eigen. Any other of more than 16 channels it gives to YNNPACK, which
+    takes up to six times as long in JAX 0.10 (in 0.11 it does not).
+    """
+    (above, below), columns = geometry.padding
+    height = geometry.output[0]
+    more = max(0, geometry.image[0] + 1 - height)
+    channels, outputs = k.shape[2:]
+    fast_anyway = _YNNPACK_IS_FAST or channels < 16 or max(channels, outputs) <= 16
+    if fast_anyway or geometry.strides != (1, 1) or more > height / 2:
+        return _plain_conv(x, k, geometry=geometry)
+    taller = geometry._replace(padding=((above, below + more), columns))
+    return _plain_conv(x, k, geometry=taller)[:, :height]
 
 
 def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
@@ -119,7 +137,7 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
             low = padding[axis][0]
             margins.append((window[axis] - 1 - low, image[axis] - g.shape[1 + axis] + low))
         turned = Geometry(strides, tuple(margins), g.shape[1:3], window)
-        return _plain_conv(g, kernel, geometry=turned)
+        return _tall_conv(g, kernel, geometry=turned)
     # A convolution over the dilated g would mostly multiply zeros: one product per tap, each added
     # to the pixels that the tap reads.
     wide_g, wide_k = _widen(g, k)
@@ -137,12 +155,12 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
 
 
 def _cpu_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
-    (down, right), padding, _, (rows, columns) = geometry
+    strides, padding, _, window = geometry
+    (down, right), (rows, columns) = strides, window
     batch, height, width, outputs = g.shape
     channels = x.shape[3]
-    if channels < 16 and _waste(geometry) < 16:
-        k = jax.ShapeDtypeStruct((rows, columns, channels, outputs), g.dtype)
-        return jax.linear_transpose(lambda k: _banded_conv(x, k, geometry=geometry), k)(g)[0]
+    if strides == (1, 1) and window != (1, 1):
+        return _conv_over_examples(x, g, geometry=geometry)
     # One matrix product per tap: the pixels that the tap reads, against the outputs they reach.
     wide_x, wide_g = _widen(x, g)
     margins = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
@@ -157,6 +175,24 @@ def _cpu_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
         )
         products.append(jnp.tensordot(tap, wide_g, axes=((0, 1, 2), (0, 1, 2))))
     return jnp.stack(products).reshape(rows, columns, channels, outputs).astype(g.dtype)
+
+
+def _conv_over_examples(x: Array, g: Array, *, geometry: Geometry) -> Array:
+    """The kernel's gradient as a convolution of x with g: examples are its channels.
+
+    Zeros below g make it higher than x, as in `_tall_conv`. Columns of zeros are there before, or
+    XLA would find g the larger of the two, take it for the image, and turn to its slow path.
+    """
+    _, ((above, _), columns), (image, _), (rows, _) = geometry
+    wide_x, wide_g = _widen(x, g)
+    zero = jnp.zeros((), wide_x.dtype)
+    wide_x = lax.pad(wide_x, zero, [(0, 0, 0), (0, 0, 0), (*columns, 0), (0, 0, 0)])
+    more = max(0, image + 1 - g.shape[1])
+    wide_g = lax.pad(wide_g, zero, [(0, 0, 0), (0, more, 0), (0, 0, 0), (0, 0, 0)])
+    over = lax.optimization_barrier((wide_x.transpose(3, 1, 2, 0), wide_g.transpose(1, 2, 0, 3)))
+    padding = ((above, rows - 1 + g.shape[1] + more - image - above), (0, 0))
+    by_rows = Geometry((1, 1), padding, over[0].shape[1:3], over[1].shape[:2])
+    return _plain_conv(*over, geometry=by_rows).transpose(1, 2, 0, 3).astype(g.dtype)
 
 
 def _banded_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
