@@ -399,7 +399,7 @@ def _load(path: Path, inputs: str, logits: np.ndarray) -> _State:
             )
     except UNREADABLE_NPZ as error:
         raise UnusableState(f"{path} is not a state of AutoAttack: {error}") from error
-    if not (same_inputs and same_network):
+    if not same_network:
         other = "another network" if same_inputs else "other examples, keys or settings"
         raise UnusableState(f"{path} belongs to {other}; give another state_path or delete it")
     return state
