@@ -18,9 +18,9 @@ CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 TRACED = {
     "cifar10_lenet5_fast_at", "cifar10_preact_resnet18_at", "cifar10_wide_resnet34_trades",
     "digits_cnn_at_entm", "digits_cnn_at_ls", "digits_cnn_cot", "digits_cnn_energy",
-    "digits_cnn_energy_label_free", "digits_cnn_entm", "digits_cnn_fast_at", "digits_cnn_gce",
-    "digits_cnn_gce_at", "digits_cnn_l2_at", "digits_cnn_ls", "fashion_mnist_lenet5_at",
-    "imagenet_resnet50_at", "mnist_madry_cnn_at",
+    "digits_cnn_energy_label_free", "digits_cnn_energy_mean_square_label_free", "digits_cnn_entm",
+    "digits_cnn_fast_at", "digits_cnn_gce", "digits_cnn_gce_at", "digits_cnn_l2_at",
+    "digits_cnn_ls", "fashion_mnist_lenet5_at", "imagenet_resnet50_at", "mnist_madry_cnn_at",
 }  # fmt: skip
 # Fields that make a network of the same class small.
 SMALL = {
