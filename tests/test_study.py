@@ -216,7 +216,6 @@ def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, m
     study.train_seeds_together(members, schema, tmp_path)
 
 
-@pytest.mark.slow  # the parts of one of them run in the suite, below
 @pytest.mark.parametrize(
     ("name", "arm"),
     [("entm", "at_entm"), ("adversarial_strength", "eps_1"), ("average_margin", "average_margin"),
