@@ -256,3 +256,24 @@ def test_equal_maxima_share_the_gradient():
     np.testing.assert_array_equal(gradient(jnp.ones((1, 2, 2, 1))).ravel(), [0.25] * 4)
     x = jnp.array([1.0, 0.0, 1.0, -1.0]).reshape(1, 2, 2, 1)
     np.testing.assert_array_equal(gradient(x).ravel(), [0.5, 0, 0.5, 0])
+
+
+def compiled_on_the_cpu(fn, *operands):
+    return jax.jit(fn).lower(*operands).compile().as_text()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA's CPU backend chooses")
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_xla_takes_its_fast_convolutions(padding):
+    """No YNNPACK where it is slow, and no kernel turned round, for which XLA has plain loops."""
+    x, k = jnp.ones((4, 12, 12, 32)), jnp.ones((3, 3, 32, 32))
+    conv = partial(conv2d, padding=padding)
+
+    def gradients(x, k, g):
+        return jax.vjp(conv, x, k)[1](g)
+
+    for text in (compiled_on_the_cpu(conv, x, k), compiled_on_the_cpu(gradients, x, k, conv(x, k))):
+        assert " convolution(" in text
+        assert "rhs_reversal" not in text
+        if jax.__version_info__ < (0, 11):
+            assert "ynn_fusion" not in text
