@@ -52,16 +52,17 @@ def main(argv: list[str]) -> None:
     import jax
 
     from configs import default
-    from robust_jax import processes, report, run, study
+    from robust_jax import processes, report, run, speed, study
     from robust_jax.errors import CannotWrite, UserError
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
-    # By default programs that compile within a second are not kept: a run has many of those.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # By default programs that compile within a second are not kept: a run has hundreds of those.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     config, workdir = FLAGS.config, Path(FLAGS.workdir)
     try:
         processes.initialize(FLAGS.distributed)
+        speed.keep_freed_memory()
         if not processes.is_first():
             logging.set_verbosity(logging.ERROR)
         if study.is_study(config):

@@ -1,4 +1,4 @@
-"""Many examples through a compiled function: batches of a few sizes, results in their order."""
+"""Many examples through a compiled function: even batches, results in their order."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -14,29 +14,29 @@ Rows = Mapping[str, np.ndarray]
 # batch (arrays [B,…]), for all the rows. Scalars may change without another compilation.
 MapExamples = Callable[[Callable], Callable]
 
-_SHRINK, _SMALLEST = 4, 8
+# A batch's size is a multiple of this share of the largest: few programs to compile.
+_STEPS = 16
 
 
 def batches(
     count: int, batch_size: int, *, multiple_of: int = 1
 ) -> Iterator[tuple[Int[np.ndarray, " b"], int]]:
-    """The rows 0 … count-1 in batches, the last filled up with copies; each with its real rows.
+    """The rows 0 … count-1 in the fewest batches of batch_size; each with its real rows.
 
-    The last batch has the smallest of three sizes that holds it (batch_size, a quarter and a
-    sixteenth of it), so few rows cost little and at most three programs are compiled. Sizes are
-    rounded up to a multiple_of the devices.
+    The batches are of one size and as even as they can be in steps of a sixteenth of batch_size;
+    the last is filled up with copies. So few rows cost little, and at most sixteen programs are
+    compiled. Sizes are rounded up to a multiple_of the devices.
     """
 
-    def rounded(size):
-        return -(-size // multiple_of) * multiple_of
+    def rounded(size, step):
+        return -(-size // step) * step
 
-    batch_size = rounded(batch_size)
-    quarter, sixteenth = (-(-batch_size // _SHRINK**i) for i in (1, 2))
-    sizes = [rounded(s) for s in (sixteenth, quarter) if s >= _SMALLEST] + [batch_size]
-    for start in range(0, count, batch_size):
-        real = min(batch_size, count - start)
-        size = next(s for s in sizes if s >= real)
-        yield np.minimum(np.arange(start, start + size), count - 1), real
+    batch_size = rounded(batch_size, multiple_of)
+    step = rounded(-(-batch_size // _STEPS), multiple_of)
+    even = -(-count // -(-count // batch_size))
+    size = min(rounded(even, step), batch_size)
+    for start in range(0, count, size):
+        yield np.minimum(np.arange(start, start + size), count - 1), min(size, count - start)
 
 
 def in_chunks(fn_one: Callable, args: Any, chunk_size: int | None):

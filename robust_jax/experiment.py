@@ -19,6 +19,7 @@ from robust_jax import config as config_lib
 from robust_jax import data, losses, regularizers
 from robust_jax.attacks import ATTACKS, autoattack, norms, transfer
 from robust_jax.attacks.autoattack import VERSIONS, check_arguments
+from robust_jax.attacks.best import check_lengths
 from robust_jax.config import bind, choose, guard
 from robust_jax.errors import UserError
 from robust_jax.evaluate import AttackGrid, AuditSettings, Evaluator, Settings
@@ -323,6 +324,8 @@ def _grid(entry: ConfigDict, path: str) -> AttackGrid:
     )
     if not eps:
         raise UserError(f"{path}.eps is empty; give at least one radius")
+    for radius in eps:
+        guard(path, check_lengths, eps=radius)
     num_examples = config_lib.check_type(entry.get("num_examples", 0), int, f"{path}.num_examples")
     if num_examples < 0:
         raise UserError(f"{path}.num_examples is {num_examples}; 0 stands for all")
@@ -401,11 +404,11 @@ def _try_out(dataset, model, loss, adversary, terms, validation_attack, grids) -
         guard(f"config.regularizers.{name}", regularized, term.fn, pair)
     guard("config.validation_attack", attacked, validation_attack, y)
     for name, grid in grids.items():
-        for eps in grid.eps:
-            if grid.members:  # a loop on the host, which checks its arguments before it begins
-                guard(f"config.attacks.{name}", check_arguments, **grid.attack.keywords, eps=eps)
-            else:
-                guard(f"config.attacks.{name}", attacked, grid.attack, y, eps=eps)
+        path, eps = f"config.attacks.{name}", grid.eps[0]
+        if grid.members:  # a loop on the host, which checks its arguments before it begins
+            guard(path, check_arguments, **grid.attack.keywords, eps=eps)
+        else:
+            guard(path, attacked, grid.attack, y, eps=eps)
 
 
 def apply_fn(model: nn.Module) -> Apply:

@@ -93,6 +93,7 @@ MISTAKES = {
     ),
     "attack without radii": ({"attacks__pgd_linf__eps": ()}, "attacks.pgd_linf.eps is empty"),
     "attack with negative radius": ({"attacks__pgd_linf__eps": (-1.0,)}, "eps must not be neg"),
+    "its last radius infinite": ({"attacks__pgd_linf__eps": (0.1, np.inf)}, "eps must be finite"),
     "attack with a word for a radius": ({"attacks__pgd_linf__eps": (0.1, "x")}, "eps must be"),
     "name that is a list": ({"model__name": ["cnn"]}, "config.model.name is"),
     "attack not an entry": ({"attacks__pgd": "pgd"}, "config.attacks.pgd must be an entry"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from robust_jax.models import MODELS, num_parameters
+from robust_jax.models.conv import conv2d
 from robust_jax.models.layers import ACTIVATIONS
 
 MNIST, CIFAR = (28, 28, 1), (32, 32, 3)
@@ -136,6 +137,34 @@ def test_names_of_the_layers(name, layers):
     apply = partial(model.apply, mutable=["intermediates"])
     _, state = jax.eval_shape(apply, variables, x)
     assert set(state["intermediates"]) == {*layers, "features"}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_maxima_are_those_of_the_activated_layer(activation):
+    model, x = build("cnn", activation=activation), images((12, 12, 1))
+    variables = init(model, (12, 12, 1))
+    variables["params"]["Conv_0"]["bias"] -= 1.5  # where SiLU falls and rises
+
+    def layer(name, linear, x):
+        weights = variables["params"][name]
+        return ACTIVATIONS[activation](linear(x, weights["kernel"]) + weights["bias"])
+
+    def pooled(x):
+        return x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1).max((2, 4))
+
+    def logits(x):
+        x = pooled(layer("Conv_0", conv2d, x))
+        x = layer("Conv_1", conv2d, x)  # 6x6: too small to be pooled
+        x = layer("Dense_0", jnp.dot, x.reshape(len(x), -1))
+        head = variables["params"]["head"]
+        return x @ head["kernel"] + head["bias"]
+
+    def gradient(fn):
+        return jit(jax.grad(lambda x: (fn(x) ** 2).sum()))(x)
+
+    ours = partial(model.apply, variables)
+    np.testing.assert_allclose(jit(ours)(x), jit(logits)(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient(ours), gradient(logits), rtol=1e-4, atol=1e-4)
 
 
 def test_batch_statistics_change_in_training_only():

@@ -1,4 +1,7 @@
-"""Counts of operations against closed forms, the table of chips, a profile, seconds that add up."""
+"""Counts of operations against closed forms, the table of chips, a profile, memory, seconds."""
+
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +83,28 @@ def test_training_says_how_fast_it_was_and_leaves_a_trace(tmp_path, monkeypatch)
     np.testing.assert_allclose(timings["share_of_peak"], per_second / 1e12 / jax.device_count())
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert speed.memory_high_water() > 2**20
+
+
+FAULTS = """
+import resource, sys, jax, jax.numpy as jnp
+from robust_jax import speed
+if sys.argv[1] == "keep":
+    speed.keep_freed_memory()
+step = jax.jit(lambda x: jnp.cumsum(x)[::-1])  # 40 MB, and as much on the way
+x = jnp.ones(10_000_000)
+for i in range(30):
+    if i == 20:  # the heap has grown to what is needed
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="buffers of XLA's CPU backend")
+def test_freed_memory_is_used_again_without_the_kernel():
+    def pages(what):
+        run = [sys.executable, "-c", FAULTS, what]
+        return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+
+    assert pages("keep") < pages("give back") / 10

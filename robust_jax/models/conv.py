@@ -28,7 +28,8 @@ from jaxtyping import Array, Float
 Pair = tuple[int, int]
 Padding = Literal["SAME", "VALID"] | Sequence[Pair]
 IMPLEMENTATIONS = ("auto", "plain")
-_YNNPACK_IS_FAST = jax.__version_info__ >= (0, 11)
+# From so many input channels on YNNPACK takes longer than Eigen (docs/performance.md).
+_YNNPACK_IS_SLOW_FROM = 128 if jax.__version_info__ >= (0, 11) else 16
 
 
 class Geometry(NamedTuple):
@@ -108,13 +109,13 @@ def _tall_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     """The convolution with zeros below the image, until its result is higher than the image.
 
     Such a one XLA leaves to Eigen. Any other of more than 16 channels it gives to YNNPACK, which
-    takes up to six times as long in JAX 0.10 (in 0.11 it does not).
+    takes up to six times as long in JAX 0.10, and in 0.11 up to twice as long where there are many.
     """
     (above, below), columns = geometry.padding
     height = geometry.output[0]
     more = max(0, geometry.image[0] + 1 - height)
     channels, outputs = k.shape[2:]
-    fast_anyway = _YNNPACK_IS_FAST or channels < 16 or max(channels, outputs) <= 16
+    fast_anyway = channels < _YNNPACK_IS_SLOW_FROM or max(channels, outputs) <= 16
     if fast_anyway or geometry.strides != (1, 1) or more > height / 2:
         return _plain_conv(x, k, geometry=geometry)
     taller = geometry._replace(padding=((above, below + more), columns))
@@ -341,10 +342,16 @@ def max_pool2d(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v u c
 
     Of two equal maxima each has half of the gradient.
     """
-    # By maxima of pairs: the gradient of a maximum over an axis takes three times as long.
-    tiles = _tiles(x, window)
-    rows = reduce(jnp.maximum, (tiles[:, :, i] for i in range(window)))
-    return reduce(jnp.maximum, (rows[:, :, :, i] for i in range(window)))
+    batch, height, width, channels = x.shape
+    rows, columns = height // window, width // window
+    if rows == 0 or columns == 0:
+        raise ValueError(f"pool window {window}x{window} does not fit the image {height}x{width}")
+    # By maxima of pairs, whose gradient takes a third of the time of that of a maximum over an
+    # axis, and of whole lines first, which fill the vector units.
+    lines = x[:, : rows * window, : columns * window].reshape(batch, rows, window, -1)
+    line = reduce(jnp.maximum, (lines[:, :, i] for i in range(window)))
+    line = line.reshape(batch, rows, columns, window, channels)
+    return reduce(jnp.maximum, (line[:, :, :, i] for i in range(window)))
 
 
 def global_avg_pool2d(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
@@ -353,12 +360,3 @@ def global_avg_pool2d(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
         # JAX 0.11's CPU backend fuses batch normalisation and this mean into NaN.
         x = lax.optimization_barrier(x)
     return x.mean(axis=(1, 2))
-
-
-def _tiles(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v window u window c"]:
-    batch, height, width, channels = x.shape
-    rows, columns = height // window, width // window
-    if rows == 0 or columns == 0:
-        raise ValueError(f"pool window {window}x{window} does not fit the image {height}x{width}")
-    x = x[:, : rows * window, : columns * window]
-    return x.reshape(batch, rows, window, columns, window, channels)

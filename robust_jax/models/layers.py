@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from robust_jax.models.conv import IMPLEMENTATIONS, Conv
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": nn.relu, "silu": nn.silu}
+MONOTONE = ("relu",)  # activations that commute with a maximum
 NORMS = ("batch", "group")
 
 dense_init = nn.initializers.he_normal()

@@ -4,7 +4,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from robust_jax.models.conv import max_pool2d
-from robust_jax.models.layers import ACTIVATIONS, Classifier, check_choice, check_sizes, flatten
+from robust_jax.models.layers import (
+    ACTIVATIONS,
+    MONOTONE,
+    Classifier,
+    check_choice,
+    check_sizes,
+    flatten,
+)
 
 
 class Linear(Classifier):
@@ -23,11 +30,16 @@ class _Activated(Classifier, kw_only=True):
         check_choice("activation", self.activation, ACTIVATIONS)
         super().__post_init__()
 
-    def layer(self, name: str, linear: nn.Module, x: Array) -> Array:
-        """activation(linear(x)), recorded under name."""
-        x = ACTIVATIONS[self.activation](linear(x))
-        self.sow("intermediates", name, x)
-        return x
+    def layer(self, name: str, linear: nn.Module, x: Array, *, pool: int = 1) -> Array:
+        """activation(linear(x)), recorded under name; returned after max pooling, if pool > 1."""
+        activation = ACTIVATIONS[self.activation]
+        x = linear(x)
+        self.sow("intermediates", name, activation(x))
+        if pool == 1:
+            return activation(x)
+        if self.activation in MONOTONE:  # the same, of fewer pixels
+            return activation(max_pool2d(x, pool))
+        return max_pool2d(activation(x), pool)
 
 
 class MLP(_Activated, kw_only=True):
@@ -50,8 +62,8 @@ class LeNet5(_Activated):
     """LeNet-5 with ReLU and max pooling, as Guided Complement Entropy uses it (1903.09799)."""
 
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
-        x = max_pool2d(self.layer("conv1", self.conv(6, 5), x), 2)
-        x = max_pool2d(self.layer("conv2", self.conv(16, 5, padding="VALID"), x), 2)
+        x = self.layer("conv1", self.conv(6, 5), x, pool=2)
+        x = self.layer("conv2", self.conv(16, 5, padding="VALID"), x, pool=2)
         x = self.layer("dense1", self.dense(120), flatten(x))
         return self.layer("dense2", self.dense(84), x)
 
@@ -69,9 +81,8 @@ class CNN(_Activated, kw_only=True):
 
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
         for i, width in enumerate(self.widths, start=1):
-            x = self.layer(f"conv{i}", self.conv(width, 3), x)
-            if min(x.shape[1:3]) >= 8:
-                x = max_pool2d(x, 2)
+            pool = 2 if min(x.shape[1:3]) >= 8 else 1
+            x = self.layer(f"conv{i}", self.conv(width, 3), x, pool=pool)
         return self.layer("dense1", self.dense(self.hidden), flatten(x))
 
 
@@ -79,8 +90,8 @@ class MadryCNN(_Activated):
     """The network of the MNIST challenge (Madry et al., 1706.06083)."""
 
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
-        x = max_pool2d(self.layer("conv1", self.conv(32, 5), x), 2)
-        x = max_pool2d(self.layer("conv2", self.conv(64, 5), x), 2)
+        x = self.layer("conv1", self.conv(32, 5), x, pool=2)
+        x = self.layer("conv2", self.conv(64, 5), x, pool=2)
         return self.layer("dense1", self.dense(1024), flatten(x))
 
 
@@ -89,8 +100,7 @@ class SmallCNN(_Activated):
 
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
         for i, width in enumerate((32, 32, 64, 64), start=1):
-            x = self.layer(f"conv{i}", self.conv(width, 3, padding="VALID"), x)
-            if i % 2 == 0:
-                x = max_pool2d(x, 2)
+            pool = 2 if i % 2 == 0 else 1
+            x = self.layer(f"conv{i}", self.conv(width, 3, padding="VALID"), x, pool=pool)
         x = self.layer("dense1", self.dense(200), flatten(x))
         return self.layer("dense2", self.dense(200), x)
