@@ -130,9 +130,8 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
         conv = partial(_banded_conv, k=k, geometry=geometry)
         return jax.linear_transpose(conv, like)(g)[0]
     if strides == (1, 1) and window != (1, 1):
-        # A convolution of g with the kernel turned round. Without the barrier XLA recognises it as
-        # a gradient and takes its slow path again.
-        kernel = lax.optimization_barrier(jnp.flip(k, (0, 1)).swapaxes(2, 3))
+        # A convolution of g with the kernel turned round.
+        kernel = jnp.flip(k, (0, 1)).swapaxes(2, 3)
         margins = []
         for axis in (0, 1):
             low = padding[axis][0]
