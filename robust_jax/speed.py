@@ -59,8 +59,9 @@ def keep_freed_memory() -> None:
     By default it goes back to the kernel and every step pays for fresh pages: 6 % of SmallCNN's
     step of adversarial training. Does nothing on accelerators, nor with another C library.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt and jax.default_backend() == "cpu":
+    if sys.platform != "linux" or jax.default_backend() != "cpu":
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
 

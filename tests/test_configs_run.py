@@ -16,7 +16,8 @@ from tests.conftest import REPOSITORY
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 # Those whose program is like another's are traced, which is most of what can go wrong.
 TRACED = {
-    "cifar10_lenet5_fast_at", "cifar10_preact_resnet18_at", "cifar10_wide_resnet34_trades",
+    "cifar10_lenet5_fast_at", "cifar10_preact_resnet18_at",
+    "cifar10_preact_resnet18_one_cycle", "cifar10_wide_resnet34_trades",
     "digits_cnn_at_entm", "digits_cnn_at_ls", "digits_cnn_cot", "digits_cnn_energy",
     "digits_cnn_energy_label_free", "digits_cnn_energy_mean_square_label_free", "digits_cnn_entm",
     "digits_cnn_fast_at", "digits_cnn_gce", "digits_cnn_gce_at", "digits_cnn_l2_at",

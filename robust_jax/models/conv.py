@@ -109,7 +109,7 @@ def _tall_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     """The convolution with zeros below the image, until its result is higher than the image.
 
     Such a one XLA leaves to Eigen. Any other of more than 16 channels it gives to YNNPACK, which
-    takes up to six times as long in JAX 0.10, and in 0.11 up to twice as long where there are many.
+    takes up to six times as long in JAX 0.10, and in 0.11 up to 2.5 times where there are many.
     """
     (above, below), columns = geometry.padding
     height = geometry.output[0]

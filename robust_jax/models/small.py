@@ -34,12 +34,13 @@ class _Activated(Classifier, kw_only=True):
         """activation(linear(x)), recorded under name; returned after max pooling, if pool > 1."""
         activation = ACTIVATIONS[self.activation]
         x = linear(x)
-        self.sow("intermediates", name, activation(x))
+        activated = activation(x)
+        self.sow("intermediates", name, activated)
         if pool == 1:
-            return activation(x)
+            return activated
         if self.activation in MONOTONE:  # the same, of fewer pixels
             return activation(max_pool2d(x, pool))
-        return max_pool2d(activation(x), pool)
+        return max_pool2d(activated, pool)
 
 
 class MLP(_Activated, kw_only=True):
