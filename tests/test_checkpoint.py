@@ -4,11 +4,13 @@ import contextlib
 import gc
 import resource
 import shutil
+import threading
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from robust_jax.errors import CannotWrite, UserError
@@ -130,6 +132,36 @@ def test_a_step_that_is_damaged_twice_is_set_aside_twice(saved, tmp_path):
         checkpoints.close()
     aside = sorted(p.name for p in (workdir / "checkpoints/damaged").iterdir())
     assert aside == ["last_5", "last_5_2"]
+
+
+def test_one_checkpoint_at_a_time_is_written(tmp_path, monkeypatch):
+    """Two managers at work make several processes wait for one another, now and then for ever."""
+    may_end, order = threading.Event(), []
+    finish, save = ocp.CheckpointManager._wait_for_checkpointers, ocp.CheckpointManager.save
+
+    def finished_late(manager):
+        assert may_end.wait(timeout=60)
+        finish(manager)
+        order.append(f"{manager.directory.name} ended")
+
+    def saved(manager, *args, **kwargs):
+        order.append(f"{manager.directory.name} began")
+        return save(manager, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "_wait_for_checkpointers", finished_late)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", saved)
+    checkpoints = Checkpoints(tmp_path, state_at(0))
+    checkpoints.save("last", state_at(1), {})
+    wait = checkpoints.wait
+
+    def wait_and_tell():
+        may_end.set()  # the first may end only now that somebody waits for it
+        wait()
+
+    monkeypatch.setattr(checkpoints, "wait", wait_and_tell)
+    checkpoints.save("best", state_at(2), {})
+    checkpoints.close()
+    assert order == ["last began", "last ended", "best began", "best ended"]
 
 
 def test_a_full_disk_is_told_and_what_was_saved_stays(saved, tmp_path):

@@ -42,13 +42,17 @@ class Checkpoints:
         }
 
     def save(self, kind: str, state: TrainState, notes: Notes) -> None:
-        """Starts writing the state; returns once it may be donated.
+        """Starts writing the state, once what was saved before is on disk; it may then be donated.
 
         Raises CannotWrite where the one before, which was still being written, could not be.
         """
         step = int(state.step)
         if step in self._managers[kind].all_steps():
             return  # a resumed run passes again, with the same bits, through what it has saved
+        # One at a time. Of several processes, two managers at work would wait for one another, as
+        # Orbax's barriers have the same names in both; and without the best on disk a resumed run
+        # could skip it, past a later `last`.
+        self.wait()
         # Training donates its state while the write goes on, and on CPU Orbax reads in place.
         state = parallel.on_every_device(state)
         notes = {"digest": _digest(state, notes), **notes}

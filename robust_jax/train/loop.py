@@ -231,8 +231,6 @@ def _run(
                 fetch()
                 notes["seconds"], clock = _add_time(notes["seconds"], clock)
                 notes["steps_timed"] = timed_before + done - start - 1
-                # The best must be on disk before a later `last` makes a resumed run skip it.
-                checkpoints.wait()
                 checkpoints.save("last", state, {**notes, "pending": list(fetched)})
             if stopped:
                 checkpoints.wait()
