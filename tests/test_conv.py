@@ -73,24 +73,24 @@ def gradient_energy(conv):
     return squares
 
 
-# On either side of what is computed by banded matrices on the CPU.
-few_and_many = pytest.mark.parametrize("inputs", [1, 40])
+# For each of the CPU's formulas: banded matrices, convolutions, one product for all taps.
+few_and_many = pytest.mark.parametrize("inputs, outputs", [(1, 4), (40, 4), (3, 16)])
 
 
 @geometries
 @few_and_many
-def test_reverse_mode(image, window, strides, padding, inputs):
+def test_reverse_mode(image, window, strides, padding, inputs, outputs):
     def value_and_gradients(conv):
         return lambda x, k: (conv(x, k), jax.grad(energy(conv), argnums=(0, 1))(x, k))
 
-    args = operands(image, window, inputs=inputs)
+    args = operands(image, window, inputs=inputs, outputs=outputs)
     assert_same(value_and_gradients, both(strides, padding), *args)
 
 
 @geometries
 @few_and_many
-def test_forward_mode(image, window, strides, padding, inputs):
-    args = operands(image, window, inputs=inputs)
+def test_forward_mode(image, window, strides, padding, inputs, outputs):
+    args = operands(image, window, inputs=inputs, outputs=outputs)
     tangents = jax.tree.map(jnp.cos, args)
 
     def jvps(conv):
@@ -102,8 +102,8 @@ def test_forward_mode(image, window, strides, padding, inputs):
 
 @geometries
 @few_and_many
-def test_double_backprop(image, window, strides, padding, inputs):
-    args = operands(image, window, inputs=inputs)
+def test_double_backprop(image, window, strides, padding, inputs, outputs):
+    args = operands(image, window, inputs=inputs, outputs=outputs)
     gradients = partial(jax.grad, argnums=(0, 1))
     assert_same(lambda conv: gradients(gradient_energy(conv)), both(strides, padding), *args)
 
@@ -162,6 +162,55 @@ def test_finite_differences(strides):
     conv, _ = both(strides, "SAME")
     args = operands((4, 5), (3, 3), batch=1, inputs=2, outputs=2)
     check_grads(lambda x, k: jnp.sin(conv(x, k)), args, order=2, modes=("fwd", "rev"))
+
+
+# Enough channels and tiles for Winograd's filtering; sizes that fill no whole number of tiles.
+winograd = pytest.mark.parametrize(
+    "image, padding", [((13, 11), "SAME"), ((14, 15), "VALID"), ((9, 16), ((0, 3), (2, 1)))]
+)
+
+
+@winograd
+def test_winograds_filtering(image, padding):
+    def everything(conv):
+        gradients = jax.grad(energy(conv), argnums=(0, 1))
+
+        def of(x, k):
+            tangents = jnp.cos(x), jnp.cos(k)
+            per_example = jax.vmap(lambda x: jax.grad(energy(conv))(x[None], k))
+            return jax.jvp(conv, (x, k), tangents), gradients(x, k), per_example(x)
+
+        return of
+
+    args = operands(image, (3, 3), batch=20, inputs=32, outputs=33)
+    assert "convolution" not in jax.jit(partial(conv2d, padding=padding)).lower(*args).as_text()
+    assert_same(everything, both((1, 1), padding), *args)
+
+
+@winograd
+def test_winograds_filtering_in_float32(image, padding):
+    """Beside float64: a rounding error three times the plain one, of the convolution and of ∇x."""
+    args = operands(image, (3, 3), batch=20, inputs=128, outputs=64)
+    conv, plain = both((1, 1), padding)
+    g = jnp.cos(jnp.arange(plain(*args).size).reshape(plain(*args).shape))
+
+    def error(conv):
+        both_ways = jax.jit(lambda x, k, g: (conv(x, k), jax.vjp(conv, x, k)[1](g)[0]))
+        exact = both_ways(*args, g)
+        single = both_ways(*[a.astype(jnp.float32) for a in (*args, g)])
+        return [float(abs(a - e).max() / abs(e).max()) for a, e in zip(single, exact, strict=True)]
+
+    ours, theirs = error(conv), error(plain)
+    print(f"relative errors: Winograd's {ours}, plain {theirs}")
+    assert max(ours) < 1e-5
+
+
+def test_bfloat16_and_few_tiles_are_convolved_plainly():
+    x, k = operands((12, 12), (3, 3), batch=64, inputs=32, outputs=32)
+    for few in (x.astype(jnp.bfloat16), x[:2]):
+        text = jax.jit(conv2d).lower(few, k.astype(few.dtype)).as_text()
+        assert "convolution" in text
+    assert "convolution" not in jax.jit(conv2d).lower(x, k).as_text()
 
 
 @settings(deadline=None, max_examples=25, derandomize=True, database=None)
