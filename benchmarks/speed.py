@@ -17,6 +17,7 @@ benchmarks.compare_attacks. docs/performance.md has our tables.
 
 import argparse
 import os
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -57,8 +58,16 @@ def steps(net: str, flags) -> Sides:
     is_gpu = jax.default_backend() == "gpu"
     device = "cuda" if is_gpu else "cpu"
 
+    model = make(num_classes=10)
+    network = torch_models.from_flax(make_torch(model), ours.weights)
+    x = pixels[:8].astype(np.float32) / 255
+    logits = np.asarray(jax.jit(model.apply)(ours.weights, x))
+    difference = np.abs(network(torch_models.to_torch(x)).numpy() - logits).max()
+    if difference > 0.01 * np.abs(logits).max():  # a GPU multiplies in TF32
+        raise AssertionError(f"{net}: the two networks' logits differ by {difference:.2g}")
+
     def theirs(layout=torch.channels_last, compiled=None):
-        network = torch_models.from_flax(make_torch(make(num_classes=10)), ours.weights)
+        network = torch_models.from_flax(make_torch(model), ours.weights)
         network = network.to(device, memory_format=layout)
         network.requires_grad_(True)
         optimizer = torch.optim.SGD(network.parameters(), LEARNING_RATE, MOMENTUM)
@@ -124,17 +133,15 @@ def jacobians(net: str, flags) -> Sides:
 
 
 WORK = {"step": steps, "jacobian": jacobians}
+HEADER = "| work | network | ours, ms | PyTorch, ms | ours / theirs | range | of that rate |"
 
 
-def main() -> None:
-    flags = _parse()
-    torch.set_num_threads(flags.threads)
-    print(f"{jax.devices()[0].device_kind}, {flags.threads} threads, JAX {jax.__version__}, "
-          f"PyTorch {torch.__version__}, {flags.repeats} turns\n")  # fmt: skip
+def table(flags) -> Iterator[str]:
+    """The table's lines, each as soon as it is measured."""
     rate = matrix_rate(flags.dtype)
-    print(f"A large matrix product in {flags.dtype}: {rate / 1e12:.3g} TFLOP/s.\n")
-    print("| work | network | ours, ms | PyTorch, ms | ours / theirs | range | of that rate |")
-    print("|" + " --- |" * 7)
+    yield f"A large matrix product in {flags.dtype}: {rate / 1e12:.3g} TFLOP/s.\n"
+    yield HEADER
+    yield "|" + " --- |" * HEADER.count(" |")
     for work in flags.work:
         for net in flags.nets:
             sides = WORK[work](net, flags)
@@ -150,15 +157,25 @@ def main() -> None:
                 if isinstance(step, TrainingStep)
                 else ""
             )
-            print(f"| {work} | {net} | {1e3 * ours:.0f} | {theirs} | "
-                  f"{np.median(ratios):.2f} | {ratios.min():.2f} to {ratios.max():.2f} | {share} |",
-                  flush=True)  # fmt: skip
+            spread = f"{np.median(ratios):.2f} | {ratios.min():.2f} to {ratios.max():.2f}"
+            yield f"| {work} | {net} | {1e3 * ours:.0f} | {theirs} | {spread} | {share} |"
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    flags = _parse()
+    torch.set_num_threads(flags.threads)
+    print(f"{versions()}, {flags.threads} threads, {flags.repeats} turns\n")
+    for line in table(flags):
+        print(line, flush=True)
+
+
+def versions() -> str:
+    """The device and both frameworks."""
+    return f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, PyTorch {torch.__version__}"
+
+
+def add_flags(parser: argparse.ArgumentParser, **defaults) -> None:
+    """What is measured, and how often."""
     names = partial(str.split, sep=",")
     parser.add_argument("--work", type=names, default="step,jacobian", help=", ".join(WORK))
     parser.add_argument(
@@ -173,6 +190,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--num_steps", type=int, default=10, help="of PGD")
     parser.add_argument("--num_jacobians", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=16, help="Jacobians in memory at a time")
+    parser.set_defaults(**defaults)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser)
     return parser.parse_args()
 
 

@@ -31,6 +31,8 @@ IMPLEMENTATIONS = ("auto", "plain")
 # From so many input channels on YNNPACK takes longer than Eigen (docs/performance.md).
 _YNNPACK_IS_SLOW_FROM = 128 if jax.__version_info__ >= (0, 11) else 16
 
+_BANDED_PIXELS = 4
+
 
 class Geometry(NamedTuple):
     """The static half of a convolution, common to it and its two gradients."""
@@ -100,7 +102,7 @@ def _widen(*arrays: Array) -> list[Array]:
 def _cpu_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     channels, outputs = k.shape[2:]
     # XLA is at its best with 32 output channels and more.
-    if outputs < 32 and channels * outputs * _waste(geometry) <= 200:
+    if outputs < 32 and channels <= 4:
         return _banded_conv(x, k, geometry=geometry)
     return _wide_conv(x, k, geometry=geometry)
 
@@ -214,7 +216,7 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
     strides, padding, image, window = geometry
     channels, outputs = k.shape[2:]
     many_to_few = channels <= 4 and outputs >= 16
-    if channels * _waste(geometry) <= 32 and not many_to_few:
+    if channels <= 8 and not many_to_few:
         like = jax.ShapeDtypeStruct((g.shape[0], *image, channels), g.dtype)
         conv = partial(_banded_conv, k=k, geometry=geometry)
         return jax.linear_transpose(conv, like)(g)[0]
@@ -292,29 +294,35 @@ def _conv_over_examples(x: Array, g: Array, *, geometry: Geometry) -> Array:
 
 
 def _banded_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
-    """The convolution as one product: p rows of the image by a matrix that gives a row of it.
+    """The convolution as one product: each matrix row gives four pixels of an output line.
 
-    Most of the matrix is zeros, yet with few channels it is several times faster than a
-    convolution, which leaves the vector units of a CPU mostly idle there.
+    That of the kernel's rows in the image, as far as the four reach, by a banded matrix. A third of
+    it and more is zeros, yet with few channels it is several times faster than a convolution, which
+    leaves the vector units of a CPU mostly idle there.
     """
     (down, right), (padding, (left, _)), (_, width), (rows, columns) = geometry
     height, out_width = geometry.output
     wide_x, wide_k = _widen(x, k)
-    at = np.arange(columns)[:, None] + right * np.arange(out_width) - left  # the column read
-    taps = at[:, None, :] == np.arange(width)[None, :, None]
+    tiles = -(-out_width // _BANDED_PIXELS)
+    step = _BANDED_PIXELS * right
+    reach = step - right + columns
+    at = np.arange(columns)[:, None] + right * np.arange(_BANDED_PIXELS)  # the column read
+    taps = at[:, None, :] == np.arange(reach)[None, :, None]
     band = jnp.einsum("pqio,qwu->pwiuo", wide_k, taps.astype(wide_k.dtype), precision="highest")
-    lines = wide_x.reshape(*x.shape[:2], -1)
-    lines = lax.pad(lines, jnp.zeros((), lines.dtype), [(0, 0, 0), (*padding, 0), (0, 0, 0)])
-    read = [
-        lax.slice_in_dim(lines, i, i + (height - 1) * down + 1, down, axis=1) for i in range(rows)
-    ]
-    y = jnp.concatenate(read, axis=2) @ band.reshape(-1, out_width * k.shape[3])
-    return y.reshape(len(x), height, out_width, -1).astype(x.dtype)
+    beyond = (tiles - 1) * step + reach - width - left
+    margins = [(0, 0, 0), (*padding, 0), (left, beyond, 0), (0, 0, 0)]
+    wide_x = lax.pad(wide_x, jnp.zeros((), wide_x.dtype), margins)
 
+    def read(start):
+        tile = lax.slice_in_dim(wide_x, start, start + reach, axis=2)
+        lines = tile.reshape(*tile.shape[:2], -1)
+        last = (height - 1) * down + 1
+        return [lax.slice_in_dim(lines, i, i + last, down, axis=1) for i in range(rows)]
 
-def _waste(geometry: Geometry) -> float:
-    """How many times more a banded product multiplies than the convolution has to."""
-    return geometry.image[1] / geometry.kernel[1]
+    parts = [jnp.concatenate(read(start), axis=2) for start in range(0, tiles * step, step)]
+    y = jnp.stack(parts, axis=2) @ band.reshape(-1, _BANDED_PIXELS * k.shape[3])
+    y = y.reshape(len(x), height, tiles * _BANDED_PIXELS, -1)
+    return y[:, :, :out_width].astype(x.dtype)
 
 
 # The primitives.
