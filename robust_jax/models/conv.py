@@ -201,6 +201,10 @@ def _tall_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     Such a one XLA leaves to Eigen. Any other of more than 16 channels it gives to YNNPACK, which
     takes up to six times as long in JAX 0.10, and in 0.11 up to 2.5 times where there are many.
     """
+    if k.shape[2] > 4 and (missing := -k.shape[2] % 8):  # Eigen reads eight channels at a time
+        zero = jnp.zeros((), x.dtype)
+        x = lax.pad(x, zero, [(0, 0, 0)] * 3 + [(0, missing, 0)])
+        k = lax.pad(k, zero, [(0, 0, 0)] * 2 + [(0, missing, 0), (0, 0, 0)])
     (above, below), columns = geometry.padding
     height = geometry.output[0]
     more = max(0, geometry.image[0] + 1 - height)
@@ -223,12 +227,13 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
     if strides == (1, 1) and window != (1, 1) and not many_to_few:
         # A convolution of g with the kernel turned round.
         kernel = jnp.flip(k, (0, 1)).swapaxes(2, 3)
-        margins = []
-        for axis in (0, 1):
-            low = padding[axis][0]
-            margins.append((window[axis] - 1 - low, image[axis] - g.shape[1 + axis] + low))
-        turned = Geometry(strides, tuple(margins), g.shape[1:3], window)
-        return _wide_conv(g, kernel, geometry=turned)
+        around = tuple(
+            (size - 1 - low, pixels - g_pixels + low)
+            for size, (low, _), pixels, g_pixels in zip(
+                window, padding, image, g.shape[1:3], strict=True
+            )
+        )
+        return _wide_conv(g, kernel, geometry=Geometry(strides, around, g.shape[1:3], window))
     # A convolution over the dilated g would mostly multiply zeros: one product per tap, each added
     # to the pixels that the tap reads.
     wide_g, wide_k = _widen(g, k)
