@@ -27,7 +27,9 @@ class _Classifier(nn.Module):
 
     def __init__(self, model: models.layers.Classifier):
         super().__init__()
-        self.mean, self.std = (torch.tensor(c).view(-1, 1, 1) for c in (model.mean, model.std))
+        for name, values in (("mean", model.mean), ("std", model.std)):
+            # A buffer, so that it goes to a GPU with the rest; not part of the weights.
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, x):
         return self.head(self.features((x - self.mean) / self.std))

@@ -140,7 +140,7 @@ def test_one_checkpoint_at_a_time_is_written(tmp_path, monkeypatch):
     finish, save = ocp.CheckpointManager._wait_for_checkpointers, ocp.CheckpointManager.save
 
     def finished_late(manager):
-        assert may_end.wait(timeout=60)
+        assert may_end.wait(timeout=20)
         finish(manager)
         order.append(f"{manager.directory.name} ended")
 

@@ -74,7 +74,7 @@ def gradient_energy(conv):
 
 
 # For each of the CPU's formulas: banded matrices, convolutions, one product for all taps.
-few_and_many = pytest.mark.parametrize("inputs, outputs", [(1, 4), (40, 4), (3, 16)])
+few_and_many = pytest.mark.parametrize("inputs, outputs", [(1, 4), (42, 6), (3, 16)])
 
 
 @geometries
@@ -183,7 +183,10 @@ def test_winograds_filtering(image, padding):
         return of
 
     args = operands(image, (3, 3), batch=20, inputs=32, outputs=33)
-    assert "convolution" not in jax.jit(partial(conv2d, padding=padding)).lower(*args).as_text()
+    conv = partial(conv2d, padding=padding)
+    g = conv(*args)
+    for fn in (conv, lambda x, k: jax.vjp(lambda x: conv(x, k), x)[1](g)):
+        assert "convolution" not in jax.jit(fn).lower(*args).as_text()
     assert_same(everything, both((1, 1), padding), *args)
 
 
@@ -202,12 +205,13 @@ def test_winograds_filtering_in_float32(image, padding):
 
     ours, theirs = error(conv), error(plain)
     print(f"relative errors: Winograd's {ours}, plain {theirs}")
-    assert max(ours) < 1e-5
+    assert max(ours) < 5 * max(theirs)
 
 
-def test_bfloat16_and_few_tiles_are_convolved_plainly():
+def test_where_winograd_does_not_pay():
+    """bfloat16, few tiles, and tiles mostly beyond the image."""
     x, k = operands((12, 12), (3, 3), batch=64, inputs=32, outputs=32)
-    for few in (x.astype(jnp.bfloat16), x[:2]):
+    for few in (x.astype(jnp.bfloat16), x[:2], jnp.ones((512, 1, 12, 32))):
         text = jax.jit(conv2d).lower(few, k.astype(few.dtype)).as_text()
         assert "convolution" in text
     assert "convolution" not in jax.jit(conv2d).lower(x, k).as_text()
@@ -227,8 +231,10 @@ def test_any_shape(data):
     )
     if not isinstance(padding, str):  # at least one output along each axis
         padding = tuple((low, max(high, -low)) for low, high in padding)
-    batch, inputs = pair(1, 3)
-    args = operands(image, window, batch=batch, inputs=inputs, outputs=data.draw(st.integers(1, 3)))
+    inputs, outputs = data.draw(st.tuples(st.sampled_from([1, 3, 9]), st.sampled_from([2, 16])))
+    args = operands(
+        image, window, batch=data.draw(st.integers(1, 3)), inputs=inputs, outputs=outputs
+    )
     gradients = partial(jax.value_and_grad, argnums=(0, 1))
     assert_same(lambda conv: gradients(energy(conv)), both(pair(1, 3), padding), *args)
 
@@ -267,6 +273,13 @@ def test_other_platforms_keep_the_ordinary_convolution():
     assert "optimization_barrier" in code["cpu"]
     assert "optimization_barrier" not in code["cuda"]
     assert "dot_general" not in code["cuda"]
+
+
+@few_and_many
+def test_no_images(inputs, outputs):
+    _, k = operands((6, 6), (3, 3), inputs=inputs, outputs=outputs)
+    value, gradient = jax.value_and_grad(energy(conv2d))(jnp.zeros((0, 6, 6, inputs)), k)
+    assert (value, gradient.shape) == (0, (0, 6, 6, inputs))
 
 
 def test_wrong_arguments():

@@ -2,9 +2,9 @@
 
 The one place that knows about the platform. XLA's CPU backend computes the two gradients of a
 convolution many times slower than the convolution itself, above all inside `lax.scan`, where every
-attack lives, and the convolution itself slowly where channels are few. Here all three have formulas
-of their own on the CPU; every other platform lowers to `lax.conv_general_dilated` and its
-derivatives.
+attack lives, the convolution itself slowly where channels are few, and 3×3 ones of many channels
+with three times the multiplications they need. Here all three have formulas of their own on the
+CPU; every other platform lowers to `lax.conv_general_dilated` and its derivatives.
 
 The convolution and its two gradients are three views of one trilinear form, so each is bilinear
 and each transposes into the other two. Being primitives, not a custom_vjp, they take part in every
@@ -30,7 +30,7 @@ Padding = Literal["SAME", "VALID"] | Sequence[Pair]
 IMPLEMENTATIONS = ("auto", "plain")
 # From so many input channels on YNNPACK takes longer than Eigen (docs/performance.md).
 _YNNPACK_IS_SLOW_FROM = 128 if jax.__version_info__ >= (0, 11) else 16
-
+# So many pixels of a line are one row of a banded product.
 _BANDED_PIXELS = 4
 
 
@@ -101,19 +101,21 @@ def _widen(*arrays: Array) -> list[Array]:
 
 def _cpu_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     channels, outputs = k.shape[2:]
-    # XLA is at its best with 32 output channels and more.
+    # A convolution of few channels fills no vector, unless there are many outputs.
     if outputs < 32 and channels <= 4:
         return _banded_conv(x, k, geometry=geometry)
     return _wide_conv(x, k, geometry=geometry)
 
 
 def _wide_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
-    """The convolution where channels are many."""
+    """The convolution by Winograd's filtering where that pays, else by XLA's."""
     is_3x3 = geometry.kernel == (3, 3) and geometry.strides == (1, 1)
     rows, columns = geometry.output
     tiles = len(x) * -(-rows // 4) * -(-columns // 2)
-    # Few tiles would not pay for the filters' transforms; bfloat16 has no digits to spare.
-    if is_3x3 and min(k.shape[2:]) >= 32 and tiles >= 256 and x.dtype.itemsize >= 4:
+    # Few tiles would not pay for the kernel's transform, nor would tiles mostly beyond the image;
+    # bfloat16 has no digits to spare.
+    full = 2 * len(x) * rows * columns >= 8 * tiles
+    if is_3x3 and min(k.shape[2:]) >= 32 and tiles >= 256 and full and x.dtype.itemsize >= 4:
         return _winograd_conv(x, k, geometry=geometry)
     return _tall_conv(x, k, geometry=geometry)
 
@@ -132,10 +134,9 @@ def _winograd_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
 
 
 class _Filtering(NamedTuple):
-    """F(m,3): m results of a filter of three taps from m + 2 products.
+    """F(m,3): a filter of 3 taps over m + 2 pixels gives m results, by as many products as pixels.
 
-    Each row of data and taps makes a product's two sides of m + 2 pixels and 3 taps, each row of
-    results one of the m results of the products.
+    They are results @ ((data @ pixels) * (taps @ filter)).
     """
 
     data: list[list[float]]
@@ -198,7 +199,7 @@ def _combined(weights: list[float], terms: list[Array]) -> Array:
 def _tall_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     """The convolution with zeros below the image, until its result is higher than the image.
 
-    Such a one XLA leaves to Eigen. Any other of more than 16 channels it gives to YNNPACK, which
+    Such a one XLA leaves to Eigen. Any other of 16 channels and more it gives to YNNPACK, which
     takes up to six times as long in JAX 0.10, and in 0.11 up to 2.5 times where there are many.
     """
     if k.shape[2] > 4 and (missing := -k.shape[2] % 8):  # Eigen reads eight channels at a time
@@ -219,12 +220,13 @@ def _tall_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
 def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
     strides, padding, image, window = geometry
     channels, outputs = k.shape[2:]
-    many_to_few = channels <= 4 and outputs >= 16
-    if channels <= 8 and not many_to_few:
+    if channels <= 4 and outputs >= 16:
+        return _gradient_of_few(g, k, geometry=geometry)
+    if channels <= 8:
         like = jax.ShapeDtypeStruct((g.shape[0], *image, channels), g.dtype)
         conv = partial(_banded_conv, k=k, geometry=geometry)
         return jax.linear_transpose(conv, like)(g)[0]
-    if strides == (1, 1) and window != (1, 1) and not many_to_few:
+    if strides == (1, 1) and window != (1, 1):
         # A convolution of g with the kernel turned round.
         kernel = jnp.flip(k, (0, 1)).swapaxes(2, 3)
         around = tuple(
@@ -237,24 +239,39 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
     # A convolution over the dilated g would mostly multiply zeros: one product per tap, each added
     # to the pixels that the tap reads.
     wide_g, wide_k = _widen(g, k)
-    if many_to_few:
-        # Pixels go last, as one to few channels fill no vector. As a product with g on the right
-        # XLA would turn g round, which is the larger of the two.
-        parts = (wide_g.reshape(-1, outputs) @ wide_k.reshape(-1, outputs).T).T
-        parts = parts.reshape(*k.shape[:3], *g.shape[:3])
     zero = jnp.zeros((), wide_g.dtype)
     x = zero
     for tap in np.ndindex(window):
-        margins = []
-        for axis in (0, 1):
-            low = tap[axis] - padding[axis][0]
-            span = (g.shape[1 + axis] - 1) * strides[axis] + 1
-            margins.append((low, image[axis] - span - low, strides[axis] - 1))
-        if many_to_few:
-            x += lax.pad(parts[tap], zero, [(0, 0, 0), (0, 0, 0), *margins])
-        else:
-            x += lax.pad(wide_g @ wide_k[tap].T, zero, [(0, 0, 0), *margins, (0, 0, 0)])
-    return (jnp.moveaxis(x, 0, -1) if many_to_few else x).astype(g.dtype)
+        margins = [(0, 0, 0), *_pixels_read_by(tap, geometry), (0, 0, 0)]
+        x += lax.pad(wide_g @ wide_k[tap].T, zero, margins)
+    return x.astype(g.dtype)
+
+
+def _gradient_of_few(g: Array, k: Array, *, geometry: Geometry) -> Array:
+    """The image's gradient by one product for all taps, each added to the pixels that it reads.
+
+    Pixels go last, as the few channels of the image fill no vector.
+    """
+    wide_g, wide_k = (array.reshape(-1, k.shape[3]) for array in _widen(g, k))
+    # Not k @ g.T, for which XLA would transpose g, the larger of the two.
+    parts = (wide_g @ wide_k.T).T.reshape(*k.shape[:3], *g.shape[:3])
+    zero = jnp.zeros((), parts.dtype)
+    x = zero
+    for tap in np.ndindex(geometry.kernel):
+        margins = [(0, 0, 0), (0, 0, 0), *_pixels_read_by(tap, geometry)]
+        x += lax.pad(parts[tap], zero, margins)
+    return jnp.moveaxis(x, 0, -1).astype(g.dtype)
+
+
+def _pixels_read_by(tap: tuple[int, ...], geometry: Geometry) -> list[tuple[int, int, int]]:
+    """How to pad an output's rows and columns so that each lies where the tap reads the image."""
+    margins = []
+    for at, stride, (low, _), size, outputs in zip(
+        tap, geometry.strides, geometry.padding, geometry.image, geometry.output, strict=True
+    ):
+        span = (outputs - 1) * stride + 1
+        margins.append((at - low, size - span - (at - low), stride - 1))
+    return margins
 
 
 def _cpu_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
@@ -299,11 +316,11 @@ def _conv_over_examples(x: Array, g: Array, *, geometry: Geometry) -> Array:
 
 
 def _banded_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
-    """The convolution as one product: each matrix row gives four pixels of an output line.
+    """The convolution as one product: of what four pixels of an output line read, and of a band.
 
-    That of the kernel's rows in the image, as far as the four reach, by a banded matrix. A third of
-    it and more is zeros, yet with few channels it is several times faster than a convolution, which
-    leaves the vector units of a CPU mostly idle there.
+    The band is a matrix that gives the four; half of it is zeros for a 3×3 kernel. Yet with few
+    channels this is several times faster than a convolution, which leaves the vector units of a CPU
+    mostly idle there.
     """
     (down, right), (padding, (left, _)), (_, width), (rows, columns) = geometry
     height, out_width = geometry.output
@@ -320,13 +337,13 @@ def _banded_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
 
     def read(start):
         tile = lax.slice_in_dim(wide_x, start, start + reach, axis=2)
-        lines = tile.reshape(*tile.shape[:2], -1)
+        lines = tile.reshape(*tile.shape[:2], reach * k.shape[2])
         last = (height - 1) * down + 1
         return [lax.slice_in_dim(lines, i, i + last, down, axis=1) for i in range(rows)]
 
     parts = [jnp.concatenate(read(start), axis=2) for start in range(0, tiles * step, step)]
     y = jnp.stack(parts, axis=2) @ band.reshape(-1, _BANDED_PIXELS * k.shape[3])
-    y = y.reshape(len(x), height, tiles * _BANDED_PIXELS, -1)
+    y = y.reshape(len(x), height, tiles * _BANDED_PIXELS, k.shape[3])
     return y[:, :, :out_width].astype(x.dtype)
 
 

@@ -44,7 +44,7 @@ class Checkpoints:
     def save(self, kind: str, state: TrainState, notes: Notes) -> None:
         """Starts writing the state, once what was saved before is on disk; it may then be donated.
 
-        Raises CannotWrite where the one before, which was still being written, could not be.
+        Raises CannotWrite where what was saved before could not be written.
         """
         step = int(state.step)
         if step in self._managers[kind].all_steps():
