@@ -193,7 +193,7 @@ def _filtered(
 
 
 def _combined(weights: list[float], terms: list[Array]) -> Array:
-    return sum(w * term for w, term in zip(weights, terms, strict=True) if w)  # type: ignore
+    return reduce(jnp.add, [w * term for w, term in zip(weights, terms, strict=True) if w])
 
 
 def _tall_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
