@@ -132,14 +132,15 @@ def jacobians(net: str, flags) -> Sides:
 
 
 WORK = {"step": steps, "jacobian": jacobians}
-HEADER = "work | network | ours, ms | PyTorch, ms | ours / theirs | range | of that rate"
 
 
 def table(flags) -> Iterator[str]:
     """The table's lines, each as soon as it is measured."""
     rate = matrix_rate(flags.dtype)
     yield f"A large matrix product in {flags.dtype}: {rate / 1e12:.3g} TFLOP/s.\n"
-    yield from heading(HEADER)
+    yield from heading(
+        "work | network | ours, ms | PyTorch, ms | ours / theirs | range | of that rate"
+    )
     for work in flags.work:
         for net in flags.nets:
             sides = WORK[work](net, flags)
