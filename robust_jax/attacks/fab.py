@@ -118,7 +118,7 @@ def project_to_boundary(
     min(λ·u_i, room_i), with u = 1 (linf) or |gradient| (l2), for the λ that gets there: a root of
     a concave, piecewise linear function, which Newton's method finds exactly and from below.
     """
-    scale = jnp.maximum(jnp.abs(gradient).max(), 1e-30)
+    scale = jnp.maximum(norms.size(gradient, "linf"), 1e-30)
     weight, value = jnp.abs(gradient) / scale, value / scale
     direction = -jnp.sign(value) * jnp.sign(gradient)
     room = jnp.where(direction > 0, 1 - x, x)
@@ -190,7 +190,9 @@ def _search_one(
             x_adv, best = state
             value, gradient = boundary_to(target, x_adv)
             gradient = jnp.nan_to_num(gradient)
-            value_at_x = value + (gradient * (x - x_adv)).sum()
+            # The select keeps XLA's CPU backend from a slow way to add up products.
+            change = jnp.where(gradient == 0, 0.0, gradient * (x - x_adv)).sum()
+            value_at_x = value + change
             on = project_to_boundary(x_adv, value, gradient, norm)
             from_x = project_to_boundary(x, value_at_x, gradient, norm)
             size_on, size_from_x = (

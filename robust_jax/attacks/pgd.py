@@ -208,7 +208,7 @@ def _ascend_one(
             best = best.updated(x_adv, value, hit)
             # A gradient of NaN or zero leaves the point where it is.
             gradient = jnp.nan_to_num(gradient)
-            gradient = gradient / jnp.maximum(jnp.abs(gradient).sum(), 1e-30)
+            gradient = gradient / jnp.maximum(norms.size(gradient, "l1"), 1e-30)
             velocity = momentum * velocity + gradient
             x_adv = x_adv + norms.steepest_step(x_adv, velocity, step_size, norm)
             return (norms.project_to_ball_and_box(x_adv, x, eps, norm), velocity, best), None

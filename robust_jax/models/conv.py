@@ -25,13 +25,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-Pair = tuple[int, int]
+from robust_jax.models.winograd import Pair, winograd_conv
+
 Padding = Literal["SAME", "VALID"] | Sequence[Pair]
 IMPLEMENTATIONS = ("auto", "plain")
 # From so many input channels on YNNPACK takes longer than Eigen (docs/performance.md).
 _YNNPACK_IS_SLOW_FROM = 128 if jax.__version_info__ >= (0, 11) else 16
-# So many pixels of a line are one row of a banded product.
-_BANDED_PIXELS = 4
 
 
 class Geometry(NamedTuple):
@@ -102,7 +101,7 @@ def _widen(*arrays: Array) -> list[Array]:
 def _cpu_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     channels, outputs = k.shape[2:]
     # A convolution of few channels fills no vector, unless there are many outputs.
-    if outputs < 32 and channels <= 4:
+    if outputs < 32 and channels <= 8:
         return _banded_conv(x, k, geometry=geometry)
     return _wide_conv(x, k, geometry=geometry)
 
@@ -116,84 +115,8 @@ def _wide_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     # bfloat16 has no digits to spare.
     full = 2 * len(x) * rows * columns >= 8 * tiles
     if is_3x3 and min(k.shape[2:]) >= 32 and tiles >= 256 and full and x.dtype.itemsize >= 4:
-        return _winograd_conv(x, k, geometry=geometry)
+        return winograd_conv(x, k, geometry.padding)
     return _tall_conv(x, k, geometry=geometry)
-
-
-def _winograd_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
-    """The 3×3 convolution by Winograd's minimal filtering, with a third of the multiplications.
-
-    Tiles of 4×2 pixels: F(4,3) down the image of F(2,3) across it, of matrix products over
-    channels (arXiv 1509.09308). Larger tiles are no faster here and less exact.
-    """
-    rows, columns = geometry.padding
-    across = partial(
-        _filtered, inner=lambda x, k: x @ k[0, 0], filtering=_F_2_3, axis=2, padding=columns
-    )
-    return _filtered(x, k, inner=across, filtering=_F_4_3, axis=1, padding=rows)
-
-
-class _Filtering(NamedTuple):
-    """F(m,3): a filter of 3 taps over m + 2 pixels gives m results, by as many products as pixels.
-
-    They are results @ ((data @ pixels) * (taps @ filter)).
-    """
-
-    data: list[list[float]]
-    taps: list[list[float]]
-    results: list[list[float]]
-
-
-_F_2_3 = _Filtering(
-    data=[[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
-    taps=[[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
-    results=[[1, 1, 1, 0], [0, 1, -1, -1]],
-)
-_F_4_3 = _Filtering(
-    data=[
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ],
-    taps=[
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ],
-    results=[[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
-)
-
-
-def _filtered(
-    x: Array, k: Array, *, inner: Callable[[Array, Array], Array], filtering: _Filtering,
-    axis: int, padding: Pair,
-) -> Array:  # fmt: skip
-    """The convolution along one axis of x; inner does what is left of it, for each product."""
-    m, size = len(filtering.results), x.shape[axis]
-    length = size + sum(padding) - 2
-    tiles = -(-length // m)
-    margins = [(0, 0, 0)] * 4
-    margins[axis] = (padding[0], m * tiles + 2 - size - padding[0], 0)
-    x = lax.pad(x, jnp.zeros((), x.dtype), margins)
-    pixels = [lax.slice_in_dim(x, i, i + m * (tiles - 1) + 1, m, axis) for i in range(m + 2)]
-    taps = [lax.index_in_dim(k, i, axis - 1) for i in range(3)]
-    products = [
-        inner(_combined(of_data, pixels), _combined(of_taps, taps))
-        for of_data, of_taps in zip(filtering.data, filtering.taps, strict=True)
-    ]
-    y = jnp.stack([_combined(row, products) for row in filtering.results], axis + 1)
-    y = y.reshape(*y.shape[:axis], m * tiles, *y.shape[axis + 2 :])
-    return lax.slice_in_dim(y, 0, length, axis=axis)
-
-
-def _combined(weights: list[float], terms: list[Array]) -> Array:
-    return reduce(jnp.add, [w * term for w, term in zip(weights, terms, strict=True) if w])
 
 
 def _tall_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
@@ -223,9 +146,7 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
     if channels <= 4 and outputs >= 16:
         return _gradient_of_few(g, k, geometry=geometry)
     if channels <= 8:
-        like = jax.ShapeDtypeStruct((g.shape[0], *image, channels), g.dtype)
-        conv = partial(_banded_conv, k=k, geometry=geometry)
-        return jax.linear_transpose(conv, like)(g)[0]
+        return _banded_input_gradient(g, k, geometry=geometry)
     if strides == (1, 1) and window != (1, 1):
         # A convolution of g with the kernel turned round.
         kernel = jnp.flip(k, (0, 1)).swapaxes(2, 3)
@@ -316,35 +237,76 @@ def _conv_over_examples(x: Array, g: Array, *, geometry: Geometry) -> Array:
 
 
 def _banded_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
-    """The convolution as one product: of what four pixels of an output line read, and of a band.
+    """The convolution as one product: of what a few pixels of an output line read, and of a band.
 
-    The band is a matrix that gives the four; half of it is zeros for a 3×3 kernel. Yet with few
-    channels this is several times faster than a convolution, which leaves the vector units of a CPU
-    mostly idle there.
+    The band is a matrix that gives those pixels; half of it is zeros for four of them and a 3×3
+    kernel. Yet with few channels this is several times faster than a convolution, which leaves the
+    vector units of a CPU mostly idle there.
     """
     (down, right), (padding, (left, _)), (_, width), (rows, columns) = geometry
     height, out_width = geometry.output
     wide_x, wide_k = _widen(x, k)
-    tiles = -(-out_width // _BANDED_PIXELS)
-    step = _BANDED_PIXELS * right
-    reach = step - right + columns
-    at = np.arange(columns)[:, None] + right * np.arange(_BANDED_PIXELS)  # the column read
-    taps = at[:, None, :] == np.arange(reach)[None, :, None]
-    band = jnp.einsum("pqio,qwu->pwiuo", wide_k, taps.astype(wide_k.dtype), precision="highest")
-    beyond = (tiles - 1) * step + reach - width - left
-    margins = [(0, 0, 0), (*padding, 0), (left, beyond, 0), (0, 0, 0)]
-    wide_x = lax.pad(wide_x, jnp.zeros((), wide_x.dtype), margins)
+    # More pixels are fewer, longer rows, of more zeros.
+    pixels = 4 if rows * (columns + 3 * right) * k.shape[2] < 200 else 2
+    band = _band(wide_k, right, pixels)
+    reach, step = band.shape[1], pixels * right
+    tiles = -(-out_width // pixels)
+    margins = [(0, 0, 0), (*padding, 0), (left, (tiles - 1) * step + reach - width - left, 0)]
+    wide_x = lax.pad(wide_x, jnp.zeros((), wide_x.dtype), [*margins, (0, 0, 0)])
 
     def read(start):
+        # Stacked as they are: as one long line, XLA's loop would divide to find each number.
         tile = lax.slice_in_dim(wide_x, start, start + reach, axis=2)
-        lines = tile.reshape(*tile.shape[:2], reach * k.shape[2])
         last = (height - 1) * down + 1
-        return [lax.slice_in_dim(lines, i, i + last, down, axis=1) for i in range(rows)]
+        lines = [lax.slice_in_dim(tile, i, i + last, down, axis=1) for i in range(rows)]
+        return jnp.stack(lines, axis=2)
 
-    parts = [jnp.concatenate(read(start), axis=2) for start in range(0, tiles * step, step)]
-    y = jnp.stack(parts, axis=2) @ band.reshape(-1, _BANDED_PIXELS * k.shape[3])
-    y = y.reshape(len(x), height, tiles * _BANDED_PIXELS, k.shape[3])
+    parts = jnp.stack([read(start) for start in range(0, tiles * step, step)], axis=2)
+    parts = parts.reshape(len(x), height, tiles, rows * reach * k.shape[2])
+    y = parts @ band.reshape(-1, pixels * k.shape[3])
+    y = y.reshape(len(x), height, tiles * pixels, k.shape[3])
     return y[:, :, :out_width].astype(x.dtype)
+
+
+def _banded_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
+    """The image's gradient by the band of four pixels: what each tile reads gets its product."""
+    (down, right), ((top, _), (left, _)), (image, width), (rows, _) = geometry
+    batch, height, out_width, outputs = g.shape
+    channels = k.shape[2]
+    wide_g, wide_k = _widen(g, k)
+    zero = jnp.zeros((), wide_g.dtype)
+    pixels = 4
+    band = _band(wide_k, right, pixels)
+    reach, step = band.shape[1], pixels * right
+    tiles = -(-out_width // pixels)
+    beyond = (0, tiles * pixels - out_width, 0)
+    wide_g = lax.pad(wide_g, zero, [(0, 0, 0), (0, 0, 0), beyond, (0, 0, 0)])
+    wide_g = wide_g.reshape(batch, height, tiles, pixels * outputs)
+    parts = wide_g @ band.reshape(-1, pixels * outputs).T
+    parts = parts.reshape(batch, height, tiles, rows, reach * channels)
+
+    def onto(axis, part, start, size, stride):
+        """The part from `start` on along an axis of zeros, every stride-th."""
+        span = (part.shape[axis] - 1) * stride + 1
+        margins = [(0, 0, 0)] * 3
+        margins[axis] = (start, size - span - start, stride - 1)
+        return lax.pad(part, zero, margins)
+
+    def read_by(tile):
+        lines = (onto(1, parts[:, :, tile, i], i - top, image, down) for i in range(rows))
+        start = (tile * step - left) * channels
+        return onto(2, reduce(jnp.add, lines), start, width * channels, 1)
+
+    x = reduce(jnp.add, map(read_by, range(tiles)))
+    return x.reshape(batch, image, width, channels).astype(g.dtype)
+
+
+def _band(k: Array, stride: int, pixels: int) -> Array:
+    """The kernel [P,Q,I,O] for a few pixels of a line, [P,W,I,U,O]: pixel U reads the columns W."""
+    columns = k.shape[1]
+    at = np.arange(columns)[:, None] + stride * np.arange(pixels)  # the column read
+    taps = at[:, None, :] == np.arange(at.max() + 1)[None, :, None]
+    return jnp.einsum("pqio,qwu->pwiuo", k, taps.astype(k.dtype), precision="highest")
 
 
 # The primitives.
