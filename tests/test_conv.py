@@ -74,7 +74,7 @@ def gradient_energy(conv):
 
 
 # For each of the CPU's formulas: banded matrices, convolutions, one product for all taps.
-few_and_many = pytest.mark.parametrize("inputs, outputs", [(1, 4), (42, 6), (3, 16)])
+few_and_many = pytest.mark.parametrize("inputs, outputs", [(1, 4), (42, 6), (3, 16), (8, 5)])
 
 
 @geometries
@@ -232,7 +232,7 @@ def test_any_shape(data):
     if not isinstance(padding, str):  # at least one output along each axis
         padding = tuple((low, max(high, -low)) for low, high in padding)
     inputs, outputs = data.draw(
-        st.tuples(st.sampled_from([1, 2, 3, 9]), st.sampled_from([1, 2, 3, 16]))
+        st.tuples(st.sampled_from([1, 2, 3, 8, 9]), st.sampled_from([1, 2, 3, 16]))
     )
     args = operands(
         image, window, batch=data.draw(st.integers(1, 3)), inputs=inputs, outputs=outputs

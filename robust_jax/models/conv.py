@@ -186,13 +186,15 @@ def _gradient_of_few(g: Array, k: Array, *, geometry: Geometry) -> Array:
 
 def _pixels_read_by(tap: tuple[int, ...], geometry: Geometry) -> list[tuple[int, int, int]]:
     """How to pad an output's rows and columns so that each lies where the tap reads the image."""
-    margins = []
-    for at, stride, (low, _), size, outputs in zip(
-        tap, geometry.strides, geometry.padding, geometry.image, geometry.output, strict=True
-    ):
-        span = (outputs - 1) * stride + 1
-        margins.append((at - low, size - span - (at - low), stride - 1))
-    return margins
+    axes = zip(
+        tap, geometry.padding, geometry.strides, geometry.output, geometry.image, strict=True
+    )
+    return [_margin(at - low, stride, count, size) for at, (low, _), stride, count, size in axes]
+
+
+def _margin(start: int, stride: int, count: int, size: int) -> tuple[int, int, int]:
+    """How to pad `count` entries so that they are every stride-th of `size`, from `start` on."""
+    return start, size - start - (count - 1) * stride - 1, stride - 1
 
 
 def _cpu_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
@@ -285,17 +287,11 @@ def _banded_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
     parts = wide_g @ band.reshape(-1, pixels * outputs).T
     parts = parts.reshape(batch, height, tiles, rows, reach * channels)
 
-    def onto(axis, part, start, size, stride):
-        """The part from `start` on along an axis of zeros, every stride-th."""
-        span = (part.shape[axis] - 1) * stride + 1
-        margins = [(0, 0, 0)] * 3
-        margins[axis] = (start, size - span - start, stride - 1)
-        return lax.pad(part, zero, margins)
-
     def read_by(tile):
-        lines = (onto(1, parts[:, :, tile, i], i - top, image, down) for i in range(rows))
-        start = (tile * step - left) * channels
-        return onto(2, reduce(jnp.add, lines), start, width * channels, 1)
+        below = [[(0, 0, 0), _margin(i - top, down, height, image), (0, 0, 0)] for i in range(rows)]
+        lines = [lax.pad(parts[:, :, tile, i], zero, below[i]) for i in range(rows)]
+        along = _margin((tile * step - left) * channels, 1, reach * channels, width * channels)
+        return lax.pad(reduce(jnp.add, lines), zero, [(0, 0, 0), (0, 0, 0), along])
 
     x = reduce(jnp.add, map(read_by, range(tiles)))
     return x.reshape(batch, image, width, channels).astype(g.dtype)
