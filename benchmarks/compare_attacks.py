@@ -59,11 +59,14 @@ class Side(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of one attack on N points: which are misclassified in the end, how far away, in what time."""
+    """Of one attack on N points: which are misclassified in the end, how far away, in what time.
+
+    seconds is of each batch.
+    """
 
     broken: np.ndarray
     distance: np.ndarray
-    seconds: float
+    seconds: np.ndarray
 
 
 def lenet5(flags) -> tuple[nn.Module, Any, data.Dataset, torch.nn.Module]:
@@ -165,24 +168,31 @@ def torch_side(name: str, net: torch.nn.Module, their_attacks: attack_peers.Atta
     return Side(name, predict, {key: wrapped(attack) for key, attack in their_attacks.items()})
 
 
-def measure(side: Side, attack: str, x, y, seed: int, budget: Budget, folder: Path) -> Outcome:
-    """One attack on the points, batch by batch; a batch that the folder holds is taken from there.
+def measure(
+    sides: Sequence[Side], attack: str, x, y, seed: int, budget: Budget, folder: Path
+) -> list[Outcome]:
+    """One attack on the points by each side, a batch at a time, in turns.
 
-    The networks see the points that they get right. A point is broken where its side's network
-    gets x_adv wrong, and x_adv is in the box and, for an attack with a radius, within eps.
+    A batch that the folder holds is taken from there. The networks see the points that they get
+    right. A point is broken where its side's network gets x_adv wrong, and x_adv is in the box and,
+    for an attack with a radius, within eps.
     """
     keys = jax.random.split(jax.random.key(seed), len(x))
     parts = []
     for start in range(0, len(x), budget.batch_size):
-        path = folder / f"{side.name}-{attack}-{seed}-{start}.npz"
-        if not path.exists():
-            rows = slice(start, start + budget.batch_size)
-            outcome = _measure_batch(side, attack, x[rows], y[rows], keys[rows], seed, budget)
-            np.savez(path, **outcome._asdict())
-        with np.load(path, allow_pickle=False) as saved:
-            parts.append(Outcome(**saved))
-    broken, distance, seconds = zip(*parts, strict=True)
-    return Outcome(np.concatenate(broken), np.concatenate(distance), float(sum(seconds)))
+        rows = slice(start, start + budget.batch_size)
+        parts.append([])
+        for side in sides:
+            path = folder / f"{side.name}-{attack}-{seed}-{start}.npz"
+            if not path.exists():
+                outcome = _measure_batch(side, attack, x[rows], y[rows], keys[rows], seed, budget)
+                np.savez(path, **outcome._asdict())
+            with np.load(path, allow_pickle=False) as saved:
+                parts[-1].append(Outcome(**saved))
+    return [
+        Outcome(*(np.concatenate(field) for field in zip(*of_side, strict=True)))
+        for of_side in zip(*parts, strict=True)
+    ]
 
 
 def _measure_batch(side, attack, x, y, keys, seed, budget) -> Outcome:
@@ -200,7 +210,7 @@ def _measure_batch(side, attack, x, y, keys, seed, budget) -> Outcome:
     broken, distance = np.ones(len(x), bool), np.zeros(len(x), np.float32)
     broken[right] = (side.predict(x_adv) != y[right]) & valid
     distance[right] = np.where(broken[right], size, np.inf)
-    return Outcome(broken, distance, seconds)
+    return Outcome(broken, distance, np.array([seconds]))
 
 
 def bounded_row(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> list[str]:
@@ -241,6 +251,17 @@ COLUMNS = {
     nearest_row: ("found, %: ours", "theirs", "median distance: ours", "theirs", "median ratio",
                   "ours nearer by 1 %, % of points", "theirs"),
 }  # fmt: skip
+SECONDS = "seconds: ours", "theirs", "median ratio of batches", "range"
+
+
+def seconds(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> list[str]:
+    """The time of a seed's points, and the ratio of a batch's times."""
+    time, their_time = (np.stack([o.seconds for o in side]) for side in (ours, theirs))
+    ratio = time / their_time
+    return [
+        f"{time.sum(1).mean():.3g}", f"{their_time.sum(1).mean():.3g}",
+        f"{np.median(ratio):.2f}", f"{ratio.min():.2f} to {ratio.max():.2f}",
+    ]  # fmt: skip
 
 
 def disagreements(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> str:
@@ -280,24 +301,25 @@ def main() -> None:
         reference = attack_peers.from_reference(net, budget, flags.reference)
         peers.insert(0, torch_side("reference", net, reference))
 
-    def run(side, attack):
-        return [measure(side, attack, x, y, seed, budget, folder) for seed in range(flags.seeds)]
-
     notes, disputed, header = [], [], None
     for attack in flags.attacks:
         row = nearest_row if _is_nearest(attack) else bounded_row
         if COLUMNS[row] is not header:
             header = COLUMNS[row]
             print()
-            _print_row("attack", "theirs", *header, "seconds: ours", "theirs")
-            print("|" + " --- |" * (len(header) + 4))
-        our_outcomes = run(ours, attack)
-        for peer in (peer for peer in peers if attack in peer.attacks):
-            outcomes = run(peer, attack)
-            seconds = (np.mean([o.seconds for o in side]) for side in (our_outcomes, outcomes))
+            _print_row("attack", "theirs", *header, *SECONDS)
+            print("|" + " --- |" * (len(header) + 2 + len(SECONDS)))
+        able = [peer for peer in peers if attack in peer.attacks]
+        by_seed = [
+            measure([ours, *able], attack, x, y, seed, budget, folder)
+            for seed in range(flags.seeds)
+        ]
+        our_outcomes, *their_outcomes = zip(*by_seed, strict=True)
+        for peer, outcomes in zip(able, their_outcomes, strict=True):
             _print_row(
-                attack, peer.name, *row(our_outcomes, outcomes), *(f"{s:.3g}" for s in seconds)
-            )
+                attack, peer.name,
+                *row(our_outcomes, outcomes), *seconds(our_outcomes, outcomes),
+            )  # fmt: skip
             if note := disagreements(our_outcomes, outcomes):
                 notes.append(f"- {attack}, {peer.name}: {note}")
             for seed, (one, other) in enumerate(zip(our_outcomes, outcomes, strict=True)):

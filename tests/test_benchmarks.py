@@ -57,7 +57,10 @@ def test_broken_means_misclassified_in_the_box_and_within_eps(tmp_path):
     y = np.zeros(4, int)
 
     def measure(shift, attack="pgd", seed=0):
-        return compare_attacks.measure(shift_side(shift), attack, x, y, seed, BUDGET, tmp_path)
+        (outcome,) = compare_attacks.measure(
+            [shift_side(shift)], attack, x, y, seed, BUDGET, tmp_path
+        )
+        return outcome
 
     # Broken, not reached, beyond the box, misclassified to begin with.
     outcome = measure(0.05)
@@ -70,9 +73,33 @@ def test_broken_means_misclassified_in_the_box_and_within_eps(tmp_path):
     np.testing.assert_array_equal(measure(0.0).broken, outcome.broken)
 
 
+def test_sides_take_turns(tmp_path):
+    turns = []
+
+    def side(name, shift):
+        def attack(x, y, keys, seed):
+            turns.append(name)
+            return x + np.float32(shift)
+
+        return shift_side(0)._replace(name=name, attacks={"pgd": attack})
+
+    x = np.full((3 * BUDGET.batch_size - 1, 2, 2, 1), 0.46, np.float32)
+    y = np.zeros(len(x), int)
+    found = compare_attacks.measure(
+        [side("ours", 0.05), side("theirs", 0.0)], "pgd", x, y, 0, BUDGET, tmp_path
+    )
+    assert turns == ["ours", "theirs"] * 3
+    assert [outcome.broken.mean() for outcome in found] == [1, 0]
+    assert [len(outcome.broken) for outcome in found] == [len(x)] * 2
+    assert [len(outcome.seconds) for outcome in found] == [3, 3]
+
+
 def test_rows_count_over_seeds():
     def outcomes(*broken):
-        return [Outcome(np.array(b, bool), np.where(b, 0.2, np.inf), 1.0) for b in broken]
+        return [
+            Outcome(np.array(b, bool), np.where(b, 0.2, np.inf), np.array([i + 1.0, 4.0]))
+            for i, b in enumerate(broken)
+        ]
 
     ours, theirs = outcomes([1, 1, 0, 0], [1, 1, 1, 0]), outcomes([1, 0, 0, 1], [1, 0, 0, 1])
     row = compare_attacks.bounded_row(ours, theirs)
@@ -81,6 +108,8 @@ def test_rows_count_over_seeds():
     assert compare_attacks.nearest_row(ours[:1], theirs[:1])[:5] == [
         "50.0", "50.0", "0.2000", "0.2000", "1.0000",
     ]  # fmt: skip
+    half = [outcome._replace(seconds=outcome.seconds / [2, 4]) for outcome in ours]
+    assert compare_attacks.seconds(half, theirs) == ["1.75", "5.5", "0.38", "0.25 to 0.50"]
 
 
 def test_folder_belongs_to_one_comparison(tmp_path):
