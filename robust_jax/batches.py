@@ -14,17 +14,17 @@ Rows = Mapping[str, np.ndarray]
 # batch (arrays [B,…]), for all the rows. Scalars may change without another compilation.
 MapExamples = Callable[[Callable], Callable]
 
-# A batch's size is a multiple of this share of the largest: few programs to compile.
-_STEPS = 16
+# AutoAttack's programs run for long, so that an even batch is worth one to compile.
+NUM_SIZES = 16
 
 
 def batches(
-    count: int, batch_size: int, *, multiple_of: int = 1
+    count: int, batch_size: int, *, multiple_of: int = 1, num_sizes: int = NUM_SIZES
 ) -> Iterator[tuple[Int[np.ndarray, " b"], int]]:
     """The rows 0 … count-1 in the fewest batches of batch_size; each with its real rows.
 
-    The batches are of one size and as even as they can be in steps of a sixteenth of batch_size;
-    the last is filled up with copies. So few rows cost little, and at most sixteen programs are
+    The batches are of one size and as even as they can be in num_sizes steps up to batch_size; the
+    last is filled up with copies. So few rows cost little, and at most num_sizes programs are
     compiled. Sizes are rounded up to a multiple_of the devices.
     """
 
@@ -32,7 +32,7 @@ def batches(
         return -(-size // step) * step
 
     batch_size = rounded(batch_size, multiple_of)
-    step = rounded(-(-batch_size // _STEPS), multiple_of)
+    step = rounded(-(-batch_size // num_sizes), multiple_of)
     even = -(-count // -(-count // batch_size))
     size = min(rounded(even, step), batch_size)
     for start in range(0, count, size):

@@ -29,6 +29,9 @@ from robust_jax.train import parallel
 
 Network = Callable[[Any, jax.Array], jax.Array]
 
+# Of batches. An attack of some steps takes less time than another program takes to compile.
+_NUM_SIZES = 4
+
 
 class AttackGrid(NamedTuple):
     """attack(logits_fn, x, y, keys, eps=…) -> x_adv, its kind by name, its norm and its radii.
@@ -81,7 +84,9 @@ class Evaluator:
         self._settings, self._key, self._method = settings, key, method
         # The key is an argument of the compiled programs, which serve every seed.
         self._key_data = np.asarray(jax.random.key_data(key))
-        mapped = partial(parallel.map_split, method=method, batch_size=settings.batch_size)
+        mapped = partial(
+            parallel.map_split, method=method, batch_size=settings.batch_size, num_sizes=_NUM_SIZES
+        )
         self._measure = mapped(_measurement(network, settings))
         self._attacks = {
             name: mapped(_attempt(network, grid, name))

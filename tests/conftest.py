@@ -1,16 +1,6 @@
 """Eight fake devices for every test, and a compilation cache that the workers share."""
 
 import os
-from importlib.metadata import version
-
-# Small networks: the suite spends its time compiling, half of it with these.
-COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if version("jax").startswith("0.10."):  # 0.11 does not know it any more
-    COMPILED_QUICKLY += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count=8 {COMPILED_QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
-)
-
 import subprocess
 import sys
 import tempfile
@@ -19,6 +9,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+
+# Small networks: the suite spends its time compiling, half of it with these.
+COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):  # which does not know it any more
+    COMPILED_QUICKLY += " --xla_cpu_use_fusion_emitters=false"
+# Read when the first array is made, which is later.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count=8 {COMPILED_QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
+)
 
 REPOSITORY = Path(__file__).parents[1]
 CACHE = os.environ.setdefault(

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from robust_jax.batches import batches, joined, on_one_device
 
 
-@given(st.integers(1, 300), st.integers(1, 100), st.integers(1, 8))
-def test_every_row_once_in_even_batches_of_few_sizes(count, batch_size, devices):
-    plan = list(batches(count, batch_size, multiple_of=devices))
+@given(st.integers(1, 300), st.integers(1, 100), st.integers(1, 8), st.sampled_from((1, 4, 16)))
+def test_every_row_once_in_even_batches_of_few_sizes(count, batch_size, devices, num_sizes):
+    options = {"multiple_of": devices, "num_sizes": num_sizes}
+    plan = list(batches(count, batch_size, **options))
     np.testing.assert_array_equal(
         np.concatenate([rows[:real] for rows, real in plan]), np.arange(count)
     )
@@ -17,8 +18,8 @@ def test_every_row_once_in_even_batches_of_few_sizes(count, batch_size, devices)
     assert size % devices == 0 and size < batch_size + devices
     largest = -(-batch_size // devices) * devices
     assert len(plan) == -(-count // largest)  # no more than by the largest size
-    possible = {len(next(batches(n, batch_size, multiple_of=devices))[0]) for n in range(1, 301)}
-    assert size in possible and len(possible) <= 16
+    possible = {len(next(batches(n, batch_size, **options))[0]) for n in range(1, 301)}
+    assert size in possible and len(possible) <= num_sizes
 
 
 @given(st.integers(1, 300), st.integers(1, 100))
@@ -32,6 +33,8 @@ def test_few_rows_take_a_small_batch():
     assert [len(rows) for rows, _ in batches(300, 128)] == [104, 104, 104]
     assert [len(rows) for rows, _ in batches(329, 500)] == [352]
     assert [len(rows) for rows, _ in batches(5, 128)] == [8]
+    assert [len(rows) for rows, _ in batches(329, 500, num_sizes=4)] == [375]
+    assert [len(rows) for rows, _ in batches(5, 128, num_sizes=1)] == [128]
 
 
 def test_results_come_in_the_order_of_the_rows_and_padding_counts_for_nothing():

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from robust_jax.batches import MapExamples, batches, counted, joined
+from robust_jax.batches import NUM_SIZES, MapExamples, batches, counted, joined
 
 AXIS = "batch"
 Method = Literal["pmap", "shard_map"]
@@ -62,21 +62,21 @@ def map_batches(
     method: Method,
     *,
     batch_size: int,
+    num_sizes: int = NUM_SIZES,
     devices: Sequence[jax.Device] | None = None,
 ) -> Callable:
     """fn(variables, batch, *scalars) -> arrays [B,…], over any number of rows on all devices.
 
     The result is called as (variables, count, take, *scalars) and returns arrays [count,…], the
     same in every process; take(rows) gives the batch at those row numbers, of which each process
-    takes its own. Batches are of batch_size rounded up to a multiple of the devices, the last
-    padded and the padding dropped. Scalars are the same for every example and can change without
-    recompiling.
+    takes its own. The batches are those of `batches`, in a multiple of the devices. Scalars are the
+    same for every example and can change without recompiling.
     """
     num_devices = len(devices or jax.devices())
     mapped = _map_examples(fn, method, devices)
 
     def call(variables, count, take, *scalars):
-        plan = list(batches(count, batch_size, multiple_of=num_devices))
+        plan = list(batches(count, batch_size, multiple_of=num_devices, num_sizes=num_sizes))
         parts = [
             _gathered(mapped(variables, take(rows[own_rows(len(rows))]), scalars))
             for rows, _ in plan
@@ -86,12 +86,14 @@ def map_batches(
     return call
 
 
-def map_split(fn: Callable, method: Method, *, batch_size: int) -> Callable:
+def map_split(
+    fn: Callable, method: Method, *, batch_size: int, num_sizes: int = NUM_SIZES
+) -> Callable:
     """`map_batches` over part of a data split: called as (variables, split, index, *scalars).
 
     A batch holds image, label and index [B], the example's place in the split.
     """
-    mapped = map_batches(fn, method, batch_size=batch_size)
+    mapped = map_batches(fn, method, batch_size=batch_size, num_sizes=num_sizes)
 
     def call(variables, split, index, *scalars):
         def take(rows):
