@@ -1,5 +1,6 @@
 """Eight fake devices for every test, and a compilation cache that the workers share."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -25,6 +26,9 @@ CACHE = os.environ.setdefault(
 )
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# A tenth of the time goes to garbage and to the lines of source that a program came from.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_modifyitems(items):

@@ -41,6 +41,35 @@ def demo(launch, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def finished(launch, tmp_path_factory):
+    """(flags, folder) of a small run's launch."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    attacks = {"pgd_linf": {"name": "pgd", "eps": (0.1,)}, "autoattack_linf": AUTOATTACK}
+    flags = (*TINY, f"--config.attacks={attacks!r}")
+    result = launch(*flags, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return flags, workdir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """(flags, folder) of a copy, to do things to."""
+    flags, workdir = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    return (*flags, f"--workdir={tmp_path / 'run'}"), tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def untrained(launch, tmp_path_factory):
+    """Results of a clean objective that learns nothing."""
+    workdir = tmp_path_factory.mktemp("untrained") / "run"
+    result = launch(*TINY, f"--workdir={workdir}", "--config.learning_rate=1e-9",
+                    "--config.loss_on=clean")  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((workdir / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
 def results(demo):
     return json.loads((demo[1] / "results.json").read_text())
 
@@ -66,12 +95,9 @@ def test_attacks_do_bite(results):
         assert accuracy(results, f"pgd_{norm}", eps) <= accuracy(results, f"fgsm_{norm}", eps)
 
 
-def test_an_untrained_network_does_not_pass(launch, tmp_path):
-    result = launch(*TINY, f"--workdir={tmp_path / 'run'}", "--config.learning_rate=1e-9")
-    assert result.returncode == 0, result.stderr[-3000:]
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["clean"]["accuracy"] < 0.5
-    assert accuracy(results, "worst_case_linf", 0.1) < 0.2
+def test_an_untrained_network_does_not_pass(untrained):
+    assert untrained["clean"]["accuracy"] < 0.5
+    assert accuracy(untrained, "worst_case_linf", 0.1) < 0.2
 
 
 def test_results_are_the_means_of_the_records(demo, results):
@@ -229,25 +255,24 @@ def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_sa
     assert "other attacks: --mode=evaluate" in result.stderr
 
 
-def test_a_run_whose_evaluation_was_killed_is_evaluated_again(launch, tmp_path):
-    workdir = tmp_path / "run"
-    assert launch(*TINY, f"--workdir={workdir}").returncode == 0
+def test_a_run_whose_evaluation_was_killed_is_evaluated_again(launch, copied):
+    flags, workdir = copied
     results = json.loads((workdir / "results.json").read_text())
     (workdir / "results.json").unlink()  # written last
     (workdir / "report.html").unlink()
     records = workdir / "records" / "best.csv"
     records.unlink()
     records.symlink_to("/dev/full")
-    full = launch(*TINY, f"--workdir={workdir}")
+    full = launch(*flags)
     assert full.returncode == 1
     assert full.stderr.splitlines()[-1].startswith("error: No space left on device")
     records.unlink()
     with (workdir / ".lock").open("w") as lock:  # as another process would
         fcntl.flock(lock, fcntl.LOCK_EX)
-        second = launch(*TINY, f"--workdir={workdir}")
+        second = launch(*flags)
     assert second.returncode == 1
     assert f"another process is at work in {workdir}" in second.stderr.splitlines()[-1]
-    result = launch(*TINY, f"--workdir={workdir}")
+    result = launch(*flags)
     assert result.returncode == 0, result.stderr[-3000:]
     again = json.loads((workdir / "results.json").read_text())
     for key in ("clean", "attacks", "jacobian", "last", "best"):
@@ -255,44 +280,33 @@ def test_a_run_whose_evaluation_was_killed_is_evaluated_again(launch, tmp_path):
     assert (workdir / "report.html").exists()
 
 
-def test_a_clean_objective_does_not_claim_an_adversary(launch, tmp_path):
-    workdir = tmp_path / "run"
-    result = launch(*TINY, f"--workdir={workdir}", "--config.loss_on=clean")
-    assert result.returncode == 0, result.stderr[-3000:]
-    results = json.loads((workdir / "results.json").read_text())
-    assert results["trained_against"] is None
-    assert "adversary" not in report.title(results)
-    assert "not a size it was trained against" in report.headline(results)
+def test_a_clean_objective_does_not_claim_an_adversary(untrained):
+    assert untrained["trained_against"] is None
+    assert "adversary" not in report.title(untrained)
+    assert "not a size it was trained against" in report.headline(untrained)
 
 
-def test_verify_finds_every_adversarial_again_or_says_what_differs(launch, tmp_path):
-    workdir = tmp_path / "run"
-    attacks = {"pgd_linf": {"name": "pgd", "eps": (0.1,)}, "autoattack_linf": AUTOATTACK}
-    flags = (*TINY, f"--workdir={workdir}", f"--config.attacks={attacks!r}")
-    assert launch(*flags).returncode == 0
+def test_verify_finds_every_adversarial_again_or_says_what_differs(launch, copied):
+    flags, workdir = copied
     verified = launch(*flags, "--mode=verify")
     assert verified.returncode == 0, verified.stderr[-3000:]
     assert "confirmed: every adversarial" in verified.stderr
     results = json.loads((workdir / "results.json").read_text())
     counts = {a["name"]: a["count"] for a in results["attacks"]}
     assert counts == {"pgd_linf": 500, "autoattack_linf": 100, "worst_case_linf": 500}
-    edited = json.loads((workdir / "results.json").read_text())
-    edited["attacks"][0]["robust_accuracy"] += 0.1
-    (workdir / "results.json").write_text(json.dumps(edited))
-    verified = launch(*flags, "--mode=verify")
-    assert verified.returncode == 1
-    assert "results.json attacks is not what the records add up to" in verified.stderr
-    (workdir / "results.json").write_text(json.dumps(results))
-    # An image that was broken is passed off as one that held, in the records and in the table.
+    # An image that was broken is passed off as one that held, and a number is made up.
     path = workdir / "records" / "best.csv"
     records = pd.read_csv(path)
     broken = records.index[(records["pgd_linf@0.1/held"] == False) & records["correct"]]  # noqa: E712
     records.loc[broken[0], "pgd_linf@0.1/held"] = True
     records.to_csv(path, index=False)
+    results["last"]["attacks"][0]["robust_accuracy"] += 0.1
+    (workdir / "results.json").write_text(json.dumps(results))
     verified = launch(*flags, "--mode=verify")
     assert verified.returncode == 1
     assert "is not confirmed: records/best.csv pgd_linf@0.1/held: 1 rows" in verified.stderr
-    assert "results.json best.attacks is not what the records add up to" in verified.stderr
+    for name in ("attacks", "best.attacks", "last.attacks"):
+        assert f"results.json {name} is not what the records add up to" in verified.stderr
 
 
 def test_a_record_s_key_makes_its_adversarial_again(demo):

@@ -218,9 +218,13 @@ def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, m
 
 @pytest.mark.parametrize(
     ("name", "arm"),
-    [("entm", "at_entm"), ("adversarial_strength", "eps_1"), ("average_margin", "average_margin"),
-     ("energy", "oscillation_100")],
-)  # fmt: skip
+    [
+        ("entm", "at_entm"),
+        pytest.param("adversarial_strength", "eps_1", marks=pytest.mark.slow),
+        pytest.param("average_margin", "average_margin", marks=pytest.mark.slow),
+        ("energy", "oscillation_100"),
+    ],
+)
 def test_a_seed_of_each_study_runs_at_smoke(name, arm, tmp_path):
     config = importlib.import_module(f"configs.studies.{name}").get_config()
     config.scale = "smoke"
