@@ -1,21 +1,28 @@
 """A cost model of an adversarial training step on 1 to 1,024 devices, and its terms checked here.
 
     python -m benchmarks.scaling --model=preact_resnet --image=32,32,3 --chip="NVIDIA H200"
+    python -m benchmarks.scaling --model=wide_resnet --dtype=bfloat16 --tpu=v5e:2x4
 
 First it compiles the step for 1, 2, 4 and 8 devices (of a CPU, made up; nothing is run) and prints
 what the model says of one device (operations, bytes of all-reduce, bytes of the state) beside what
-the programs hold. Then it predicts step times. docs/scaling.md has the formulas.
+the programs hold. Then it predicts step times. docs/scaling.md has the formulas. The second command
+asks a TPU's compiler instead, which comes with the tpu extra and needs no TPU: does the step fit?
 """
 
 import argparse
 import math
+import os
 import re
+import time
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from robust_jax import attacks, losses, models, speed
 from robust_jax.experiment import apply_fn
@@ -55,26 +62,29 @@ def step_seconds(
     return compute, allreduce_seconds(work.reduced_values, devices, links)
 
 
-def step_and_inputs(flags, devices: int, batch_size: int):
-    """The step on the first of the devices, at abstract inputs; and those inputs."""
-    model = models.MODELS[flags.model](num_classes=flags.classes, axis_name=parallel.AXIS)
+def step_and_inputs(flags, devices: Sequence[jax.Device], batch_size: int, method="pmap"):
+    """The step on the devices, and its inputs, as shapes."""
+    model = models.MODELS[flags.model](
+        num_classes=flags.classes, axis_name=parallel.AXIS, dtype=flags.dtype
+    )
     pgd = partial(attacks.pgd, eps=8 / 255, num_steps=flags.num_steps, keep_best=False)
     objective = make_objective(
         apply_fn(model), loss=losses.cross_entropy, loss_on="adversarial", adversary=Adversary(pgd)
     )
     tx = optax.sgd(0.1, momentum=0.9)
     step = parallel.map_step(
-        make_train_step(objective, tx, axis_name=parallel.AXIS), "pmap", jax.devices()[:devices]
+        make_train_step(objective, tx, axis_name=parallel.AXIS), method, devices
     )
+    key = jax.eval_shape(partial(jax.random.key, 0))
     state = jax.eval_shape(
-        partial(init_state, model, tx, image_shape=flags.image, average=False), jax.random.key(0)
+        partial(init_state, model, tx, image_shape=flags.image, average=False), key
     )
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, *flags.image), jnp.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         "position": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
-    return step, (state, batch, jax.random.key(0))
+    return step, (state, batch, key)
 
 
 def allreduced_bytes(program: str) -> int:
@@ -93,26 +103,9 @@ def reduced_values(state, sums) -> int:
     return count(state.params) + count(sums) + 2 * count(state.batch_stats)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="preact_resnet", choices=models.MODELS)
-    parser.add_argument(
-        "--image", default=(32, 32, 3), type=lambda text: tuple(map(int, text.split(",")))
-    )
-    parser.add_argument("--classes", default=10, type=int)
-    parser.add_argument("--num_steps", default=10, type=int, help="of PGD")
-    parser.add_argument("--batch_per_device", default=128, type=int)
-    parser.add_argument("--chip", default="NVIDIA H200", choices=speed.PEAKS)
-    parser.add_argument("--share", default=0.3, type=float, help="of the chip's peak")
-    parser.add_argument(
-        "--bandwidth", default=50e9, type=float, help="of a device's links, bytes/s"
-    )
-    parser.add_argument("--latency", default=1e-5, type=float, help="of a message, seconds")
-    flags = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
-
-    step, (state, batch, key) = step_and_inputs(flags, 1, flags.batch_per_device)
+def cost_model(flags) -> None:
+    """Prints the terms beside what CPU programs hold, and the predicted times."""
+    step, (state, batch, key) = step_and_inputs(flags, jax.devices()[:1], flags.batch_per_device)
     sums = jax.eval_shape(step, state, batch, key)[1]
     flops = speed.flops(step, state, batch, key)
     work = Work(flops / flags.batch_per_device, reduced_values(state, sums))
@@ -124,7 +117,7 @@ def main() -> None:
           "| MB in use at most |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for devices in (1, 2, 4, 8):
-        step, arguments = step_and_inputs(flags, devices, flags.batch_per_device)
+        step, arguments = step_and_inputs(flags, jax.devices()[:devices], flags.batch_per_device)
         compiled = jax.jit(step).lower(*arguments).compile()
         memory = compiled.memory_analysis()
         numbers = (
@@ -150,6 +143,61 @@ def main() -> None:
         print(f"| {devices} | {devices * flags.batch_per_device:,} | {1e3 * compute:.3g} "
               f"| {1e3 * reduce:.3g} | {1e3 * max(compute, reduce):.3g} to {1e3 * slowest:.3g} "
               f"| {compute / slowest:.0%} |")  # fmt: skip
+
+
+def compiled_for_tpu(flags) -> None:
+    """Prints what the TPU's own compiler makes of the step on the chips of a topology."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # it would look for the machine that holds the chips
+    devices = topologies.get_topology_desc(flags.tpu, "tpu").devices
+    batch_size = flags.batch_per_device * len(devices)
+    step, inputs = step_and_inputs(flags, devices, batch_size, "shard_map")
+    everywhere = NamedSharding(Mesh(devices, (parallel.AXIS,)), PartitionSpec())
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), inputs
+    )
+    started = time.perf_counter()
+    compiled = jax.jit(step).lower(*placed).compile()
+    seconds = time.perf_counter() - started
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    convolutions = re.findall(r"= (\w+)\[[\d,]*\]\S* convolution\(", program)
+    print(
+        f"{flags.model} on {len(devices)} × {devices[0].device_kind} ({flags.tpu}), {batch_size} "
+        f"images: compiled in {seconds:.0f} s\n"
+        f"MB of a chip: {memory.argument_size_in_bytes / 1e6:.4g} of arguments, "
+        f"{memory.temp_size_in_bytes / 1e6:.4g} on the way, "
+        f"{memory.generated_code_size_in_bytes / 1e6:.4g} of program\n"
+        f"MB all-reduced: {allreduced_bytes(program) / 1e6:.4g}\n"
+        f"convolutions: "
+        + ", ".join(f"{convolutions.count(t)} to {t}" for t in sorted(set(convolutions)))
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="preact_resnet", choices=models.MODELS)
+    parser.add_argument(
+        "--image", default=(32, 32, 3), type=lambda text: tuple(map(int, text.split(",")))
+    )
+    parser.add_argument("--classes", default=10, type=int)
+    parser.add_argument("--num_steps", default=10, type=int, help="of PGD")
+    parser.add_argument("--batch_per_device", default=128, type=int)
+    parser.add_argument("--chip", default="NVIDIA H200", choices=speed.PEAKS)
+    parser.add_argument("--share", default=0.3, type=float, help="of the chip's peak")
+    parser.add_argument(
+        "--bandwidth", default=50e9, type=float, help="of a device's links, bytes/s"
+    )
+    parser.add_argument("--latency", default=1e-5, type=float, help="of a message, seconds")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--tpu", help="a topology, such as v5e:2x2: compile for it, and that is all"
+    )
+    flags = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    if flags.tpu:
+        compiled_for_tpu(flags)
+    else:
+        cost_model(flags)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from robust_jax.records import evidence, fates
 
 Results = Mapping[str, Any]
 _LINE = 80
+_LARGE = 250_000  # of a figure, in characters
 
 
 class Radius(NamedTuple):
@@ -397,17 +398,19 @@ def _median_sentence(records: pd.DataFrame, fate: pd.Series) -> str:
 
 
 def image(figure: Figure, alt: str, **about: Any) -> dict[str, Any]:
-    """The figure as a data URI, SVG or PNG, whichever is smaller, with its size in CSS pixels."""
-    uris = []
+    """The figure as a data URI, SVG or, if that is large, PNG, with its size in CSS pixels."""
     # Fixed salt and no date: the same run gives the same page.
     with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
-        for kind, mime, metadata in (("svg", "svg+xml", {"Date": None}), ("png", "png", {})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
-            figure.set_layout_engine(
-                "none"
-            )  # the layout stays as it is, and is not worked out twice
-            encoded = base64.b64encode(buffer.getvalue()).decode()
-            uris.append(f"data:image/{mime};base64,{encoded}")
+        source = _source(figure, "svg", "svg+xml", {"Date": None})
+        if len(source) > _LARGE:
+            # The layout stays as it is, and is not worked out twice.
+            figure.set_layout_engine("none")
+            source = min(source, _source(figure, "png", "png", {}), key=len)
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    return {"src": min(uris, key=len), "alt": alt, "width": width, "height": height, **about}
+    return {"src": source, "alt": alt, "width": width, "height": height, **about}
+
+
+def _source(figure: Figure, kind: str, mime: str, metadata: dict) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+    return f"data:image/{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -10,7 +10,7 @@ from benchmarks import scaling
 from robust_jax import models
 
 LINKS = scaling.Links(bandwidth=1e9, latency=1e-6)
-FLAGS = argparse.Namespace(model="mlp", image=(4, 4, 1), classes=3, num_steps=2)
+FLAGS = argparse.Namespace(model="mlp", image=(4, 4, 1), classes=3, num_steps=2, dtype="float32")
 
 
 def test_allreduce_sends_almost_twice_the_array_and_waits_for_a_tree():
@@ -28,7 +28,7 @@ def test_compute_is_shared_and_all_reduce_is_not():
 
 
 def test_the_program_reduces_what_the_model_says():
-    step, (state, batch, key) = scaling.step_and_inputs(FLAGS, 4, 8)
+    step, (state, batch, key) = scaling.step_and_inputs(FLAGS, jax.devices()[:4], 8)
     program = jax.jit(step).lower(state, batch, key).compile().as_text()
     sums = jax.eval_shape(step, state, batch, key)[1]
     expected = scaling.reduced_values(state, sums)

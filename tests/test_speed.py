@@ -92,7 +92,7 @@ if sys.argv[1] == "keep":
     speed.keep_freed_memory()
 step = jax.jit(lambda x: x + 1)
 x = jnp.ones(10_000_000)  # 40 MB, and as much for the sum
-for i in range(30):
+for i in range(60):
     if i == 20:  # the heap has grown to what is needed
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
