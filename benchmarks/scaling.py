@@ -148,7 +148,10 @@ def cost_model(flags) -> None:
 def compiled_for_tpu(flags) -> None:
     """Prints what the TPU's own compiler makes of the step on the chips of a topology."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # it would look for the machine that holds the chips
-    devices = topologies.get_topology_desc(flags.tpu, "tpu").devices
+    try:
+        devices = topologies.get_topology_desc(flags.tpu, "tpu").devices
+    except RuntimeError as error:  # no such topology, or no compiler
+        raise SystemExit(f"error: --tpu={flags.tpu}: {str(error).splitlines()[0]}") from None
     batch_size = flags.batch_per_device * len(devices)
     step, inputs = step_and_inputs(flags, devices, batch_size, "shard_map")
     everywhere = NamedSharding(Mesh(devices, (parallel.AXIS,)), PartitionSpec())

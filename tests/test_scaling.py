@@ -40,3 +40,19 @@ def test_the_program_reduces_what_the_model_says():
 def test_bytes_are_read_from_a_program():
     line = "%all-reduce.1 = (f32[3,4]{1,0}, f32[]) all-reduce(%a, %b), channel_id=1"
     assert scaling.allreduced_bytes(f"{line}\n%x = f32[7] add(%a, %b)") == 4 * 13
+
+
+@pytest.mark.slow
+def test_a_tpu_s_compiler_takes_the_step(capsys):
+    pytest.importorskip("libtpu", reason="of the tpu extra")
+    flags = {**vars(FLAGS), "model": "lenet5", "image": (28, 28, 1), "dtype": "bfloat16"}
+    scaling.compiled_for_tpu(argparse.Namespace(**flags, tpu="v5e:2x2", batch_per_device=2))
+    printed = capsys.readouterr().out
+    assert "lenet5 on 4 × TPU v5 lite (v5e:2x2), 8 images" in printed
+    assert "to bf16" in printed and "to f32" not in printed
+
+
+def test_a_topology_that_nothing_compiles_for_is_told_in_one_line():
+    flags = argparse.Namespace(**vars(FLAGS), tpu="v0:9x9", batch_per_device=2)
+    with pytest.raises(SystemExit, match="error: --tpu=v0:9x9: [^\n]+$"):
+        scaling.compiled_for_tpu(flags)
