@@ -10,7 +10,8 @@ Needs the bench extra. lenet5: the best checkpoint of a finished run of configs/
 or the like. preact_resnet18: CIFAR-10, trained here for some minutes where --weights does not exist
 yet. --reference names a checkout of github.com/fra31/auto-attack, which is then one of the peers.
 Every batch measured is kept in --out and not measured again, so a long comparison may be stopped,
-and more attacks, peers and seeds added. docs/attack_comparison.md has our tables.
+and more attacks, peers and seeds added; times compare where both sides were measured in one call.
+docs/attack_comparison.md has our tables.
 """
 
 import argparse
@@ -254,12 +255,12 @@ COLUMNS = {
 SECONDS = "seconds: ours", "theirs", "median ratio of batches", "range"
 
 
-def seconds(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> list[str]:
-    """The time of a seed's points, and the ratio of a batch's times."""
-    time, their_time = (np.stack([o.seconds for o in side]) for side in (ours, theirs))
-    ratio = time / their_time
+def seconds_row(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> list[str]:
+    """The time of a seed's points, and the ratio of a batch's times, compilation included."""
+    taken, their_taken = (np.stack([o.seconds for o in side]) for side in (ours, theirs))
+    ratio = taken / their_taken
     return [
-        f"{time.sum(1).mean():.3g}", f"{their_time.sum(1).mean():.3g}",
+        f"{taken.sum(1).mean():.3g}", f"{their_taken.sum(1).mean():.3g}",
         f"{np.median(ratio):.2f}", f"{ratio.min():.2f} to {ratio.max():.2f}",
     ]  # fmt: skip
 
@@ -318,7 +319,7 @@ def main() -> None:
         for peer, outcomes in zip(able, their_outcomes, strict=True):
             _print_row(
                 attack, peer.name,
-                *row(our_outcomes, outcomes), *seconds(our_outcomes, outcomes),
+                *row(our_outcomes, outcomes), *seconds_row(our_outcomes, outcomes),
             )  # fmt: skip
             if note := disagreements(our_outcomes, outcomes):
                 notes.append(f"- {attack}, {peer.name}: {note}")

@@ -89,11 +89,11 @@ def step_and_inputs(flags, devices: Sequence[jax.Device], batch_size: int, metho
 
 def allreduced_bytes(program: str) -> int:
     """The bytes of every all-reduce in a compiled program; those in a loop's body count once."""
-    total = 0
+    total, bytes_of = 0, {"f32": 4, "bf16": 2}
     for line in program.splitlines():
         if found := re.search(r"= (.+?) all-reduce(?:-start)?\(", line):
-            for shape in re.findall(r"f32\[([\d,]*)\]", found[1]):
-                total += 4 * math.prod(int(n) for n in shape.split(",") if n)
+            for kind, shape in re.findall(r"\b(f32|bf16)\[([\d,]*)\]", found[1]):
+                total += bytes_of[kind] * math.prod(int(n) for n in shape.split(",") if n)
     return total
 
 
@@ -147,27 +147,34 @@ def cost_model(flags) -> None:
 
 def compiled_for_tpu(flags) -> None:
     """Prints what the TPU's own compiler makes of the step on the chips of a topology."""
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # it would look for the machine that holds the chips
+    # It would look for the machine that holds the chips.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         devices = topologies.get_topology_desc(flags.tpu, "tpu").devices
     except RuntimeError as error:  # no such topology, or no compiler
         raise SystemExit(f"error: --tpu={flags.tpu}: {str(error).splitlines()[0]}") from None
     batch_size = flags.batch_per_device * len(devices)
     step, inputs = step_and_inputs(flags, devices, batch_size, "shard_map")
-    everywhere = NamedSharding(Mesh(devices, (parallel.AXIS,)), PartitionSpec())
-    placed = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), inputs
-    )
+    mesh = Mesh(devices, (parallel.AXIS,))
+
+    def placed(tree, *axes):
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+        )
+
+    state, batch, key = inputs
+    inputs = placed(state), placed(batch, parallel.AXIS), placed(key)
     started = time.perf_counter()
-    compiled = jax.jit(step).lower(*placed).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(*inputs).compile()
     seconds = time.perf_counter() - started
     memory, program = compiled.memory_analysis(), compiled.as_text()
     convolutions = re.findall(r"= (\w+)\[[\d,]*\]\S* convolution\(", program)
     print(
         f"{flags.model} on {len(devices)} × {devices[0].device_kind} ({flags.tpu}), {batch_size} "
         f"images: compiled in {seconds:.0f} s\n"
-        f"MB of a chip: {memory.argument_size_in_bytes / 1e6:.4g} of arguments, "
-        f"{memory.temp_size_in_bytes / 1e6:.4g} on the way, "
+        f"MB of a chip: {memory.argument_size_in_bytes / 1e6:.4g} of state and batch, "
+        f"{memory.peak_memory_in_bytes / 1e6:.4g} in use at most, "
         f"{memory.generated_code_size_in_bytes / 1e6:.4g} of program\n"
         f"MB all-reduced: {allreduced_bytes(program) / 1e6:.4g}\n"
         f"convolutions: "

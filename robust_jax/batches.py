@@ -14,7 +14,7 @@ Rows = Mapping[str, np.ndarray]
 # batch (arrays [B,…]), for all the rows. Scalars may change without another compilation.
 MapExamples = Callable[[Callable], Callable]
 
-# AutoAttack's programs run for long, so that an even batch is worth one to compile.
+# Programs that run for long, as AutoAttack's do, are worth one for an even batch.
 NUM_SIZES = 16
 
 

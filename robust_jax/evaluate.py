@@ -29,7 +29,7 @@ from robust_jax.train import parallel
 
 Network = Callable[[Any, jax.Array], jax.Array]
 
-# Of batches. An attack of some steps takes less time than another program takes to compile.
+# Of batches, so programs for each attack at most: to compile one takes longer than a short attack.
 _NUM_SIZES = 4
 
 

@@ -108,8 +108,10 @@ def test_rows_count_over_seeds():
     assert compare_attacks.nearest_row(ours[:1], theirs[:1])[:5] == [
         "50.0", "50.0", "0.2000", "0.2000", "1.0000",
     ]  # fmt: skip
-    half = [outcome._replace(seconds=outcome.seconds / [2, 4]) for outcome in ours]
-    assert compare_attacks.seconds(half, theirs) == ["1.75", "5.5", "0.38", "0.25 to 0.50"]
+    faster = [one._replace(seconds=theirs[0].seconds * share) for one, share in
+              zip(ours, ([0.2, 0.3], [0.3, 1]), strict=True)]  # fmt: skip
+    theirs = [theirs[0], theirs[0]]
+    assert compare_attacks.seconds_row(faster, theirs) == ["2.85", "5", "0.30", "0.20 to 1.00"]
 
 
 def test_folder_belongs_to_one_comparison(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from robust_jax import report
 from robust_jax.analysis import plots, runs
@@ -206,6 +207,15 @@ def run(tmp_path_factory):
     path = report.write(workdir, runs.results(workdir))
     assert path == workdir / "report.html"
     return results, path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("rows", "kind"), [(10, "svg+xml"), (10_000, "png")])
+def test_a_figure_is_a_picture_of_pixels_only_where_it_is_large(rows, kind):
+    figure = Figure()
+    figure.subplots().scatter(*np.random.default_rng(0).random((2, rows)))
+    source = report.image(figure, "dots")["src"]
+    assert source.startswith(f"data:image/{kind};base64,")
+    assert len(source) < 250_000
 
 
 def test_the_page_is_whole_and_loads_nothing(run):

@@ -38,8 +38,8 @@ def test_the_program_reduces_what_the_model_says():
 
 
 def test_bytes_are_read_from_a_program():
-    line = "%all-reduce.1 = (f32[3,4]{1,0}, f32[]) all-reduce(%a, %b), channel_id=1"
-    assert scaling.allreduced_bytes(f"{line}\n%x = f32[7] add(%a, %b)") == 4 * 13
+    line = "%all-reduce.1 = (f32[3,4]{1,0}, f32[], bf16[5]) all-reduce(%a, %b, %c), channel_id=1"
+    assert scaling.allreduced_bytes(f"{line}\n%x = f32[7] add(%a, %b)") == 4 * 13 + 2 * 5
 
 
 @pytest.mark.slow
