@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 # Small networks: the suite spends its time compiling, half of it with these.
-COMPILED_QUICKLY = "--xla_cpu_parallel_codegen_split_count=1"
+COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):  # which does not know it any more
     COMPILED_QUICKLY += " --xla_cpu_use_fusion_emitters=false"
-NOT_OPTIMIZED = f"{COMPILED_QUICKLY} --xla_backend_optimization_level=0"
 # Read when the first array is made, which is later.
 os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count=8 {NOT_OPTIMIZED} {os.environ.get('XLA_FLAGS', '')}"
+    f"--xla_force_host_platform_device_count=8 {COMPILED_QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
 )
 
 REPOSITORY = Path(__file__).parents[1]
@@ -42,10 +41,11 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def environment_of(devices: int, *, optimized: bool = False) -> dict[str, str]:
+def environment_of(devices: int, *, as_users_do: bool = False) -> dict[str, str]:
     """For a process of its own, with as many made-up devices."""
-    compiled = COMPILED_QUICKLY if optimized else NOT_OPTIMIZED
-    flags = f"--xla_force_host_platform_device_count={devices} {compiled}"
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    if not as_users_do:
+        flags += f" {COMPILED_QUICKLY}"
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
@@ -53,13 +53,13 @@ def environment_of(devices: int, *, optimized: bool = False) -> dict[str, str]:
 def launch():
     """launch(*flags, devices=1) runs launch.py in a process of its own.
 
-    optimized: for the demo and what is compared with it, which compute longer than they compile.
+    as_users_do: compiled as for a user, for the demo and what is compared with it.
     """
 
     def run(
-        *flags: str, devices: int = 1, optimized: bool = False, timeout: float = 400
+        *flags: str, devices: int = 1, as_users_do: bool = False, timeout: float = 400
     ) -> subprocess.CompletedProcess:
-        environment = environment_of(devices, optimized=optimized)
+        environment = environment_of(devices, as_users_do=as_users_do)
         return subprocess.run(
             [sys.executable, "launch.py", *flags],
             cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout,

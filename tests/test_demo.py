@@ -33,12 +33,9 @@ AUTOATTACK = {
 
 @pytest.fixture(scope="module")
 def demo(launch, tmp_path_factory):
-    """(what launch.py printed, the run's folder): the default config, as in `make demo`.
-
-    Compiled more quickly than for a user, where there is a choice: see conftest.
-    """
+    """(what launch.py printed, the run's folder): the default config, as in `make demo`."""
     workdir = tmp_path_factory.mktemp("demo") / "run"
-    result = launch("--config=configs/default.py", f"--workdir={workdir}", optimized=True)
+    result = launch("--config=configs/default.py", f"--workdir={workdir}", as_users_do=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result, workdir
 
@@ -245,7 +242,7 @@ def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_sa
     attacks = {"pgd_linf": {"name": "pgd", "norm": "linf", "eps": (0.05, 0.1, 0.12),
                             "num_steps": 20, "num_restarts": 3}}  # fmt: skip
     result = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=evaluate",
-                    f"--config.attacks={attacks!r}", optimized=True)  # fmt: skip
+                    f"--config.attacks={attacks!r}", as_users_do=True)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     again = json.loads((workdir / "results.json").read_text())
     assert {a["name"] for a in again["attacks"]} >= {"pgd_linf", "worst_case_linf"}

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from robust_jax import data
-from robust_jax.attacks import autoattack
+from robust_jax.attacks import autoattack, fgsm
 from robust_jax.evaluate import AttackGrid, Evaluator, Settings
 from tests.digits import EPS, network, trained
 
@@ -32,6 +32,24 @@ def records(unfinished=None, seed=0):
         network, split(), {"autoattack": grid}, SETTINGS, jax.random.key(0), "pmap"
     )
     return evaluator.records(trained(seed=seed).args[0], "evaluate", unfinished)
+
+
+def test_an_attack_at_many_radii_is_compiled_for_few_sizes_of_batch():
+    traced = []
+
+    def attack(logits_fn, x, y, keys, *, eps):
+        traced.append(len(x) * jax.device_count())
+        return fgsm(logits_fn, x, y, keys, eps=eps)
+
+    eps = tuple(np.linspace(0.01, 0.3, 12))
+    evaluator = Evaluator(
+        network, split(), {"fgsm": AttackGrid("fgsm", attack, "linf", eps)},
+        SETTINGS._replace(batch_size=64), jax.random.key(0), "pmap",
+    )  # fmt: skip
+    found = evaluator.records(trained().args[0], "evaluate")
+    standing = {found[f"fgsm@{e:g}/held"].sum() for e in eps}
+    assert len(standing) > 4 and len(set(traced)) > 1
+    assert set(traced) <= {16, 32, 48, 64}
 
 
 def test_autoattack_goes_on_and_what_is_finished_is_not_done_again(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ WORK: Mapping[str, tuple[Callable[[Path, float], bool], float]] = {
 def start(workdir):
     return subprocess.Popen(
         [sys.executable, "launch.py", *FLAGS, f"--workdir={workdir}"],
-        cwd=REPOSITORY, env=environment_of(1, optimized=True),
+        cwd=REPOSITORY, env=environment_of(1, as_users_do=True),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
