@@ -52,7 +52,8 @@ def main(argv: list[str]) -> None:
     import jax
 
     from configs import default
-    from robust_jax import processes, report, run, speed, study
+    from robust_jax.app import report, run, study
+    from robust_jax.devices import processes, speed
     from robust_jax.errors import CannotWrite, UserError
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")

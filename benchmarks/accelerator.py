@@ -32,7 +32,7 @@ import torch
 from benchmarks import speed
 from configs import default
 from robust_jax import attacks, data
-from robust_jax.experiment import build
+from robust_jax.app.experiment import build
 from robust_jax.train.loop import train
 
 

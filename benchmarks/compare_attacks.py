@@ -35,9 +35,9 @@ from benchmarks import attack_peers, torch_models
 from benchmarks.attack_peers import Budget
 from configs import default
 from robust_jax import attacks, data, models
+from robust_jax.app.experiment import build
 from robust_jax.attacks import norms
-from robust_jax.attacks.autoattack import MEMBERS
-from robust_jax.experiment import build
+from robust_jax.attacks._autoattack import MEMBERS
 from robust_jax.train.loop import restore
 
 PEERS = {

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.timing import Sides, TrainingStep, images, turns
 from robust_jax import jacobian, models
-from robust_jax.config import choose
+from robust_jax.app.config import choose
 
 SHAPE = (28, 28, 1)
 

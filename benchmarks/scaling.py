@@ -24,10 +24,10 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from robust_jax import attacks, losses, models, speed
-from robust_jax.experiment import apply_fn
-from robust_jax.objectives import Adversary, make_objective
-from robust_jax.train import parallel
+from robust_jax import attacks, losses, models
+from robust_jax.app.experiment import apply_fn
+from robust_jax.devices import parallel, speed
+from robust_jax.train.objectives import Adversary, make_objective
 from robust_jax.train.state import init_state
 from robust_jax.train.step import make_train_step
 

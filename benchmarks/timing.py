@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from robust_jax import attacks, losses, speed
-from robust_jax.experiment import apply_fn
-from robust_jax.objectives import Adversary, make_objective
-from robust_jax.train import parallel
+from robust_jax import attacks, losses
+from robust_jax.app.experiment import apply_fn
+from robust_jax.devices import parallel, speed
+from robust_jax.train.objectives import Adversary, make_objective
 from robust_jax.train.state import init_state
 from robust_jax.train.step import make_train_step, together
 

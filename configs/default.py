@@ -47,8 +47,8 @@ def get_config() -> ConfigDict:
             "loss": "cross_entropy",
         }
     )
-    # Terms of robust_jax.regularizers; weight 0 leaves one out. "on" is a half, as in loss_on,
-    # which it follows if it is not given; kl and weighted_kl compare the halves.
+    # Terms of robust_jax.train.regularizers; weight 0 leaves one out. "on" is a half, as in
+    # loss_on, which it follows if it is not given; kl and weighted_kl compare the halves.
     config.regularizers = ConfigDict(
         {
             "entropy": {"weight": 0.0},  # EntM
@@ -109,7 +109,7 @@ def get_config() -> ConfigDict:
         }
     )
 
-    # What else is measured of the best checkpoint: names in robust_jax.measurements, each with
+    # What else is measured of the best checkpoint: names in robust_jax.app.measurements, each with
     # its keywords, as in {"clusters": {"num_examples": 1000}, "spectra": {}}.
     config.measurements = ConfigDict()
 

@@ -1,3 +1,45 @@
 """Adversarial robustness in JAX: losses, Jacobian norms and attacks as pure functions."""
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robust_jax import attacks, energy, errors, jacobian, losses, margins
+    from robust_jax._audit import Audit, Check, audit
+    from robust_jax.attacks import norms
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "Audit",
+    "Check",
+    "attacks",
+    "audit",
+    "energy",
+    "errors",
+    "jacobian",
+    "losses",
+    "margins",
+    "norms",
+]
+
+# Where a public name lives that is no module of this package. Imported when it is first asked for,
+# so that reading a run's folder does not wait for JAX.
+_HOMES = {
+    "Audit": "robust_jax._audit",
+    "Check": "robust_jax._audit",
+    "audit": "robust_jax._audit",
+    "norms": "robust_jax.attacks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    return import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -10,16 +10,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from robust_jax import losses
-from robust_jax.attacks import LogitsFn, Norm, norms, pgd
-from robust_jax.attacks.best import check_counts, check_lengths
-from robust_jax.keys import KeyOrKeys, example_keys, fold_each
-
-Images = Float[Array, "b h w c"]
-Labels = Int[Array, " b"]
-PerExample = Float[Array, " b"]
+from robust_jax.attacks import Norm, norms, pgd
+from robust_jax.attacks._best import check_counts, check_lengths
+from robust_jax.keys import example_keys, fold_each
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn, PerExample
 
 
 def mean_square(

@@ -1,8 +1,11 @@
-"""The one exception that means "the user can mend this": launch.py prints it in one line."""
+"""What this package raises for a mistake that its user can fix; launch.py prints it in one line.
+
+Everything here is a ValueError. A wrong argument of a library function raises ValueError itself.
+"""
 
 
 class UserError(ValueError):
-    """A mistake in a config, a file or a call; its message, one line, says what to do about it."""
+    """A mistake in a config, a file or a flag; the message, one line, says what to do about it."""
 
     def __init__(self, message: str):
         # What it quotes may have lines of its own, as a ConfigDict does.
@@ -10,4 +13,12 @@ class UserError(ValueError):
 
 
 class CannotWrite(UserError):
-    """A file of the run could not be written: the disk is full, or nobody may write there."""
+    """A file of the run could not be written: the disk is full or the folder is read-only."""
+
+
+class UnusableState(ValueError):
+    """A saved state of AutoAttack belongs to other inputs or another network, or is damaged."""
+
+
+class NothingToAudit(ValueError):
+    """None of the examples given to the audit is classified correctly."""

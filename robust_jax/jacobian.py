@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from robust_jax.batches import in_chunks
-from robust_jax.keys import KeyOrKeys, example_keys
+from robust_jax.keys import example_keys
+from robust_jax.types import Images, KeyOrKeys, PerExample
 
 Fn = Callable[[Float[Array, "b h w c"]], Float[Array, "b k"]]
-Images = Float[Array, "b h w c"]
-PerExample = Float[Array, " b"]
 
 
 class Estimate(NamedTuple):

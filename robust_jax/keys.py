@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-KeyOrKeys = Key[Array, ""] | Key[Array, " b"]
+from robust_jax.types import KeyOrKeys
 
 
 def example_keys(key: KeyOrKeys, num_examples: int) -> Key[Array, " b"]:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-Logits = Float[Array, "b k"]
-Labels = Int[Array, " b"]
-PerExample = Float[Array, " b"]
+from robust_jax.types import Labels, Logits, PerExample
+
 Loss = Callable[[Logits, Labels], PerExample]
 
 

@@ -8,13 +8,10 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from robust_jax.attacks import LogitsFn, Norm
-
-Images = Float[Array, "b h w c"]
-Labels = Int[Array, " b"]
-PerExample = Float[Array, " b"]
+from robust_jax.attacks import Norm
+from robust_jax.types import Images, Labels, LogitsFn, PerExample
 
 # A gradient of a smaller norm counts as none, and then the boundary is this far away.
 _FLAT = 1e-12

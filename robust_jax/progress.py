@@ -4,7 +4,7 @@ import sys
 
 from tqdm import tqdm
 
-from robust_jax import processes
+from robust_jax.devices import processes
 
 
 def progress(

@@ -11,15 +11,7 @@ from flax import linen as nn
 from scipy import optimize
 
 from robust_jax import losses
-from robust_jax.analysis import (
-    calibration,
-    features,
-    latent,
-    margins,
-    spectra,
-    summaries,
-    surface,
-)
+from robust_jax.analysis import calibration, features, latent, margins, spectra, summaries, surface
 from robust_jax.attacks import nearest_adversarial, pgd
 from robust_jax.models import MLP, Linear
 from tests.linear import interior_images, make_linear, make_nonlinear

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from robust_jax import losses
 from robust_jax.attacks import Norm, apgd, apgd_targeted, norms, pgd
-from robust_jax.attacks.apgd import checkpoints, likeliest_wrong, radii
+from robust_jax.attacks._apgd import checkpoints, likeliest_wrong, radii
 from tests.linear import (
     DUAL_ORDERS,
     interior_images,

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import losses
-from robust_jax.audit import audit
+from robust_jax import audit, losses
 from tests.digits import EPS, test_points, trained
 
 KEY = jax.random.key(0)

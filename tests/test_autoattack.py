@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from robust_jax import losses
-from robust_jax.attacks import autoattack, fab, norms
-from robust_jax.attacks.autoattack import MEMBERS, VERSIONS, UnusableState
-from robust_jax.train import parallel
+from robust_jax.attacks import _autoattack, autoattack, fab, norms
+from robust_jax.attacks._autoattack import MEMBERS, VERSIONS
+from robust_jax.devices import parallel
+from robust_jax.errors import UnusableState
 from tests.linear import make_nonlinear
 
 KEY = jax.random.key(0)
@@ -55,7 +56,7 @@ def test_versions_run_the_attacks_of_the_paper_in_its_order():
 
 
 def test_l1_has_budgets_of_its_own():
-    plan = autoattack.__globals__["check_arguments"](eps=1.0, norm="l1")
+    plan = _autoattack.check_arguments(eps=1.0, norm="l1")
     assert {name: dict(member.keywords) for name, member in plan.items()} == {
         "apgd_ce": {"loss": losses.cross_entropy, "num_restarts": 5},
         "apgd_t": {"num_targets": 5}, "fab_t": {}, "square": {},
@@ -151,7 +152,7 @@ def test_each_attack_sees_only_what_still_stands(monkeypatch):
 
         return attack
 
-    monkeypatch.setitem(autoattack.__globals__, "MEMBERS", {
+    monkeypatch.setattr(_autoattack, "MEMBERS", {
         "one": MEMBERS["square"]._replace(attack=spy("one", 0.5)),
         "two": MEMBERS["square"]._replace(attack=spy("two", 1.1)),
     })  # fmt: skip
@@ -186,18 +187,18 @@ def test_resumes_without_doing_finished_attacks_again(tmp_path, monkeypatch):
 
     started = []
 
-    def attempt(member, norm, real=autoattack.__globals__["_attempt"], stop=True):
+    def attempt(member, norm, real=_autoattack._attempt, stop=True):
         started.append(member.attack.__name__)
         if stop and started[-1] == "square":
             raise Stopped
         return real(member, norm)
 
-    monkeypatch.setitem(autoattack.__globals__, "_attempt", attempt)
+    monkeypatch.setattr(_autoattack, "_attempt", attempt)
     with pytest.raises(Stopped):
         run(logits_fn, x, y, KEY, state_path=path, **arguments)
     assert started == ["apgd", "fab", "square"]
     started.clear()
-    monkeypatch.setitem(autoattack.__globals__, "_attempt", functools.partial(attempt, stop=False))
+    monkeypatch.setattr(_autoattack, "_attempt", functools.partial(attempt, stop=False))
     resumed = run(logits_fn, x, y, KEY, state_path=path, batch_size=11, **arguments)
     assert started == ["square"]
     np.testing.assert_array_equal(resumed.broken_by, expected.broken_by)
@@ -213,11 +214,10 @@ def test_resumes_without_doing_finished_attacks_again(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from robust_jax.attacks import autoattack
+from robust_jax.attacks import _autoattack as module
 from tests import test_autoattack as t
 
 where, countdown, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-module = sys.modules["robust_jax.attacks.autoattack"]
 original = getattr(module, where) if where != "replace" else os.replace
 
 def dying(*arguments):
@@ -257,8 +257,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_result(tmp_path):
 
 
 def test_fab_s_restarts_are_passes_too_and_start_at_random():
-    plan = autoattack.__globals__["check_arguments"](eps=0.1, version="plus")
-    passes = autoattack.__globals__["_passes"]("fab", plan["fab"], 4)
+    plan = _autoattack.check_arguments(eps=0.1, version="plus")
+    passes = _autoattack._passes("fab", plan["fab"], 4)
     assert [p.salt for p in passes] == ["fab", "fab 1", "fab 2", "fab 3", "fab 4"]
     assert [p.member.keywords.get("random_start") for p in passes] == [None] + 4 * [True]
     assert all(p.member.keywords["num_restarts"] == 1 for p in passes)

@@ -8,8 +8,9 @@ import optax
 import pytest
 from flax import linen as nn
 
-from robust_jax.objectives import Adversary, make_objective
-from robust_jax.train import awp, parallel
+from robust_jax.devices import parallel
+from robust_jax.train import awp
+from robust_jax.train.objectives import Adversary, make_objective
 from robust_jax.train.state import TrainState
 from robust_jax.train.step import make_train_step
 from tests.training import training_of

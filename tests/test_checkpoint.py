@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from robust_jax.devices import parallel
 from robust_jax.errors import CannotWrite, UserError
-from robust_jax.train import parallel
 from robust_jax.train.checkpoint import Checkpoints
 from robust_jax.train.state import TrainState
 

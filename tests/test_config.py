@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from configs import default
-from robust_jax import config as config_lib
-from robust_jax import experiment, losses
+from robust_jax import losses
+from robust_jax.app import config as config_lib
+from robust_jax.app import experiment
+from robust_jax.app.evaluate import Settings, _attempt
+from robust_jax.app.experiment import build
 from robust_jax.attacks import ATTACKS
 from robust_jax.errors import UserError
-from robust_jax.evaluate import Settings, _attempt
-from robust_jax.experiment import build
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))

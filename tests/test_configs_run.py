@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax import data
-from robust_jax.experiment import build
+from robust_jax.app.experiment import build
 from robust_jax.models import num_parameters
 from tests.conftest import REPOSITORY
 

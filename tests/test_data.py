@@ -16,9 +16,9 @@ from PIL import Image
 
 from configs import default, imagenet_resnet50_at
 from robust_jax import data
+from robust_jax.app.experiment import build
+from robust_jax.data.splits import resized
 from robust_jax.errors import UserError
-from robust_jax.experiment import build
-from robust_jax.splits import resized
 from robust_jax.train.loop import train
 
 

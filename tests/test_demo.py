@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from configs import default
-from robust_jax import report
+from robust_jax.app import report
+from robust_jax.app.run import run
 from robust_jax.errors import UserError
-from robust_jax.run import run
 from tests.conftest import REPOSITORY
 
 TINY = (
@@ -317,7 +317,8 @@ def test_a_record_s_key_makes_its_adversarial_again(demo):
 
     import jax
 
-    from robust_jax import data, experiment
+    from robust_jax import data
+    from robust_jax.app import experiment
     from robust_jax.attacks import pgd
 
     records = pd.read_csv(demo[1] / "records" / "best.csv", dtype={"key": str})

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from robust_jax import data
-from robust_jax.attacks import autoattack, fgsm
-from robust_jax.evaluate import AttackGrid, Evaluator, Settings
+from robust_jax.app.evaluate import AttackGrid, Evaluator, Settings
+from robust_jax.attacks import _autoattack, autoattack, fgsm
 from tests.digits import EPS, network, trained
 
 MEMBERS = ("apgd_ce", "square")
@@ -56,13 +56,13 @@ def test_autoattack_goes_on_and_what_is_finished_is_not_done_again(tmp_path, mon
     expected = records()
     attempts = []
 
-    def attempt(member, norm, real=autoattack.__globals__["_attempt"]):
+    def attempt(member, norm, real=_autoattack._attempt):
         attempts.append(member.attack.__name__)
         if len(attempts) == stop_at:
             raise KeyboardInterrupt
         return real(member, norm)
 
-    monkeypatch.setitem(autoattack.__globals__, "_attempt", attempt)
+    monkeypatch.setattr(_autoattack, "_attempt", attempt)
     stop_at = 4  # Square at the second radius
     with pytest.raises(KeyboardInterrupt):
         records(tmp_path)

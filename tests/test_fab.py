@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from robust_jax.attacks import Norm, fab, nearest_adversarial
-from robust_jax.attacks.fab import project_to_boundary
+from robust_jax.attacks._fab import project_to_boundary
 from tests.linear import DUAL_ORDERS, interior_images, make_linear, make_nonlinear
 from tests.test_apgd import near_boundary, robust_accuracy, sizes
 

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax import data
+from robust_jax.app.experiment import Experiment, build
 from robust_jax.attacks import ATTACKS
 from robust_jax.errors import UserError
-from robust_jax.experiment import Experiment, build
 from tests.linear import ORDERS, make_linear, sizes
 
 

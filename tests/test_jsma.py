@@ -1,7 +1,6 @@
 """JSMA: the pair against a full search, the path against numpy, the budget."""
 
 import functools
-import sys
 from itertools import combinations
 
 import jax
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax.attacks import jsma
-from robust_jax.attacks.jsma import most_salient_pair, num_changed
+from robust_jax.attacks import _jsma, jsma
+from robust_jax.attacks._jsma import most_salient_pair, num_changed
 from tests.linear import interior_images, make_linear, make_nonlinear
 
 KEY = jax.random.key(0)
@@ -29,8 +28,7 @@ def best_pair(gain, cost, free, changed, budget):
 
 @pytest.mark.parametrize("pairs_at_once", [1, 20, 2**14])  # a row at a time, 2 of 9 rows, all
 def test_pair_is_the_best_of_all_that_are_allowed(monkeypatch, rng, pairs_at_once):
-    module = sys.modules[most_salient_pair.__module__]  # robust_jax.attacks.jsma is the function
-    monkeypatch.setattr(module, "_PAIRS_AT_ONCE", pairs_at_once)
+    monkeypatch.setattr(_jsma, "_PAIRS_AT_ONCE", pairs_at_once)
     search = jax.jit(lambda *args: most_salient_pair(*args))  # traced anew
     outcomes = set()
     for _ in range(60):

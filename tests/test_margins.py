@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from robust_jax import jacobian, losses, margins, regularizers
+from robust_jax import jacobian, losses, margins
 from robust_jax.attacks import norms
+from robust_jax.train import regularizers
 from tests.linear import interior_images, make_linear, make_nonlinear
 
 KEY = jax.random.key(0)

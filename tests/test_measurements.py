@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import data, losses, models, run
-from robust_jax.analysis import runs
+from robust_jax import data, losses, models
+from robust_jax.app import run, runs
+from robust_jax.app.measurements import MEASUREMENTS, Subject
 from robust_jax.errors import UserError
-from robust_jax.measurements import MEASUREMENTS, Subject
 from tests.test_study import STUDIES
 
 

@@ -9,12 +9,7 @@ import pytest
 from scipy import optimize
 
 from robust_jax import losses
-from robust_jax.attacks import (
-    carlini_wagner_l2,
-    deepfool,
-    nearest_carlini_wagner,
-    nearest_deepfool,
-)
+from robust_jax.attacks import carlini_wagner_l2, deepfool, nearest_carlini_wagner, nearest_deepfool
 from tests.linear import interior_images, make_linear, make_nonlinear
 from tests.test_apgd import near_boundary, robust_accuracy, sizes
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from robust_jax import attacks, losses, regularizers
+from robust_jax import attacks, losses
 from robust_jax import jacobian as jacobians
-from robust_jax.objectives import Adversary, Term, make_objective
+from robust_jax.train import regularizers
+from robust_jax.train.objectives import Adversary, Term, make_objective
 
 KEY = jax.random.key(0)
 K = 3

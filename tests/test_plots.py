@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from robust_jax.analysis import calibration, plots
-from robust_jax.analysis.plots import study as study_plots
+from robust_jax import plots
+from robust_jax.analysis import calibration
+from robust_jax.plots import study as study_plots
 
 ARMS = ("standard", "adversarial")
 

@@ -13,9 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from robust_jax import processes, speed
+from robust_jax.devices import parallel, processes, speed
 from robust_jax.errors import UserError
-from robust_jax.train import parallel
 from robust_jax.train.loop import EXIT_TERMINATED
 from tests.conftest import REPOSITORY, environment_of
 from tests.test_demo import AUTOATTACK, TINY

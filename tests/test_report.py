@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from robust_jax import report
-from robust_jax.analysis import plots, runs
-from robust_jax.records import breaking_eps, evidence, fates
+from robust_jax import plots
+from robust_jax.app import report, runs
+from robust_jax.app.records import breaking_eps, evidence, fates
 
 EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
 ATTACKS = {"fgsm": 1.3, "pgd": 1.0}  # how much further than the nearest boundary each must go
@@ -380,7 +380,7 @@ def test_format_eps(eps, text):
 
 
 def test_the_report_needs_no_jax():
-    code = "import sys, robust_jax.report; sys.exit('jax' in sys.modules)"
+    code = "import sys, robust_jax.app.report; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

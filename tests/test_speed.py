@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import models, speed
-from robust_jax.train import loop, parallel
+from robust_jax import models
+from robust_jax.devices import parallel, speed
+from robust_jax.train import loop
 from tests.test_train import plan_of, small_config
 
 
@@ -87,7 +88,7 @@ def test_training_says_how_fast_it_was_and_leaves_a_trace(tmp_path, monkeypatch)
 
 FAULTS = """
 import resource, sys, jax, jax.numpy as jnp
-from robust_jax import speed
+from robust_jax.devices import speed
 if sys.argv[1] == "keep":
     speed.keep_freed_memory()
 step = jax.jit(lambda x: x + 1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from robust_jax import losses
 from robust_jax.attacks import Norm, square
-from robust_jax.attacks.square import _hill, _place, patch_sides
+from robust_jax.attacks._square import _hill, _place, patch_sides
 from tests.linear import ORDERS, interior_images, make_linear, make_nonlinear
 from tests.test_apgd import near_boundary, robust_accuracy, sizes
 

@@ -8,14 +8,14 @@ import pytest
 from scipy import stats
 
 from configs import default
-from robust_jax import config as config_lib
-from robust_jax import study
-from robust_jax.analysis import runs as run_files
+from robust_jax.app import config as config_lib
+from robust_jax.app import runs as run_files
+from robust_jax.app import study
+from robust_jax.app.experiment import build
 from robust_jax.errors import UserError
-from robust_jax.experiment import build
 from robust_jax.models import MODELS
-from robust_jax.regularizers import PAIR_REGULARIZERS, REGULARIZERS
 from robust_jax.train import loop
+from robust_jax.train.regularizers import PAIR_REGULARIZERS, REGULARIZERS
 from tests.conftest import REPOSITORY
 
 STUDIES = sorted(

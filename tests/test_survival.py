@@ -20,7 +20,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from robust_jax import experiment
+from robust_jax.app import experiment
 from robust_jax.train.loop import EXIT_TERMINATED, restore
 from tests.conftest import REPOSITORY, environment_of
 from tests.test_demo import AUTOATTACK, TINY

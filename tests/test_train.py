@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax import data
+from robust_jax.app.experiment import build
 from robust_jax.attacks import pgd
+from robust_jax.devices import parallel
 from robust_jax.errors import UserError
-from robust_jax.experiment import build
 from robust_jax.models import MODELS
-from robust_jax.train import loop, optimizer, parallel
+from robust_jax.train import loop, optimizer
 from robust_jax.train.checkpoint import Checkpoints
 from robust_jax.train.metrics import MetricsWriter, reduce_sums
 from robust_jax.train.validate import make_validation

@@ -7,10 +7,11 @@ import numpy as np
 import optax
 
 from robust_jax import losses
+from robust_jax.app.experiment import apply_fn
 from robust_jax.attacks import pgd
-from robust_jax.experiment import apply_fn
-from robust_jax.objectives import Adversary, make_objective
-from robust_jax.train import optimizer, parallel
+from robust_jax.devices import parallel
+from robust_jax.train import optimizer
+from robust_jax.train.objectives import Adversary, make_objective
 from robust_jax.train.state import init_state
 from robust_jax.train.step import make_train_step
 

@@ -14,11 +14,11 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
 from robust_jax.attacks import Norm, norms
-from robust_jax.attacks.best import check_lengths
+from robust_jax.attacks._best import check_lengths
 from robust_jax.batches import in_chunks
-from robust_jax.keys import KeyOrKeys, example_keys
+from robust_jax.keys import example_keys
+from robust_jax.types import Images, KeyOrKeys
 
-Images = Float[Array, "b h w c"]
 FeaturesFn = Callable[[Images], Mapping[str, Float[Array, "b ..."]]]
 
 

@@ -11,17 +11,15 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from robust_jax import margins
 from robust_jax.analysis.spectra import Layer, operator_norm
-from robust_jax.attacks import LogitsFn, Nearest, Norm
+from robust_jax.attacks import Nearest, Norm
 from robust_jax.batches import in_chunks
-from robust_jax.keys import KeyOrKeys, example_keys
+from robust_jax.keys import example_keys
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn, PerExample
 
-Images = Float[Array, "b h w c"]
-Labels = Int[Array, " b"]
-PerExample = Float[Array, " b"]
 # nearest(logits_fn, x, y, key): `attacks.nearest_adversarial` with its norm and steps bound.
 NearestAttack = Callable[[LogitsFn, Images, Labels, KeyOrKeys], Nearest]
 

@@ -7,11 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from robust_jax import losses
-from robust_jax.attacks import LogitsFn
 from robust_jax.batches import in_chunks
-from robust_jax.keys import KeyOrKeys, example_keys
-
-Images = Float[Array, "b h w c"]
+from robust_jax.keys import example_keys
+from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 
 def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:

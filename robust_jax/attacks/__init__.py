@@ -3,22 +3,22 @@
 from collections.abc import Callable, Mapping
 
 from robust_jax.attacks import norms
-from robust_jax.attacks.apgd import apgd, apgd_targeted
-from robust_jax.attacks.autoattack import AutoAttackResult, autoattack
-from robust_jax.attacks.fab import Nearest, fab, nearest_adversarial
-from robust_jax.attacks.jsma import jsma
-from robust_jax.attacks.minimum_norm import (
+from robust_jax.attacks._apgd import apgd, apgd_targeted
+from robust_jax.attacks._autoattack import AutoAttackResult, autoattack
+from robust_jax.attacks._fab import Nearest, fab, nearest_adversarial
+from robust_jax.attacks._jsma import jsma
+from robust_jax.attacks._minimum_norm import (
     carlini_wagner_l2,
     deepfool,
     nearest_carlini_wagner,
     nearest_deepfool,
 )
-from robust_jax.attacks.multi_targeted import multi_targeted
-from robust_jax.attacks.noise import gaussian_noise, uniform_noise
+from robust_jax.attacks._multi_targeted import multi_targeted
+from robust_jax.attacks._noise import gaussian_noise, uniform_noise
+from robust_jax.attacks._pgd import LogitsFn, bim, fgsm, mim, pgd
+from robust_jax.attacks._square import square
+from robust_jax.attacks._transfer import transfer
 from robust_jax.attacks.norms import Norm
-from robust_jax.attacks.pgd import LogitsFn, bim, fgsm, mim, pgd
-from robust_jax.attacks.square import square
-from robust_jax.attacks.transfer import transfer
 
 ATTACKS: Mapping[str, Callable] = {
     "fgsm": fgsm,

@@ -15,9 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from robust_jax import processes
+from robust_jax.devices import parallel, processes
 from robust_jax.errors import CannotWrite, UserError
-from robust_jax.train import parallel
 from robust_jax.train.state import TrainState
 
 Notes = dict[str, Any]

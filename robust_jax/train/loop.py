@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from robust_jax import processes, speed
 from robust_jax.data import TrainBatches
+from robust_jax.devices import processes, speed
 from robust_jax.errors import UserError
 from robust_jax.progress import progress
 from robust_jax.train.checkpoint import Checkpoints, Notes

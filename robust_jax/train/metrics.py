@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from robust_jax import processes
+from robust_jax.devices import processes
 from robust_jax.files import write_atomically
 
 Totals = Mapping[str, tuple[float, float]]

@@ -10,8 +10,8 @@ from jaxtyping import Array, Key
 
 from robust_jax import data
 from robust_jax.keys import fold_in_each
-from robust_jax.objectives import Batch, Objective, Sums
 from robust_jax.train import awp
+from robust_jax.train.objectives import Batch, Objective, Sums
 from robust_jax.train.state import Average, TrainState
 
 TrainStep = Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Sums]]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_jax import data, losses, margins
+from robust_jax.devices import parallel
 from robust_jax.keys import fold_in_each
-from robust_jax.train import parallel
 
 Validate = Callable[[Any], dict[str, float]]
 

@@ -15,17 +15,17 @@ import numpy as np
 import pandas as pd
 from absl import logging
 
-from robust_jax import data, jacobian, losses
-from robust_jax import records as records_lib
+from robust_jax import audit, data, jacobian, losses
+from robust_jax._audit import Audit
+from robust_jax.app import records as records_lib
+from robust_jax.app.records import What, column, worst_case
 from robust_jax.attacks import norms
-from robust_jax.attacks.autoattack import UnusableState
-from robust_jax.attacks.jsma import num_changed
-from robust_jax.audit import Audit, audit
+from robust_jax.attacks._jsma import num_changed
 from robust_jax.batches import MapExamples
+from robust_jax.devices import parallel
+from robust_jax.errors import UnusableState
 from robust_jax.keys import fold_each, fold_in_each
 from robust_jax.progress import progress
-from robust_jax.records import What, column, worst_case
-from robust_jax.train import parallel
 
 Network = Callable[[Any, jax.Array], jax.Array]
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from robust_jax import losses
-from robust_jax.attacks.pgd import Images, LogitsFn, pgd
-from robust_jax.keys import KeyOrKeys
+from robust_jax.attacks._pgd import pgd
+from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 
 def transfer(

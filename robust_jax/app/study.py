@@ -17,13 +17,13 @@ from absl import logging
 from ml_collections import ConfigDict
 from scipy.special import stdtrit
 
-from robust_jax import config as config_lib
-from robust_jax import processes, run, study_report
-from robust_jax.analysis import runs
-from robust_jax.config import choose
+from robust_jax.app import config as config_lib
+from robust_jax.app import run, runs, study_report
+from robust_jax.app.config import choose
+from robust_jax.app.run import Mode
+from robust_jax.devices import processes
 from robust_jax.errors import UserError
 from robust_jax.files import write_atomically
-from robust_jax.run import Mode
 
 Verdict = Literal["supported", "refuted", "inconclusive"]
 _FIELDS = ("title", "paper", "question", "scale", "seeds", "base", "scales", "arms", "measures",

@@ -15,19 +15,20 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from robust_jax import config as config_lib
-from robust_jax import data, losses, regularizers
+from robust_jax import data, losses
+from robust_jax.app import config as config_lib
+from robust_jax.app.config import bind, choose, guard
+from robust_jax.app.evaluate import AttackGrid, AuditSettings, Evaluator, Settings
+from robust_jax.app.measurements import MEASUREMENTS, Subject
 from robust_jax.attacks import ATTACKS, autoattack, norms, transfer
-from robust_jax.attacks.autoattack import VERSIONS, check_arguments
-from robust_jax.attacks.best import check_lengths
-from robust_jax.config import bind, choose, guard
+from robust_jax.attacks._autoattack import VERSIONS, check_arguments
+from robust_jax.attacks._best import check_lengths
+from robust_jax.devices import parallel
 from robust_jax.errors import UserError
-from robust_jax.evaluate import AttackGrid, AuditSettings, Evaluator, Settings
-from robust_jax.measurements import MEASUREMENTS, Subject
 from robust_jax.models import MODELS
-from robust_jax.objectives import Adversary, Apply, Term, halves_needed, make_objective
-from robust_jax.train import optimizer, parallel
+from robust_jax.train import optimizer, regularizers
 from robust_jax.train.loop import Plan, Trained, restore
+from robust_jax.train.objectives import Adversary, Apply, Term, halves_needed, make_objective
 from robust_jax.train.state import init_state
 from robust_jax.train.step import make_train_step, together
 from robust_jax.train.validate import make_validation

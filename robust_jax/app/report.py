@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from robust_jax.analysis import plots, runs
-from robust_jax.config import flatten
+from robust_jax import plots
+from robust_jax.app import runs
+from robust_jax.app.config import flatten
+from robust_jax.app.records import evidence, fates
 from robust_jax.files import write_atomically
-from robust_jax.records import evidence, fates
 
 Results = Mapping[str, Any]
 _LINE = 80
@@ -59,7 +60,7 @@ def write(workdir: Path, results: Results) -> Path:
 def template(name: str) -> jinja2.Template:
     """A page of this package; what is put into it is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("robust_jax", ""),
+        loader=jinja2.PackageLoader("robust_jax.app"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -8,8 +8,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robust_jax.analysis.plots.run import NORMS
-from robust_jax.analysis.plots.style import COLORS, STYLE, WIDTH, legend_below
+from robust_jax.plots.run import NORMS
+from robust_jax.plots.style import COLORS, STYLE, WIDTH, legend_below
 
 _COLORS = (*COLORS, "0.3", "0.6")
 _MARKERS = "os^DvPX*"

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from robust_jax.analysis.calibration import Reliability, expected_calibration_error
-from robust_jax.analysis.plots.style import (
+from robust_jax.plots.style import (
     COLORS,
     STYLE,
     VERMILLION,

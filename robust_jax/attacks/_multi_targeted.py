@@ -5,11 +5,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from robust_jax import losses
-from robust_jax.attacks.apgd import likeliest_wrong
-from robust_jax.attacks.best import Best, check_counts
+from robust_jax.attacks._apgd import likeliest_wrong
+from robust_jax.attacks._best import Best, check_counts
+from robust_jax.attacks._pgd import pgd
 from robust_jax.attacks.norms import Norm
-from robust_jax.attacks.pgd import Images, LogitsFn, pgd
-from robust_jax.keys import KeyOrKeys, example_keys, fold_in_each
+from robust_jax.keys import example_keys, fold_in_each
+from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 
 def multi_targeted(

@@ -19,13 +19,13 @@ import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
 
-from robust_jax import __version__, cards, processes, records, report, speed
-from robust_jax import config as config_lib
-from robust_jax.analysis import runs
-from robust_jax.audit import NothingToAudit
-from robust_jax.errors import UserError
-from robust_jax.evaluate import summarize
-from robust_jax.experiment import Experiment, build, load, subject_of, surrogate_config
+from robust_jax import __version__
+from robust_jax.app import cards, records, report, runs
+from robust_jax.app import config as config_lib
+from robust_jax.app.evaluate import summarize
+from robust_jax.app.experiment import Experiment, build, load, subject_of, surrogate_config
+from robust_jax.devices import processes, speed
+from robust_jax.errors import NothingToAudit, UserError
 from robust_jax.files import save_arrays, write_atomically
 from robust_jax.models import num_parameters
 from robust_jax.train import loop

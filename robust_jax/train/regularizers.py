@@ -11,16 +11,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from robust_jax import energy, losses, margins
 from robust_jax import jacobian as jacobians
-from robust_jax.attacks import LogitsFn, Norm, norms
+from robust_jax.attacks import Norm, norms
+from robust_jax.types import Images, Labels, LogitsFn, PerExample
 
-Images = Float[Array, "b h w c"]
-Labels = Int[Array, " b"]
 Keys = Key[Array, " b"]
-PerExample = Float[Array, " b"]
 
 
 class Half(NamedTuple):

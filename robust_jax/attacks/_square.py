@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from robust_jax import losses
 from robust_jax.attacks import norms
-from robust_jax.attacks.best import Best, check_counts, check_lengths, check_shares
+from robust_jax.attacks._best import Best, check_counts, check_lengths, check_shares
 from robust_jax.attacks.norms import Norm
-from robust_jax.attacks.pgd import Images, LogitsFn
-from robust_jax.keys import KeyOrKeys, example_keys, fold_in_each
+from robust_jax.keys import example_keys, fold_in_each
+from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 # Of 10,000 queries, those after which the share of the image that a patch covers is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from robust_jax import losses, regularizers
+from robust_jax import losses
 from robust_jax.data import UNLABELED
 from robust_jax.keys import fold_each, fold_in_each
-from robust_jax.regularizers import Half
+from robust_jax.train import regularizers
+from robust_jax.train.regularizers import Half
 
 Params = Any
 BatchStats = Any

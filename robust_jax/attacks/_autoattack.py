@@ -20,16 +20,17 @@ from jaxtyping import Bool, Float, Int
 
 from robust_jax import losses
 from robust_jax.attacks import norms
-from robust_jax.attacks.apgd import apgd, apgd_targeted
-from robust_jax.attacks.best import check_counts, check_lengths
-from robust_jax.attacks.fab import fab
+from robust_jax.attacks._apgd import apgd, apgd_targeted
+from robust_jax.attacks._best import check_counts, check_lengths
+from robust_jax.attacks._fab import fab
+from robust_jax.attacks._square import square
 from robust_jax.attacks.norms import Norm
-from robust_jax.attacks.pgd import LogitsFn
-from robust_jax.attacks.square import square
 from robust_jax.batches import MapExamples, on_one_device
+from robust_jax.errors import UnusableState
 from robust_jax.files import UNREADABLE_NPZ, save_arrays
-from robust_jax.keys import KeyOrKeys, example_keys, fold_each
+from robust_jax.keys import example_keys, fold_each
 from robust_jax.progress import progress as progress_bar
+from robust_jax.types import KeyOrKeys, LogitsFn
 
 
 class Member(NamedTuple):
@@ -179,10 +180,6 @@ def autoattack(
                 _save(Path(state_path), state, inputs, logits)
             bar.update()
     return _result(state, x, norm, warnings)
-
-
-class UnusableState(ValueError):
-    """A saved state was made with other inputs or another network, or cannot be read."""
 
 
 class _State(NamedTuple):

@@ -17,10 +17,11 @@ from robust_jax import data, energy, jacobian, losses, models
 from robust_jax.analysis import calibration, features, latent, margins, spectra
 from robust_jax.analysis.summaries import gaps as gaps_between
 from robust_jax.analysis.summaries import summary
-from robust_jax.attacks import LogitsFn, Norm, nearest_adversarial, pgd
+from robust_jax.attacks import Norm, nearest_adversarial, pgd
 from robust_jax.batches import on_one_device
 from robust_jax.errors import UserError
 from robust_jax.keys import fold_in_each
+from robust_jax.types import LogitsFn
 
 # Numbers are for results.json; arrays, to draw, for measurements.npz.
 Found = dict[str, float | np.ndarray]

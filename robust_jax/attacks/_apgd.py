@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax import losses
 from robust_jax.attacks import norms
-from robust_jax.attacks.best import Best, check_counts, check_lengths, check_shares
+from robust_jax.attacks._best import Best, check_counts, check_lengths, check_shares
 from robust_jax.attacks.norms import Norm
-from robust_jax.attacks.pgd import Images, LogitsFn, Reference
-from robust_jax.keys import KeyOrKeys, example_keys, fold_in_each
+from robust_jax.keys import example_keys, fold_in_each
+from robust_jax.types import Images, KeyOrKeys, LogitsFn, Reference
 
 # How much of a step goes where the gradient points; the rest repeats the step before.
 _GRADIENT_SHARE = 0.75

@@ -3,7 +3,7 @@
 `run` of one run, `measures` of any networks, `study` of arms and seeds.
 """
 
-from robust_jax.analysis.plots.measures import (
+from robust_jax.plots.measures import (
     by_layer,
     distributions,
     latent_scatter,
@@ -11,7 +11,7 @@ from robust_jax.analysis.plots.measures import (
     reliability_diagram,
     singular_values,
 )
-from robust_jax.analysis.plots.run import (
+from robust_jax.plots.run import (
     FATE_COLORS,
     JACOBIANS,
     NORMS,
@@ -25,7 +25,7 @@ from robust_jax.analysis.plots.run import (
     jacobian_histograms,
     training_curves,
 )
-from robust_jax.analysis.plots.study import measures_against_each_other
+from robust_jax.plots.study import measures_against_each_other
 
 __all__ = [
     "FATE_COLORS",

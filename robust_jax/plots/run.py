@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from robust_jax.analysis.plots.style import (
+from robust_jax.plots.style import (
     BLUE,
     COLORS,
     GREEN,

@@ -13,10 +13,10 @@ from jaxtyping import Array, Int
 
 from robust_jax import losses
 from robust_jax.attacks import norms
-from robust_jax.attacks.best import Best, check_counts, check_lengths
+from robust_jax.attacks._best import Best, check_counts, check_lengths
 from robust_jax.attacks.norms import Norm
-from robust_jax.attacks.pgd import Images, LogitsFn
-from robust_jax.keys import KeyOrKeys, example_keys, fold_in_each
+from robust_jax.keys import example_keys, fold_in_each
+from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 # The norm that n draws from N(0, 1) typically have: the median (linf), the root of the mean
 # square (l2), the mean (l1).

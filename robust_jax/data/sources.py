@@ -1,30 +1,22 @@
-"""Image classification data: digits, any TFDS set, or an npz file.
+"""Where image classification data comes from: digits, any TFDS set, or an npz file.
 
-Images stay as they are stored, uint8 or float32 in [0,1]; `to_pixels` makes float32 in [0,1] of
-either on the device. Nothing is ever unpickled.
+Nothing is ever unpickled.
 """
 
 import dataclasses
 import difflib
-import itertools
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
 
+from robust_jax.data.splits import UNLABELED, Split, Streamed
 from robust_jax.errors import UserError
 from robust_jax.files import UNREADABLE_NPZ
-from robust_jax.splits import UNLABELED, Split, Streamed
 
 SOURCES = "digits, tfds:<name>, npz:<path>"
 # Images of a streamed set whose pixels are measured.
 _MOST_MEASURED = 2048
-# Of a streamed set: batches read at a time, each by a thread of its own.
-_NUM_THREADS = 8
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -98,99 +90,6 @@ def load(
     if num_labeled is not None and isinstance(train, Split):
         train = _keep_labels(train, num_labeled, num_classes, seed)
     return Dataset(source, train, validation, test, num_classes, mean, std)
-
-
-def to_pixels(images: Array | np.ndarray) -> Float[Array, "b h w c"]:
-    """uint8 or float images as float32 in [0,1], on the device."""
-    if jnp.issubdtype(images.dtype, jnp.floating):
-        return jnp.asarray(images, jnp.float32)
-    return jnp.asarray(images, jnp.float32) / 255.0
-
-
-def augment(
-    images: Float[Array, "b h w c"], keys: Key[Array, " b"], *, crop_padding: int, flip: bool
-) -> Float[Array, "b h w c"]:
-    """Random crops of the image padded with zeros, and random left-right flips; on the device."""
-
-    def augment_one(image, key):
-        crop_key, flip_key = jax.random.split(key)
-        if crop_padding:
-            padding = ((crop_padding, crop_padding), (crop_padding, crop_padding), (0, 0))
-            row, column = jax.random.randint(crop_key, (2,), 0, 2 * crop_padding + 1)
-            image = jax.lax.dynamic_slice(jnp.pad(image, padding), (row, column, 0), image.shape)
-        if flip:
-            image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-        return image
-
-    return jax.vmap(augment_one)(images, keys) if crop_padding or flip else images
-
-
-class Stream:
-    """An endless stream of example indices: one seeded permutation of `index` after another.
-
-    What it holds at a position is a pure function of (seed, position), so a resumed run sees just
-    the examples that remain, and no example is dropped at the end of an epoch.
-    """
-
-    def __init__(self, index: np.ndarray, seed: tuple[int, ...]):
-        self._index, self._seed = index, seed
-        self._cached = (-1, index)
-
-    def __getitem__(self, positions: slice) -> np.ndarray:
-        where = np.arange(positions.start, positions.stop)
-        parts = [
-            self._epoch_order(epoch)[where[where // len(self._index) == epoch] % len(self._index)]
-            for epoch in np.unique(where // len(self._index))
-        ]
-        return np.concatenate(parts)
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        cached, order = self._cached  # a pair, as threads read and write it
-        if epoch != cached:
-            order = np.random.default_rng([*self._seed, epoch]).permutation(self._index)
-            self._cached = (epoch, order)
-        return order
-
-
-class TrainBatches:
-    """The training batches of a run: batches[step] is a pure function of (seed, step).
-
-    With an unlabelled part, num_labeled_in_batch rows of each batch come from the labelled
-    examples and the others from the unlabelled ones. A batch holds image [B,H,W,C], label [B]
-    and position [B], each row's place in the global batch, of which this process has `rows`.
-    """
-
-    def __init__(
-        self,
-        split: Split | Streamed,
-        *,
-        batch_size: int,
-        num_labeled_in_batch: int,
-        seed: int,
-        rows: slice = slice(None),
-    ):
-        self._split, self._positions = split, np.arange(batch_size)[rows]
-        labeled = split.labeled
-        unlabeled = np.setdiff1d(np.arange(split.size), labeled)
-        self._parts = [(Stream(labeled, (seed, 0)), num_labeled_in_batch)]
-        if num_labeled_in_batch < batch_size:
-            self._parts.append((Stream(unlabeled, (seed, 1)), batch_size - num_labeled_in_batch))
-
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        index = np.concatenate(
-            [stream[step * rows : (step + 1) * rows] for stream, rows in self._parts]
-        )
-        images, labels = self._split.take(index[self._positions])
-        return {"image": images, "label": labels, "position": self._positions}
-
-    def starting_at(self, step: int) -> Iterator[dict[str, np.ndarray]]:
-        """self[step], self[step + 1], …; those of a streamed set are read ahead, by Grain."""
-        if isinstance(self._split, Split):
-            return map(self.__getitem__, itertools.count(step))
-        import grain  # slow to import, and only streams need it
-
-        batches = grain.MapDataset.range(step, 2**62).map(self.__getitem__)
-        return iter(batches.to_iter_dataset(grain.ReadOptions(_NUM_THREADS, _NUM_THREADS)))
 
 
 def _digits() -> tuple[Split, Split, int]:

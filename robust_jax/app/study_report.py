@@ -8,10 +8,10 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from robust_jax import report
-from robust_jax.analysis.plots import measures
-from robust_jax.analysis.plots import study as plots
+from robust_jax.app import report
 from robust_jax.files import write_atomically
+from robust_jax.plots import measures
+from robust_jax.plots import study as plots
 
 Results = Mapping[str, Any]
 Arrays = Mapping[str, Mapping[str, np.ndarray]]

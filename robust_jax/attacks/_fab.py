@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from robust_jax.attacks import norms
-from robust_jax.attacks.apgd import likeliest_wrong
-from robust_jax.attacks.best import Best, check_counts, check_lengths, check_shares
+from robust_jax.attacks._apgd import likeliest_wrong
+from robust_jax.attacks._best import Best, check_counts, check_lengths, check_shares
 from robust_jax.attacks.norms import Norm, Perturbation, Scalar
-from robust_jax.attacks.pgd import Images, LogitsFn
-from robust_jax.keys import KeyOrKeys, example_keys, fold_in_each
+from robust_jax.keys import example_keys, fold_in_each
+from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 # Steps of Newton's method on a concave function made of straight pieces: it ends by itself, after
 # a handful; the bound is for rounding errors.

@@ -13,12 +13,13 @@ from jaxtyping import Bool, Float, Int
 
 from robust_jax import losses
 from robust_jax.attacks import mim, norms, pgd, square
-from robust_jax.attacks.autoattack import are_probabilities, is_random
+from robust_jax.attacks._autoattack import are_probabilities, is_random
 from robust_jax.attacks.norms import Norm
-from robust_jax.attacks.pgd import LogitsFn
 from robust_jax.batches import MapExamples, on_one_device
-from robust_jax.keys import KeyOrKeys, example_keys, fold_each
+from robust_jax.errors import NothingToAudit
+from robust_jax.keys import example_keys, fold_each
 from robust_jax.progress import progress as progress_bar
+from robust_jax.types import KeyOrKeys, LogitsFn
 
 Verdict = Literal["skipped", "pass", "warn", "fail"]  # from good to bad
 _FEW_STEPS, _MANY_STEPS, _RESTARTS, _DRAWS = 10, 50, 5, 10
@@ -36,10 +37,6 @@ class Check(NamedTuple):
     evidence: str
     advice: str
     values: dict[str, float]
-
-
-class NothingToAudit(ValueError):
-    """No example is classified right."""
 
 
 class Audit(NamedTuple):

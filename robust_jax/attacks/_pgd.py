@@ -8,18 +8,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from robust_jax import losses
 from robust_jax.attacks import norms
-from robust_jax.attacks.best import Best, check_counts, check_lengths
+from robust_jax.attacks._best import Best, check_counts, check_lengths
 from robust_jax.attacks.norms import Norm
-from robust_jax.keys import KeyOrKeys, example_keys
-
-LogitsFn = Callable[[Float[Array, "b h w c"]], Float[Array, "b k"]]
-Images = Float[Array, "b h w c"]
-# Labels [B] as a rule; logits [B,K] for a loss that compares two outputs, such as losses.kl.
-Reference = Int[Array, " b"] | Float[Array, "b k"]
+from robust_jax.keys import example_keys
+from robust_jax.types import Images, KeyOrKeys, LogitsFn, Reference
 
 
 def pgd(

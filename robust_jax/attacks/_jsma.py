@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_jax.attacks.apgd import likeliest_wrong
-from robust_jax.attacks.best import check_lengths
+from robust_jax.attacks._apgd import likeliest_wrong
+from robust_jax.attacks._best import check_lengths
 from robust_jax.attacks.norms import Perturbation
-from robust_jax.attacks.pgd import Images, LogitsFn
-from robust_jax.keys import KeyOrKeys
+from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 # How many pairs of features are held in memory at a time, for each example.
 _PAIRS_AT_ONCE = 2**14

@@ -15,11 +15,10 @@ from jaxtyping import Array, Int
 
 from robust_jax import losses
 from robust_jax.attacks import norms
-from robust_jax.attacks.apgd import likeliest_wrong
-from robust_jax.attacks.best import Best, check_counts, check_lengths
-from robust_jax.attacks.fab import Nearest
-from robust_jax.attacks.pgd import Images, LogitsFn
-from robust_jax.keys import KeyOrKeys
+from robust_jax.attacks._apgd import likeliest_wrong
+from robust_jax.attacks._best import Best, check_counts, check_lengths
+from robust_jax.attacks._fab import Nearest
+from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 # By how much tanh reaches beyond the box, so that pixels at 0 or 1, or on their way there, are not
 # at its ends, where hardly any gradient is left to move them.

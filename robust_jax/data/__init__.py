@@ -1,0 +1,22 @@
+"""Image classification data: sources, splits in memory or on disk, streams, augmentation.
+
+Images stay as they are stored, uint8 or float32 in [0,1]; `to_pixels` makes float32 in [0,1] of
+either on the device.
+"""
+
+from robust_jax.data.images import augment, to_pixels
+from robust_jax.data.sources import Dataset, load
+from robust_jax.data.splits import UNLABELED, Split, Streamed
+from robust_jax.data.streams import Stream, TrainBatches
+
+__all__ = [
+    "UNLABELED",
+    "Dataset",
+    "Split",
+    "Stream",
+    "Streamed",
+    "TrainBatches",
+    "augment",
+    "load",
+    "to_pixels",
+]

@@ -1,0 +1,16 @@
+"""Types that signatures share: b examples of any shape, k classes; pixels are in [0,1]."""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float, Int, Key
+
+Images = Float[Array, "b h w c"]
+Labels = Int[Array, " b"]
+Logits = Float[Array, "b k"]
+PerExample = Float[Array, " b"]
+# A network with its parameters bound, in evaluation mode.
+LogitsFn = Callable[[Images], Logits]
+# Labels [B] as a rule; logits [B,K] for a loss that compares two outputs, such as losses.kl.
+Reference = Labels | Logits
+# One key, folded with each example's place in the batch, or a key for each example.
+KeyOrKeys = Key[Array, ""] | Key[Array, " b"]
