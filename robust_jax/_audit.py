@@ -1,8 +1,11 @@
 """Is this robustness real? Checks for masked gradients, each with its verdict and evidence.
 
-What they look for: arXiv 1802.00420, 1902.06705 (§5) and 2003.01690. Thresholds are our reading.
+What they look for: arXiv 1802.00420, 1902.06705 (§5) and 2003.01690. Thresholds are our reading: a
+share warns or fails where the lower end of its 95 % interval is above a limit, so that the chance
+of which examples were drawn does not.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -11,11 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from robust_jax import losses
+from robust_jax import _checks, losses
+from robust_jax._double import NotInDouble, in_double
+from robust_jax._front import Mapper
+from robust_jax._network import Network
+from robust_jax._outputs import are_probabilities, change_with_the_batch, is_random
+from robust_jax.analysis.summaries import wilson_interval
 from robust_jax.attacks import mim, norms, pgd, square
-from robust_jax.attacks._autoattack import are_probabilities, is_random
 from robust_jax.attacks.norms import Norm
-from robust_jax.batches import MapExamples, on_one_device
+from robust_jax.batches import MapExamples
 from robust_jax.errors import NothingToAudit
 from robust_jax.keys import example_keys, fold_each
 from robust_jax.progress import progress as progress_bar
@@ -27,6 +34,8 @@ _FEW_STEPS, _MANY_STEPS, _RESTARTS, _DRAWS = 10, 50, 5, 10
 _LEFT_OVER = (0.01, 0.05)
 # How far attacks that ought to be alike may differ in accuracy.
 _UNLIKE = (0.05, 0.15)
+# Examples that are looked at beside the network's whole behaviour.
+_FEW = 16
 
 
 class Check(NamedTuple):
@@ -51,7 +60,7 @@ class Audit(NamedTuple):
 
 def audit(
     logits_fn: LogitsFn,
-    x: Float[np.ndarray, "n h w c"],
+    x: Float[np.ndarray, "n ..."],
     y: Int[np.ndarray, " n"],
     key: KeyOrKeys,
     *,
@@ -68,32 +77,71 @@ def audit(
 
     A network passes where gradients are there to follow, attacks get stronger with steps, radius
     and restarts, agree across losses, scales and precision, and leave nothing that noise, random
-    search or other networks' adversarials break. logits_fn: [B,H,W,C] in [0,1] -> [B,K]. x, y:
-    some hundred examples [N,H,W,C], [N]; those classified right are audited. key: one key, or one
-    for each example [N]. eps, norm: the threat model, pixel units. training_loss: the loss that
-    the network was trained with. surrogates: other networks for the same task, by name; give an
-    undefended one. num_queries: of Square. map_examples: as in `autoattack`. Raises ValueError
-    where no example is classified right or eps is not above 0.
+    search or other networks' adversarials break.
+
+    Args:
+        logits_fn: The network, [B,...] in [0,1] -> [B,K].
+        x: Some hundred examples [N,...], pixels in [0,1]. Those classified correctly are audited.
+        y: Their labels [N].
+        key: One key, or one for each example [N].
+        eps: The radius of the threat model, in pixel units.
+        norm: Its norm.
+        training_loss: The loss that the network was trained with.
+        surrogates: Other networks for the same task, by name. Give an undefended one.
+        num_queries: The budget of Square, which is skipped unless x is [N,H,W,C].
+        batch_size: How many examples are attacked at a time.
+        map_examples: How batches reach the devices. By default all local devices share each.
+        progress: Whether a bar shows how far it has come.
+
+    Returns:
+        The worst verdict and the checks, each with its evidence and what to do about it.
+
+    Raises:
+        ValueError: eps is not above 0, or x, y, key or logits_fn are not as described.
+        NothingToAudit: No example is classified correctly.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, robust_jax
+        >>> weights = jax.random.normal(jax.random.key(0), (12, 3))
+        >>> logits_fn = lambda x: x.reshape(len(x), -1) @ weights
+        >>> x = jax.random.uniform(jax.random.key(1), (20, 2, 2, 3))
+        >>> y = logits_fn(x).argmax(-1)
+        >>> found = robust_jax.audit(logits_fn, x, y, jax.random.key(2), eps=0.01, num_queries=10,
+        ...                          progress=False)
+        >>> found.verdict
+        'pass'
     """
+    _checks.length("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps must be above 0, not {eps!r} (pixels are in [0,1])")
     norms.check(norm)
-    map_examples = map_examples or on_one_device(logits_fn, batch_size)
-    x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
-    keys = np.asarray(jax.random.key_data(example_keys(key, len(x))))
-    rows = {"x": x, "y": y, "key": keys}
-    logits = map_examples(_logits)(rows)
+    x = np.asarray(_checks.pixels(x))
+    y = _checks.one_row_each(y, x)
+    network = _checks.network(logits_fn, x)
+    _checks.labels(y, _checks.num_classes(network))
+    y = np.asarray(y, np.int32)
+    keys = example_keys(_checks.example_keys_of(key, len(x)), len(x))
+    others = {n: _checks.network(fn, x, f"surrogate {n!r}") for n, fn in (surrogates or {}).items()}
+    rows = {"x": x, "y": y, "key": np.asarray(jax.random.key_data(keys))}
+    mapping = map_examples or Mapper(network, x, batch_size)
+    logits = mapping(_logits)(rows)
     right = np.asarray(losses.correct(jnp.asarray(logits), jnp.asarray(y)), bool)
     if not right.any():
-        raise NothingToAudit(f"none of the {len(x)} examples is classified right: nothing to audit")
-    all_rows, all_logits = rows, logits
+        raise NothingToAudit(
+            f"none of the {len(x)} examples is classified correctly: nothing to audit"
+        )
+    all_logits = logits
     rows, logits = {name: array[right] for name, array in rows.items()}, logits[right]
 
-    lab = _Lab(map_examples, rows, logits, eps, norm, training_loss)
+    def double_mapping() -> MapExamples:
+        if map_examples:
+            return map_examples
+        return Mapper(in_double(logits_fn, x.shape[1:]), x, batch_size)
+
+    lab = _Lab(mapping, double_mapping, rows, logits, eps, norm, training_loss)
     checks = []
     with progress_bar(11, "audit", "check", shown=progress) as bar:
-        looked_at = all_logits, all_rows["x"], logits_fn
-        for found in _checks(lab, *looked_at, surrogates or {}, num_queries):
+        for found in _checks_of(lab, all_logits, x[:_FEW], logits_fn, others, num_queries):
             checks.append(found)
             bar.set_postfix_str(found.name, refresh=False)
             bar.update()
@@ -101,11 +149,13 @@ def audit(
     return Audit(verdict, tuple(checks), norm, float(eps), len(logits))
 
 
-def _checks(lab: "_Lab", logits, x, logits_fn, surrogates, num_queries) -> Iterator[Check]:
+def _checks_of(
+    lab: "_Lab", logits, x, logits_fn, surrogates: Mapping[str, Network], num_queries: int
+) -> Iterator[Check]:
     """The checks in turn; the first three look at all examples, also those it gets wrong."""
     yield _check_outputs(logits)
-    yield _check_randomness(logits_fn, x[:16])
-    yield _check_batch(logits_fn, x[:16])
+    yield _check_randomness(logits_fn, x)
+    yield _check_batch(logits_fn, x)
     yield _check_gradients(lab)
     yield _check_steps(lab)
     yield _check_radius(lab)
@@ -116,12 +166,49 @@ def _checks(lab: "_Lab", logits, x, logits_fn, surrogates, num_queries) -> Itera
     yield _check_transfer(lab, surrogates)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Attack:
+    """PGD as `map_examples` takes it, on the loss of a number, of logits times a scale."""
+
+    losses: tuple[losses.Loss, ...]
+    norm: Norm
+    num_steps: int
+    num_restarts: int = 1
+
+    def __call__(self, logits_fn, rows, eps, which, scale):
+        def loss(logits, labels):
+            return jax.lax.switch(which, self.losses, logits * scale, labels)
+
+        x_adv = pgd(
+            logits_fn, rows["x"], rows["y"], _keys(rows, 0), eps=eps, norm=self.norm, loss=loss,
+            num_steps=self.num_steps, num_restarts=self.num_restarts,
+        )  # fmt: skip
+        return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class _AttackInDouble:
+    norm: Norm
+
+    def __call__(self, logits_fn, rows, eps):
+        x = rows["x"].astype(jnp.float64)
+
+        def wide(x):
+            return logits_fn(x).astype(jnp.float64)
+
+        x_adv = pgd(
+            wide, x, rows["y"], _keys(rows, 0), eps=eps, norm=self.norm, num_steps=_MANY_STEPS
+        )
+        return losses.correct(wide(x_adv), rows["y"]).astype(bool)
+
+
 class _Lab:
     """The audited points and what attacks that follow gradients leave of them."""
 
     def __init__(
         self,
         map_examples: MapExamples,
+        double_mapping: Callable[[], MapExamples],
         rows: Mapping[str, np.ndarray],
         logits: np.ndarray,
         eps: float,
@@ -129,6 +216,7 @@ class _Lab:
         training_loss: losses.Loss | None,
     ):
         self.map_examples, self.rows, self.logits = map_examples, rows, logits
+        self._double_mapping = double_mapping
         self.eps, self.norm = float(eps), norm
         self.losses: dict[str, losses.Loss] = {
             "cross_entropy": losses.cross_entropy,
@@ -140,56 +228,29 @@ class _Lab:
             self.losses["training_loss"] = training_loss
         top = np.sort(logits, -1)
         self.gap = float(np.mean(top[:, -1] - top[:, -2]))
-        # One program for all losses, scales and radii: they are arguments of it.
-        self._many_steps = map_examples(self._attack(num_steps=_MANY_STEPS))
         self._held = {name: self.many_steps(name) for name in self.losses}
         self._held["rescaled"] = self.many_steps("cross_entropy", scale=1 / max(self.gap, 1e-30))
-        self._held["few_steps"] = self.run(self._attack(num_steps=_FEW_STEPS))
-        self._held["restarts"] = self.run(
-            self._attack(num_steps=_FEW_STEPS, num_restarts=_RESTARTS)
-        )
-
-    def _attack(self, **keywords) -> Callable:
-        """PGD as `map_examples` takes it, on the loss of a number, of logits times a scale."""
-        branches = list(self.losses.values())
-
-        def attack(logits_fn, rows, eps, which, scale):
-            def loss(logits, labels):
-                return jax.lax.switch(which, branches, logits * scale, labels)
-
-            x_adv = pgd(
-                logits_fn, rows["x"], rows["y"], _keys(rows, 0),
-                eps=eps, norm=self.norm, loss=loss, **keywords,
-            )  # fmt: skip
-            return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
-
-        return attack
+        self._held["few_steps"] = self._run(num_steps=_FEW_STEPS)
+        self._held["restarts"] = self._run(num_steps=_FEW_STEPS, num_restarts=_RESTARTS)
 
     def many_steps(self, loss: str, *, eps: float | None = None, scale: float = 1.0):
+        """Which points hold. One program for all losses, scales and radii: they are arguments."""
         which = list(self.losses).index(loss)
-        return self._many_steps(self.rows, eps or self.eps, np.int32(which), np.float32(scale))
+        return self._run(eps or self.eps, which, scale, num_steps=_MANY_STEPS)
 
-    def run(self, attack: Callable) -> Bool[np.ndarray, " n"]:
-        """Which points hold against cross-entropy, by an attack made by `_attack`."""
-        return self.map_examples(attack)(self.rows, self.eps, np.int32(0), np.float32(1.0))
+    def _run(
+        self, eps: float | None = None, which: int = 0, scale: float = 1.0, **settings
+    ) -> Bool[np.ndarray, " n"]:
+        attack = _Attack(tuple(self.losses.values()), self.norm, **settings)
+        return self.map_examples(attack)(
+            self.rows, np.float32(eps or self.eps), np.int32(which), np.float32(scale)
+        )
 
     def double_precision(self) -> Bool[np.ndarray, " n"]:
-        """Which points hold against cross-entropy in float64, as far as the network goes along."""
-
-        def attack(logits_fn, rows):
-            x = rows["x"].astype(jnp.float64)
-
-            def in_double(x):
-                return logits_fn(x).astype(jnp.float64)
-
-            x_adv = pgd(
-                in_double, x, rows["y"], _keys(rows, 0),
-                eps=self.eps, norm=self.norm, num_steps=_MANY_STEPS,
-            )  # fmt: skip
-            return losses.correct(in_double(x_adv), rows["y"]).astype(bool)
-
+        """Which points hold against cross-entropy in float64. Raises NotInDouble."""
         with jax.enable_x64(True):
-            return self.map_examples(attack)(self.rows)
+            mapping = self._double_mapping()
+            return mapping(_AttackInDouble(self.norm))(self.rows, np.float64(self.eps))
 
     def share(self, name: str) -> float:
         """The share of the points that held against one of the attacks."""
@@ -199,6 +260,11 @@ class _Lab:
         """The points that held against every attack that follows gradients."""
         held = np.logical_and.reduce(list(self._held.values()))
         return {name: array[held] for name, array in self.rows.items()}
+
+    def grade(self, share: float, limits: tuple[float, float]) -> Verdict:
+        """The verdict on a share of the points, or on the difference of two, by its lower end."""
+        low, _ = wilson_interval(min(max(share, 0.0), 1.0), len(self.logits))
+        return _grade(low, limits)
 
 
 def _check_outputs(logits) -> Check:
@@ -229,10 +295,7 @@ def _check_randomness(logits_fn, x) -> Check:
 
 
 def _check_batch(logits_fn, x) -> Check:
-    together = np.asarray(logits_fn(x))
-    alone = np.concatenate([np.asarray(logits_fn(x[i : i + 1])) for i in range(min(4, len(x)))])
-    change = np.abs(together[: len(alone)] - alone).max() / (np.abs(alone).max() + 1e-30)
-    change = float(np.nan_to_num(change, nan=np.inf))
+    change = change_with_the_batch(logits_fn, x)
     return Check(
         "batch", "fail" if change > 1e-2 else "pass",
         f"an image's logits change by {change:.1g} of their size when it is alone in its batch",
@@ -243,7 +306,7 @@ def _check_batch(logits_fn, x) -> Check:
 
 
 def _check_gradients(lab: _Lab) -> Check:
-    found = lab.map_examples(_trajectory(lab.norm))(lab.rows, lab.eps)
+    found = lab.map_examples(_Trajectory(lab.norm))(lab.rows, np.float32(lab.eps))
     # Any step of an example's path counts: attacks start where gradients are, and get stuck later.
     shares = {
         "zero": float((found["cross_entropy"] == 0).mean()),
@@ -252,7 +315,7 @@ def _check_gradients(lab: _Lab) -> Check:
         "not_finite": float((~found["finite"]).mean()),
     }
     worst = max(shares["zero"], shares["zero_margin"], shares["not_finite"])
-    verdict = _grade(worst, (0.02, 0.1))
+    verdict = lab.grade(worst, (0.02, 0.1))
     if verdict == "pass" and shares["vanishing"] > 0.1:
         verdict = "warn"
     return Check(
@@ -269,7 +332,7 @@ def _check_gradients(lab: _Lab) -> Check:
 
 def _check_steps(lab: _Lab) -> Check:
     few, many, restarts = (lab.share(n) for n in ("few_steps", "cross_entropy", "restarts"))
-    verdict = _worse(_grade(many - few, (0.02, 0.05)), _grade(few - restarts, (0.2, 0.4)))
+    verdict = _worse(lab.grade(many - few, (0.02, 0.05)), lab.grade(few - restarts, (0.2, 0.4)))
     return Check(
         "steps", verdict,
         f"{_percent(few)} hold against {_FEW_STEPS} steps, {_percent(many)} against {_MANY_STEPS}, "
@@ -287,7 +350,7 @@ def _check_radius(lab: _Lab) -> Check:
     shares = {f"{lab.eps:g}": lab.share("margin"), **shares}
     found = list(shares.values())
     rise = max((b - a for a, b in zip(found, found[1:], strict=False)), default=0.0)
-    verdict = _worse(_grade(rise, (0.02, 0.05)), _grade(found[-1], (0.02, 0.1)))
+    verdict = _worse(lab.grade(rise, (0.02, 0.05)), lab.grade(found[-1], (0.02, 0.1)))
     listed = ", ".join(f"{_percent(share)} at {r}" for r, share in shares.items())
     return Check(
         "radius", verdict,
@@ -301,10 +364,10 @@ def _check_losses(lab: _Lab) -> Check:
     shares = {name: lab.share(name) for name in (*lab.losses, "rescaled")}
     usual = shares["cross_entropy"]
     drop = usual - min(shares.values())
-    verdict = _grade(drop, _UNLIKE)
+    verdict = lab.grade(drop, _UNLIKE)
     own = shares.get("training_loss", usual)
     evidence = f"share that holds by loss: {_listed(shares)}"
-    if verdict == "pass" and own - min(shares.values()) > _UNLIKE[0]:
+    if verdict == "pass" and lab.grade(own - min(shares.values()), _UNLIKE) != "pass":
         verdict = "warn"
         evidence += "; the loss it was trained with is the weak attack"
     return Check(
@@ -316,20 +379,24 @@ def _check_losses(lab: _Lab) -> Check:
 
 
 def _check_precision(lab: _Lab) -> Check:
-    single, double = lab.share("cross_entropy"), float(lab.double_precision().mean())
+    single = lab.share("cross_entropy")
+    advice = "gradients underflow in float32: attack rescaled logits, the margin or DLR"
+    try:
+        double = float(lab.double_precision().mean())
+    except NotInDouble as reason:
+        return Check("precision", "skipped", f"not compared with float64: {reason}", advice, {})
     return Check(
-        "precision", _grade(single - double, _UNLIKE),
+        "precision", lab.grade(single - double, _UNLIKE),
         f"{_percent(single)} hold in float32, {_percent(double)} in float64",
-        "gradients underflow in float32: attack rescaled logits, the margin or DLR",
-        {"float32": single, "float64": double},
+        advice, {"float32": single, "float64": double},
     )  # fmt: skip
 
 
 def _check_noise(lab: _Lab) -> Check:
-    run = lab.map_examples(_noise(lab.norm))
-    faint = 1 - float(run(lab.rows, lab.eps / 100).mean())
-    broken, standing = _broken(lab, lambda rows: run(rows, lab.eps))
-    verdict = _worse(_grade(broken, _LEFT_OVER), _grade(faint, (0.05, 0.2)))
+    run = lab.map_examples(_Noise(lab.norm))
+    faint = 1 - float(run(lab.rows, np.float32(lab.eps / 100)).mean())
+    broken, standing = _broken(lab, lambda rows: run(rows, np.float32(lab.eps)))
+    verdict = _worse(lab.grade(broken, _LEFT_OVER), lab.grade(faint, (0.05, 0.2)))
     return Check(
         "noise", verdict,
         f"{_DRAWS} draws of uniform noise break {_percent(broken)} of the points that hold against "
@@ -341,42 +408,36 @@ def _check_noise(lab: _Lab) -> Check:
 
 
 def _check_square(lab: _Lab, num_queries: int) -> Check:
-    def attack(logits_fn, rows):
-        x_adv = square(
-            logits_fn, rows["x"], rows["y"], _keys(rows, 2),
-            eps=lab.eps, norm=lab.norm, num_queries=num_queries,
-        )  # fmt: skip
-        return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
-
-    broken, standing = _broken(lab, lab.map_examples(attack))
+    advice = "random search beats gradients only where those mislead: quote AutoAttack with Square"
+    if lab.rows["x"].ndim != 4:
+        evidence = f"Square's patches need images [N,H,W,C], not {list(lab.rows['x'].shape)}"
+        return Check("square", "skipped", evidence, advice, {})
+    attack = lab.map_examples(_Square(lab.norm, num_queries))
+    broken, standing = _broken(lab, lambda rows: attack(rows, np.float32(lab.eps)))
     return Check(
-        "square", _grade(broken, _LEFT_OVER),
+        "square", lab.grade(broken, _LEFT_OVER),
         f"{num_queries} queries of random search break {_percent(broken)} of the points that hold "
         f"against gradients ({standing} of {len(lab.logits)})",
-        "random search beats gradients only where those mislead: quote AutoAttack with Square",
-        {"broken": broken},
+        advice, {"broken": broken},
     )  # fmt: skip
 
 
-def _check_transfer(lab: _Lab, surrogates: Mapping[str, LogitsFn]) -> Check:
+def _check_transfer(lab: _Lab, surrogates: Mapping[str, Network]) -> Check:
+    attack = lab.map_examples(_Transfer(lab.norm))
     shares = {}
-    for name, surrogate in surrogates.items():
+    for name, network in surrogates.items():
 
-        def attack(logits_fn, rows, surrogate=surrogate):
-            x_adv = mim(
-                surrogate, rows["x"], rows["y"], _keys(rows, 3),
-                eps=lab.eps, norm=lab.norm, num_steps=2 * _FEW_STEPS,
-            )  # fmt: skip
-            return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
+        def held(rows, network=network):
+            return attack(rows, np.float32(lab.eps), network)
 
-        shares[name], _ = _broken(lab, lab.map_examples(attack))
+        shares[name], _ = _broken(lab, held)
     if not shares:
         return Check(
             "transfer", "skipped", "no surrogate was given",
             "give the logits of an undefended network for the same task", {},
         )  # fmt: skip
     return Check(
-        "transfer", _grade(max(shares.values()), _LEFT_OVER),
+        "transfer", lab.grade(max(shares.values()), _LEFT_OVER),
         "of the points that hold against gradients, adversarials made on other networks break: "
         f"{_listed(shares)}",
         "another network's gradients beat its own, which mislead: attack it through surrogates",
@@ -384,20 +445,48 @@ def _check_transfer(lab: _Lab, surrogates: Mapping[str, LogitsFn]) -> Check:
     )  # fmt: skip
 
 
-def _trajectory(norm: Norm) -> Callable:
+@dataclasses.dataclass(frozen=True)
+class _Square:
+    norm: Norm
+    num_queries: int
+
+    def __call__(self, logits_fn, rows, eps):
+        x_adv = square(
+            logits_fn, rows["x"], rows["y"], _keys(rows, 2),
+            eps=eps, norm=self.norm, num_queries=self.num_queries,
+        )  # fmt: skip
+        return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transfer:
+    norm: Norm
+
+    def __call__(self, logits_fn, rows, eps, surrogate):
+        x_adv = mim(
+            surrogate, rows["x"], rows["y"], _keys(rows, 3),
+            eps=eps, norm=self.norm, num_steps=2 * _FEW_STEPS,
+        )  # fmt: skip
+        return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trajectory:
     """Largest entry of the gradients along PGD's path, [B,T] by loss, and if they are finite."""
 
-    def measure(logits_fn, rows, eps):
+    norm: Norm
+
+    def __call__(self, logits_fn, rows, eps):
         def follow(loss, x, y, key):
             def step(x_adv, _):
                 gradient = jax.grad(lambda z: loss(logits_fn(z[None]), y[None])[0])(x_adv)
                 found = jnp.abs(gradient).max(), jnp.isfinite(gradient).all()
-                move = norms.steepest(jnp.nan_to_num(gradient), norm)
+                move = norms.steepest(jnp.nan_to_num(gradient), self.norm)
                 x_adv = x_adv + 2.5 * eps / _FEW_STEPS * move
-                return norms.project_to_ball_and_box(x_adv, x, eps, norm), found
+                return norms.project_to_ball_and_box(x_adv, x, eps, self.norm), found
 
-            start = x + norms.random_in_ball(key, x.shape, eps, norm)
-            start = norms.project_to_ball_and_box(start, x, eps, norm)
+            start = x + norms.random_in_ball(key, x.shape, eps, self.norm)
+            start = norms.project_to_ball_and_box(start, x, eps, self.norm)
             return jax.lax.scan(step, start, length=_FEW_STEPS)[1]
 
         largest, finite = {}, []
@@ -410,24 +499,23 @@ def _trajectory(norm: Norm) -> Callable:
             finite.append(is_finite)
         return {**largest, "finite": finite[0] & finite[1]}
 
-    return measure
 
-
-def _noise(norm: Norm) -> Callable:
+@dataclasses.dataclass(frozen=True)
+class _Noise:
     """Which points keep their label under every draw of noise, uniform in the ball."""
 
-    def measure(logits_fn, rows, eps):
+    norm: Norm
+
+    def __call__(self, logits_fn, rows, eps):
         def held(keys):
             def one(x, key):
-                noise = norms.random_in_ball(key, x.shape, eps, norm)
-                return norms.project_to_ball_and_box(x + noise, x, eps, norm)
+                noise = norms.random_in_ball(key, x.shape, eps, self.norm)
+                return norms.project_to_ball_and_box(x + noise, x, eps, self.norm)
 
             return losses.correct(logits_fn(jax.vmap(one)(rows["x"], keys)), rows["y"])
 
         draws = jnp.arange(4, 4 + _DRAWS)
         return jax.lax.map(lambda i: held(_keys(rows, i)), draws).all(0)
-
-    return measure
 
 
 def _broken(lab: _Lab, held: Callable) -> tuple[float, int]:

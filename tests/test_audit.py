@@ -96,7 +96,7 @@ def test_without_a_surrogate_transfer_is_skipped_and_mistakes_are_told():
     assert result.verdict == "pass"
     with pytest.raises(ValueError, match="eps must be above 0, not 0"):
         audit(trained(), x, y, KEY, eps=0)
-    with pytest.raises(ValueError, match="none of the 200 examples is classified right"):
+    with pytest.raises(ValueError, match="none of the 200 examples is classified correctly"):
         audit(lambda x: trained()(x)[:, ::-1] * 0 - jnp.arange(10), x, y * 0 + 9, KEY, eps=0.1)
 
 

@@ -1,6 +1,7 @@
 """Many measurements as a few numbers, by a sort or a pass over them: no network is called."""
 
 from collections.abc import Mapping, Sequence
+from math import sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -44,3 +45,10 @@ def gaps(train: Mapping[str, ArrayLike], test: Mapping[str, ArrayLike]) -> dict[
         {name: np.asarray(table[name], float).mean() for name in names} for table in (train, test)
     )
     return {name: float(train_mean[name] - test_mean[name]) for name in names}
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share of count independent examples."""
+    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, center - half), min(1.0, center + half)

@@ -5,7 +5,7 @@ import io
 import json
 import textwrap
 from collections.abc import Mapping
-from math import isclose, sqrt
+from math import isclose
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from robust_jax import plots
+from robust_jax.analysis.summaries import wilson_interval
 from robust_jax.app import runs
 from robust_jax.app.config import flatten
 from robust_jax.app.records import evidence, fates
@@ -167,13 +168,6 @@ def reference_radius(results: Results) -> Radius | None:
     worst = [a for a in worst if a["norm"] == norm]
     above = [a["eps"] for a in worst if a["robust_accuracy"] > 1 / results["data"]["num_classes"]]
     return Radius(norm, max(above, default=min(a["eps"] for a in worst)), trained=False)
-
-
-def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share of count independent examples."""
-    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def format_eps(eps: float) -> str:

@@ -1,0 +1,158 @@
+"""Mistakes in a call, told in one line. Traced values cannot be looked at: they are not checked."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_jax._network import Network, as_network
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether a value in these is known to JAX's tracing alone."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def pixels(x: Any, name: str = "x") -> jax.Array | np.ndarray:
+    """x [B,...] as an array. Raises ValueError unless it is floating, in [0,1] and not empty."""
+    if not isinstance(x, jax.Array):
+        x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        hint = "; divide by 255" if jnp.issubdtype(x.dtype, jnp.integer) else ""
+        raise ValueError(f"{name} is {x.dtype}; pixels are floats in [0, 1]{hint}")
+    if x.ndim < 2 or x.size == 0:
+        raise ValueError(f"{name} has the shape {list(x.shape)}; give a batch, [B,...], of one "
+                         "example at least")  # fmt: skip
+    low, high = (float(end) for end in _ends(x))
+    if not (low >= 0 and high <= 1):
+        if math.isnan(low) or math.isnan(high):
+            raise ValueError(f"{name} holds NaN; pixels must be in [0, 1]")
+        raise ValueError(
+            f"{name} ranges over [{low:g}, {high:g}]; pixels must be in [0, 1]: rescale them, and "
+            "let logits_fn undo it"
+        )
+    return x
+
+
+def one_row_each(y: Any, x: Any, name: str = "y") -> jax.Array | np.ndarray:
+    """y [B,...] as an array. Raises ValueError unless it has a row for each example of x."""
+    y = y if isinstance(y, jax.Array) else np.asarray(y)
+    if y.ndim == 0 or len(y) != len(x):
+        batch = "; is the batch axis of x missing (x[None])?" if y.size == 1 else ""
+        raise ValueError(
+            f"{name} has the shape {list(y.shape)}; one label for each of the {len(x)} examples of "
+            f"x is needed, [{len(x)}]{batch}"
+        )
+    return y
+
+
+def labels(y: Any, num_classes: int, name: str = "y") -> None:
+    """Raises ValueError unless y is [B] and holds labels."""
+    if y.ndim > 1:
+        raise ValueError(
+            f"{name} has the shape {list(y.shape)}; labels are integers [B], not one-hot: "
+            f"{name}.argmax(-1)"
+        )
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(f"{name} is {y.dtype}; labels are integers from 0 to {num_classes - 1}")
+    low, high = (int(end) for end in _ends(y))
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"{name} has the label {low if low < 0 else high}; the network has {num_classes} "
+            f"classes, so labels run from 0 to {num_classes - 1}"
+        )
+
+
+def example_keys_of(key: Any, count: int) -> jax.Array:
+    """A typed key [] or keys [B]. Raises ValueError for anything that is no key."""
+    if isinstance(key, jax.Array | np.ndarray):
+        is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if not is_typed and key.dtype == np.uint32 and key.shape in ((2,), (count, 2)):
+            key, is_typed = jax.random.wrap_key_data(key), True  # as jax.random.PRNGKey makes it
+        if is_typed and key.shape in ((), (count,)):
+            return key
+        if is_typed:
+            raise ValueError(
+                f"key has the shape {list(key.shape)}; give one key, or {count}, one for each "
+                "example"
+            )
+    raise ValueError(f"key is {_short(key)}; give a key such as jax.random.key(0)")
+
+
+def length(name: str, value: Any, *, infinite: bool = False) -> None:
+    """Raises ValueError for a radius or a step that is no number, negative or infinite."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array) and np.ndim(value) == 0:
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        hint = f", {value} without quotes" if isinstance(value, str) else ""
+        raise ValueError(f"{name} is {_short(value)}; give a number in pixel units{hint}")
+    if not value >= 0:
+        raise ValueError(f"{name} must not be negative, not {value!r} (pixels are in [0,1])")
+    if value == math.inf and not infinite:
+        raise ValueError(f"{name} must be finite, not inf (pixels are in [0,1])")
+
+
+def network(fn: Callable, x: Any, name: str = "logits_fn") -> Network:
+    """fn as a network of examples like x; what usually keeps a function from being traced, told."""
+    if not callable(fn):
+        raise ValueError(f"{name} is {_short(fn)}; give a function from x [B,...] to logits [B,K]")
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    try:
+        return as_network(fn, x.shape[1:], dtype)
+    except jax.errors.TracerArrayConversionError as error:
+        raise ValueError(
+            f"{name} hands its input to numpy, which has no gradient: use jax.numpy, or "
+            "jax.pure_callback and attacks.square, which needs none"
+        ) from error
+    except Exception as error:
+        if type(error).__name__ == "TraceContextError":  # of Flax NNX, which may not be installed
+            raise ValueError(
+                f"{name} changes its own state when it is called: call its eval() first, so that "
+                "dropout is off and BatchNorm takes its running statistics"
+            ) from error
+        raise
+
+
+def num_classes(network: Network, name: str = "logits_fn") -> int:
+    """K of a network with logits [B,K]. Raises ValueError where it has anything else."""
+    out = network.program.outputs
+    if not isinstance(out, jax.ShapeDtypeStruct):
+        what = type(out).__name__
+        raise ValueError(f"{name} returns a {what}, not an array; return the logits alone, as in "
+                         "lambda x: f(x)[0]")  # fmt: skip
+    if len(out.shape) != 2 or out.shape[0] != 1:
+        raise ValueError(f"{name} returns the shape {list(out.shape)} for one example; logits are "
+                         "[1,K] then")  # fmt: skip
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(f"{name} returns {out.dtype}; logits are floats")
+    if out.shape[1] == 1:
+        raise ValueError(
+            f"{name} returns one number an example; for two classes return two logits: "
+            "jnp.concatenate([jnp.zeros_like(z), z], -1), z being the input of the sigmoid"
+        )
+    return out.shape[1]
+
+
+def _short(value: Any) -> str:
+    text = (
+        f"an array of {value.dtype} {list(value.shape)}" if hasattr(value, "dtype") else repr(value)
+    )
+    return text if len(text) < 60 else text[:57] + "…"
+
+
+def _ends(values: jax.Array | np.ndarray) -> tuple[Any, Any]:
+    """Minimum and maximum, NaN where there is one."""
+    if isinstance(values, np.ndarray):
+        return values.min(), values.max()
+    return jax.device_get(_ends_on_device(values))
+
+
+@jax.jit
+def _ends_on_device(values):
+    low, high = values.min(), values.max()
+    if jnp.issubdtype(values.dtype, jnp.inexact):  # which XLA's minimum may pass over
+        low = jnp.where(jnp.isnan(values).any(), jnp.nan, low)
+    return low, high

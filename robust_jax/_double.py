@@ -1,0 +1,75 @@
+"""A network in float64, to see what its float32 loses."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from robust_jax._network import Network, as_network, jax_function_of, variables_and_function
+
+
+class NotInDouble(Exception):
+    """Why a network cannot be computed in float64."""
+
+
+def in_double(logits_fn: Callable, shape: tuple[int, ...]) -> Network:
+    """logits_fn of float64 examples of a shape, computed in float64; call it with x64 enabled.
+
+    A function that follows the type of its input is taken as it is. Of any other the program is
+    read, and its weights and its types are replaced by wider ones. Raises NotInDouble where neither
+    is possible.
+    """
+    try:
+        network = as_network(logits_fn, shape, jnp.float64)
+        if network.program.outputs.dtype == jnp.float64:
+            return network
+    except (TypeError, ValueError):  # weights in float32, which lax does not promote
+        pass
+    single = as_network(logits_fn, shape, jnp.float32)
+    arrays = tuple(map(_wide, single.arrays))
+    closed = single.program.closed(arrays)
+    return as_network(lambda x: _evaluated(closed.jaxpr, arrays, x)[0], shape, jnp.float64)
+
+
+def _wide(value: Any) -> Any:
+    is_narrow = jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    return jnp.asarray(value, jnp.float64) if is_narrow else value
+
+
+def _wide_type(param: Any) -> Any:
+    is_type = isinstance(param, np.dtype | type) and jnp.issubdtype(param, jnp.floating)
+    return jnp.dtype(jnp.float64) if is_type else param
+
+
+def _evaluated(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
+    """The results of a program in float64, equation by equation."""
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+    def read(var):
+        return _wide(var.val) if isinstance(var, core.Literal) else values[var]
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(var) for var in eqn.invars]
+        outputs = _result(jaxpr, eqn, inputs)
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _result(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
+    name, params = eqn.primitive.name, eqn.params
+    if name in ("jit", "pjit"):
+        return _evaluated(params["jaxpr"].jaxpr, list(map(_wide, params["jaxpr"].consts)), *inputs)
+    own = jax_function_of(eqn) if name == "custom_jvp_call" else ""
+    if own and hasattr(jax.nn, own):
+        return [getattr(jax.nn, own)(*inputs)]
+    if any(isinstance(value, core.Jaxpr | core.ClosedJaxpr) for value in params.values()):
+        raise NotInDouble(f"the network contains a {name}, whose types are fixed")
+    if not any(jnp.issubdtype(jnp.result_type(value), jnp.floating) for value in inputs):
+        variables, fn = variables_and_function(jaxpr, eqn)
+        by_name = dict(zip(eqn.invars, inputs, strict=True)) if variables else {}
+        return list(map(_wide, fn(*(by_name[var] for var in variables))))
+    outputs = eqn.primitive.bind(*inputs, **{k: _wide_type(v) for k, v in params.items()})
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]

@@ -1,0 +1,238 @@
+"""The front door: what every public call of the library goes through.
+
+A call from Python is checked, then runs as one program that is compiled once for its shapes and
+settings: networks, radii and everything with a row an example are arguments of it. A call with
+traced values (within the caller's jit, grad, vmap, scan or shard_map) is the plain function.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from robust_jax import _checks
+from robust_jax._network import MOST_PROGRAMS, Network
+from robust_jax.batches import NUM_SIZES, batches, counted, joined
+from robust_jax.keys import example_keys
+
+# What parameters are, by their names.
+_NETWORKS = ("logits_fn", "fn", "features_fn", "surrogate")
+_EXAMPLES = ("x", "x_adv", "x_moved", "direction")
+_LABELS = ("y", "targets")
+_LENGTHS = ("eps", "step_size")
+_AXIS = "examples"
+
+
+def compiled(fn: Callable) -> Callable:
+    """The public form of fn(logits_fn, x, …): compiled, or within a trace fn itself."""
+    signature = inspect.signature(fn)
+    defaults = {name: p.default for name, p in signature.parameters.items()}
+
+    @functools.wraps(fn)
+    def call(*args, **keywords):
+        given = dict(signature.bind(*args, **keywords).arguments)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        if _checks.is_traced(given):
+            return fn(**given)
+        values = _checked(given, defaults)
+        if _checks.is_traced([values[n].arrays for n in _NETWORKS if n in values]):
+            return fn(**given)
+        return _run(fn, values)
+
+    return call
+
+
+class Placement:
+    """Where examples lie: on one device (mesh is None), or on several, a share of the rows each."""
+
+    def __init__(self, mesh: Mesh | None = None, axes: Any = None):
+        self.mesh, self.axes = mesh, axes
+
+    @property
+    def count(self) -> int:
+        """How many shares there are."""
+        if self.mesh is None or self.axes is None:
+            return 1
+        names = self.axes if isinstance(self.axes, tuple) else (self.axes,)
+        return int(np.prod([self.mesh.shape[name] for name in names]))
+
+    def replicated(self, tree: Any) -> Any:
+        """The arrays whole on every device."""
+        return self._put(tree, PartitionSpec())
+
+    def shared(self, tree: Any) -> Any:
+        """The arrays [B,...] with a share of their rows on each device."""
+        return self._put(tree, PartitionSpec(self.axes))
+
+    def _put(self, tree: Any, spec: PartitionSpec) -> Any:
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, spec))
+
+
+def placement_of(x: Any, num_rows: int) -> Placement:
+    """Where x lies; everything local that computes where it is numpy's or on no device for good."""
+    if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
+        if isinstance(x.sharding, NamedSharding):
+            spec = x.sharding.spec
+            return Placement(x.sharding.mesh, spec[0] if len(spec) else None)
+        return Placement(_mesh(sorted(x.sharding.device_set, key=lambda d: d.id)), _AXIS)
+    devices = jax.local_devices()[:num_rows]
+    if len(devices) == 1 or (isinstance(x, jax.Array) and x.committed):
+        return Placement()
+    return Placement(_mesh(devices), _AXIS)
+
+
+def _mesh(devices: Sequence[jax.Device]) -> Mesh:
+    return Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with networks traced, and arrays for everything that has one row an example."""
+    values = dict(given)
+    for name in _EXAMPLES:
+        if name in values:
+            values[name] = _checks.pixels(values[name], name)
+    x = values["x"]
+    labels = [name for name in _LABELS if values.get(name) is not None]
+    for name in labels:
+        values[name] = _checks.one_row_each(values[name], x, name)
+    for name in _NETWORKS:
+        if name in values:
+            values[name] = _checks.network(values[name], x, name)
+            if "y" in values:
+                num_classes = _checks.num_classes(values[name], name)
+    for name in labels:
+        # What a loss compares outputs with need not be labels, where no success is looked for.
+        if name != "y" or getattr(values.get("criterion"), "__name__", "") != "never":
+            _checks.labels(values[name], num_classes, name)
+    if "key" in values:
+        values["key"] = _checks.example_keys_of(values["key"], len(x))
+    for name in _LENGTHS:
+        if values.get(name) is not None:
+            _checks.length(name, values[name], infinite=defaults.get(name) == np.inf)
+            values[name] = jnp.asarray(values[name], jax.dtypes.canonicalize_dtype(x.dtype))
+    return values
+
+
+def _run(fn: Callable, values: dict[str, Any]) -> Any:
+    x = values["x"]
+    count = len(x)
+    placement = placement_of(x, count)
+    rows, rest, static = {}, {}, {}
+    for name, value in values.items():
+        if name in _NETWORKS or name in _LENGTHS:
+            rest[name] = value
+        elif isinstance(value, jax.Array | np.ndarray):
+            rows[name] = value
+        else:
+            static[name] = _hashable(value)
+    if placement.mesh is not None:
+        if "key" in rows:
+            rows["key"] = _keys(rows["key"], count)
+        if missing := -count % placement.count:
+            where = np.minimum(np.arange(count + missing), count - 1)
+            rows = {name: value[where] for name, value in rows.items()}
+        rows, rest = placement.shared(rows), placement.replicated(rest)
+    out = _program(fn, tuple(sorted(static.items())), _programs(rest), placement.mesh,
+                   placement.axes)(rows, rest)  # fmt: skip
+    if placement.mesh is None:
+        return out
+    if count % placement.count:
+        out = jax.tree.map(lambda a: a[:count], out)
+    return jax.device_put(out, jax.local_devices()[0]) if _is_ours(placement) else out
+
+
+def _is_ours(placement: Placement) -> bool:
+    return placement.axes == _AXIS
+
+
+def _programs(rest: Mapping[str, Any]) -> tuple:
+    return tuple(value.program for value in rest.values() if isinstance(value, Network))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _keys(key, count):
+    return example_keys(key, count)
+
+
+@functools.lru_cache(MOST_PROGRAMS)
+def _program(fn: Callable, static: tuple, programs: tuple, mesh: Mesh | None, axes: Any):
+    """fn as a program of (rows, rest), one for each structure of its networks.
+
+    A jax.jit for each, so that what is dropped from this cache is dropped by JAX as well.
+    """
+
+    def run(rows, rest):
+        return fn(**rows, **rest, **dict(static))
+
+    if mesh is None:
+        return jax.jit(run)
+    shares = PartitionSpec(axes)
+    # What examples share is no sum over devices, so nothing is gained by checking it.
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=(shares, PartitionSpec()), out_specs=shares, check_vma=False
+    )
+    return jax.jit(mapped)
+
+
+class Mapper:
+    """fn(logits_fn, rows, *scalars) over any number of rows, batch by batch, as numpy arrays.
+
+    fn is kept by value: two that are equal are one program. A batch that does not fit into memory
+    is halved, with a warning.
+    """
+
+    def __init__(self, logits_fn: Callable, x: Any, batch_size: int):
+        self._network = _checks.network(logits_fn, x)
+        self._placement = placement_of(None, batch_size)
+        self._placed = self._placement.replicated(self._network)
+        self._batch_size = batch_size
+
+    def __call__(self, fn: Callable) -> Callable:
+        def run(rows, *scalars):
+            while True:
+                try:
+                    return self._mapped(fn, rows, scalars)
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error) or self._batch_size == 1:
+                        raise
+                    self._batch_size //= 2
+                    warnings.warn(
+                        f"batches of {2 * self._batch_size} examples do not fit into the device's "
+                        f"memory; continuing with {self._batch_size}",
+                        stacklevel=2,
+                    )
+
+        return run
+
+    def _mapped(self, fn: Callable, rows: Mapping[str, np.ndarray], scalars: tuple) -> Any:
+        where = self._placement
+        program = _rows_program(fn, self._network.program, where.mesh, where.axes)
+        count, take = counted(rows)
+        sizes = list(batches(count, self._batch_size, multiple_of=where.count, num_sizes=NUM_SIZES))
+        parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]
+        return joined(jax.device_get(parts), [real for _, real in sizes])
+
+
+@functools.lru_cache(MOST_PROGRAMS)
+def _rows_program(fn: Callable, program: Any, mesh: Mesh | None, axes: Any):
+    def run(network, rows, scalars):
+        return fn(network, rows, *scalars)
+
+    if mesh is None:
+        return jax.jit(run)
+    shares, whole = PartitionSpec(axes), PartitionSpec()
+    return jax.jit(jax.shard_map(
+        run, mesh=mesh, in_specs=(whole, shares, whole), out_specs=shares, check_vma=False
+    ))  # fmt: skip

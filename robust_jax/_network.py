@@ -1,0 +1,302 @@
+"""A function of examples as a pytree: the arrays it closes over are leaves, the rest is static.
+
+jax.jit compiles such a network once, however often the function is written down again and
+whatever its weights are. The function is traced at every call, which costs milliseconds; two
+traces that do the same, by the description below, are one program.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+# Programs kept to be recognised again; an older one is compiled again when it comes back.
+MOST_PROGRAMS = 256
+_LIBRARY = os.path.dirname(jax.__file__) + os.sep
+_JITS = ("jit", "pjit")
+_CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
+
+
+class Program:
+    """What a network computes of a batch, of one as a rule, without the arrays it closes over."""
+
+    def __init__(self, closed: core.ClosedJaxpr, outputs: Any, fn: Callable):
+        self._jaxpr, self._dtype = closed.jaxpr, closed.in_avals[0].dtype
+        self._batch_size = closed.in_avals[0].shape[0]
+        self.outputs = outputs
+        self._description = _described(closed.jaxpr), jax.tree.structure(outputs)
+        # A function that vmap cannot lift is called as it is, with its arrays as constants.
+        self._fn = None if _can_be_lifted(closed) else fn
+        if self._fn is not None:
+            self._description += tuple(map(_Itself, closed.consts))
+        self._hash = hash(self._description)
+
+    def closed(self, arrays: Sequence[jax.Array]) -> core.ClosedJaxpr:
+        """The program with its arrays."""
+        return core.ClosedJaxpr(self._jaxpr, list(arrays))
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Program)
+            and self._hash == other._hash
+            and self._description == other._description
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __call__(self, arrays: Sequence[jax.Array], x: jax.Array) -> Any:
+        if self._fn is not None:
+            return _on_the_whole_batch(self._fn)(x)
+        evaluate = core.jaxpr_as_fun(self.closed(arrays))
+        x = x.astype(self._dtype)
+        if len(x) == self._batch_size:
+            results = evaluate(x)
+        else:
+            results = jax.vmap(lambda x: [result[0] for result in evaluate(x[None])])(x)
+        return jax.tree.unflatten(jax.tree.structure(self.outputs), results)
+
+
+@jax.tree_util.register_pytree_node_class
+class Network:
+    """network(x), [B,...] -> arrays [B,...]: a program and the arrays that it closes over."""
+
+    def __init__(self, arrays: Sequence[jax.Array], program: Program):
+        self.arrays, self.program = arrays, program
+
+    def tree_flatten(self):
+        return self.arrays, self.program
+
+    @classmethod
+    def tree_unflatten(cls, program, arrays):
+        return cls(arrays, program)
+
+    def __call__(self, x: jax.Array) -> Any:
+        return self.program(self.arrays, x)
+
+
+def as_network(fn: Callable, shape: tuple[int, ...], dtype: Any, batch_size: int = 1) -> Network:
+    """fn, [B,...] -> arrays [B,...], traced for a batch of examples of a shape and dtype.
+
+    Raises whatever fn raises.
+    """
+    if isinstance(fn, Network):
+        return fn
+    one = jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+    # Not of fn itself: JAX would remember the trace, and not see that what fn refers to has changed.
+    closed, outputs = jax.make_jaxpr(lambda x: fn(x), return_shape=True)(one)
+    if any(eqn.params["jaxpr"].consts for eqn in _jits(closed.jaxpr)):
+        # A jitted function keeps what it closes over to itself.
+        closed = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(one)
+    return Network(tuple(closed.consts), _known(Program(closed, outputs, fn)))
+
+
+@lru_cache(MOST_PROGRAMS)
+def _known(program: Program) -> Program:
+    """The first of the programs that are equal to it: those compare fast afterwards."""
+    return program
+
+
+def _can_be_lifted(closed: core.ClosedJaxpr) -> bool:
+    batch = jax.ShapeDtypeStruct((2, *closed.in_avals[0].shape), closed.in_avals[0].dtype)
+    if not any(eqn.primitive.name in _LIFTED_BY_NOBODY for eqn in _all_equations(closed.jaxpr)):
+        return True
+    try:
+        jax.eval_shape(jax.vmap(core.jaxpr_as_fun(closed)), batch)
+    except (NotImplementedError, ValueError):
+        return False
+    return True
+
+
+# Primitives without a batching rule, or that may have none: only where one of them is, it is tried.
+_LIFTED_BY_NOBODY = ("call_exported", "pure_callback", "io_callback", "ffi_call", "call_tf")
+
+
+def _on_the_whole_batch(fn: Callable) -> Callable:
+    """fn where vmap has no rule for it: the examples of a vmap are one batch of it."""
+
+    def merged(fn, *batched):
+        """fn of arrays [N,1,...] at once, as [N,1,...]."""
+        out = fn(*(a.reshape(-1, *a.shape[2:]) for a in batched))
+        return out.reshape(*batched[0].shape[:2], *out.shape[1:])
+
+    def lifted(fn):
+        call = jax.custom_batching.custom_vmap(fn)
+
+        @call.def_vmap
+        def rule(size, is_batched, *args):
+            args = [a if b else jnp.broadcast_to(a, (size, *a.shape))
+                    for a, b in zip(args, is_batched, strict=True)]  # fmt: skip
+            return merged(fn, *args), True
+
+        return call
+
+    @jax.custom_vjp
+    def call(x):
+        return lifted(fn)(x)
+
+    def pull(x, cotangent):
+        return lifted(lambda x, cotangent: jax.vjp(fn, x)[1](cotangent)[0])(x, cotangent)
+
+    call.defvjp(lambda x: (call(x), x), lambda x, cotangent: (pull(x, cotangent),))
+    return call
+
+
+# Reading programs.
+
+
+def _jits(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """The jitted calls of a program, and those within them."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _JITS:
+            yield eqn
+            yield from _jits(eqn.params["jaxpr"].jaxpr)
+
+
+def _all_equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(inner, core.ClosedJaxpr):
+                    yield from _all_equations(inner.jaxpr)
+                elif isinstance(inner, core.Jaxpr):
+                    yield from _all_equations(inner)
+
+
+def _inlined(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
+    """The program's results, with jitted calls evaluated as a part of it."""
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+    def read(var):
+        return var.val if isinstance(var, core.Literal) else values[var]
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(var) for var in eqn.invars]
+        if eqn.primitive.name in _JITS:
+            inner = eqn.params["jaxpr"]
+            outputs = _inlined(inner.jaxpr, inner.consts, *inputs)
+            values.update(zip(eqn.outvars, outputs, strict=True))
+        else:
+            variables, fn = variables_and_function(jaxpr, eqn)
+            outputs = fn(*(values[var] for var in variables))
+            values.update(zip(_kept(eqn), outputs, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def variables_and_function(
+    jaxpr: core.Jaxpr, eqn: core.JaxprEqn
+) -> tuple[list[core.Var], Callable]:
+    """The variables that an equation of the program reads, and a function of them: its results."""
+    variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
+    alone = jaxpr.replace(
+        constvars=[], invars=variables, outvars=_kept(eqn), eqns=[eqn], debug_info=None
+    )
+    return variables, core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))
+
+
+def _kept(eqn: core.JaxprEqn) -> list[core.Var]:
+    return [var for var in eqn.outvars if not isinstance(var, core.DropVar)]
+
+
+def _described(jaxpr: core.Jaxpr) -> tuple:
+    """The program as nested tuples that are equal for programs that do the same."""
+    numbers: dict[Any, int] = {}
+
+    def number(var):
+        return numbers.setdefault(var, len(numbers)), var.aval
+
+    def operand(var):
+        if isinstance(var, core.Literal):
+            return "literal", _value(var.val), var.aval
+        return numbers[var]
+
+    inputs = tuple(number(var) for var in (*jaxpr.constvars, *jaxpr.invars))
+    equations = []
+    for eqn in jaxpr.eqns:
+        params = dict(eqn.params)
+        if eqn.primitive.name in _CUSTOM_RULES:
+            params = {"call_jaxpr": params["call_jaxpr"], "rule": _rule(jaxpr, eqn)}
+        operands = tuple(operand(var) for var in eqn.invars)
+        outputs = tuple(number(var) for var in eqn.outvars)
+        equations.append((eqn.primitive.name, operands, _value(params), outputs))
+    return inputs, tuple(equations), tuple(operand(var) for var in jaxpr.outvars)
+
+
+class _Itself:
+    """A value that is equal to nothing but the same object."""
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
+def _value(value: Any) -> Any:
+    """A parameter of a primitive, or a constant, as something to compare."""
+    if isinstance(value, core.ClosedJaxpr):
+        return _described(value.jaxpr), tuple(map(_value, value.consts))
+    if isinstance(value, core.Jaxpr):
+        return _described(value)
+    if isinstance(value, dict):
+        return tuple((name, _value(one)) for name, one in sorted(value.items()))
+    if type(value) in (tuple, list):
+        return tuple(map(_value, value))
+    if isinstance(value, np.ndarray | np.generic):
+        return value.shape, value.dtype, value.tobytes()
+    if isinstance(value, jax.Array):  # inside the body of a loop: weights in it stay constants
+        return _Itself(value)
+    if isinstance(value, bool | int | float | complex):  # 1 == 1.0 == True, and 0.0 == -0.0
+        return type(value), repr(value)
+    try:
+        hash(value)
+    except TypeError:
+        return _Itself(value)
+    return value
+
+
+def jax_function_of(eqn: core.JaxprEqn) -> str:
+    """The name of a function of JAX that brings a derivative of its own; "" for any other."""
+    name, _, place = _place(eqn).partition(" at ")
+    return name if place.startswith(_LIBRARY) else ""
+
+
+def _place(eqn: core.JaxprEqn) -> str:
+    """Name, file and line of the derivative, or of the function, as far as JAX knows them."""
+    fn = next((eqn.params[k] for k in ("fwd_jaxpr_thunk", "call_jaxpr") if k in eqn.params), None)
+    return str(getattr(getattr(fn, "debug_info", None), "func_src_info", ""))
+
+
+def _rule(jaxpr: core.Jaxpr, eqn: core.JaxprEqn) -> Any:
+    """The derivative that a function brings of its own, as something to compare.
+
+    Its object is another at every trace. Those of JAX follow from the function's place in JAX's
+    source; any other is traced.
+    """
+    if jax_function_of(eqn):
+        return _place(eqn)
+    variables, fn = variables_and_function(jaxpr, eqn)
+
+    def derivative(*args):
+        outputs, pull = jax.vjp(fn, *args)
+        return pull([_cotangent(out) for out in outputs])
+
+    try:
+        return _value(jax.make_jaxpr(derivative)(*(var.aval for var in variables)))
+    except Exception:  # a derivative that cannot be taken is like no other
+        return _Itself(eqn)
+
+
+def _cotangent(out: jax.Array) -> Any:
+    if jnp.issubdtype(out.dtype, jnp.inexact):
+        return out
+    return np.zeros(out.shape, jax.dtypes.float0)
