@@ -123,7 +123,7 @@ def audit(
     keys = example_keys(_checks.example_keys_of(key, len(x)), len(x))
     others = {n: _checks.network(fn, x, f"surrogate {n!r}") for n, fn in (surrogates or {}).items()}
     rows = {"x": x, "y": y, "key": np.asarray(jax.random.key_data(keys))}
-    mapping = map_examples or Mapper(network, x, batch_size)
+    mapping = map_examples or Mapper(network, batch_size)
     logits = mapping(_logits)(rows)
     right = np.asarray(losses.correct(jnp.asarray(logits), jnp.asarray(y)), bool)
     if not right.any():
@@ -136,7 +136,7 @@ def audit(
     def double_mapping() -> MapExamples:
         if map_examples:
             return map_examples
-        return Mapper(in_double(logits_fn, x.shape[1:]), x, batch_size)
+        return Mapper(in_double(logits_fn, x.shape[1:]), batch_size)
 
     lab = _Lab(mapping, double_mapping, rows, logits, eps, norm, training_loss)
     checks = []

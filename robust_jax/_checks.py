@@ -95,13 +95,15 @@ def length(name: str, value: Any, *, infinite: bool = False) -> None:
         raise ValueError(f"{name} must be finite, not inf (pixels are in [0,1])")
 
 
-def network(fn: Callable, x: Any, name: str = "logits_fn") -> Network:
+def network(
+    fn: Callable, x: Any, name: str = "logits_fn", *, is_randomised: bool = False
+) -> Network:
     """fn as a network of examples like x; what usually keeps a function from being traced, told."""
     if not callable(fn):
         raise ValueError(f"{name} is {_short(fn)}; give a function from x [B,...] to logits [B,K]")
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     try:
-        return as_network(fn, x.shape[1:], dtype)
+        return as_network(fn, x.shape[1:], dtype, is_randomised=is_randomised)
     except jax.errors.TracerArrayConversionError as error:
         raise ValueError(
             f"{name} hands its input to numpy, which has no gradient: use jax.numpy, or "

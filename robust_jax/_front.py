@@ -105,7 +105,8 @@ def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         values[name] = _checks.one_row_each(values[name], x, name)
     for name in _NETWORKS:
         if name in values:
-            values[name] = _checks.network(values[name], x, name)
+            is_randomised = name == "logits_fn" and values.get("eot_samples") is not None
+            values[name] = _checks.network(values[name], x, name, is_randomised=is_randomised)
             if "y" in values:
                 num_classes = _checks.num_classes(values[name], name)
     for name in labels:
@@ -193,8 +194,8 @@ class Mapper:
     is halved, with a warning.
     """
 
-    def __init__(self, logits_fn: Callable, x: Any, batch_size: int):
-        self._network = _checks.network(logits_fn, x)
+    def __init__(self, network: Network, batch_size: int):
+        self._network = network
         self._placement = placement_of(None, batch_size)
         self._placed = self._placement.replicated(self._network)
         self._batch_size = batch_size

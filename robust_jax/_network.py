@@ -50,13 +50,13 @@ class Program:
     def __hash__(self) -> int:
         return self._hash
 
-    def __call__(self, arrays: Sequence[jax.Array], x: jax.Array) -> Any:
+    def __call__(self, arrays: Sequence[jax.Array], x: jax.Array, *key: jax.Array) -> Any:
         if self._fn is not None:
             return _on_the_whole_batch(self._fn)(x)
         evaluate = core.jaxpr_as_fun(self.closed(arrays))
         x = x.astype(self._dtype)
         if len(x) == self._batch_size:
-            results = evaluate(x)
+            results = evaluate(x, *key)
         else:
             results = jax.vmap(lambda x: [result[0] for result in evaluate(x[None])])(x)
         return jax.tree.unflatten(jax.tree.structure(self.outputs), results)
@@ -64,7 +64,7 @@ class Program:
 
 @jax.tree_util.register_pytree_node_class
 class Network:
-    """network(x), [B,...] -> arrays [B,...]: a program and the arrays that it closes over."""
+    """network(x), or network(x, key), [B,...] -> arrays [B,...]: a program and its arrays."""
 
     def __init__(self, arrays: Sequence[jax.Array], program: Program):
         self.arrays, self.program = arrays, program
@@ -76,23 +76,32 @@ class Network:
     def tree_unflatten(cls, program, arrays):
         return cls(arrays, program)
 
-    def __call__(self, x: jax.Array) -> Any:
-        return self.program(self.arrays, x)
+    def __call__(self, x: jax.Array, *key: jax.Array) -> Any:
+        return self.program(self.arrays, x, *key)
 
 
-def as_network(fn: Callable, shape: tuple[int, ...], dtype: Any, batch_size: int = 1) -> Network:
+def as_network(
+    fn: Callable,
+    shape: tuple[int, ...],
+    dtype: Any,
+    *,
+    batch_size: int = 1,
+    is_randomised: bool = False,
+) -> Network:
     """fn, [B,...] -> arrays [B,...], traced for a batch of examples of a shape and dtype.
 
-    Raises whatever fn raises.
+    is_randomised: fn takes a key as well. Raises whatever fn raises.
     """
     if isinstance(fn, Network):
         return fn
-    one = jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-    # Not of fn itself: JAX would remember the trace, and not see that what fn refers to has changed.
-    closed, outputs = jax.make_jaxpr(lambda x: fn(x), return_shape=True)(one)
+    inputs = [jax.ShapeDtypeStruct((batch_size, *shape), dtype)]
+    if is_randomised:
+        inputs.append(jax.eval_shape(lambda: jax.random.key(0)))
+    # Not of fn itself: JAX would remember the trace, though what fn refers to may have changed.
+    closed, outputs = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*inputs)
     if any(eqn.params["jaxpr"].consts for eqn in _jits(closed.jaxpr)):
         # A jitted function keeps what it closes over to itself.
-        closed = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(one)
+        closed = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(*inputs)
     return Network(tuple(closed.consts), _known(Program(closed, outputs, fn)))
 
 

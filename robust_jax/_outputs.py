@@ -36,7 +36,7 @@ def change_with_the_batch(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) ->
 
 
 def _traced(logits_fn, x, batch_size) -> Network:
-    return as_network(logits_fn, x.shape[1:], x.dtype, batch_size)
+    return as_network(logits_fn, x.shape[1:], x.dtype, batch_size=batch_size)
 
 
 def _logits(network, x) -> np.ndarray:

@@ -56,13 +56,13 @@ def test_autoattack_goes_on_and_what_is_finished_is_not_done_again(tmp_path, mon
     expected = records()
     attempts = []
 
-    def attempt(member, norm, real=_autoattack._attempt):
-        attempts.append(member.attack.__name__)
+    def attempt(attack, *settings, real=_autoattack._Attempt):
+        attempts.append(attack.__name__)
         if len(attempts) == stop_at:
             raise KeyboardInterrupt
-        return real(member, norm)
+        return real(attack, *settings)
 
-    monkeypatch.setattr(_autoattack, "_attempt", attempt)
+    monkeypatch.setattr(_autoattack, "_Attempt", attempt)
     stop_at = 4  # Square at the second radius
     with pytest.raises(KeyboardInterrupt):
         records(tmp_path)

@@ -3,6 +3,7 @@
 A loop on the host over compiled attacks. Source: arXiv 2003.01690.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -18,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from robust_jax import losses
+from robust_jax import _checks, losses
+from robust_jax._front import Mapper
+from robust_jax._outputs import are_probabilities, change_with_the_batch, is_random
 from robust_jax.attacks import norms
 from robust_jax.attacks._apgd import apgd, apgd_targeted
 from robust_jax.attacks._best import check_counts, check_lengths
 from robust_jax.attacks._fab import fab
 from robust_jax.attacks._square import square
 from robust_jax.attacks.norms import Norm
-from robust_jax.batches import MapExamples, on_one_device
+from robust_jax.batches import MapExamples
 from robust_jax.errors import UnusableState
 from robust_jax.files import UNREADABLE_NPZ, save_arrays
 from robust_jax.keys import example_keys, fold_each
@@ -62,6 +65,9 @@ VERSIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 # In l1 the standard version takes more restarts of the one and fewer targets of the other.
 _STANDARD_L1 = {"apgd_ce": {"num_restarts": 5}, "apgd_t": {"num_targets": 5}}
+
+# Examples of which more is asked than their logits.
+_FEW = 16
 
 # Keywords that are AutoAttack's own to give.
 _RESERVED = ("eps", "norm", "ranks", "targets")
@@ -118,31 +124,38 @@ def autoattack(
     """
     plan = check_arguments(eps=eps, norm=norm, version=version, overrides=overrides)
     check_counts(batch_size=batch_size)
-    rows = _checked(x, y, key)
+    is_randomised = version == "rand"
+    x = _checks.pixels(x)
+    y = _checks.one_row_each(y, x)
+    if x.ndim != 4 and any(member.attack is square for member in plan.values()):
+        raise ValueError(
+            f"x has the shape {list(x.shape)}; Square's patches need images [N,H,W,C]: name the "
+            'others, version=("apgd_ce", "apgd_t", "fab_t")'
+        )
+    network = _checks.network(logits_fn, x, is_randomised=is_randomised)
+    num_classes = _checks.num_classes(network)
+    _checks.labels(y, num_classes)
+    keys = example_keys(_checks.example_keys_of(key, len(x)), len(x))
+    rows = {
+        "x": np.asarray(x),
+        "y": np.asarray(y, np.int32),
+        "key": np.asarray(jax.random.key_data(keys)),
+    }
     x, y = rows["x"], rows["y"]
-    map_examples = map_examples or on_one_device(logits_fn, batch_size)
-    classify = map_examples(_classify_randomised if version == "rand" else _classify)
+    map_examples = map_examples or Mapper(network, batch_size)
+    classify = map_examples(_Classify(is_randomised))
 
     logits = classify(rows, _salt("clean"))
-    num_classes = logits.shape[-1]
-    if y.max() >= num_classes:
-        raise ValueError(f"y has label {y.max()}, but the network has {num_classes} classes")
     right, margin = _is_right(logits, y)
     plan, warnings = _fit_to_classes(plan, num_classes)
-    if are_probabilities(logits):
-        warnings.append(
-            "the outputs are probabilities: give logits, or gradients vanish where they saturate"
-        )
-    if version != "rand":
-        if is_random(logits_fn, x[:batch_size]):
-            warnings.append('the network is randomised: use version="rand"')
-        if right.any() and any(member.attack is not square for member in plan.values()):
-            flat = map_examples(_is_flat)(_take(rows, right))
-            if flat.any():
-                warnings.append(
-                    f"{flat.sum()} of {len(flat)} points have a zero gradient: attacks that "
-                    "follow gradients say little about them"
-                )
+    warnings += _doubts(logits_fn, x, logits, is_randomised)
+    if not is_randomised and right.any() and any(m.attack is not square for m in plan.values()):
+        flat = map_examples(_is_flat)(_take(rows, right))
+        if flat.any():
+            warnings.append(
+                f"{flat.sum()} of {len(flat)} points have a zero gradient: attacks that "
+                "follow gradients say little about them"
+            )
 
     inputs = _fingerprint(rows, eps, norm, plan)
     broken_by = np.where(right, "", "clean").astype("U32")
@@ -154,18 +167,15 @@ def autoattack(
     with progress_bar(
         len(passes), "autoattack", "pass", initial=state.passes_done, shown=progress
     ) as bar:
-        # Compiled once for all the passes of a member that are alike.
-        attacks: dict[str, tuple[Member, Callable]] = {}
         for i, (name, member, ranks, salt) in enumerate(passes):
             if i < state.passes_done:
                 continue
             standing = np.flatnonzero(state.broken_by == "")
             bar.set_postfix_str(f"{name}: {len(standing)} standing")
             if len(standing):
-                if (previous := attacks.get(name)) is None or previous[0] != member:
-                    attacks[name] = member, map_examples(_attempt(member, norm))
                 some = _take(rows, standing)
-                x_try = attacks[name][1](some, eps, ranks, _salt(salt))
+                attempt = map_examples(_Attempt(member.attack, norm, _frozen(member.keywords)))
+                x_try = attempt(some, x.dtype.type(eps), ranks, _salt(salt))
                 fresh = classify({**some, "x": x_try}, _salt(f"check {salt}"))
                 holds, margin = _is_right(fresh, y[standing])
                 state.margin[standing] = np.where(
@@ -243,19 +253,6 @@ def check_arguments(
     return plan
 
 
-def _checked(x, y, key) -> dict[str, np.ndarray]:
-    """Rows of x as float32, y, and the data of a key for each example."""
-    x, y = np.asarray(x, np.float32), np.asarray(y)
-    if x.ndim != 4 or not x.size:
-        raise ValueError(f"x must be [N,H,W,C] and not empty, not {list(x.shape)}")
-    if not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"x ranges over [{x.min():g}, {x.max():g}]; pixels must be in [0, 1]")
-    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-        raise ValueError(f"y must hold {len(x)} labels from 0 on, not {y.dtype} {list(y.shape)}")
-    key_data = np.asarray(jax.random.key_data(example_keys(key, len(x))))
-    return {"x": x, "y": y.astype(np.int32), "key": key_data}
-
-
 def _take(rows, which) -> dict[str, np.ndarray]:
     return {name: array[which] for name, array in rows.items()}
 
@@ -293,26 +290,60 @@ def _passes(name: str, member: Member, num_classes: int) -> list[_Pass]:
     return passes + [_Pass(name, once, None, f"{name} {i}") for i in restarts]
 
 
-def _attempt(member: Member, norm: Norm) -> Callable:
-    """The attack as `map_examples` takes it."""
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """An attack as `map_examples` takes it; equal ones are one program."""
 
-    def attempt(logits_fn, rows, eps, ranks, salt):
+    attack: Callable
+    norm: Norm
+    keywords: tuple[tuple[str, Any], ...]
+
+    def __call__(self, logits_fn, rows, eps, ranks, salt):
         targets = {} if ranks is None else {"ranks": ranks}
-        return member.attack(
+        return self.attack(
             logits_fn, rows["x"], rows["y"], _keys(rows, salt),
-            eps=eps, norm=norm, **targets, **member.keywords,
+            eps=eps, norm=self.norm, **targets, **dict(self.keywords),
         )  # fmt: skip
 
-    return attempt
+
+def _frozen(keywords: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in keywords.items()))
 
 
-def _classify(logits_fn, rows, salt):
-    return logits_fn(rows["x"])
+@dataclasses.dataclass(frozen=True)
+class _Classify:
+    """The logits of a batch; those of a randomised network with a key for each example."""
+
+    is_randomised: bool
+
+    def __call__(self, logits_fn, rows, salt):
+        if not self.is_randomised:
+            return logits_fn(rows["x"])
+        return jax.vmap(lambda x, key: logits_fn(x[None], key)[0])(rows["x"], _keys(rows, salt))
 
 
-def _classify_randomised(logits_fn, rows, salt):
-    """A randomised network on a batch, a key for each example."""
-    return jax.vmap(lambda x, key: logits_fn(x[None], key)[0])(rows["x"], _keys(rows, salt))
+def _doubts(logits_fn, x, logits, is_randomised) -> list[str]:
+    """Reasons to doubt whatever is found, that the outputs themselves give."""
+    warnings = []
+    if strange := int((~np.isfinite(logits)).any(-1).sum()):
+        warnings.append(
+            f"{strange} of {len(logits)} points have logits that are not finite: they count as "
+            "misclassified, and gradients near them mean little"
+        )
+    if are_probabilities(logits):
+        warnings.append(
+            "the outputs are probabilities: give logits, or gradients vanish where they saturate"
+        )
+    if is_randomised:
+        return warnings
+    if is_random(logits_fn, x[:_FEW]):
+        warnings.append('the network is randomised: use version="rand"')
+    elif (change := change_with_the_batch(logits_fn, x[:_FEW])) > 0.01:
+        warnings.append(
+            f"the logits change by {change:.1g} of their size when an image is alone in its batch: "
+            "use running statistics (train=False)"
+        )
+    return warnings
 
 
 def _salt(name: str) -> np.uint32:
@@ -331,23 +362,10 @@ def _is_right(logits, y) -> tuple[np.ndarray, np.ndarray]:
     return np.array(right, bool), np.array(losses.margin(logits, y))
 
 
-def are_probabilities(logits: Float[np.ndarray, "n k"]) -> bool:
-    """Whether outputs look like the result of a softmax: in [0,1], with rows that sum to 1."""
-    in_range = logits.min() > -1e-5 and logits.max() < 1 + 1e-5
-    return bool(in_range and np.allclose(logits.sum(-1), 1, atol=1e-4))
-
-
-def is_random(logits_fn: Callable, x: Float[np.ndarray, "n h w c"]) -> bool:
-    """Whether two calls differ; not compiled, as that would freeze what Python draws."""
-    one, two = np.asarray(logits_fn(x)), np.asarray(logits_fn(x))
-    size = np.linalg.norm(one, axis=-1) + 1e-10
-    return bool((np.linalg.norm(one - two, axis=-1) / size > 1e-4).any())
-
-
 def _is_flat(logits_fn, rows):
     """Whether the margin's gradient at x is zero (or not a number), [B]."""
     gradient = jax.grad(lambda x: losses.margin(logits_fn(x), rows["y"]).sum())(rows["x"])
-    return ~(jnp.abs(gradient).max((1, 2, 3)) > 0)
+    return ~(jnp.abs(gradient).reshape(len(gradient), -1).max(-1) > 0)
 
 
 def _fingerprint(rows, eps, norm, plan) -> str:

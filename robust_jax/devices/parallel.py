@@ -5,7 +5,7 @@ and its successor jit(shard_map). With one CPU device both are just that device.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -110,6 +110,7 @@ def map_examples(
 ) -> MapExamples:
     """How attacks reach all devices: the network's variables are arguments, not constants."""
 
+    @cache  # the passes of an attack are one program
     def mapping(fn):
         def per_device(variables, batch, *scalars):
             return fn(partial(network, variables), batch, *scalars)
