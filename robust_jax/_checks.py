@@ -12,12 +12,16 @@ from robust_jax._network import Network, as_network
 
 
 def is_traced(*trees: Any) -> bool:
-    """Whether a value in these is known to JAX's tracing alone."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    """Whether this is within a trace, or a value in these is known to a trace alone."""
+    leaves = (jnp.zeros(()), *jax.tree.leaves(trees))
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
-def pixels(x: Any, name: str = "x") -> jax.Array | np.ndarray:
-    """x [B,...] as an array. Raises ValueError unless it is floating, in [0,1] and not empty."""
+def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.ndarray:
+    """x [B,...] as an array. Raises ValueError unless it is floating, in [0,1] and not empty.
+
+    bounded: whether it has to be in [0,1].
+    """
     if not isinstance(x, jax.Array):
         x = np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -27,9 +31,9 @@ def pixels(x: Any, name: str = "x") -> jax.Array | np.ndarray:
         raise ValueError(f"{name} has the shape {list(x.shape)}; give a batch, [B,...], of one "
                          "example at least")  # fmt: skip
     low, high = (float(end) for end in _ends(x))
-    if not (low >= 0 and high <= 1):
-        if math.isnan(low) or math.isnan(high):
-            raise ValueError(f"{name} holds NaN; pixels must be in [0, 1]")
+    if math.isnan(low) or math.isnan(high):
+        raise ValueError(f"{name} holds NaN")
+    if bounded and not (low >= 0 and high <= 1):
         raise ValueError(
             f"{name} ranges over [{low:g}, {high:g}]; pixels must be in [0, 1]: rescale them, and "
             "let logits_fn undo it"

@@ -23,7 +23,7 @@ from robust_jax.keys import example_keys
 
 # What parameters are, by their names.
 _NETWORKS = ("logits_fn", "fn", "features_fn", "surrogate")
-_EXAMPLES = ("x", "x_adv", "x_moved", "direction")
+_ROWS = ("x", "y", "targets", "key", "x_adv", "x_moved", "direction")
 _LABELS = ("y", "targets")
 _LENGTHS = ("eps", "step_size")
 _AXIS = "examples"
@@ -96,27 +96,26 @@ def _mesh(devices: Sequence[jax.Device]) -> Mesh:
 def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with networks traced, and arrays for everything that has one row an example."""
     values = dict(given)
-    for name in _EXAMPLES:
-        if name in values:
-            values[name] = _checks.pixels(values[name], name)
-    x = values["x"]
+    # A Jacobian is asked for anywhere; labels and radii are of images in [0,1].
+    x = values["x"] = _checks.pixels(values["x"], bounded="y" in values)
     labels = [name for name in _LABELS if values.get(name) is not None]
     for name in labels:
         values[name] = _checks.one_row_each(values[name], x, name)
     for name in _NETWORKS:
         if name in values:
-            is_randomised = name == "logits_fn" and values.get("eot_samples") is not None
+            is_randomised = name == "logits_fn" and bool(values.get("eot_samples"))
             values[name] = _checks.network(values[name], x, name, is_randomised=is_randomised)
             if "y" in values:
                 num_classes = _checks.num_classes(values[name], name)
     for name in labels:
-        # What a loss compares outputs with need not be labels, where no success is looked for.
-        if name != "y" or getattr(values.get("criterion"), "__name__", "") != "never":
+        # What a loss of the caller's compares outputs with need not be labels.
+        is_reference = name == "y" and "loss" in values and values["y"].ndim > 1
+        if not is_reference:
             _checks.labels(values[name], num_classes, name)
     if "key" in values:
         values["key"] = _checks.example_keys_of(values["key"], len(x))
     for name in _LENGTHS:
-        if values.get(name) is not None:
+        if name in values and (values[name] is not None or defaults[name] is not None):
             _checks.length(name, values[name], infinite=defaults.get(name) == np.inf)
             values[name] = jnp.asarray(values[name], jax.dtypes.canonicalize_dtype(x.dtype))
     return values
@@ -128,10 +127,10 @@ def _run(fn: Callable, values: dict[str, Any]) -> Any:
     placement = placement_of(x, count)
     rows, rest, static = {}, {}, {}
     for name, value in values.items():
-        if name in _NETWORKS or name in _LENGTHS:
-            rest[name] = value
-        elif isinstance(value, jax.Array | np.ndarray):
+        if name in _ROWS and value is not None:
             rows[name] = value
+        elif name in _NETWORKS or isinstance(value, jax.Array | np.ndarray):
+            rest[name] = value
         else:
             static[name] = _hashable(value)
     if placement.mesh is not None:

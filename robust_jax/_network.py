@@ -18,6 +18,7 @@ from jax.extend import core
 # Programs kept to be recognised again; an older one is compiled again when it comes back.
 MOST_PROGRAMS = 256
 _LIBRARY = os.path.dirname(jax.__file__) + os.sep
+_OURS = core.DebugInfo("robust_jax", "robust_jax", None, None)
 _JITS = ("jit", "pjit")
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
 
@@ -141,7 +142,7 @@ def _on_the_whole_batch(fn: Callable) -> Callable:
         def rule(size, is_batched, *args):
             args = [a if b else jnp.broadcast_to(a, (size, *a.shape))
                     for a, b in zip(args, is_batched, strict=True)]  # fmt: skip
-            return merged(fn, *args), True
+            return merged(call, *args), True  # within another vmap perhaps
 
         return call
 
@@ -204,7 +205,7 @@ def variables_and_function(
     """The variables that an equation of the program reads, and a function of them: its results."""
     variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
     alone = jaxpr.replace(
-        constvars=[], invars=variables, outvars=_kept(eqn), eqns=[eqn], debug_info=None
+        constvars=[], invars=variables, outvars=_kept(eqn), eqns=[eqn], debug_info=_OURS
     )
     return variables, core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))
 
@@ -213,8 +214,12 @@ def _kept(eqn: core.JaxprEqn) -> list[core.Var]:
     return [var for var in eqn.outvars if not isinstance(var, core.DropVar)]
 
 
-def _described(jaxpr: core.Jaxpr) -> tuple:
-    """The program as nested tuples that are equal for programs that do the same."""
+def _described(jaxpr: core.Jaxpr, rules: bool = True) -> tuple:
+    """The program as nested tuples that are equal for programs that do the same.
+
+    rules: with the derivatives that functions in it bring; not those of these derivatives, as
+    nothing behind the front door is differentiated twice.
+    """
     numbers: dict[Any, int] = {}
 
     def number(var):
@@ -222,7 +227,7 @@ def _described(jaxpr: core.Jaxpr) -> tuple:
 
     def operand(var):
         if isinstance(var, core.Literal):
-            return "literal", _value(var.val), var.aval
+            return "literal", _value(var.val, rules), var.aval
         return numbers[var]
 
     inputs = tuple(number(var) for var in (*jaxpr.constvars, *jaxpr.invars))
@@ -230,10 +235,11 @@ def _described(jaxpr: core.Jaxpr) -> tuple:
     for eqn in jaxpr.eqns:
         params = dict(eqn.params)
         if eqn.primitive.name in _CUSTOM_RULES:
-            params = {"call_jaxpr": params["call_jaxpr"], "rule": _rule(jaxpr, eqn)}
+            rule = _rule(jaxpr, eqn) if rules else None
+            params = {"call_jaxpr": params["call_jaxpr"], "rule": rule}
         operands = tuple(operand(var) for var in eqn.invars)
         outputs = tuple(number(var) for var in eqn.outvars)
-        equations.append((eqn.primitive.name, operands, _value(params), outputs))
+        equations.append((eqn.primitive.name, operands, _value(params, rules), outputs))
     return inputs, tuple(equations), tuple(operand(var) for var in jaxpr.outvars)
 
 
@@ -250,16 +256,16 @@ class _Itself:
         return id(self._value)
 
 
-def _value(value: Any) -> Any:
+def _value(value: Any, rules: bool) -> Any:
     """A parameter of a primitive, or a constant, as something to compare."""
     if isinstance(value, core.ClosedJaxpr):
-        return _described(value.jaxpr), tuple(map(_value, value.consts))
+        return _described(value.jaxpr, rules), tuple(_value(one, rules) for one in value.consts)
     if isinstance(value, core.Jaxpr):
-        return _described(value)
+        return _described(value, rules)
     if isinstance(value, dict):
-        return tuple((name, _value(one)) for name, one in sorted(value.items()))
+        return tuple((name, _value(one, rules)) for name, one in sorted(value.items()))
     if type(value) in (tuple, list):
-        return tuple(map(_value, value))
+        return tuple(_value(one, rules) for one in value)
     if isinstance(value, np.ndarray | np.generic):
         return value.shape, value.dtype, value.tobytes()
     if isinstance(value, jax.Array):  # inside the body of a loop: weights in it stay constants
@@ -300,7 +306,7 @@ def _rule(jaxpr: core.Jaxpr, eqn: core.JaxprEqn) -> Any:
         return pull([_cotangent(out) for out in outputs])
 
     try:
-        return _value(jax.make_jaxpr(derivative)(*(var.aval for var in variables)))
+        return _value(jax.make_jaxpr(derivative)(*(var.aval for var in variables)), False)
     except Exception:  # a derivative that cannot be taken is like no other
         return _Itself(eqn)
 

@@ -23,16 +23,23 @@ def is_random(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) -> bool:
     Each call is traced for itself: what Python draws at random is part of the trace.
     """
     one, two = (_logits(_traced(logits_fn, x, len(x)), x) for _ in range(2))
-    size = np.linalg.norm(one, axis=-1) + 1e-10
-    return bool((np.linalg.norm(one - two, axis=-1) / size > 1e-4).any())
+    return bool((_change(one, two).max(-1) > 1e-4).any())
 
 
 def change_with_the_batch(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) -> float:
     """How much of the logits' size changes where each example is alone in its batch."""
     together = _logits(_traced(logits_fn, x, len(x)), x)
     alone = _logits(_traced(logits_fn, x, 1), x)
-    change = np.abs(together - alone).max() / (np.abs(alone).max() + 1e-30)
-    return float(np.nan_to_num(change, nan=np.inf))
+    return float(_change(alone, together).max())
+
+
+def _change(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """The difference over the largest of the logits: 0 for the same infinities, inf for others."""
+    finite = np.isfinite(one) & np.isfinite(two)
+    size = np.abs(np.where(finite, one, 0)).max() + 1e-30
+    same = (one == two) | (np.isnan(one) & np.isnan(two))
+    difference = np.abs(np.where(finite, one, 0) - np.where(finite, two, 0))
+    return np.where(finite, difference / size, np.where(same, 0.0, np.inf))
 
 
 def _traced(logits_fn, x, batch_size) -> Network:

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from robust_jax import losses
+from robust_jax._front import compiled
 from robust_jax.attacks import Norm, norms, pgd
 from robust_jax.attacks._best import check_counts, check_lengths
 from robust_jax.keys import example_keys, fold_each
 from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn, PerExample
 
 
+@compiled
 def mean_square(
     logits_fn: LogitsFn,
     x: Images,
@@ -52,6 +54,7 @@ def mean_square(
     return jax.lax.map(sample, jnp.arange(num_samples)).mean(0)
 
 
+@compiled
 def oscillation(
     logits_fn: LogitsFn,
     x: Images,
@@ -75,6 +78,7 @@ def oscillation(
     return (values.max(0) - values.min(0)) ** 2
 
 
+@compiled
 def rise(
     logits_fn: LogitsFn,
     x: Images,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from robust_jax._front import compiled
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, PerExample
@@ -31,6 +32,7 @@ def probabilities(logits_fn: Fn) -> Fn:
     return lambda x: jax.nn.softmax(logits_fn(x))
 
 
+@compiled
 def jacobian(fn: Fn, x: Images, *, chunk_size: int | None = None) -> Float[Array, "b k h w c"]:
     """The exact Jacobian of each example, [B,H,W,C] -> [B,K,H,W,C].
 
@@ -40,6 +42,7 @@ def jacobian(fn: Fn, x: Images, *, chunk_size: int | None = None) -> Float[Array
     return in_chunks(lambda one: _jacobian_one(fn, one), x, chunk_size)
 
 
+@compiled
 def frobenius_norm(fn: Fn, x: Images, *, chunk_size: int | None = None) -> PerExample:
     """Exact ‖J‖_F, [B,H,W,C] -> [B].
 
@@ -48,6 +51,7 @@ def frobenius_norm(fn: Fn, x: Images, *, chunk_size: int | None = None) -> PerEx
     return in_chunks(lambda one: jnp.sqrt((_jacobian_one(fn, one) ** 2).sum()), x, chunk_size)
 
 
+@compiled
 def singular_values(fn: Fn, x: Images, *, chunk_size: int | None = None) -> Float[Array, "b n"]:
     """All singular values of J, largest first, [B,H,W,C] -> [B,min(K,H·W·C)].
 
@@ -82,6 +86,7 @@ def squared_frobenius_samples(
     return jax.lax.map(sample, jnp.arange(num_projections))
 
 
+@compiled
 def frobenius_norm_estimate(
     fn: Fn, x: Images, key: KeyOrKeys, *, num_projections: int, chunk_size: int | None = None
 ) -> Estimate:
@@ -106,6 +111,7 @@ def frobenius_norm_estimate(
     return Estimate(norm, error_of_square / jnp.maximum(2 * norm, jnp.finfo(norm.dtype).tiny))
 
 
+@compiled
 def spectral_norm(
     fn: Fn,
     x: Images,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from robust_jax._front import compiled
 from robust_jax.attacks import Norm
 from robust_jax.types import Images, Labels, LogitsFn, PerExample
 
@@ -18,6 +19,7 @@ _FLAT = 1e-12
 _FAR = 1e12
 
 
+@compiled
 def first_order(
     logits_fn: LogitsFn,
     x: Images,
@@ -31,6 +33,7 @@ def first_order(
     return distances.min(-1)
 
 
+@compiled
 def boundary_distances(
     logits_fn: LogitsFn,
     x: Images,

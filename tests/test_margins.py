@@ -74,9 +74,11 @@ def test_a_flat_network_has_no_boundary_near_and_pulls_nothing(norm):
 
     def term(scale):
         def logits_fn(x):
-            return logits + scale * x.sum((1, 2, 3))[:, None] * jnp.arange(3.0)
+            which = (2 * x[:, 0, 0, 0]).astype(int)
+            return logits[which] + scale * x.sum((1, 2, 3))[:, None] * jnp.arange(3.0)
 
-        half = regularizers.Half(jnp.zeros((3, 2, 2, 1)), logits)
+        images = jnp.broadcast_to(jnp.array([0.0, 0.5, 1.0])[:, None, None, None], (3, 2, 2, 1))
+        half = regularizers.Half(images, logits)
         labels = jnp.zeros(3, jnp.int32)
         return regularizers.average_margin(logits_fn, half, labels, None, norm=norm, tau=0.1)
 

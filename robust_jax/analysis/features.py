@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
+from robust_jax._front import compiled
 from robust_jax.attacks import Norm, norms
 from robust_jax.attacks._best import check_lengths
 from robust_jax.batches import in_chunks
@@ -57,13 +58,18 @@ def change(
     examples are in memory.
     """
 
+    changes = _change(features_fn, x, x_moved, chunk_size=chunk_size)
+    return {name: changes[name] for name in features_fn(x[:1])}  # in the order of the layers
+
+
+@compiled
+def _change(features_fn: FeaturesFn, x: Images, x_moved: Images, *, chunk_size: int | None):
     def change_one(pair):
         before, after = (features_fn(one[None]) for one in pair)
         distance = _l2(pair[1] - pair[0])
         return {name: _l2(after[name] - before[name]) / distance for name in before}
 
-    changes = in_chunks(change_one, (x, x_moved), chunk_size)
-    return {name: changes[name] for name in features_fn(x[:1])}  # in the order of the layers
+    return in_chunks(change_one, (x, x_moved), chunk_size)
 
 
 def random_neighbour(x: Images, key: KeyOrKeys, *, eps: float, norm: Norm = "linf") -> Images:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from robust_jax import margins
+from robust_jax._front import compiled
 from robust_jax.analysis.spectra import Layer, operator_norm
 from robust_jax.attacks import Nearest, Norm
 from robust_jax.batches import in_chunks
@@ -47,6 +48,7 @@ def linear(
     return _over_weights(logits, np.asarray(y), weights, norm)
 
 
+@compiled
 def first_order(
     logits_fn: LogitsFn, x: Images, y: Labels, *, norm: Norm, chunk_size: int | None = None
 ) -> PerExample:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from robust_jax import losses
+from robust_jax._front import compiled
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
@@ -27,6 +28,7 @@ def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:
     return jax.vmap(direction_one)(x_adv - x, example_keys(key, x.shape[0]))
 
 
+@compiled
 def loss_surface(
     logits_fn: LogitsFn,
     x: Images,

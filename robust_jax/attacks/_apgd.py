@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax import losses
+from robust_jax._front import compiled
 from robust_jax.attacks import norms
 from robust_jax.attacks._best import Best, check_counts, check_lengths, check_shares
 from robust_jax.attacks.norms import Norm
@@ -23,6 +24,7 @@ from robust_jax.types import Images, KeyOrKeys, LogitsFn, Reference
 _GRADIENT_SHARE = 0.75
 
 
+@compiled
 def apgd(
     logits_fn: LogitsFn | Callable,
     x: Images,
@@ -73,6 +75,7 @@ def apgd(
     return jax.vmap(attack_one)(x, y, example_keys(key, x.shape[0]))
 
 
+@compiled
 def apgd_targeted(
     logits_fn: LogitsFn | Callable,
     x: Images,

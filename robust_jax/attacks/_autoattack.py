@@ -122,6 +122,7 @@ def autoattack(
     devices; by default one device takes batches of batch_size. Raises ValueError for unknown
     names, wrong shapes, pixels outside [0,1], a state of other inputs.
     """
+    _checks.length("eps", eps)
     plan = check_arguments(eps=eps, norm=norm, version=version, overrides=overrides)
     check_counts(batch_size=batch_size)
     is_randomised = version == "rand"

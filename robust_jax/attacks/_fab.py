@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from robust_jax._front import compiled
 from robust_jax.attacks import norms
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, check_counts, check_lengths, check_shares
@@ -30,6 +31,7 @@ class Nearest(NamedTuple):
     distance: Float[Array, " b"]
 
 
+@compiled
 def fab(
     logits_fn: LogitsFn,
     x: Images,
@@ -60,6 +62,7 @@ def fab(
     ).x_adv  # fmt: skip
 
 
+@compiled
 def nearest_adversarial(
     logits_fn: LogitsFn,
     x: Images,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import check_lengths
 from robust_jax.attacks.norms import Perturbation
@@ -18,6 +19,7 @@ from robust_jax.types import Images, KeyOrKeys, LogitsFn
 _PAIRS_AT_ONCE = 2**14
 
 
+@compiled
 def jsma(
     logits_fn: LogitsFn,
     x: Images,

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Int
 
 from robust_jax import losses
+from robust_jax._front import compiled
 from robust_jax.attacks import norms
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, check_counts, check_lengths
@@ -31,6 +32,7 @@ _NUDGE = 1e-5
 _DUAL_ORDER = {"linf": 1, "l2": 2}
 
 
+@compiled
 def carlini_wagner_l2(
     logits_fn: LogitsFn,
     x: Images,
@@ -57,6 +59,7 @@ def carlini_wagner_l2(
     ).x_adv  # fmt: skip
 
 
+@compiled
 def nearest_carlini_wagner(
     logits_fn: LogitsFn,
     x: Images,
@@ -111,6 +114,7 @@ def nearest_carlini_wagner(
     return _within(eps, x, Nearest(*jax.vmap(search)(x, y)))
 
 
+@compiled
 def deepfool(
     logits_fn: LogitsFn,
     x: Images,
@@ -133,6 +137,7 @@ def deepfool(
     ).x_adv  # fmt: skip
 
 
+@compiled
 def nearest_deepfool(
     logits_fn: LogitsFn,
     x: Images,

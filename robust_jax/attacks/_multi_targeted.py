@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from robust_jax import losses
+from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, check_counts
 from robust_jax.attacks._pgd import pgd
@@ -13,6 +14,7 @@ from robust_jax.keys import example_keys, fold_in_each
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 
+@compiled
 def multi_targeted(
     logits_fn: LogitsFn,
     x: Images,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from robust_jax import losses
+from robust_jax._front import compiled
 from robust_jax.attacks import norms
 from robust_jax.attacks._best import Best, check_counts, check_lengths
 from robust_jax.attacks.norms import Norm
@@ -27,6 +28,7 @@ _TYPICAL_SIZE: Mapping[str, Callable[[int], float]] = {
 }
 
 
+@compiled
 def uniform_noise(
     logits_fn: LogitsFn,
     x: Images,
@@ -51,6 +53,7 @@ def uniform_noise(
     return _worst_draw(draw, logits_fn, x, y, key, eps, norm, num_samples, loss)
 
 
+@compiled
 def gaussian_noise(
     logits_fn: LogitsFn,
     x: Images,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from robust_jax import losses
+from robust_jax._front import compiled
 from robust_jax.attacks import norms
 from robust_jax.attacks._best import Best, check_counts, check_lengths
 from robust_jax.attacks.norms import Norm
@@ -18,6 +19,7 @@ from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, LogitsFn, Reference
 
 
+@compiled
 def pgd(
     logits_fn: LogitsFn,
     x: Images,
@@ -80,6 +82,7 @@ def pgd(
     return jax.vmap(ascend)(x, y, example_keys(key, x.shape[0]))
 
 
+@compiled
 def fgsm(
     logits_fn: LogitsFn,
     x: Images,
@@ -107,6 +110,7 @@ def fgsm(
     )
 
 
+@compiled
 def bim(
     logits_fn: LogitsFn,
     x: Images,
@@ -140,6 +144,7 @@ def bim(
     )
 
 
+@compiled
 def mim(
     logits_fn: LogitsFn,
     x: Images,

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from robust_jax import losses
+from robust_jax._front import compiled
 from robust_jax.attacks import norms
 from robust_jax.attacks._best import Best, check_counts, check_lengths, check_shares
 from robust_jax.attacks.norms import Norm
@@ -26,6 +27,7 @@ _TINY = 1e-12
 _ORDERS = {"l2": 2, "l1": 1}
 
 
+@compiled
 def square(
     logits_fn: LogitsFn,
     x: Images,

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from robust_jax import losses
+from robust_jax._front import compiled
 from robust_jax.attacks._pgd import pgd
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 
+@compiled
 def transfer(
     logits_fn: LogitsFn,
     x: Images,

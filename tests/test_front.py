@@ -1,0 +1,472 @@
+"""The front door: each public function is compiled once, takes any input, and tells mistakes."""
+
+import gc
+import inspect
+import warnings
+from contextlib import contextmanager
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import robust_jax
+from robust_jax import attacks, energy, jacobian, losses, margins
+from robust_jax._network import as_network
+
+KEY = jax.random.key(0)
+SHAPE = (3, 4, 1)
+EPS = {"jsma": 2.0, "deepfool": 0.5, "carlini_wagner": 0.5}
+FEW = {
+    "pgd": {"num_steps": 2}, "bim": {"num_steps": 2}, "mim": {"num_steps": 2},
+    "apgd": {"num_steps": 3}, "apgd_targeted": {"num_steps": 3, "num_targets": 2},
+    "fab": {"num_steps": 2, "num_targets": 2}, "square": {"num_queries": 5},
+    "carlini_wagner": {"num_steps": 3, "num_searches": 2}, "deepfool": {"num_steps": 2},
+    "multi_targeted": {"num_steps": 2, "num_targets": 2},
+}  # fmt: skip
+# Attacks that compute their adversarials on the device, from a call of its own.
+ATTACKS = [name for name in attacks.ATTACKS if name != "autoattack"]
+
+
+def attack(name):
+    """The attack with few steps, as fn(logits_fn, x, y, key)."""
+    usual = EPS.get(name, 0.1)
+
+    def call(logits_fn, x, y, key, eps=usual):
+        return attacks.ATTACKS[name](logits_fn, x, y, key, eps=eps, **FEW.get(name, {}))
+
+    return call
+
+
+FUNCTIONS = {
+    **{name: attack(name) for name in ATTACKS},
+    "transfer": lambda f, x, y, k, eps=0.1: attacks.transfer(
+        f, x, y, k, surrogate=f, eps=eps, num_steps=2
+    ),
+    "jacobian": lambda f, x, y, k: jacobian.jacobian(f, x),
+    "frobenius_norm": lambda f, x, y, k: jacobian.frobenius_norm(f, x, chunk_size=2),
+    "singular_values": lambda f, x, y, k: jacobian.singular_values(f, x),
+    "frobenius_norm_estimate": lambda f, x, y, k: jacobian.frobenius_norm_estimate(
+        f, x, k, num_projections=2
+    ),
+    "spectral_norm": lambda f, x, y, k: jacobian.spectral_norm(f, x, k, num_iterations=2),
+    "margin": lambda f, x, y, k: margins.first_order(f, x, y),
+    "mean_square": lambda f, x, y, k, eps=0.1: energy.mean_square(f, x, y, k, eps=eps),
+    "oscillation": lambda f, x, y, k, eps=0.1: energy.oscillation(f, x, y, k, eps=eps, num_steps=2),
+}
+WITH_EPS = [n for n, fn in FUNCTIONS.items() if "eps" in inspect.signature(fn).parameters]
+WITH_LABELS = [*WITH_EPS, "margin"]
+AUTOATTACK = {
+    "version": ("apgd_ce", "apgd_t", "fab_t", "square"),
+    "overrides": {
+        "apgd_ce": {"num_steps": 3}, "apgd_t": {"num_steps": 3, "num_targets": 2},
+        "fab_t": {"num_steps": 2, "num_targets": 2}, "square": {"num_queries": 5},
+    },
+}  # fmt: skip
+
+
+def autoattack(f, x, y, k, eps=0.05):
+    return attacks.autoattack(f, x, y, k, eps=eps, progress=False, **AUTOATTACK)
+
+
+def audit(f, x, y, k, eps=0.05):
+    return robust_jax.audit(f, x, y, k, eps=eps, num_queries=5, progress=False)
+
+
+def weights_of(seed, num_classes=4):
+    one, two = jax.random.split(jax.random.key(seed))
+    return jax.random.normal(one, (12, 8)), jax.random.normal(two, (8, num_classes))
+
+
+def network(weights):
+    """A function made anew at each call, as a user's lambda is."""
+    return lambda x: jax.nn.relu(x.reshape(x.shape[0], -1) @ weights[0]) @ weights[1]
+
+
+def examples(seed=0, count=6):
+    x = jax.random.uniform(jax.random.key(seed), (count, *SHAPE), minval=0.2, maxval=0.8)
+    return x, jnp.argmax(network(weights_of(0))(x), -1)
+
+
+@contextmanager
+def lowerings():
+    """How many programs JAX lowered within, as a list to look at."""
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "autoattack", "audit"])
+def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
+    fn = FUNCTIONS.get(name) or {"autoattack": autoattack, "audit": audit}[name]
+    calls = [
+        (network(weights_of(seed)), *examples(seed), jax.random.key(seed)) for seed in (0, 1, 2)
+    ]
+    # AutoAttack's batches hold what stands, which is another number in each call: the same network.
+    if name in ("autoattack", "audit"):
+        calls = [calls[0], (network(weights_of(0)), *examples(0), jax.random.key(0))]
+    fn(*calls[0])
+    with lowerings() as seen:
+        for i, (logits_fn, x, y, key) in enumerate(calls[1:]):
+            if name not in ("autoattack", "audit"):
+                y = jnp.argmax(logits_fn(x), -1)
+                seen.clear()
+            eps = {"eps": EPS.get(name, 0.1) * (1 - i / 4)} if name in WITH_EPS else {}
+            fn(logits_fn, x, y, key, **eps)
+            assert not seen, f"{name} compiled {len(seen)} programs again"
+
+
+def test_a_programs_size_does_not_grow_with_the_network():
+    sizes = []
+    for width in (8, 512):
+        weights = (jnp.ones((12, width)), jnp.ones((width, 4)))
+        found = as_network(network(weights), SHAPE, jnp.float32)
+        text = jax.jit(lambda f, x: f(x)).lower(found, jnp.ones((6, *SHAPE))).as_text()
+        sizes.append(len(text))
+    assert sizes[1] < 1.1 * sizes[0]
+
+
+def test_the_cache_is_bounded_and_memory_does_not_grow():
+    from robust_jax import _front
+
+    x, y = examples()
+    for seed in range(1000):
+        attacks.fgsm(network(weights_of(0)), x, y, jax.random.key(seed), eps=0.1)
+    gc.collect()
+    assert _front._program.cache_info().currsize <= _front._program.cache_info().maxsize
+    before = len(gc.get_objects())
+    for seed in range(200):
+        attacks.fgsm(network(weights_of(0)), x, y, jax.random.key(seed), eps=0.1)
+    gc.collect()
+    assert len(gc.get_objects()) < before + 500
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_traces_through_the_callers_transformations(name):
+    fn, (x, y), weights = FUNCTIONS[name], examples(), weights_of(0)
+    plain = fn(network(weights), x, y, KEY)
+    keys = jax.random.split(KEY, len(x))
+    jitted = jax.jit(lambda w, x, y, k: fn(network(w), x, y, k))(weights, x, y, KEY)
+    chex_close(jitted, plain)
+    per_key = fn(network(weights), x, y, keys)
+    lifted = jax.vmap(lambda x, y, k: fn(network(weights), x[None], y[None], k[None]))(x, y, keys)
+    chex_close(jax.tree.map(lambda a: a[:, 0], lifted), per_key)
+
+    def body(carry, _):
+        return carry, fn(network(weights), x, y, KEY)
+
+    _, scanned = jax.lax.scan(body, 0, length=2)
+    chex_close(jax.tree.map(lambda a: a[1], scanned), plain)
+
+
+def chex_close(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one, other)
+
+
+def test_differentiates_through_the_callers_grad():
+    x, y = examples()
+
+    def loss(weights):
+        x_adv = attacks.pgd(network(weights), x, y, KEY, eps=0.1, num_steps=2)
+        return losses.cross_entropy(network(weights)(x_adv), y).mean()
+
+    gradient = jax.grad(loss)(weights_of(0))
+    assert all(np.isfinite(leaf).all() and (leaf != 0).any() for leaf in jax.tree.leaves(gradient))
+
+
+# Networks that are written in other ways.
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(4)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)).mean((1, 2)))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.relu(self.conv(x)).mean((1, 2))))
+
+
+@jax.custom_vjp
+def straight_through(x):
+    return jnp.round(x * 8) / 8
+
+
+straight_through.defvjp(lambda x: (straight_through(x), None), lambda _, g: (g,))
+
+
+def linen(seed):
+    model = Linen()
+    variables = model.init(jax.random.key(seed), jnp.ones((1, *SHAPE)))
+    return lambda x: model.apply(variables, x)
+
+
+def equinox(seed):
+    one, two = jax.random.split(jax.random.key(seed))
+    conv, head = eqx.nn.Conv2d(1, 4, 3, key=one), eqx.nn.Linear(4, 4, key=two)
+    return jax.vmap(lambda x: head(jax.nn.relu(conv(jnp.transpose(x, (2, 0, 1)))).mean((1, 2))))
+
+
+def flax_nnx(seed):
+    model = Nnx(nnx.Rngs(seed))
+    model.eval()
+    return model
+
+
+def convolution(seed):
+    kernel = jax.random.normal(jax.random.key(seed), (3, 3, 1, 4))
+    return lambda x: jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ).max((1, 2))
+
+
+def exported(seed):
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 3, 4, 1"), jnp.float32)
+    found = jax.export.export(jax.jit(network(weights_of(seed))))(shape)
+    return lambda x: found.call(x)
+
+
+def around(fn, first=lambda x: x):
+    return lambda x: fn(first(x))
+
+
+def repeated(fn):
+    def logits_fn(x):
+        return jax.lax.scan(lambda z, _: (jnp.tanh(z), None), fn(x), length=2)[0]
+
+    return logits_fn
+
+
+NETWORKS = {
+    "lambda": lambda seed: network(weights_of(seed)),
+    "jitted": lambda seed: jax.jit(network(weights_of(seed))),
+    "a lambda around a jitted one": lambda seed: around(jax.jit(network(weights_of(seed)))),
+    "Partial": lambda seed: jax.tree_util.Partial(
+        lambda w, x: network(w)(x), weights_of(seed)
+    ),
+    "linen": linen,
+    "nnx": flax_nnx,
+    "equinox": equinox,
+    "lax convolution": convolution,
+    "remat": lambda seed: jax.checkpoint(network(weights_of(seed))),
+    "scan": lambda seed: repeated(network(weights_of(seed))),
+    "custom_vjp": lambda seed: around(network(weights_of(seed)), straight_through),
+    "numpy weights": lambda seed: network(tuple(map(np.asarray, weights_of(seed)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_compiled_once_however_it_is_written(name):
+    x, _ = examples()
+    make = NETWORKS[name]
+    y = jnp.argmax(make(0)(x), -1)
+    first = attacks.pgd(make(0), x, y, KEY, eps=0.1, num_steps=2)
+    other = make(1)
+    with lowerings() as seen:
+        second = attacks.pgd(other, x, y, KEY, eps=0.1, num_steps=2)
+        again = attacks.pgd(make(0), x, y, KEY, eps=0.1, num_steps=2)
+        made = len(seen)
+    expected = jax.jit(
+        lambda x, y: attacks.pgd(other, x, y, KEY, eps=0.1, num_steps=2)
+    )(x, y)  # fmt: skip
+    np.testing.assert_allclose(second, expected, atol=1e-5)
+    np.testing.assert_array_equal(first, again)
+    assert (first != second).any()
+    # What makes the weights may compile; the attack's program is the largest, and is not among it.
+    assert made == 0 or name in ("linen", "nnx", "equinox", "lax convolution"), made
+
+
+def test_what_a_function_refers_to_may_change():
+    x, y = examples()
+    weights = weights_of(0)
+
+    def logits_fn(x):
+        return network(weights)(x)
+
+    before = attacks.pgd(logits_fn, x, y, KEY, eps=0.1, num_steps=2)
+    weights = weights_of(1)
+    after = attacks.pgd(logits_fn, x, y, KEY, eps=0.1, num_steps=2)
+    expected = attacks.pgd(network(weights_of(1)), x, y, KEY, eps=0.1, num_steps=2)
+    np.testing.assert_array_equal(after, expected)
+    assert (before != after).any()
+
+
+def test_functions_that_differ_in_a_derivative_alone_are_two():
+    x, y = examples()
+
+    def scaled(scale):
+        @jax.custom_vjp
+        def fn(x):
+            return x
+
+        fn.defvjp(lambda x: (x, None), lambda _, g: (scale * g,))
+        return lambda x: fn(network(weights_of(0))(x))
+
+    up, down = (attacks.fgsm(scaled(s), x, y, KEY, eps=0.1) for s in (1.0, -1.0))
+    assert (up != down).any()
+
+
+@pytest.mark.parametrize("name", ["pgd", "fab", "square", "frobenius_norm"])
+def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
+    x, y = examples()
+    found = FUNCTIONS[name](exported(0), x, y, KEY)
+    chex_close(found, FUNCTIONS[name](network(weights_of(0)), x, y, KEY))
+
+
+# Sharded inputs.
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_sharded_examples_are_attacked_where_they_lie(name, kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    x, y = examples(count=8)
+    plain = FUNCTIONS[name](network(weights_of(0)), x, y, KEY)
+    shared = NamedSharding(mesh, PartitionSpec("data"))
+    found = FUNCTIONS[name](
+        network(weights_of(0)), jax.device_put(x, shared), jax.device_put(y, shared), KEY
+    )
+    chex_close(found, plain)
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(found))
+
+
+def test_every_local_device_takes_its_share_and_the_result_is_on_one():
+    x, y = examples(count=11)
+    x_adv = attacks.pgd(network(weights_of(0)), np.asarray(x), y, KEY, eps=0.1, num_steps=2)
+    assert x_adv.shape == x.shape and len(x_adv.sharding.device_set) == 1
+    here = jax.device_put(x, jax.devices()[3])
+    there = attacks.pgd(network(weights_of(0)), here, y, KEY, eps=0.1, num_steps=2)
+    np.testing.assert_allclose(there, x_adv, atol=1e-6)
+    assert there.sharding.device_set == {jax.devices()[3]}
+
+
+# Mistakes.
+
+
+def mistakes():
+    x, y = (np.asarray(a) for a in examples())
+    nan = x.copy()
+    nan[0, 0, 0, 0] = np.nan
+    f = network(weights_of(0))
+    return {
+        "uint8": ({"x": (255 * x).astype(np.uint8)}, "x is uint8; pixels are floats .* by 255"),
+        "0 to 255": ({"x": 255 * x}, r"x ranges over .*; pixels must be in \[0, 1\]"),
+        "-1 to 1": ({"x": 2 * x - 1}, r"x ranges over .*; pixels must be in \[0, 1\]"),
+        "NaN": ({"x": nan}, "x holds NaN"),
+        "one image": ({"x": x[0], "y": y[0]}, r"y has the shape \[\].*batch axis"),
+        "no image": ({"x": x[:0], "y": y[:0]}, r"x has the shape \[0, 3, 4, 1\]; give a batch"),
+        "one-hot": ({"y": np.eye(4)[y]}, r"y has the shape \[6, 4\]; labels are integers \[B\]"),
+        "float labels": ({"y": y * 1.0}, "y is float.*; labels are integers from 0 to 3"),
+        "from 1": ({"y": y * 0 + 4}, "y has the label 4; the network has 4 classes"),
+        "too few": ({"y": y[:3]}, r"y has the shape \[3\]; one label for each of the 6"),
+        "an int as key": ({"key": 0}, r"key is 0; give a key such as jax.random.key\(0\)"),
+        "two keys": ({"key": jax.random.split(KEY, 2)}, r"key has the shape \[2\]; give one key"),
+        "one logit": (
+            {"logits_fn": lambda x: f(x)[:, :1]}, "one number an example; .* jnp.concatenate"),
+        "no classes": ({"logits_fn": lambda x: f(x)[:, 0]}, r"returns the shape \[1\] for one"),
+        "with aux": ({"logits_fn": lambda x: (f(x), x)}, r"a tuple, .*lambda x: f\(x\)\[0\]"),
+        "numpy": ({"logits_fn": lambda x: np.asarray(x)}, "hands its input to numpy"),
+        "no function": ({"logits_fn": 3}, "logits_fn is 3; give a function"),
+        "NNX without eval": ({"logits_fn": Nnx(nnx.Rngs(0))}, r"call its eval\(\) first"),
+    }  # fmt: skip
+
+
+RADII = {
+    "text": ("8/255", "eps is '8/255'; give a number in pixel units, 8/255 without quotes"),
+    "negative": (-0.1, "eps must not be negative"),
+    "None": (None, "eps is None; give a number"),
+    "NaN": (float("nan"), "eps must not be negative, not nan"),
+}
+ALL = {**FUNCTIONS, "autoattack": autoattack, "audit": audit}
+
+
+@pytest.mark.parametrize("mistake", mistakes())
+def test_a_mistake_is_told_in_one_line(mistake):
+    changes, message = mistakes()[mistake]
+    x, y = examples()
+    for name in (*WITH_LABELS, "autoattack", "audit"):
+        arguments = {"logits_fn": network(weights_of(0)), "x": x, "y": y, "key": KEY, **changes}
+        if name == "margin" and "key" in changes:
+            continue
+        with pytest.raises(ValueError, match=message) as caught:
+            ALL[name](*arguments.values())
+        assert "\n" not in str(caught.value), name
+
+
+@pytest.mark.parametrize("mistake", RADII)
+def test_a_radius_that_is_none_is_told_in_one_line(mistake):
+    eps, message = RADII[mistake]
+    x, y = examples()
+    for name in (*WITH_EPS, "autoattack", "audit"):
+        with pytest.raises(ValueError, match=message):
+            ALL[name](network(weights_of(0)), x, y, KEY, eps=eps)
+
+
+@pytest.mark.parametrize("name", WITH_LABELS)
+def test_legacy_keys_lists_and_numpy_are_taken(name):
+    x, y = examples(count=2)
+    plain = FUNCTIONS[name](network(weights_of(0)), x, y, KEY)
+    other = FUNCTIONS[name](
+        network(weights_of(0)), np.asarray(x), list(map(int, y)), jax.random.PRNGKey(0)
+    )
+    chex_close(other, plain)
+
+
+def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():
+    x, y = examples()
+    f = network(weights_of(0))
+    masked = autoattack(lambda x: jnp.where(jnp.arange(4) == 3, -jnp.inf, f(x)), x, y % 3, KEY)
+    assert "6 of 6 points have logits that are not finite" in masked.warnings[0]
+    whole = autoattack(lambda x: f(x) - f(x).mean(0), x, y, KEY)
+    assert any("alone in its batch" in warning for warning in whole.warnings)
+
+
+def test_a_batch_too_large_for_memory_is_halved_with_a_warning(monkeypatch):
+    from robust_jax import _front
+
+    x, y = examples(count=32)
+    real, sizes = _front._rows_program, []
+
+    def small(*arguments):
+        run = real(*arguments)
+
+        def limited(network, rows, scalars):
+            sizes.append(len(rows["x"]))
+            if len(rows["x"]) > 8:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+            return run(network, rows, scalars)
+
+        return limited
+
+    expected = attacks.autoattack(network(weights_of(0)), x, y, KEY, eps=0.05, batch_size=32,
+                                  version=("apgd_ce",), progress=False)  # fmt: skip
+    monkeypatch.setattr(_front, "_rows_program", small)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = attacks.autoattack(network(weights_of(0)), x, y, KEY, eps=0.05, batch_size=32,
+                                   version=("apgd_ce",), progress=False)  # fmt: skip
+    np.testing.assert_array_equal(found.broken_by, expected.broken_by)
+    told = [str(warning.message) for warning in caught]
+    assert [text.partition(";")[2] for text in told] == [
+        " continuing with 16", " continuing with 8"
+    ]  # fmt: skip
+    assert sizes[-1] == 8
