@@ -37,7 +37,8 @@ class AttackGrid(NamedTuple):
     """attack(logits_fn, x, y, keys, eps=…) -> x_adv, its kind by name, its norm and its radii.
 
     num_examples: how many of the split's first examples are attacked; None for all. members: of
-    AutoAttack, in their order, whose result is an AutoAttackResult; others have none.
+    AutoAttack, in their order, whose result is an AutoAttackResult; others have none. surrogate:
+    the folder of the run whose network is attacked instead; "" for none.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class AttackGrid(NamedTuple):
     eps: tuple[float, ...]
     num_examples: int | None = None
     members: tuple[str, ...] = ()
+    surrogate: str = ""
 
 
 class Settings(NamedTuple):

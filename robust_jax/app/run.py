@@ -23,7 +23,8 @@ from robust_jax import __version__
 from robust_jax.app import cards, records, report, runs
 from robust_jax.app import config as config_lib
 from robust_jax.app.evaluate import summarize
-from robust_jax.app.experiment import Experiment, build, load, subject_of, surrogate_config
+from robust_jax.app.experiment import Experiment, build, surrogate_config
+from robust_jax.app.subject import load, subject_of
 from robust_jax.devices import processes, speed
 from robust_jax.errors import NothingToAudit, UserError
 from robust_jax.files import save_arrays, write_atomically
