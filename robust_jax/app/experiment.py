@@ -63,23 +63,6 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
     )
 
 
-def surrogate_config(config: ConfigDict, schema: ConfigDict) -> ConfigDict:
-    """The config of an undefended CNN for the same data, for attacks to be transferred from."""
-    other = schema.copy_and_resolve_references()
-    for field in ("dataset", "data_dir", "test_split", "image_size", "streaming",
-                  "validation_size", "normalize", "parallel", "batch_size"):  # fmt: skip
-        other[field] = config[field]
-    other.seed = config.seed + 1
-    other.loss_on, other.adversary = "clean", None
-    other.regularizers, other.attacks = ConfigDict(), ConfigDict()
-    other.audit.num_examples = 0
-    other.duration = "400 steps"
-    for field in ("log_every", "validate_every", "checkpoint_every"):
-        other[field] = "100 steps"
-    other.validation_attack = ConfigDict({"name": "fgsm", "eps": 0.0})
-    return other
-
-
 def _transferred(grid: AttackGrid) -> AttackGrid:
     """The attack on another run's network where the grid names one."""
     if not grid.surrogate:
