@@ -25,7 +25,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from robust_jax import attacks, losses, models
-from robust_jax.app.experiment import apply_fn
+from robust_jax.app.training import apply_fn
 from robust_jax.devices import parallel, speed
 from robust_jax.train.objectives import Adversary, make_objective
 from robust_jax.train.state import init_state

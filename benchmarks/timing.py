@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from robust_jax import attacks, losses
-from robust_jax.app.experiment import apply_fn
+from robust_jax.app.training import apply_fn
 from robust_jax.devices import parallel, speed
 from robust_jax.train.objectives import Adversary, make_objective
 from robust_jax.train.state import init_state

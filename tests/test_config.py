@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import default
 from robust_jax import losses
 from robust_jax.app import config as config_lib
-from robust_jax.app import experiment
+from robust_jax.app import entries
 from robust_jax.app.evaluate import Settings, _attempt
 from robust_jax.app.experiment import build
 from robust_jax.attacks import ATTACKS
@@ -199,7 +199,7 @@ def test_every_field_is_read(monkeypatch):
     config = default.get_config()
     config.num_labeled = 100
     monkeypatch.setattr(config_lib, "check_fields", lambda *_: None)
-    monkeypatch.setattr(experiment, "_check_numbers", lambda *_: None)
+    monkeypatch.setattr(entries, "check_numbers", lambda *_: None)
     monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
     monkeypatch.setattr(ConfigDict, "__getattr__", getitem)
     build(config, default.get_config())

@@ -318,7 +318,7 @@ def test_a_record_s_key_makes_its_adversarial_again(demo):
     import jax
 
     from robust_jax import data
-    from robust_jax.app import experiment
+    from robust_jax.app.subject import load
     from robust_jax.attacks import pgd
 
     records = pd.read_csv(demo[1] / "records" / "best.csv", dtype={"key": str})
@@ -327,7 +327,7 @@ def test_a_record_s_key_makes_its_adversarial_again(demo):
     words = [[int(key[:8], 16), int(key[8:], 16)] for key in rows["key"]]
     keys = jax.random.wrap_key_data(np.array(words, np.uint32))
     keys = jax.vmap(lambda key: jax.random.fold_in(key, zlib.crc32(b"pgd_linf")))(keys)
-    logits_fn = experiment.load(demo[1]).logits_fn
+    logits_fn = load(demo[1]).logits_fn
     images = data.to_pixels(data.load("digits", validation_size=197).test.images)[
         rows["index"].values
     ]

@@ -13,7 +13,8 @@ import pytest
 
 from robust_jax import data, losses, models
 from robust_jax.app import run, runs
-from robust_jax.app.measurements import MEASUREMENTS, Subject
+from robust_jax.app.measurements import MEASUREMENTS
+from robust_jax.app.subject import Subject
 from robust_jax.errors import UserError
 from tests.test_study import STUDIES
 

@@ -20,7 +20,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from robust_jax.app import experiment
+from robust_jax.app import training
 from robust_jax.train.loop import EXIT_TERMINATED, restore
 from tests.conftest import REPOSITORY, environment_of
 from tests.test_demo import AUTOATTACK, TINY
@@ -76,7 +76,7 @@ def left_in(workdir):
     files = {name: (workdir / name).read_text()
              for name in ("metrics.jsonl", "records/best.csv", "records/last.csv")}  # fmt: skip
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    trained = restore(experiment.build(config, config).plan, workdir)
+    trained = restore(training.build(config).plan, workdir)
     return results, files, jax.device_get((trained.best, trained.last))
 
 

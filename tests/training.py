@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from robust_jax import losses
-from robust_jax.app.experiment import apply_fn
+from robust_jax.app.training import apply_fn
 from robust_jax.attacks import pgd
 from robust_jax.devices import parallel
 from robust_jax.train import optimizer

@@ -17,8 +17,7 @@ from absl import logging
 
 from robust_jax import audit, data, jacobian, losses
 from robust_jax._audit import Audit
-from robust_jax.app import records as records_lib
-from robust_jax.app.records import What, column, worst_case
+from robust_jax.app.records import What, column
 from robust_jax.attacks import norms
 from robust_jax.attacks._jsma import num_changed
 from robust_jax.batches import MapExamples
@@ -37,7 +36,8 @@ class AttackGrid(NamedTuple):
     """attack(logits_fn, x, y, keys, eps=…) -> x_adv, its kind by name, its norm and its radii.
 
     num_examples: how many of the split's first examples are attacked; None for all. members: of
-    AutoAttack, in their order, whose result is an AutoAttackResult; others have none.
+    AutoAttack, in their order, whose result is an AutoAttackResult; others have none. surrogate:
+    the folder of the run whose network is attacked instead; "" for none.
     """
 
     kind: str
@@ -46,6 +46,7 @@ class AttackGrid(NamedTuple):
     eps: tuple[float, ...]
     num_examples: int | None = None
     members: tuple[str, ...] = ()
+    surrogate: str = ""
 
 
 class Settings(NamedTuple):
@@ -210,82 +211,6 @@ class Evaluator:
             "attack": np.asarray(name),
             "eps": np.asarray(eps),
         }
-
-
-def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[str, Any]:
-    """The means over a table of records: clean, attacks[] and jacobian, as results.json has them.
-
-    The worst case of a norm at an eps is over every attack of that norm with a radius up to it.
-    """
-    attacks = []
-    for name, grid in grids.items():
-        for eps in sorted(grid.eps):
-            held = records_lib.held(records, name, eps).dropna()
-            right = records["correct"].astype(bool)
-            distance = records[column(name, eps, "distance")][right].mean()
-            attacks.append(
-                {
-                    "name": name,
-                    "attack": grid.kind,
-                    "norm": grid.norm,
-                    "eps": eps,
-                    "robust_accuracy": float(held.mean()),
-                    "count": len(held),
-                    "mean_distance": None if np.isnan(distance) else float(distance),
-                    **({"members": _members(records, name, grid, eps)} if grid.members else {}),
-                }
-            )
-    for norm in dict.fromkeys(grid.norm for grid in grids.values()):
-        of_norm = {name: grid for name, grid in grids.items() if grid.norm == norm}
-        for eps in sorted({eps for grid in of_norm.values() for eps in grid.eps}):
-            attacks.append(
-                {
-                    "name": f"worst_case_{norm}",
-                    "attack": "worst_case",
-                    "norm": norm,
-                    "eps": eps,
-                    "robust_accuracy": float(worst_case(records, of_norm, eps).mean()),
-                    "count": len(records),
-                    "mean_distance": None,
-                }
-            )
-    return {
-        "clean": {
-            "accuracy": float(records["correct"].mean()),
-            "cross_entropy": float(records["cross_entropy"].mean()),
-            "count": len(records),
-        },
-        "attacks": attacks,
-        "jacobian": {fn: _jacobian_summary(records, fn) for fn in ("logits", "probabilities")},
-    }
-
-
-def _members(records: pd.DataFrame, name: str, grid: AttackGrid, eps: float) -> dict[str, float]:
-    """AutoAttack's robust accuracy after "clean" and after each of its members."""
-    attacked = records_lib.held(records, name, eps).notna()
-    broken_by = records.loc[attacked, column(name, eps, "broken_by")].fillna("")
-    standing, shares = len(broken_by), {}
-    for member in ("clean", *grid.members):
-        standing -= int((broken_by == member).sum())
-        shares[member] = standing / len(broken_by)
-    return shares
-
-
-def _jacobian_summary(records: pd.DataFrame, fn: str) -> dict[str, dict[str, float]]:
-    def statistics(values):
-        return {
-            "mean": float(values.mean()),
-            "median": float(values.median()),
-            "standard_error": float(values.sem()),
-        }
-
-    summary = {norm: statistics(records[f"{norm}_{fn}"]) for norm in ("frobenius", "spectral")}
-    if fn == "logits":
-        summary["frobenius_estimate"] = {
-            **statistics(records["frobenius_estimate_logits"]),
-            "mean_error_of_estimate": float(records["frobenius_estimate_error_logits"].mean()),
-        }
-    return summary
 
 
 def _measurement(network: Network, settings: Settings) -> Callable:

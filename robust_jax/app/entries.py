@@ -1,0 +1,161 @@
+"""The entries of a config, each bound to what it names: adversary, terms, attacks, audit, numbers.
+
+Nothing here loads data or traces a program; every mistake is a UserError that names the field.
+"""
+
+import inspect
+import math
+from pathlib import Path
+from typing import get_args
+
+from ml_collections import ConfigDict
+
+from robust_jax import losses
+from robust_jax.app import config as config_lib
+from robust_jax.app.config import bind, choose, guard
+from robust_jax.app.evaluate import AttackGrid, AuditSettings
+from robust_jax.attacks import ATTACKS, autoattack, norms
+from robust_jax.attacks._autoattack import VERSIONS, check_arguments
+from robust_jax.attacks._best import check_lengths
+from robust_jax.devices import parallel
+from robust_jax.errors import UserError
+from robust_jax.train import regularizers
+from robust_jax.train.objectives import Adversary, Term
+
+_ATTACKS_EVALUATED = {**ATTACKS, "autoattack": autoattack}
+_SET_BY_THE_EVALUATION = (
+    "eps", "targets", "batch_size", "map_examples", "state_path", "progress"
+)  # fmt: skip
+# The loss of an adversary that leaves the clean logits, not the label: TRADES' and MART's.
+_AGAINST_CLEAN_LOGITS = {"kl": losses.kl}
+
+
+def adversary(entry: ConfigDict | None) -> Adversary | None:
+    if entry is None:
+        return None
+    named = {"loss": {**losses.ATTACK_LOSSES, **_AGAINST_CLEAN_LOGITS}}
+    attack = bind(ATTACKS, entry, "config.adversary", reserved=("targets",), named=named)
+    return Adversary(attack, against_clean_logits=entry.get("loss") in _AGAINST_CLEAN_LOGITS)
+
+
+def term(name: str, entry: ConfigDict, loss_on: str) -> Term:
+    path = f"config.regularizers.{name}"
+    if not isinstance(entry, ConfigDict):
+        raise UserError(f'{path} must be an entry like {{"weight": 1.0}}, not {entry!r}')
+    choices = {**regularizers.REGULARIZERS, **regularizers.PAIR_REGULARIZERS}
+    keywords = {k: v for k, v in entry.items() if k not in ("weight", "on")}
+    fn = bind(choices, {"name": name, **keywords}, path)
+    if "weight" not in entry:
+        raise UserError(f"{path}.weight is missing")
+    weight = config_lib.check_type(entry["weight"], float, f"{path}.weight")
+    if not math.isfinite(weight):
+        raise UserError(f"{path}.weight is {weight}; it must be finite")
+    if name in regularizers.PAIR_REGULARIZERS and "on" in entry:
+        raise UserError(f"{path}.on: {name} compares the halves and is not on one of them")
+    return Term(fn, weight, entry.get("on", loss_on))
+
+
+def attack_grid(entry: ConfigDict, path: str) -> AttackGrid:
+    if not isinstance(entry, ConfigDict):
+        raise UserError(
+            f'{path} must be an entry like {{"name": "pgd", "eps": (0.1,)}}, not {entry!r}'
+        )
+    keywords = {k: v for k, v in entry.items() if k not in ("eps", "num_examples", "surrogate")}
+    attack = bind(
+        _ATTACKS_EVALUATED,
+        keywords,
+        path,
+        reserved=_SET_BY_THE_EVALUATION,
+        named={"loss": losses.ATTACK_LOSSES},
+    )
+    eps = entry.get("eps")
+    eps = config_lib.check_type(
+        (eps,) if isinstance(eps, int | float) else eps, tuple[float, ...], f"{path}.eps"
+    )
+    if not eps:
+        raise UserError(f"{path}.eps is empty; give at least one radius")
+    for radius in eps:
+        guard(path, check_lengths, eps=radius)
+    num_examples = config_lib.check_type(entry.get("num_examples", 0), int, f"{path}.num_examples")
+    if num_examples < 0:
+        raise UserError(f"{path}.num_examples is {num_examples}; 0 stands for all")
+    members: tuple[str, ...] = ()
+    if entry["name"] == "autoattack":
+        version = attack.keywords.get("version", "standard")
+        overrides = (attack.keywords.get("overrides") or {}).values()
+        if version == "rand" or any("eot_samples" in own for own in overrides):
+            raise UserError(f"{path}: rand is for randomised networks, which a config cannot name")
+        # It is a loop on the host, which checks its arguments before it begins.
+        guard(path, check_arguments, **attack.keywords, eps=eps[0])
+        members = tuple(VERSIONS.get(version, ()) if isinstance(version, str) else version)
+    norm = inspect.signature(attack).parameters["norm"].default  # the entry's or its own
+    surrogate = config_lib.check_type(entry.get("surrogate", ""), str, f"{path}.surrogate")
+    if surrogate and members:
+        raise UserError(f"{path}.surrogate: autoattack is not transferred; name another attack")
+    return AttackGrid(
+        entry["name"],
+        attack,
+        norm,
+        tuple(map(float, eps)),
+        num_examples or None,
+        members,
+        surrogate,
+    )
+
+
+def audit_settings(config: ConfigDict) -> AuditSettings | None:
+    """None where no example is to be audited."""
+    settings = config.audit
+    if not settings.num_examples:
+        return None
+    norm = choose(get_args(norms.Norm), settings.norm, "config.audit.norm")
+    if not settings.eps > 0:
+        raise UserError(f"config.audit.eps is {settings.eps}; it must be above 0")
+    other = settings.surrogate
+    if other not in ("", "train") and not (Path(other) / "config.json").exists():
+        raise UserError(
+            f"config.audit.surrogate is {other!r}, which holds no run; "
+            'choices: "train", "" or the folder of a finished run'
+        )
+    loss = bind(losses.LOSSES, config.loss, "config.loss")
+    return AuditSettings(norm, settings.eps, settings.num_examples, settings.num_queries, loss)
+
+
+def check_numbers(config: ConfigDict) -> None:
+    at_least = {
+        "seed": 0,
+        "num_labeled": 0,
+        "augmentation.crop_padding": 0,
+        "weight_decay": 0,
+        "weight_perturbation": 0,
+        "gradient_clip_norm": 0,
+        "batch_parts": 1,
+        "image_size": 0,
+        "evaluation.num_examples": 0,
+        "evaluation.batch_size": 1,
+        "evaluation.jacobian_chunk": 1,
+        "evaluation.jacobian_projections": 2,
+        "evaluation.spectral_iterations": 1,
+        "evaluation.num_images": 1,
+        "track_margins": 0,
+        "audit.num_examples": 0,
+        "audit.num_queries": 1,
+    }
+    for field, least in at_least.items():
+        if not (value := _get(config, field)) >= least:
+            raise UserError(f"config.{field} is {value}; it must be at least {least}")
+    if not config.learning_rate > 0:
+        raise UserError(f"config.learning_rate is {config.learning_rate}; it must be above 0")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"config.ema_decay is {config.ema_decay}; it must be in [0, 1)")
+    if not 0 < config.labeled_fraction <= 1:
+        raise UserError(
+            f"config.labeled_fraction is {config.labeled_fraction}; it must be in (0, 1]"
+        )
+    guard("config.batch_size", parallel.check_batch_size, config.batch_size, config.batch_parts)
+
+
+def _get(config: ConfigDict, path: str):
+    for field in path.split("."):
+        config = config[field]
+    return config

@@ -1,0 +1,100 @@
+"""A run's folder: whose it is, the lock, what an evaluation clears and what it writes."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from robust_jax.app import cards, report
+from robust_jax.app import config as config_lib
+from robust_jax.devices import processes
+from robust_jax.errors import UserError
+from robust_jax.files import write_atomically
+
+Mode = Literal["train", "evaluate", "measure", "audit", "verify", "report"]
+# The folder of attacks that are not finished yet.
+_UNFINISHED = "unfinished"
+
+
+def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
+    """Makes workdir this config's, or checks that it is."""
+    path = workdir / "config.json"
+    new = config_lib.to_json(config)
+    if path.exists():
+        ignore = () if mode == "train" else config_lib.FIELDS_OF_NO_TRAINING
+        try:
+            old = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); take another --workdir") from error
+        if changed := config_lib.differences(old, new, ignore=ignore):
+            shown = "; ".join(changed[:3]) + ("; …" if len(changed) > 3 else "")
+            raise UserError(
+                f"{workdir} holds a run of another config ({shown}); take another --workdir or the "
+                "same config (other attacks: --mode=evaluate)"
+            )
+        return
+    if mode != "train":
+        raise UserError(f"{workdir} holds no run; --mode={mode} needs a finished one")
+    try:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise UserError(f"{workdir} is not empty and holds no run; take another --workdir")
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(new, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of workdir; the lock goes with the process, however it ends."""
+    with contextlib.ExitStack() as stack:
+
+        def lock():
+            try:
+                file = stack.enter_context((workdir / ".lock").open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is at work in {workdir}; wait for it or take another "
+                    "--workdir"
+                ) from error
+            except OSError as error:
+                raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+
+        processes.on_first(lock)
+        yield
+
+
+def clear_evaluation(workdir: Path) -> None:
+    """Removes what an evaluation writes: a run that has results.json is finished and whole."""
+    for name in ("results.json", "examples.npz", "measurements.npz", "card.json"):
+        (workdir / name).unlink(missing_ok=True)
+    (workdir / "records").mkdir(exist_ok=True)
+
+
+def unfinished(workdir: Path, config: ConfigDict, name: str, step: int) -> Path:
+    """Where the attacks on a checkpoint leave what they have done: a folder for each evaluation."""
+    what = json.dumps([config_lib.to_json(config), name, step], sort_keys=True)
+    return workdir / _UNFINISHED / hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def write(workdir: Path, results: dict[str, Any]) -> None:
+    """The report, the card and config.json; results.json last."""
+    write_report(workdir, results)
+    if card := cards.card(results):
+        write_atomically(workdir / "card.json", json.dumps(card, indent=2) + "\n")
+    write_atomically(workdir / "config.json", json.dumps(results["config"], indent=2) + "\n")
+    write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+    shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
+
+
+def write_report(workdir: Path, results: dict[str, Any]) -> None:
+    """report.html alone."""
+    logging.info("report: %s", report.write(workdir, results))

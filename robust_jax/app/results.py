@@ -1,0 +1,161 @@
+"""What results.json holds: how a run was made, and the means over its records."""
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from robust_jax import __version__
+from robust_jax.app import config as config_lib
+from robust_jax.app import records as records_lib
+from robust_jax.app import runs
+from robust_jax.app.evaluate import AttackGrid
+from robust_jax.app.experiment import Experiment
+from robust_jax.app.records import column, worst_case
+from robust_jax.models import num_parameters
+from robust_jax.train.loop import Trained
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def compose(
+    experiment: Experiment, trained: Trained, tables: dict[str, pd.DataFrame]
+) -> dict[str, Any]:
+    """What the records of best and last add up to, and how they were made."""
+    states = {"best": trained.best, "last": trained.last}
+    summaries = {
+        name: {"step": int(states[name].step), **summarize(table, experiment.grids)}
+        for name, table in tables.items()
+    }
+    dataset, device = experiment.dataset, jax.devices()[0]
+    return {
+        "checkpoint": "best",
+        **summaries["best"],
+        **summaries,
+        "config": config_lib.to_json(experiment.config),
+        "seed": experiment.config.seed,
+        "versions": {
+            "robust_jax": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _PACKAGES},
+        },
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+        },
+        "data": {
+            "name": dataset.name,
+            **{split: getattr(dataset, split).size for split in ("train", "validation", "test")},
+            "num_classes": dataset.num_classes,
+            "image_shape": list(dataset.image_shape),
+        },
+        "model": {
+            "name": experiment.config.model.name,
+            "parameters": num_parameters(trained.last.params),
+        },
+        "trained_against": trained_against(experiment),
+    }
+
+
+def trained_against(experiment: Experiment) -> dict[str, Any] | None:
+    """The adversary's norm and eps, where training looked at what it made."""
+    if not experiment.uses_adversary:
+        return None
+    adversary = experiment.config.adversary
+    return {"norm": adversary.get("norm", "linf"), "eps": adversary.eps}
+
+
+def validations(workdir: Path) -> dict[str, dict[str, float]]:
+    """What the first and the last validation found."""
+    metrics = runs.load(workdir).metrics.dropna(subset=["validation/cross_entropy"])
+    columns = [name for name in metrics if name.startswith("validation/")]
+    return {
+        when: {
+            name.partition("/")[2]: float(value)
+            for name, value in metrics[columns].iloc[i].items()
+            if np.isfinite(value)
+        }
+        for when, i in (("first", 0), ("last", -1))
+    }
+
+
+def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[str, Any]:
+    """The means over a table of records: clean, attacks[] and jacobian, as results.json has them.
+
+    The worst case of a norm at an eps is over every attack of that norm with a radius up to it.
+    """
+    attacks = []
+    for name, grid in grids.items():
+        for eps in sorted(grid.eps):
+            held = records_lib.held(records, name, eps).dropna()
+            right = records["correct"].astype(bool)
+            distance = records[column(name, eps, "distance")][right].mean()
+            attacks.append(
+                {
+                    "name": name,
+                    "attack": grid.kind,
+                    "norm": grid.norm,
+                    "eps": eps,
+                    "robust_accuracy": float(held.mean()),
+                    "count": len(held),
+                    "mean_distance": None if np.isnan(distance) else float(distance),
+                    **({"members": _members(records, name, grid, eps)} if grid.members else {}),
+                }
+            )
+    for norm in dict.fromkeys(grid.norm for grid in grids.values()):
+        of_norm = {name: grid for name, grid in grids.items() if grid.norm == norm}
+        for eps in sorted({eps for grid in of_norm.values() for eps in grid.eps}):
+            attacks.append(
+                {
+                    "name": f"worst_case_{norm}",
+                    "attack": "worst_case",
+                    "norm": norm,
+                    "eps": eps,
+                    "robust_accuracy": float(worst_case(records, of_norm, eps).mean()),
+                    "count": len(records),
+                    "mean_distance": None,
+                }
+            )
+    return {
+        "clean": {
+            "accuracy": float(records["correct"].mean()),
+            "cross_entropy": float(records["cross_entropy"].mean()),
+            "count": len(records),
+        },
+        "attacks": attacks,
+        "jacobian": {fn: _jacobian_summary(records, fn) for fn in ("logits", "probabilities")},
+    }
+
+
+def _members(records: pd.DataFrame, name: str, grid: AttackGrid, eps: float) -> dict[str, float]:
+    """AutoAttack's robust accuracy after "clean" and after each of its members."""
+    attacked = records_lib.held(records, name, eps).notna()
+    broken_by = records.loc[attacked, column(name, eps, "broken_by")].fillna("")
+    standing, shares = len(broken_by), {}
+    for member in ("clean", *grid.members):
+        standing -= int((broken_by == member).sum())
+        shares[member] = standing / len(broken_by)
+    return shares
+
+
+def _jacobian_summary(records: pd.DataFrame, fn: str) -> dict[str, dict[str, float]]:
+    def statistics(values):
+        return {
+            "mean": float(values.mean()),
+            "median": float(values.median()),
+            "standard_error": float(values.sem()),
+        }
+
+    summary = {norm: statistics(records[f"{norm}_{fn}"]) for norm in ("frobenius", "spectral")}
+    if fn == "logits":
+        summary["frobenius_estimate"] = {
+            **statistics(records["frobenius_estimate_logits"]),
+            "mean_error_of_estimate": float(records["frobenius_estimate_error_logits"].mean()),
+        }
+    return summary

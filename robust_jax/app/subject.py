@@ -1,0 +1,54 @@
+"""A finished run's network, ready to be looked at."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from robust_jax import data
+from robust_jax.app import training
+from robust_jax.app.training import Training
+from robust_jax.devices import parallel
+from robust_jax.errors import UserError
+from robust_jax.train.loop import Trained, restore
+from robust_jax.types import LogitsFn
+
+
+class Subject(NamedTuple):
+    """A trained network, its data and a key."""
+
+    model: nn.Module
+    variables: Any
+    logits_fn: LogitsFn
+    dataset: data.Dataset
+    key: jax.Array
+
+
+def load(workdir: Path | str) -> Subject:
+    """The best network of a finished run, with its data.
+
+    Raises UserError where workdir holds none.
+    """
+    workdir = Path(workdir).absolute()
+    try:
+        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{workdir} holds no run: {error}") from error
+    run = training.build(config)
+    return subject_of(run, restore(run.plan, workdir))
+
+
+def subject_of(run: Training, trained: Trained) -> Subject:
+    """The best network of a run that was trained."""
+    variables = parallel.on_this_device(trained.best.variables)
+    return Subject(
+        run.model,
+        variables,
+        partial(training.network(run.model), variables),
+        run.dataset,
+        jax.random.key(run.config.seed),
+    )

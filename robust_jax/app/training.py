@@ -1,0 +1,248 @@
+"""What trains: from a config to its data, its network and the plan of its training loop."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from robust_jax import data, losses
+from robust_jax.app import config as config_lib
+from robust_jax.app import entries
+from robust_jax.app.config import bind, choose, guard
+from robust_jax.app.evaluate import Network
+from robust_jax.attacks import ATTACKS
+from robust_jax.devices import parallel
+from robust_jax.models import MODELS
+from robust_jax.train import optimizer, regularizers
+from robust_jax.train.loop import Plan
+from robust_jax.train.objectives import Apply, Term, halves_needed, make_objective
+from robust_jax.train.state import init_state
+from robust_jax.train.step import make_train_step, together
+from robust_jax.train.validate import make_validation
+from robust_jax.types import LogitsFn
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_MODEL_FIELDS_SET_HERE = ("num_classes", "mean", "std", "dtype", "axis_name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A checked config, its data, its network and how that is trained."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    model: nn.Module
+    plan: Plan
+    uses_adversary: bool
+    evaluation_key: jax.Array
+
+
+def build(config: ConfigDict) -> Training:
+    """Loads the data of a checked config and builds what trains on it; compiles nothing.
+
+    Raises UserError, naming the field, the value and the choices.
+    """
+    method = choose(parallel.METHODS, config.parallel, "config.parallel")
+    make_model = partial(
+        bind(MODELS, config.model, "config.model", reserved=_MODEL_FIELDS_SET_HERE),
+        dtype=_DTYPES[choose(_DTYPES, config.dtype, "config.dtype")],
+        axis_name=parallel.AXIS,
+    )
+    make_schedule = bind(optimizer.SCHEDULES, config.schedule, "config.schedule")
+    make_optimizer = bind(optimizer.OPTIMIZERS, config.optimizer, "config.optimizer")
+    loss = bind(losses.LOSSES, config.loss, "config.loss")
+    adversary = entries.adversary(config.adversary)
+    terms = {
+        name: entries.term(name, entry, config.loss_on)
+        for name, entry in config.regularizers.items()
+    }
+    validation_attack = bind(
+        ATTACKS,
+        config.validation_attack,
+        "config.validation_attack",
+        reserved=("targets",),
+        named={"loss": losses.ATTACK_LOSSES},
+    )
+
+    dataset = data.load(
+        config.dataset,
+        validation_size=config.validation_size,
+        num_labeled=config.num_labeled or None,
+        seed=config.seed,
+        data_dir=config.data_dir or None,
+        test_split=config.test_split,
+        image_size=config.image_size,
+        streaming=config.streaming,
+    )
+    statistics = {"mean": dataset.mean, "std": dataset.std} if config.normalize else {}
+    model = guard("config.model", make_model, num_classes=dataset.num_classes, **statistics)
+    num_labeled_in_batch = _num_labeled_in_batch(config, dataset.train)
+    terms = {name: term for name, term in terms.items() if term.weight}
+    objective = guard(
+        "config",
+        make_objective,
+        apply_fn(model),
+        loss=loss,
+        loss_on=config.loss_on,
+        adversary=adversary,
+        terms=terms,
+        labeled_fraction=num_labeled_in_batch / config.batch_size,
+    )
+    _try_out(dataset, model, loss, adversary, terms, validation_attack)
+
+    def steps(field):
+        return config_lib.num_steps(
+            config[field],
+            f"config.{field}",
+            batch_size=config.batch_size,
+            num_examples=dataset.train.size,
+        )
+
+    total_steps = steps("duration")
+    schedule = guard("config.schedule", make_schedule, config.learning_rate, total_steps)
+    tx = optimizer.with_clipping(
+        make_optimizer(schedule, config.weight_decay, optimizer.decayed),
+        config.gradient_clip_norm or None,
+    )
+    train_step = make_train_step(
+        objective,
+        tx,
+        axis_name=parallel.AXIS,
+        ema_decay=config.ema_decay or None,
+        weight_perturbation=config.weight_perturbation,
+        num_parts=config.batch_parts,
+        crop_padding=config.augmentation.crop_padding,
+        flip=config.augmentation.flip,
+    )
+    init_key, train_key, validation_key, evaluation_key = jax.random.split(
+        jax.random.key(config.seed), 4
+    )
+
+    def init():
+        state = init_state(model, tx, init_key, dataset.image_shape, average=config.ema_decay > 0)
+        # As the step returns it, or its program would be compiled once more for the second step.
+        return jax.device_put(state, parallel.replicated())
+
+    count = min(config.track_margins, dataset.train.size)
+    tracked = dataset.train.take(np.arange(count)) if count else None
+    plan = Plan(
+        init=init,
+        train_step=parallel.map_step(train_step, method),
+        train_steps=parallel.map_step(together(train_step), method),
+        validate=make_validation(
+            network(model),
+            validation_attack,
+            dataset.validation,
+            batch_size=config.evaluation.batch_size,
+            key=validation_key,
+            method=method,
+            margins_of=tracked,
+        ),
+        batches=data.TrainBatches(
+            dataset.train,
+            batch_size=config.batch_size,
+            num_labeled_in_batch=num_labeled_in_batch,
+            seed=config.seed,
+            rows=parallel.own_rows(config.batch_size),
+        ),
+        schedule=schedule,
+        key=train_key,
+        total_steps=total_steps,
+        steps_per_epoch=dataset.train.size / config.batch_size,
+        batch_size=config.batch_size,
+        log_every=steps("log_every"),
+        validate_every=steps("validate_every"),
+        checkpoint_every=steps("checkpoint_every"),
+    )
+    uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)
+    return Training(config, dataset, model, plan, uses_adversary, evaluation_key)
+
+
+def apply_fn(model: nn.Module) -> Apply:
+    """A linen network as an objective calls it."""
+
+    def apply(params, batch_stats, x, train):
+        variables = {"params": params, "batch_stats": batch_stats}
+        if not train:
+            return model.apply(variables, x), batch_stats
+        logits, mutated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return logits, mutated.get("batch_stats", batch_stats)
+
+    return apply
+
+
+def network(model: nn.Module) -> Network:
+    """network(variables, x) -> logits; float64 images are computed in float64 throughout."""
+
+    def run(variables, x):
+        exact = x.dtype == jnp.float64
+        return (model.clone(dtype=jnp.float64) if exact else model).apply(variables, x)
+
+    return run
+
+
+def _num_labeled_in_batch(config: ConfigDict, train: data.Split | data.Streamed) -> int:
+    if len(train.labeled) == train.size:
+        return config.batch_size
+    return max(1, round(config.labeled_fraction * config.batch_size))
+
+
+def try_attack(path: str, attack: Callable, dataset: data.Dataset, reference=None, **keywords):
+    """Traces an attack on the data's shapes and a linear network, which is where it checks itself.
+
+    reference: what stands for the labels.
+    """
+    x, y, key, _ = _shapes(dataset)
+
+    def attacked(x, reference, key):
+        return attack(_linear(dataset), x, reference, key, **keywords)
+
+    guard(path, jax.eval_shape, attacked, x, y if reference is None else reference, key)
+
+
+def _try_out(dataset, model, loss, adversary, terms: Mapping[str, Term], validation_attack) -> None:
+    """Traces each piece on the data's shapes: the network once, the others on a linear one."""
+    x, y, key, logits = _shapes(dataset)
+
+    def regularized(fn, pair):
+        def term(x, logits, y, key):
+            half = regularizers.Half(x, logits)
+            if pair:
+                return fn(half, half, y)
+            return fn(_linear(dataset), half, y, jax.random.split(key, 2))
+
+        jax.eval_shape(term, x, logits, y, key)
+
+    guard("config.model", jax.eval_shape, model.init, key, x)
+    guard("config.loss", jax.eval_shape, loss, logits, y)
+    if adversary is not None:
+        target = logits if adversary.against_clean_logits else y
+        try_attack("config.adversary", adversary.attack, dataset, target)
+    for name, term in terms.items():
+        pair = name in regularizers.PAIR_REGULARIZERS
+        guard(f"config.regularizers.{name}", regularized, term.fn, pair)
+    try_attack("config.validation_attack", validation_attack, dataset)
+
+
+def _linear(dataset: data.Dataset) -> LogitsFn:
+    """A network that takes no time to trace."""
+
+    def logits_fn(x):
+        return jnp.broadcast_to(x.mean((1, 2, 3))[:, None], (x.shape[0], dataset.num_classes))
+
+    return logits_fn
+
+
+def _shapes(dataset: data.Dataset):
+    """Two images, their labels, a key and logits, to trace with."""
+    return (
+        jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.float32),
+        jax.ShapeDtypeStruct((2,), jnp.int32),
+        jax.eval_shape(partial(jax.random.key, 0)),
+        jax.ShapeDtypeStruct((2, dataset.num_classes), jnp.float32),
+    )

@@ -1,0 +1,55 @@
+"""Whether a finished run's records and table are what its checkpoints give."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from robust_jax.app import records, runs
+from robust_jax.app.experiment import Experiment
+from robust_jax.app.results import summarize
+from robust_jax.errors import UserError
+from robust_jax.train.loop import Trained
+
+
+def compare(
+    experiment: Experiment, trained: Trained, workdir: Path, results: dict[str, Any]
+) -> None:
+    """Attacks again, with the same keys, and compares with the records and the table of results.
+
+    Raises UserError with the differences, where an example's fate is another, or the records do
+    not add up to the table.
+    """
+    stored, wrong = runs.load(workdir).records, []
+    for name, state in {"best": trained.best, "last": trained.last}.items():
+        if name == "last" and int(state.step) == int(trained.best.step):
+            fresh = stored["best"]
+        else:
+            fresh = experiment.evaluator.records(state.variables, f"verify {name}")
+        found = records.disagreements(stored[name], fresh)
+        logging.info("%s: %d columns agree", name, len(stored[name].columns) - len(found))
+        wrong += [f"records/{name}.csv {column}: {count} rows" for column, count in found.items()]
+        summary = json.loads(json.dumps(summarize(stored[name], experiment.grids)))
+        for part, value in summary.items():
+            if not _alike(value, results[name][part]):
+                wrong.append(f"results.json {name}.{part} is not what the records add up to")
+            if name == "best" and not _alike(value, results[part]):
+                wrong.append(f"results.json {part} is not what the records add up to")
+    if wrong:
+        raise UserError(f"{workdir} is not confirmed: {'; '.join(wrong)}")
+    logging.info("confirmed: every adversarial of %s was found again", workdir)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Equal but for the last digits of numbers, which a CSV file rounds."""
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(
+            _alike(one[k], other[k]) for k in one
+        )  # fmt: skip
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return bool(np.isclose(one, other, rtol=1e-5, atol=1e-8, equal_nan=True))
+    return one == other
