@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robust_jax import attacks, energy, errors, jacobian, losses, margins
     from robust_jax._audit import Audit, Check, audit
+    from robust_jax.app.evaluation import Evaluation, evaluate
     from robust_jax.attacks import norms
 
 __version__ = "0.2.0"
@@ -13,10 +14,12 @@ __version__ = "0.2.0"
 __all__ = [
     "Audit",
     "Check",
+    "Evaluation",
     "attacks",
     "audit",
     "energy",
     "errors",
+    "evaluate",
     "jacobian",
     "losses",
     "margins",
@@ -29,6 +32,8 @@ _HOMES = {
     "Audit": "robust_jax._audit",
     "Check": "robust_jax._audit",
     "audit": "robust_jax._audit",
+    "evaluate": "robust_jax.app.evaluation",
+    "Evaluation": "robust_jax.app.evaluation",
     "norms": "robust_jax.attacks",
 }
 

@@ -116,10 +116,10 @@ def audit(
         raise ValueError(f"eps must be above 0, not {eps!r} (pixels are in [0,1])")
     norms.check(norm)
     x = np.asarray(_checks.pixels(x))
-    y = _checks.one_row_each(y, x)
+    y = np.asarray(_checks.one_row_each(y, x))
     network = _checks.network(logits_fn, x)
     _checks.labels(y, _checks.num_classes(network))
-    y = np.asarray(y, np.int32)
+    y = y.astype(np.int32)
     keys = example_keys(_checks.example_keys_of(key, len(x)), len(x))
     others = {n: _checks.network(fn, x, f"surrogate {n!r}") for n, fn in (surrogates or {}).items()}
     rows = {"x": x, "y": y, "key": np.asarray(jax.random.key_data(keys))}

@@ -75,7 +75,10 @@ def example_keys_of(key: Any, count: int) -> jax.Array:
     if isinstance(key, jax.Array | np.ndarray):
         is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         if not is_typed and key.dtype == np.uint32 and key.shape in ((2,), (count, 2)):
-            key, is_typed = jax.random.wrap_key_data(key), True  # as jax.random.PRNGKey makes it
+            key, is_typed = (
+                jax.random.wrap_key_data(jnp.asarray(key)),
+                True,
+            )  # as jax.random.PRNGKey makes it
         if is_typed and key.shape in ((), (count,)):
             return key
         if is_typed:

@@ -53,7 +53,7 @@ def compiled(fn: Callable) -> Callable:
 class Placement:
     """Where examples lie: on one device (mesh is None), or on several, a share of the rows each."""
 
-    def __init__(self, mesh: Mesh | None = None, axes: Any = None):
+    def __init__(self, mesh: Any = None, axes: Any = None):
         self.mesh, self.axes = mesh, axes
 
     @property

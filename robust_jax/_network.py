@@ -30,7 +30,7 @@ class Program:
         self._jaxpr, self._dtype = closed.jaxpr, closed.in_avals[0].dtype
         self._batch_size = closed.in_avals[0].shape[0]
         self.outputs = outputs
-        self._description = _described(closed.jaxpr), jax.tree.structure(outputs)
+        self._description: tuple = (_described(closed.jaxpr), jax.tree.structure(outputs))
         # A function that vmap cannot lift is called as it is, with its arrays as constants.
         self._fn = None if _can_be_lifted(closed) else fn
         if self._fn is not None:
@@ -140,9 +140,9 @@ def _on_the_whole_batch(fn: Callable) -> Callable:
 
         @call.def_vmap
         def rule(size, is_batched, *args):
-            args = [a if b else jnp.broadcast_to(a, (size, *a.shape))
-                    for a, b in zip(args, is_batched, strict=True)]  # fmt: skip
-            return merged(call, *args), True  # within another vmap perhaps
+            whole = [a if b else jnp.broadcast_to(a, (size, *a.shape))
+                     for a, b in zip(args, is_batched, strict=True)]  # fmt: skip
+            return merged(call, *whole), True  # within another vmap perhaps
 
         return call
 

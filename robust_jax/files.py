@@ -1,8 +1,10 @@
 """Files that are whole or not there, whenever the process may be killed; and unreadable ones."""
 
+import json
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,11 @@ def write_atomically(path: Path, text: str) -> Path:
     pending = path.with_name(path.name + ".pending")
     pending.write_text(text, encoding="utf-8")
     return pending.replace(path)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes a value as JSON beside path and renames it to path, which is returned."""
+    return write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def save_arrays(path: Path, **arrays: np.ndarray | str | int) -> Path:

@@ -40,6 +40,7 @@ def floor(name: str) -> int:
 def test_no_floor_imports_one_above_it():
     found = modules()
     assert {floor(name) for name in found} == {0, 1, 2}
+    del found["robust_jax"]  # the face of all three
     for name, imported in found.items():
         ours = {one for one in imported if one.startswith("robust_jax")}
         above = sorted(one for one in ours if floor(one) < floor(name))

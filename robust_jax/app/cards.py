@@ -28,7 +28,9 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
         f"Audit: {audit['verdict']}." if audit else "Not audited.",
     ]
     return {
-        "name": f"{config['loss']['name']} on {config['loss_on']}",
+        "name": results["model"]["name"]
+        if "title" in results
+        else (f"{config['loss']['name']} on {config['loss_on']}"),
         "dataset": results["data"]["name"].removeprefix("tfds:"),
         "architecture": results["model"]["name"],
         "threat_model": _NORMS.get(entry["norm"], entry["norm"]),

@@ -3,6 +3,7 @@
 Anything drawn at random follows (seed, attack, example): never the batch or the device.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -88,7 +89,10 @@ class Evaluator:
         mapped = partial(
             parallel.map_split, method=method, batch_size=settings.batch_size, num_sizes=_NUM_SIZES
         )
-        self._measure = mapped(_measurement(network, settings))
+        measurement = Measurement(settings)
+        self._measure = mapped(
+            lambda variables, *args: measurement(partial(network, variables), *args)
+        )
         self._attacks = {
             name: mapped(_attempt(network, grid, name))
             for name, grid in grids.items()
@@ -114,7 +118,7 @@ class Evaluator:
         with progress(work, description, "pass") as bar:
             columns = self._measure(variables, self._split, index, self._key_data)
             columns["correct"] = columns["correct"].astype(bool)
-            columns["key"] = _hexadecimal(fold_in_each(self._key, jnp.asarray(index)))
+            columns["key"] = hexadecimal(fold_in_each(self._key, jnp.asarray(index)))
             bar.update(2)
             for name, grid in self._grids.items():
                 attacked = index < (grid.num_examples or count)
@@ -213,14 +217,16 @@ class Evaluator:
         }
 
 
-def _measurement(network: Network, settings: Settings) -> Callable:
-    def measure(variables, batch, key_data):
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What is measured of each example, by column: outputs, losses and norms of the Jacobian."""
+
+    settings: Settings
+
+    def __call__(self, logits_fn, batch, key_data):
+        settings = self.settings
         key = jax.random.wrap_key_data(key_data)
         estimate_key, spectral_key = (_named_key(key, name) for name in ("estimate", "spectral"))
-
-        def logits_fn(x):
-            return network(variables, x)
-
         x, y, index = data.to_pixels(batch["image"]), batch["label"], batch["index"]
         logits = logits_fn(x)
         estimate = jacobian.frobenius_norm_estimate(
@@ -258,8 +264,6 @@ def _measurement(network: Network, settings: Settings) -> Callable:
             "frobenius_estimate_error_logits": estimate.standard_error,
         }
 
-    return measure
-
 
 def _attempt(network: Network, grid: AttackGrid, name: str) -> Callable:
     size = num_changed if grid.norm == "l0" else partial(norms.size, norm=grid.norm)
@@ -289,7 +293,7 @@ def _attack_keys(key: jax.Array, name: str, index) -> jax.Array:
     return fold_each(fold_in_each(key, jnp.asarray(index)), zlib.crc32(name.encode()))
 
 
-def _hexadecimal(keys: jax.Array) -> list[str]:
+def hexadecimal(keys: jax.Array) -> list[str]:
     """The words of each key's data; `attacks` take jax.random.wrap_key_data of them."""
     return ["".join(f"{word:08x}" for word in words) for words in jax.random.key_data(keys)]
 

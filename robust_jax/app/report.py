@@ -98,6 +98,8 @@ def checkpoints(results: Results) -> list[str]:
 
 def title(results: Results) -> str:
     """The data set, the model and the method in words."""
+    if "title" in results:  # not trained here
+        return results["title"]
     config = results["config"]
     on = {"both": "clean and adversarial"}.get(config["loss_on"], config["loss_on"])
     method = f"{_words(config['loss']['name'])} on {on} images"
@@ -305,15 +307,21 @@ def _first_to_break(results: Results, best: pd.DataFrame) -> list[dict[str, str]
     return rows
 
 
+def _counts(data: Mapping[str, Any]) -> str:
+    splits = [name for name in ("train", "validation", "test") if name in data]
+    words = {"train": "training"}
+    return ", ".join(f"{data[name]:,} {words.get(name, name)}" for name in splits)
+
+
 def _facts(results: Results) -> list[tuple[str, str]]:
     data, device, timings = results["data"], results["device"], results["timings"]
     shape = "×".join(map(str, data["image_shape"]))
     return [
-        ("data", f"{data['name']}: {data['train']:,} training, {data['validation']:,} validation, "
-                 f"{data['test']:,} test images of {shape}, {data['num_classes']} classes"),
+        ("data", f"{data['name']}: {_counts(data)} images of {shape}, "
+                 f"{data['num_classes']} classes"),
         ("model", f"{results['model']['name']}, {results['model']['parameters']:,} parameters"),
         ("device", f"{device['count']} × {device['kind']} ({device['platform']})"),
-        ("seed", str(results["seed"])),
+        *([("seed", str(results["seed"]))] if "seed" in results else []),
         *((_words(k), f"{v:,.0f}" if v >= 100 else f"{v:.3g}") for k, v in timings.items()),
         ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),
     ]  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from robust_jax import __version__
+from robust_jax._audit import Audit
 from robust_jax.app import config as config_lib
 from robust_jax.app import records as records_lib
 from robust_jax.app import runs
@@ -32,23 +33,15 @@ def compose(
         name: {"step": int(states[name].step), **summarize(table, experiment.grids)}
         for name, table in tables.items()
     }
-    dataset, device = experiment.dataset, jax.devices()[0]
+    dataset = experiment.dataset
     return {
         "checkpoint": "best",
         **summaries["best"],
         **summaries,
         "config": config_lib.to_json(experiment.config),
         "seed": experiment.config.seed,
-        "versions": {
-            "robust_jax": __version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _PACKAGES},
-        },
-        "device": {
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "count": jax.device_count(),
-        },
+        "versions": versions(*_PACKAGES),
+        "device": device(),
         "data": {
             "name": dataset.name,
             **{split: getattr(dataset, split).size for split in ("train", "validation", "test")},
@@ -61,6 +54,33 @@ def compose(
         },
         "trained_against": trained_against(experiment),
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of this package, Python and the packages named."""
+    return {
+        "robust_jax": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def device() -> dict[str, Any]:
+    """What computed it."""
+    first = jax.devices()[0]
+    return {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count()}
+
+
+def audit_to_json(audit: Audit) -> dict[str, Any]:
+    """An audit as results.json holds it; None stands for a number that is not finite."""
+    checks = [
+        {
+            **check._asdict(),
+            "values": {k: v if np.isfinite(v) else None for k, v in check.values.items()},
+        }
+        for check in audit.checks
+    ]
+    return {**audit._asdict(), "checks": checks}
 
 
 def trained_against(experiment: Experiment) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from robust_jax.app import config as config_lib
 from robust_jax.app import folder, runs, surrogate, verify
 from robust_jax.app.experiment import Experiment, build
 from robust_jax.app.folder import Mode
-from robust_jax.app.results import compose, trained_against, validations
+from robust_jax.app.results import audit_to_json, compose, trained_against, validations
 from robust_jax.app.subject import subject_of
 from robust_jax.devices import processes, speed
 from robust_jax.errors import NothingToAudit, UserError
@@ -194,14 +194,7 @@ def _audit(
     except NothingToAudit as error:
         logging.warning("no audit: %s", error)
         return None
-    checks = [
-        {
-            **check._asdict(),
-            "values": {k: v if np.isfinite(v) else None for k, v in check.values.items()},
-        }
-        for check in found.checks
-    ]
-    return {**found._asdict(), "checks": checks, "seconds": time.perf_counter() - start}
+    return {**audit_to_json(found), "seconds": time.perf_counter() - start}
 
 
 def _images(experiment: Experiment, trained: Trained) -> dict[str, np.ndarray]:

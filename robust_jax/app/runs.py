@@ -24,11 +24,11 @@ def results(workdir: Path | str) -> dict[str, Any]:
 def load(workdir: Path | str) -> Run:
     """Reads the rest of an evaluated run; nothing in it is unpickled."""
     workdir = Path(workdir)
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    metrics = workdir / "metrics.jsonl"  # what `evaluate` leaves was not trained here
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    files = ((name, workdir / "records" / f"{name}.csv") for name in ("best", "last"))
     return Run(
-        records={
-            name: pd.read_csv(workdir / "records" / f"{name}.csv") for name in ("best", "last")
-        },
+        records={name: pd.read_csv(path) for name, path in files if path.exists()},
         # A value that was not finite is null there.
         metrics=pd.DataFrame([json.loads(line) for line in lines]).astype(float),
         images=_arrays(workdir / "examples.npz"),

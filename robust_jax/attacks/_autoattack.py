@@ -126,8 +126,8 @@ def autoattack(
     plan = check_arguments(eps=eps, norm=norm, version=version, overrides=overrides)
     check_counts(batch_size=batch_size)
     is_randomised = version == "rand"
-    x = _checks.pixels(x)
-    y = _checks.one_row_each(y, x)
+    x = np.asarray(_checks.pixels(x))
+    y = np.asarray(_checks.one_row_each(y, x))
     if x.ndim != 4 and any(member.attack is square for member in plan.values()):
         raise ValueError(
             f"x has the shape {list(x.shape)}; Square's patches need images [N,H,W,C]: name the "
@@ -138,8 +138,8 @@ def autoattack(
     _checks.labels(y, num_classes)
     keys = example_keys(_checks.example_keys_of(key, len(x)), len(x))
     rows = {
-        "x": np.asarray(x),
-        "y": np.asarray(y, np.int32),
+        "x": x,
+        "y": y.astype(np.int32),
         "key": np.asarray(jax.random.key_data(keys)),
     }
     x, y = rows["x"], rows["y"]

@@ -1,0 +1,199 @@
+"""One call for the whole verdict on a network of any framework."""
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from robust_jax import _audit, _checks, margins
+from robust_jax._audit import Audit
+from robust_jax._front import Mapper
+from robust_jax.app import cards, report
+from robust_jax.app.evaluate import AttackGrid, Measurement, Settings, hexadecimal
+from robust_jax.app.records import column
+from robust_jax.app.results import audit_to_json, device, summarize, versions
+from robust_jax.attacks import Norm, autoattack
+from robust_jax.attacks._autoattack import check_arguments
+from robust_jax.errors import NothingToAudit
+from robust_jax.files import write_json
+from robust_jax.keys import fold_in_each
+from robust_jax.losses import Loss
+from robust_jax.types import LogitsFn
+
+
+class Evaluation(NamedTuple):
+    """What was found of a network on N examples.
+
+    clean_accuracy and robust_accuracy: shares of the N, the second under AutoAttack. records: a row
+    for each example, with its margins, Jacobian norms and what became of it. summary: the means of
+    the records, as results.json holds them. audit: None where no example is classified correctly.
+    card: RobustBench's fields. warnings: reasons to doubt the numbers, in sentences.
+    """
+
+    clean_accuracy: float
+    robust_accuracy: float
+    records: pd.DataFrame
+    summary: dict[str, Any]
+    audit: Audit | None
+    card: dict[str, Any] | None
+    warnings: tuple[str, ...]
+
+
+def evaluate(
+    logits_fn: LogitsFn,
+    x: Any,
+    y: Any,
+    key: jax.Array,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    version: str | tuple[str, ...] = "standard",
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    training_loss: Loss | None = None,
+    surrogates: Mapping[str, LogitsFn] | None = None,
+    num_audited: int = 200,
+    num_queries: int = 1000,
+    batch_size: int = 128,
+    folder: str | os.PathLike | None = None,
+    name: str = "model",
+    dataset: str = "data",
+    progress: bool = True,
+) -> Evaluation:
+    """Clean accuracy, AutoAttack, the audit, Jacobian norms and margins of a network.
+
+    Args:
+        logits_fn: The network, [B,H,W,C] in [0,1] -> [B,K].
+        x: The examples [N,H,W,C], pixels in [0,1].
+        y: Their labels [N].
+        key: One key; each example draws from it and its place in x.
+        eps: The radius of the threat model, in pixel units.
+        norm: Its norm: linf, l2 or l1.
+        version: AutoAttack's, or the names of its members.
+        overrides: Keywords for members of AutoAttack by name.
+        training_loss: The loss that the network was trained with, for the audit.
+        surrogates: Other networks for the same task, for the audit. Give an undefended one.
+        num_audited: How many of the first examples are audited.
+        num_queries: The budget of the audit's random search.
+        batch_size: How many examples are in memory at a time.
+        folder: Where to leave records/best.csv, card.json, results.json and report.html. A call
+            that was stopped continues where it was when it is made again.
+        name: What the model is called in the card and on the page.
+        dataset: What the data are called there.
+        progress: Whether bars show how far it has come.
+
+    Returns:
+        The numbers, the records of each example, the audit and the card.
+
+    Raises:
+        ValueError: An argument is not as described; the message says what to do.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, robust_jax
+        >>> weights = jax.random.normal(jax.random.key(0), (12, 3))
+        >>> logits_fn = lambda x: x.reshape(len(x), -1) @ weights
+        >>> x = jax.random.uniform(jax.random.key(1), (20, 2, 2, 3))
+        >>> y = logits_fn(x).argmax(-1)
+        >>> found = robust_jax.evaluate(logits_fn, x, y, jax.random.key(2), eps=0.01,
+        ...                             version=("apgd_ce",), num_queries=10, progress=False)
+        >>> found.clean_accuracy
+        1.0
+    """
+    start = time.perf_counter()
+    _checks.length("eps", eps)
+    members = check_arguments(eps=eps, norm=norm, version=version, overrides=overrides)
+    x = np.asarray(_checks.pixels(x), np.float32)
+    y = _checks.one_row_each(y, x)
+    network = _checks.network(logits_fn, x)
+    num_classes = _checks.num_classes(network)
+    _checks.labels(y, num_classes)
+    y = np.asarray(y, np.int32)
+    key = _checks.example_keys_of(key, len(x))
+    if key.ndim:
+        raise ValueError(f"key has the shape {list(key.shape)}; give one key")
+    rows = {"image": x, "label": y, "index": np.arange(len(x))}
+    state = None
+    if folder is not None:
+        folder = Path(folder)
+        state = folder / "unfinished" / "autoattack.npz"
+        state.parent.mkdir(parents=True, exist_ok=True)
+    found = autoattack(
+        logits_fn, x, y, fold_in_each(key, jnp.arange(len(x))), eps=eps, norm=norm, version=version,
+        overrides=overrides, batch_size=batch_size, state_path=state, progress=progress,
+    )  # fmt: skip
+    mapping = Mapper(network, batch_size)
+    columns = mapping(Measurement(_settings(batch_size)))(
+        rows, np.asarray(jax.random.key_data(key))
+    )
+    columns["correct"] = columns["correct"].astype(bool)
+    columns["input_margin"] = mapping(_InputMargin(norm))(rows)
+    attack = f"autoattack_{norm}"
+    columns |= {
+        column(attack, eps, "held"): found.robust,
+        column(attack, eps, "distance"): found.distance,
+        column(attack, eps, "margin"): found.margin,
+        column(attack, eps, "broken_by"): found.broken_by,
+    }
+    keys = hexadecimal(fold_in_each(key, jnp.arange(len(x))))
+    records = pd.DataFrame({"index": rows["index"], "label": y, **columns, "key": keys})
+    warnings = list(found.warnings)
+    try:
+        audited: Audit | None = _audit.audit(
+            logits_fn, x[:num_audited], y[:num_audited], jax.random.fold_in(key, len(x)),
+            eps=eps, norm=norm, training_loss=training_loss, surrogates=surrogates,
+            num_queries=num_queries, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+    except NothingToAudit as error:
+        audited = None
+        warnings.append(f"no audit: {error}")
+    grid = AttackGrid("autoattack", autoattack, norm, (float(eps),), members=tuple(members))
+    summary = summarize(records, {attack: grid})
+    results = {
+        "checkpoint": "best",
+        "title": f"{dataset}, {name}",
+        **summary,
+        **{checkpoint: {"step": 0, **summary} for checkpoint in ("best", "last")},
+        "audit": None if audited is None else audit_to_json(audited),
+        "warnings": warnings,
+        "trained_against": None,
+        "config": {"attacks": {attack: {"version": version, "overrides": overrides}}},
+        "data": {"name": dataset, "test": len(x), "num_classes": num_classes,
+                 "image_shape": list(x.shape[1:])},
+        "model": {"name": name, "parameters": sum(np.size(a) for a in network.arrays)},
+        "device": device(),
+        "versions": versions("jax", "jaxlib", "numpy"),
+        "timings": {"evaluate_seconds": time.perf_counter() - start},
+    }  # fmt: skip
+    card = cards.card(results)
+    if folder is not None:
+        (folder / "records").mkdir(exist_ok=True)
+        records.to_csv(folder / "records" / "best.csv", index=False)
+        report.write(folder, results)
+        write_json(folder / "card.json", card)
+        write_json(folder / "results.json", results)
+        shutil.rmtree(folder / "unfinished", ignore_errors=True)
+    robust = float(found.robust.mean())
+    clean = summary["clean"]["accuracy"]
+    return Evaluation(clean, robust, records, summary, audited, card, tuple(warnings))
+
+
+@dataclasses.dataclass(frozen=True)
+class _InputMargin:
+    norm: Norm
+
+    def __call__(self, logits_fn, rows):
+        return margins.first_order(logits_fn, rows["image"], rows["label"], norm=self.norm)
+
+
+def _settings(batch_size: int) -> Settings:
+    return Settings(
+        batch_size=batch_size, jacobian_chunk=batch_size, jacobian_projections=16,
+        spectral_iterations=20, num_images=0,
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""One call for the whole verdict: the same numbers as its parts, and the files it leaves."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+import robust_jax
+from robust_jax import attacks, jacobian, losses, margins
+from robust_jax.attacks import _autoattack
+from tests.digits import EPS, test_points, trained
+
+KEY = jax.random.key(0)
+SETTINGS = {
+    "eps": EPS, "version": ("apgd_ce", "square"), "num_audited": 20, "num_queries": 10,
+    "overrides": {"apgd_ce": {"num_steps": 5}, "square": {"num_queries": 10}}, "progress": False,
+}  # fmt: skip
+
+
+def points():
+    return test_points(60)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The evaluation of a network, and its folder."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    x, y = points()
+    return robust_jax.evaluate(
+        trained(), x, y, KEY, folder=folder, name="an MLP", dataset="digits", **SETTINGS
+    ), folder
+
+
+def test_its_numbers_are_those_of_its_parts(found):
+    result, _ = found
+    x, y = points()
+    logits_fn = trained()
+    logits = np.asarray(logits_fn(x))
+    assert result.clean_accuracy == (logits.argmax(-1) == y).mean()
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(len(x)))
+    names = ("eps", "version", "overrides", "progress")
+    alone = attacks.autoattack(logits_fn, x, y, keys, **{n: SETTINGS[n] for n in names})
+    assert result.robust_accuracy == alone.robust.mean() < result.clean_accuracy
+    held = result.records[f"autoattack_linf@{EPS:g}/held"]
+    np.testing.assert_array_equal(held, alone.robust)
+    entry = result.summary["attacks"][0]
+    assert entry["members"] == alone.robust_accuracy
+    columns = {
+        "margin": losses.margin(jnp.asarray(logits), jnp.asarray(y)),
+        "frobenius_logits": jacobian.frobenius_norm(logits_fn, x),
+        "input_margin": margins.first_order(logits_fn, x, y),
+    }
+    for name, expected in columns.items():
+        np.testing.assert_allclose(result.records[name], expected, rtol=1e-3, atol=1e-4)
+    assert result.audit.num_examples <= 20 and len(result.audit.checks) == 11
+
+
+def test_it_leaves_records_a_card_and_a_page(found):
+    result, folder = found
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "card.json", "records", "report.html", "results.json"
+    ]  # fmt: skip
+    records = pd.read_csv(folder / "records" / "best.csv", dtype={"key": str})
+    by = f"autoattack_linf@{EPS:g}/broken_by"
+    records[by] = records[by].fillna("")
+    pd.testing.assert_frame_equal(
+        records, result.records, check_dtype=False, check_exact=False, rtol=1e-4
+    )
+    card = json.loads((folder / "card.json").read_text())
+    assert card == result.card
+    assert card["name"] == "an MLP" and card["threat_model"] == "Linf"
+    assert float(card["autoattack_acc"]) == pytest.approx(100 * result.robust_accuracy, abs=0.01)
+    page = (folder / "report.html").read_text()
+    assert "digits, an MLP" in page and "Is it real?" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("data:image", "")
+
+
+def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, monkeypatch):
+    result, _ = found
+    x, y = points()
+    started = []
+
+    def attempt(attack, *settings, real=_autoattack._Attempt):
+        started.append(attack.__name__)
+        if started == ["apgd", "square"]:
+            raise KeyboardInterrupt
+        return real(attack, *settings)
+
+    monkeypatch.setattr(_autoattack, "_Attempt", attempt)
+    with pytest.raises(KeyboardInterrupt):
+        robust_jax.evaluate(trained(), x, y, KEY, folder=tmp_path, **SETTINGS)
+    started.clear()
+    again = robust_jax.evaluate(trained(), x, y, KEY, folder=tmp_path, **SETTINGS)
+    assert started == ["square"]
+    pd.testing.assert_frame_equal(again.records, result.records)
+
+
+def test_a_network_that_is_always_wrong_has_no_audit_and_says_so():
+    x, y = points()
+    result = robust_jax.evaluate(lambda x: trained()(x)[:, ::-1] * 0 - jnp.arange(10.0), x[y > 0],
+                                 y[y > 0], KEY, **SETTINGS)  # fmt: skip
+    assert result.clean_accuracy == result.robust_accuracy == 0 and result.audit is None
+    assert any("classified correctly" in warning for warning in result.warnings)
+
+
+def test_mistakes_are_told_in_one_line():
+    x, y = points()
+    for changes, message in [
+        ({"eps": "8/255"}, "eps is '8/255'"),
+        ({"norm": "l0"}, "norm must be one of"),
+        ({"x": 255 * x}, "pixels must be in"),
+        ({"key": jax.random.split(KEY, len(x))}, r"key has the shape \[60\]; give one key"),
+    ]:
+        arguments = {"x": x, "y": y, "key": KEY, **SETTINGS, **changes}
+        with pytest.raises(ValueError, match=message):
+            robust_jax.evaluate(trained(), **arguments)
