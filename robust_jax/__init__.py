@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robust_jax import attacks, energy, errors, jacobian, losses, margins
     from robust_jax._audit import Audit, Check, audit
+    from robust_jax._network import plain_convolutions
     from robust_jax.app.evaluation import Evaluation, evaluate
     from robust_jax.attacks import norms
 
@@ -24,6 +25,7 @@ __all__ = [
     "losses",
     "margins",
     "norms",
+    "plain_convolutions",
 ]
 
 # Where a public name lives that is no module of this package. Imported when it is first asked for,
@@ -35,6 +37,7 @@ _HOMES = {
     "evaluate": "robust_jax.app.evaluation",
     "Evaluation": "robust_jax.app.evaluation",
     "norms": "robust_jax.attacks",
+    "plain_convolutions": "robust_jax._network",
 }
 
 

@@ -1,6 +1,6 @@
 """A network in float64, to see what its float32 loses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from robust_jax._network import Network, as_network, jax_function_of, variables_and_function
+from robust_jax._network import Network, as_network, interpret, jax_function_of
 
 
 class NotInDouble(Exception):
@@ -31,7 +31,9 @@ def in_double(logits_fn: Callable, shape: tuple[int, ...]) -> Network:
     single = as_network(logits_fn, shape, jnp.float32)
     arrays = tuple(map(_wide, single.arrays))
     closed = single.program.closed(arrays)
-    return as_network(lambda x: _evaluated(closed.jaxpr, arrays, x)[0], shape, jnp.float64)
+    return as_network(
+        lambda x: interpret(closed.jaxpr, arrays, [x], _result)[0], shape, jnp.float64
+    )
 
 
 def _wide(value: Any) -> Any:
@@ -44,32 +46,14 @@ def _wide_type(param: Any) -> Any:
     return jnp.dtype(jnp.float64) if is_type else param
 
 
-def _evaluated(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
-    """The results of a program in float64, equation by equation."""
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-
-    def read(var):
-        return _wide(var.val) if isinstance(var, core.Literal) else values[var]
-
-    for eqn in jaxpr.eqns:
-        inputs = [read(var) for var in eqn.invars]
-        outputs = _result(jaxpr, eqn, inputs)
-        values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(var) for var in jaxpr.outvars]
-
-
 def _result(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
+    """An equation's results in float64."""
     name, params = eqn.primitive.name, eqn.params
-    if name in ("jit", "pjit"):
-        return _evaluated(params["jaxpr"].jaxpr, list(map(_wide, params["jaxpr"].consts)), *inputs)
+    inputs = list(map(_wide, inputs))
     own = jax_function_of(eqn) if name == "custom_jvp_call" else ""
     if own and hasattr(jax.nn, own):
         return [getattr(jax.nn, own)(*inputs)]
     if any(isinstance(value, core.Jaxpr | core.ClosedJaxpr) for value in params.values()):
         raise NotInDouble(f"the network contains a {name}, whose types are fixed")
-    if not any(jnp.issubdtype(jnp.result_type(value), jnp.floating) for value in inputs):
-        variables, fn = variables_and_function(jaxpr, eqn)
-        by_name = dict(zip(eqn.invars, inputs, strict=True)) if variables else {}
-        return list(map(_wide, fn(*(by_name[var] for var in variables))))
     outputs = eqn.primitive.bind(*inputs, **{k: _wide_type(v) for k, v in params.items()})
     return list(outputs) if eqn.primitive.multiple_results else [outputs]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.test_util import check_grads
 
-from robust_jax.models.conv import Conv, conv2d, max_pool2d
+from robust_jax._convolution import conv2d, max_pool2d
+from robust_jax.models.layers import Conv
 
 # (image, kernel, strides, padding): odd and even sizes, every kernel, stride and kind of padding;
 # a stride above the kernel leaves pixels that no output reads.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robust_jax._convolution import conv2d
 from robust_jax.models import MODELS, num_parameters
-from robust_jax.models.conv import conv2d
 from robust_jax.models.layers import ACTIVATIONS
 
 MNIST, CIFAR = (28, 28, 1), (32, 32, 3)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from robust_jax._convolution import conv2d
 from robust_jax.analysis import spectra
 from robust_jax.analysis.features import captured
 from robust_jax.analysis.spectra import Layer
 from robust_jax.models import CNN, PreActResNet
-from robust_jax.models.conv import conv2d
 
 KEY = jax.random.key(0)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import models
+from robust_jax import _convolution, models
 from robust_jax.devices import parallel, speed
 from robust_jax.train import loop
 from tests.test_train import plan_of, small_config
@@ -25,12 +25,12 @@ def test_a_product_counts_two_for_each_multiply_add():
     assert speed.flops(lambda a: jnp.exp(a).sum(), array(3, 4)) == 0
 
 
-@pytest.mark.parametrize("implementation", models.conv.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", _convolution.IMPLEMENTATIONS)
 def test_a_convolution_and_its_gradients_count_the_same(implementation):
     x, k = array(2, 9, 8, 3), array(5, 3, 3, 6)
 
     def conv(x, k):
-        return models.conv.conv2d(x, k, padding="VALID", implementation=implementation)
+        return _convolution.conv2d(x, k, padding="VALID", implementation=implementation)
 
     once = 2 * (2 * 5 * 6 * 6) * (5 * 3 * 3)
     assert speed.flops(conv, x, k) == once

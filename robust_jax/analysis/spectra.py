@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
 from robust_jax.attacks import Norm
-from robust_jax.models.conv import Conv
+from robust_jax.models.layers import Conv
 
 Pair = tuple[int, int]
 Values = Float[np.ndarray, " n"]
@@ -40,7 +40,7 @@ def layers(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> di
 
     image_shape: [H,W,C] of one example. Traces model.apply(variables, x) once, which costs nothing
     on any device. Raises ValueError for a kernel of any other module: those are nn.Dense and
-    `models.conv.Conv`.
+    `models.layers.Conv`.
     """
     params = flatten_dict(variables["params"], sep="/")
     found: dict[str, Layer] = {}

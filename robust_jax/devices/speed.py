@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from robust_jax.models import conv
+from robust_jax import _convolution as conv
 
 # Dense bfloat16 (V100, T4: float16) products by the data sheets, in FLOP/s of what JAX calls a
 # device.

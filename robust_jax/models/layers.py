@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from robust_jax.models.conv import IMPLEMENTATIONS, Conv
+from robust_jax._convolution import IMPLEMENTATIONS, Padding, conv2d
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": nn.relu, "silu": nn.silu}
 MONOTONE = ("relu",)  # activations that commute with a maximum
@@ -45,6 +46,36 @@ def normalize(
         check_choice(f"len({field})", len(value), sorted({1, x.shape[-1]}))
     wide = jnp.promote_types(dtype, jnp.float32)
     return ((x.astype(wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
+
+
+class Conv(nn.Module):
+    """`conv2d` with parameters `kernel` and `bias`, named and shaped as `flax.linen.Conv`'s."""
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    padding: Padding = "SAME"
+    use_bias: bool = True
+    dtype: Any = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b v u o"]:
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = conv2d(
+            x,
+            kernel,
+            strides=self.strides,
+            padding=self.padding,
+            implementation=self.implementation,
+        )
+        return y if bias is None else y + bias
 
 
 class Classifier(nn.Module, kw_only=True):

@@ -5,7 +5,7 @@ from typing import ClassVar
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from robust_jax.models.conv import global_avg_pool2d
+from robust_jax._convolution import global_avg_pool2d
 from robust_jax.models.layers import (
     ACTIVATIONS,
     NORMS,

@@ -3,7 +3,7 @@
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from robust_jax.models.conv import max_pool2d
+from robust_jax._convolution import max_pool2d
 from robust_jax.models.layers import (
     ACTIVATIONS,
     MONOTONE,

@@ -13,19 +13,17 @@ transformation to any order: jvp, vjp, vmap, jacfwd, jacrev, scan, remat.
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
 from jax import lax
-from jax.extend.core import Primitive
+from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from robust_jax.models.winograd import Pair, winograd_conv
+from robust_jax._winograd import Pair, winograd_conv
 
 Padding = Literal["SAME", "VALID"] | Sequence[Pair]
 IMPLEMENTATIONS = ("auto", "plain")
@@ -390,36 +388,6 @@ _define(
 )
 
 
-class Conv(nn.Module):
-    """`conv2d` with parameters `kernel` and `bias`, named and shaped as `flax.linen.Conv`'s."""
-
-    features: int
-    kernel_size: tuple[int, int]
-    strides: tuple[int, int] = (1, 1)
-    padding: Padding = "SAME"
-    use_bias: bool = True
-    dtype: Any = None
-    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    implementation: str = "auto"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b v u o"]:
-        shape = (*self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = None
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
-        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = conv2d(
-            x,
-            kernel,
-            strides=self.strides,
-            padding=self.padding,
-            implementation=self.implementation,
-        )
-        return y if bias is None else y + bias
-
-
 def max_pool2d(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v u c"]:
     """Maximum of each window x window tile; rows and columns that fill no tile are dropped.
 
@@ -443,3 +411,65 @@ def global_avg_pool2d(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
         # JAX 0.11's CPU backend fuses batch normalisation and this mean into NaN.
         x = lax.optimization_barrier(x)
     return x.mean(axis=(1, 2))
+
+
+# The same for networks of others.
+
+
+def replacement(eqn: JaxprEqn) -> Callable[..., Array] | None:
+    """What computes an equation's convolution or pooling fast on a CPU; None where nothing does.
+
+    Equal to it but for rounding, with the same derivatives. Dilated, grouped and one-dimensional
+    convolutions, overlapping and padded pooling stay as they are.
+    """
+    if eqn.primitive is lax.conv_general_dilated_p:
+        return _replaced_convolution(eqn)
+    if eqn.primitive is lax.reduce_window_max_p:
+        return _replaced_pooling(eqn)
+    return None
+
+
+def _replaced_convolution(eqn: JaxprEqn) -> Callable[..., Array] | None:
+    params = eqn.params
+    lhs, rhs, out = params["dimension_numbers"]
+    x, _ = (var.aval for var in eqn.invars)
+    ones = (*params["lhs_dilation"], *params["rhs_dilation"],
+            params["feature_group_count"], params["batch_group_count"])  # fmt: skip
+    is_wide = params["preferred_element_type"] in (None, x.dtype) and x.dtype.itemsize >= 4
+    padding = tuple(params["padding"])
+    if len(lhs) != 4 or set(ones) != {1} or not is_wide or min(min(pad) for pad in padding) < 0:
+        return None
+
+    def convolve(x, k):
+        # A specification names, in this order, the axes of examples, channels and space.
+        x = x.transpose(lhs[0], *lhs[2:], lhs[1])
+        k = k.transpose(*rhs[2:], rhs[1], rhs[0])
+        y = conv2d(x, k, strides=params["window_strides"], padding=padding)
+        return y.transpose(np.argsort((out[0], *out[2:], out[1])))
+
+    return convolve
+
+
+def _replaced_pooling(eqn: JaxprEqn) -> Callable[..., Array] | None:
+    params = eqn.params
+    window = params["window_dimensions"]
+    axes = [axis for axis, size in enumerate(window) if size > 1]
+    plain = {*params["base_dilation"], *params["window_dilation"]} == {1}
+    tiles = tuple(window) == tuple(params["window_strides"]) and not np.any(params["padding"])
+    if not plain or not tiles or not 1 <= len(axes) <= 2 or max(window) > 4:
+        return None
+
+    def pool(x):
+        for axis in reversed(axes):  # so that of equal maxima the first in the window is taken
+            x = _largest_of_tiles(x, axis, window[axis])
+        return x
+
+    return pool
+
+
+def _largest_of_tiles(x: Array, axis: int, size: int) -> Array:
+    count = x.shape[axis] // size
+    x = lax.slice_in_dim(x, 0, count * size, axis=axis)
+    x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+    parts = (lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(size))
+    return reduce(lambda one, other: jnp.where(other > one, other, one), parts)
