@@ -432,7 +432,7 @@ def replacement(eqn: JaxprEqn) -> Callable[..., Array] | None:
 def _replaced_convolution(eqn: JaxprEqn) -> Callable[..., Array] | None:
     params = eqn.params
     lhs, rhs, out = params["dimension_numbers"]
-    x, _ = (var.aval for var in eqn.invars)
+    x: Any = eqn.invars[0].aval
     ones = (*params["lhs_dilation"], *params["rhs_dilation"],
             params["feature_group_count"], params["batch_group_count"])  # fmt: skip
     is_wide = params["preferred_element_type"] in (None, x.dtype) and x.dtype.itemsize >= 4
