@@ -23,6 +23,7 @@ maximum_signature_line_length = 88
 html_theme = "furo"
 html_title = f"robust_jax {version}"
 html_copy_source = False
+html_show_copyright = False
 
 
 def signature_as_written(app, what, name, obj, options, signature, returns):
