@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import robust_jax
 from configs import default
 from robust_jax import losses
 from robust_jax.attacks import norms
@@ -105,6 +106,12 @@ def test_a_page_names_files_modules_and_fields_that_exist(page):
         assert importlib.util.find_spec(module), module
     for field in re.findall(r"--config\.(\w+)", text):
         assert field in default.get_config() or field == "scale", field
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(page.read_text() for page in REPOSITORY.glob("docs/reference/*.md"))
+    for name in robust_jax.__all__:
+        assert re.search(rf"robust_jax\.(attacks\.)?{name}$", text, re.MULTILINE), name
 
 
 def test_the_readme_library_example_runs():
