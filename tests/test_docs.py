@@ -1,5 +1,6 @@
-"""The examples in CONTRIBUTING.md, run as they stand, and the README's claims about files."""
+"""The examples in README, CONTRIBUTING and docs/ run, and what they name exists."""
 
+import importlib.util
 import re
 
 import jax
@@ -7,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import attacks, losses
+import robust_jax
+from configs import default
+from robust_jax import losses
 from robust_jax.attacks import norms
 from robust_jax.keys import example_keys
+from robust_jax.plots import measures
 from tests.conftest import REPOSITORY
 from tests.linear import interior_images, make_linear
 
@@ -18,8 +22,12 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def blocks():
-    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return code("CONTRIBUTING.md")
+
+
+def code(path: str) -> list[str]:
+    """The Python examples of a page."""
+    return re.findall(r"```python\n(.*?)```", (REPOSITORY / path).read_text(), re.DOTALL)
 
 
 def test_the_example_loss_works(blocks):
@@ -53,10 +61,17 @@ def test_the_example_data_set_loads(blocks, tmp_path, monkeypatch):
     assert data.load("npz:mine.npz", validation_size=4).num_classes == 2
 
 
+def test_the_example_figure_is_drawn(blocks, rng):
+    namespace = dict(vars(measures))
+    exec(next(b for b in blocks if "def confidences" in b), namespace)
+    (ax,) = namespace["confidences"](rng.random(50)).axes
+    assert sum(bar.get_height() for bar in ax.patches) == 50
+    assert ax.get_xlabel() and ax.get_ylabel()
+
+
 def test_attack_your_own_model_runs_from_top_to_bottom(capsys):
-    text = (REPOSITORY / "docs" / "attack_your_model.md").read_text()
     namespace: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+    for block in code("docs/attack_your_model.md"):
         exec(block, namespace)
     x, y, result = namespace["x"], namespace["y"], namespace["result"]
     clean = namespace["logits_fn"](x).argmax(-1) == y
@@ -72,27 +87,45 @@ def test_attack_your_own_model_runs_from_top_to_bottom(capsys):
     assert "transfer" in capsys.readouterr().out
 
 
-def test_the_readme_names_files_that_exist():
-    text = (REPOSITORY / "README.md").read_text()
-    for name in re.findall(r"`(\w+\.py)`", text):
-        assert (REPOSITORY / "configs" / name).exists() or (REPOSITORY / name).exists(), name
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in REPOSITORY.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_names_files_modules_and_fields_that_exist(page):
+    text = (REPOSITORY / page).read_text()
+    files = [f"/{p.relative_to(REPOSITORY)}" for p in REPOSITORY.glob("*.py")]
+    for folder in ("robust_jax", "configs", "tests", "benchmarks"):
+        files += [f"/{p.relative_to(REPOSITORY)}" for p in (REPOSITORY / folder).rglob("*.py")]
+    for name in re.findall(r"`([\w/]+\.py)`|--config=(\S+\.py)", text):
+        assert any(file.endswith(f"/{''.join(name)}") for file in files), name
+    for folder in re.findall(r"`((?:robust_jax|configs|docs)/[\w/]*/)`", text):
+        assert (REPOSITORY / folder).is_dir(), folder
     for link in re.findall(r"\]\(([\w/.]+)\)", text):
-        assert (REPOSITORY / link).exists(), link
+        assert (REPOSITORY / page).parent.joinpath(link).exists(), link
+    for module in re.findall(r"python -m (benchmarks\.\w+)", text):
+        assert importlib.util.find_spec(module), module
+    for field in re.findall(r"--config\.(\w+)", text):
+        assert field in default.get_config() or field == "scale", field
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(page.read_text() for page in REPOSITORY.glob("docs/reference/*.md"))
+    for name in robust_jax.__all__:
+        assert re.search(rf"robust_jax\.(attacks\.)?{name}$", text, re.MULTILINE), name
 
 
 def test_the_readme_library_example_runs():
-    text = (REPOSITORY / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    (example,) = code("README.md")
     logits_fn, _, _ = make_linear(KEY)
 
     class Model:
         def apply(self, variables, x):
             return logits_fn(x)
 
-    namespace = {"model": Model(), "variables": {}, "x": interior_images(KEY, 3),
-                 "y": jnp.zeros(3, jnp.int32)}  # fmt: skip
-    exec(code, namespace)
-    assert namespace["x_adv"].shape == (3, 4, 5, 1)
-    assert namespace["norms"].shape == (3,)
+    x = interior_images(KEY, 3)
+    namespace = {"model": Model(), "variables": {}, "x": x, "y": logits_fn(x).argmax(-1)}
+    exec(example, namespace)
+    assert namespace["x_adv"].shape == x.shape
     assert namespace["result"].robust.shape == (3,)
-    assert set(attacks.ATTACKS) >= {"pgd", "fgsm", "bim", "mim"}
+    assert namespace["report"].verdict in ("pass", "warn", "fail")
+    assert namespace["norms"].shape == (3,)

@@ -61,6 +61,6 @@ def reliability(
 
 
 def expected_calibration_error(curve: Reliability) -> float:
-    """Σ_bins (share of examples) · |accuracy - confidence|, in [0,1] (arXiv 1706.04599, eq. 3)."""
+    """Σ of a bin's share · `|accuracy - confidence|`, in [0,1] (arXiv 1706.04599, eq. 3)."""
     gaps = np.abs(curve.accuracy - curve.confidence)
     return float(np.nansum(curve.examples * gaps) / curve.examples.sum())
