@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from robust_jax import plots
 from robust_jax.app import report, runs
-from robust_jax.app.records import breaking_eps, evidence, fates
+from robust_jax.app.records import breaking_eps, evidence, fates, held, read
 
 EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
 ATTACKS = {"fgsm": 1.3, "pgd": 1.0}  # how much further than the nearest boundary each must go
@@ -478,3 +478,23 @@ def test_image_grid_says_what_is_seen(channels):
     assert says == [f"label {y}: says {y}" for y in images["label"][:4]]
     assert plots.difference_scale(images["clean"], images["adversarial"]) == pytest.approx(0.1)
     assert plots.difference_scale(images["clean"], images["clean"]) == 1.0
+
+
+def test_records_read_as_they_were_written_and_older_ones_too(tmp_path):
+    """held has three values: an example that was not attacked neither held nor broke."""
+    records = pd.DataFrame({
+        "key": ["00000000000012e4", "0000000000000001", "0000000000000002"],
+        "correct": [True, True, True],
+        "all@0.1/held": pd.array([True, False, True], dtype="boolean"),
+        "some@0.1/held": pd.array([True, False, None], dtype="boolean"),
+    })  # fmt: skip
+    path = tmp_path / "records.csv"
+    records.to_csv(path, index=False)
+    pd.testing.assert_frame_equal(read(path), records, check_dtype=False)
+    assert read(path)["some@0.1/held"].dtype == "boolean"
+    older = records.astype({"some@0.1/held": object}).replace({pd.NA: None})
+    older.to_csv(path, index=False)
+    pd.testing.assert_series_equal(held(read(path), "some", 0.1), held(records, "some", 0.1))
+    assert held(records, "some", 0.1).mean() == 0.5
+    assert list(fates(records, ["some"], 0.1)) == ["held", "broken", "held"]
+    assert list(breaking_eps(records, ["some"])) == [np.inf, 0.1, np.inf]

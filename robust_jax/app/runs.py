@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from robust_jax.app import records
+
 
 class Run(NamedTuple):
     """The records of best and last; a row per line of metrics.jsonl; the images, if any."""
@@ -28,7 +30,7 @@ def load(workdir: Path | str) -> Run:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     files = ((name, workdir / "records" / f"{name}.csv") for name in ("best", "last"))
     return Run(
-        records={name: pd.read_csv(path) for name, path in files if path.exists()},
+        records={name: records.read(path) for name, path in files if path.exists()},
         # A value that was not finite is null there.
         metrics=pd.DataFrame([json.loads(line) for line in lines]).astype(float),
         images=_arrays(workdir / "examples.npz"),
