@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from robust_jax import plots
 from robust_jax.app import report, runs
 from robust_jax.app.records import breaking_eps, evidence, fates, held, read
+from robust_jax.errors import UserError
 
 EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
 ATTACKS = {"fgsm": 1.3, "pgd": 1.0}  # how much further than the nearest boundary each must go
@@ -136,7 +137,7 @@ def make_run(
         "trained_against": entry and {"norm": entry["norm"], "eps": entry["eps"]},
         "checkpoint": "best", **summaries["best"], **summaries, "audit": audit,
     }  # fmt: skip
-    (workdir / "results.json").write_text(json.dumps(results))
+    runs.write_results(workdir, results)
     lines = map(json.dumps, make_metrics(300, best))
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     np.savez(workdir / "examples.npz", attack="pgd_linf", eps=0.1, **make_images(channels))
@@ -498,3 +499,17 @@ def test_records_read_as_they_were_written_and_older_ones_too(tmp_path):
     assert held(records, "some", 0.1).mean() == 0.5
     assert list(fates(records, ["some"], 0.1)) == ["held", "broken", "held"]
     assert list(breaking_eps(records, ["some"])) == [np.inf, 0.1, np.inf]
+
+
+def test_results_of_another_schema_are_read_or_refused_in_one_line(tmp_path):
+    make_run(tmp_path)
+    page = report.write(tmp_path, runs.results(tmp_path)).read_text()
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found.pop("schema") == runs.SCHEMA
+    (tmp_path / "results.json").write_text(json.dumps(found))  # as they were before there was one
+    assert report.write(tmp_path, runs.results(tmp_path)).read_text() == page
+    (tmp_path / "results.json").write_text(json.dumps({**found, "schema": runs.SCHEMA + 1}))
+    with pytest.raises(
+        UserError, match=r"has the schema \d and this robust_jax reads up to \d; take"
+    ):
+        runs.results(tmp_path)

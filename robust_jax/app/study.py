@@ -5,7 +5,6 @@ the table, and the claims as tests on them. Nothing here is typed in: a verdict 
 intervals over seeds.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from robust_jax.app.config import choose
 from robust_jax.app.run import Mode
 from robust_jax.devices import processes
 from robust_jax.errors import UserError
-from robust_jax.files import write_atomically
 
 Verdict = Literal["supported", "refuted", "inconclusive"]
 _FIELDS = ("title", "paper", "question", "scale", "seeds", "base", "scales", "arms", "measures",
@@ -120,7 +118,7 @@ def _write(workdir: Path, results: dict[str, Any]) -> None:
         if by_seed
     }
     study_report.write(workdir, results, {arm: found for arm, found in arrays.items() if found})
-    write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+    runs.write_results(workdir, results)
     logging.info("report: %s", workdir / "report.html")
 
 
