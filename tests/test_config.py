@@ -15,7 +15,7 @@ from configs import default
 from robust_jax import losses
 from robust_jax.app import config as config_lib
 from robust_jax.app import entries
-from robust_jax.app.evaluate import Settings, _attempt
+from robust_jax.app.evaluator import Settings, _attempt
 from robust_jax.app.experiment import build
 from robust_jax.app.surrogate import SHARED, surrogate_config
 from robust_jax.attacks import ATTACKS

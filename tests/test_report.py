@@ -13,8 +13,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from robust_jax import plots
+from robust_jax.analysis.summaries import wilson_interval
 from robust_jax.app import report, runs
 from robust_jax.app.records import breaking_eps, evidence, fates, held, read
+from robust_jax.app.wording import format_eps
 from robust_jax.errors import UserError
 
 EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
@@ -268,7 +270,7 @@ def test_the_headline_is_about_the_trained_radius(run):
     results, html = run
     worst = next(a for a in results["attacks"]
                  if a["name"] == "worst_case_linf" and a["eps"] == 0.1)  # fmt: skip
-    low, high = report.wilson_interval(worst["robust_accuracy"], worst["count"])
+    low, high = wilson_interval(worst["robust_accuracy"], worst["count"])
     sentence = report.headline(results)
     assert (f"{100 * worst['robust_accuracy']:.1f} % (95 % interval {100 * low:.1f} to "
             f"{100 * high:.1f} %)") in sentence  # fmt: skip
@@ -370,14 +372,12 @@ def test_wilson_interval_against_published_values():
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
     for successes, count, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
                                         (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:  # fmt: skip
-        assert report.wilson_interval(successes / count, count) == pytest.approx(
-            (low, high), abs=5e-5
-        )
+        assert wilson_interval(successes / count, count) == pytest.approx((low, high), abs=5e-5)
 
 
 @pytest.mark.parametrize("eps, text", [(0.1, "0.1"), (8 / 255, "8/255"), (1.0, "1"), (0.2, "0.2")])
 def test_format_eps(eps, text):
-    assert report.format_eps(eps) == text
+    assert format_eps(eps) == text
 
 
 def test_the_report_needs_no_jax():

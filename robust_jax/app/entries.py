@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from robust_jax import losses
 from robust_jax.app import config as config_lib
 from robust_jax.app.config import bind, choose, guard
-from robust_jax.app.evaluate import AttackGrid, AuditSettings
+from robust_jax.app.evaluator import AttackGrid, AuditSettings
 from robust_jax.attacks import ATTACKS, autoattack, norms
 from robust_jax.attacks._autoattack import VERSIONS, check_arguments
 from robust_jax.attacks._best import check_lengths

@@ -17,7 +17,7 @@ from robust_jax import _audit, _checks, margins
 from robust_jax._audit import Audit
 from robust_jax._front import Mapper
 from robust_jax.app import cards, report, runs
-from robust_jax.app.evaluate import AttackGrid, Measurement, Settings, hexadecimal
+from robust_jax.app.evaluator import AttackGrid, Measurement, Settings, hexadecimal
 from robust_jax.app.records import column
 from robust_jax.app.results import audit_to_json, device, summarize, versions
 from robust_jax.attacks import Norm, autoattack

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from robust_jax.app import entries, subject, training
 from robust_jax.app.config import bind
-from robust_jax.app.evaluate import AttackGrid, AuditSettings, Evaluator, Settings
+from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.measurements import MEASUREMENTS
 from robust_jax.app.training import Training
 from robust_jax.attacks import transfer

@@ -23,7 +23,7 @@ from robust_jax.app.run import Mode
 from robust_jax.devices import processes
 from robust_jax.errors import UserError
 
-Verdict = Literal["supported", "refuted", "inconclusive"]
+Outcome = Literal["supported", "refuted", "inconclusive"]
 _FIELDS = ("title", "paper", "question", "scale", "seeds", "base", "scales", "arms", "measures",
            "pairs", "along_training", "claims", "published", "notes")  # fmt: skip
 
@@ -249,7 +249,7 @@ def _test(test: Mapping[str, Any], found: Mapping[str, Mapping[int, dict]]) -> d
         if len(known) == len(here):
             values.append(_margin(test, np.array(known)))
     interval = mean_interval(values)
-    return {"values": values, **interval._asdict(), "verdict": verdict_of(interval)}
+    return {"values": values, **interval._asdict(), "verdict": outcome_of(interval)}
 
 
 def _entries(results: Mapping[str, Any], measure: str) -> list[float] | None:
@@ -292,7 +292,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     return Interval(float(array.mean()), float(array.mean() - half), float(array.mean() + half))
 
 
-def verdict_of(interval: Interval) -> Verdict:
+def outcome_of(interval: Interval) -> Outcome:
     """supported where the whole interval is above zero, refuted where it is below."""
     if interval.low > 0:
         return "supported"
