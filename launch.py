@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from configs import default
-    from robust_jax.app import report, run, study
+    from robust_jax.app import entries, report, run, study
     from robust_jax.devices import processes, speed
     from robust_jax.errors import CannotWrite, UserError
 
@@ -69,13 +69,13 @@ def main(argv: list[str]) -> None:
         if study.is_study(config):
             if FLAGS.profile:
                 raise UserError("--profile is for one run: give it a run's config and folder")
-            study.run_study(config, default.get_config(), workdir, FLAGS.mode, only=FLAGS.only)
-        elif FLAGS.only:
-            raise UserError("--only is a study's; this config is that of one run")
+            study.check(config, default.get_config())
+            study.execute(config, workdir, FLAGS.mode, only=FLAGS.only)
         else:
-            results = run.run(
-                config, default.get_config(), workdir, FLAGS.mode, profile=FLAGS.profile
-            )
+            if FLAGS.only:
+                raise UserError("--only is a study's; this config is that of one run")
+            entries.check(config, default.get_config())
+            results = run.execute(config, workdir, FLAGS.mode, profile=FLAGS.profile)
             if processes.is_first():
                 print(report.table(results))
     except CannotWrite as error:

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 
 from benchmarks import speed
-from configs import default
 from robust_jax import attacks, data
 from robust_jax.app.experiment import build
 from robust_jax.train.loop import train
@@ -40,7 +39,7 @@ def robust_network(flags) -> list[str]:
     """Trains the config and attacks what came of it: the lines of a table."""
     config = import_module(flags.config.removesuffix(".py").replace("/", ".")).get_config()
     started = time.perf_counter()
-    experiment = build(config, default.get_config())
+    experiment = build(config)
     best = train(experiment.plan, Path(flags.workdir)).best
     trained = time.perf_counter()
     test = experiment.dataset.test

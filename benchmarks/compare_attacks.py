@@ -29,16 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import linen as nn
-from ml_collections import ConfigDict
 
 from benchmarks import attack_peers, torch_models
 from benchmarks.attack_peers import Budget
-from configs import default
 from robust_jax import attacks, data, models
-from robust_jax.app.experiment import build
+from robust_jax.app import subject
 from robust_jax.attacks import norms
 from robust_jax.attacks._autoattack import MEMBERS
-from robust_jax.train.loop import restore
 
 PEERS = {
     "torchattacks": attack_peers.from_torchattacks,
@@ -72,14 +69,8 @@ class Outcome(NamedTuple):
 
 def lenet5(flags) -> tuple[nn.Module, Any, data.Dataset, torch.nn.Module]:
     """(model, variables, data, PyTorch's network) of a finished run."""
-    workdir = Path(flags.workdir)
-    schema = default.get_config()
-    # Fields that are newer than the run have their defaults.
-    config = {**schema.to_dict(), **json.loads((workdir / "config.json").read_text())}
-    experiment = build(ConfigDict(config), schema)
-    variables = restore(experiment.plan, workdir).best.variables
-    net = torch_models.LeNet5(experiment.model)
-    return experiment.model, variables, experiment.dataset, net
+    run = subject.load(flags.workdir)
+    return run.model, run.variables, run.dataset, torch_models.LeNet5(run.model)
 
 
 def preact_resnet18(flags) -> tuple[nn.Module, Any, data.Dataset, torch.nn.Module]:

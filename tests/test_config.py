@@ -15,8 +15,9 @@ from configs import default
 from robust_jax import losses
 from robust_jax.app import config as config_lib
 from robust_jax.app import entries
-from robust_jax.app.evaluate import Settings, _attempt
+from robust_jax.app.evaluator import Settings, _attempt
 from robust_jax.app.experiment import build
+from robust_jax.app.surrogate import SHARED, surrogate_config
 from robust_jax.attacks import ATTACKS
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY
@@ -120,8 +121,10 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistake_is_told_in_one_line(case):
     fields, message = MISTAKES[case]
+    config = changed(**fields)
     with pytest.raises(UserError, match=message) as error:
-        build(changed(**fields), default.get_config())
+        entries.check(config, default.get_config())
+        build(config)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
 
@@ -167,7 +170,7 @@ def two_steps(field=None, value=None):
             for section in sections:
                 part = part[section]
             part[last] = value
-    plan = build(config, default.get_config()).plan
+    plan = build(config).plan
     state = plan.init()
     for step in range(2):
         state, _ = plan.train_step(state, plan.batches[step], plan.key)
@@ -198,17 +201,28 @@ def test_every_field_is_read(monkeypatch):
 
     config = default.get_config()
     config.num_labeled = 100
-    monkeypatch.setattr(config_lib, "check_fields", lambda *_: None)
-    monkeypatch.setattr(entries, "check_numbers", lambda *_: None)
     monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
     monkeypatch.setattr(ConfigDict, "__getattr__", getitem)
-    build(config, default.get_config())
+    build(config)
     sections = {"": config, "augmentation.": plain(config, "augmentation")}
     unread = [prefix + field for prefix, section in sections.items() for field in section
               if (id(section), field) not in read]  # fmt: skip
     assert unread == []
     # The section `evaluation` is taken whole, and its fields are the ones there are.
     assert set(plain(config, "evaluation")) == {*Settings._fields, "num_examples"}
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "default"])
+def test_the_surrogate_is_an_undefended_cnn_of_the_same_recipe_whatever_the_run(name):
+    """Every field has a value, and only those that describe the data and the machine vary."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    of_default, found = map(surrogate_config, (default.get_config(), config))
+    entries.check(found, default.get_config())
+    for field in set(found) - {*SHARED, "seed", "audit"}:
+        assert found[field] == of_default[field], field
+    for field in SHARED:
+        assert found[field] == config[field], field
+    assert found.seed == config.seed + 1 and found.audit.num_examples == 0
 
 
 def test_names_in_a_config_are_found_with_their_keywords():
@@ -220,8 +234,8 @@ def test_names_in_a_config_are_found_with_their_keywords():
 
 def test_every_attack_can_be_evaluated_in_a_norm_of_its_own():
     """By its name and a radius alone, traced as the evaluation runs it."""
-    entries = {name: {"name": name, "eps": 4} for name in ATTACKS}
-    grids = build(changed(attacks=ConfigDict(entries)), default.get_config()).grids
+    attacks = {name: {"name": name, "eps": 4} for name in ATTACKS}
+    grids = build(changed(attacks=ConfigDict(attacks))).grids
     batch = {"image": jnp.zeros((2, 4, 5, 1)), "label": jnp.zeros(2, int), "index": jnp.arange(2)}
     for name, grid in grids.items():
         assert grid.norm == {"jsma": "l0", "carlini_wagner": "l2"}.get(name, "linf")

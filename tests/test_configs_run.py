@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax import data
+from robust_jax.app import entries
 from robust_jax.app.experiment import build
 from robust_jax.models import num_parameters
 from tests.conftest import REPOSITORY
@@ -61,10 +62,10 @@ def test_config_takes_two_steps_or_is_traced(name, npz_files):
     config.model.update(SMALL.get(config.model.name, {}))
     if config.adversary is not None:
         config.adversary.num_steps = min(config.adversary.num_steps, 2)
-    schema = default.get_config()
-    if name != "default" and config.attacks == schema.attacks:
+    entries.check(config, default.get_config())
+    if name != "default" and config.attacks == default.get_config().attacks:
         config.attacks = ConfigDict()  # tried out with the default already
-    plan = build(config, schema).plan
+    plan = build(config).plan
     assert plan.total_steps == 2
     if name in TRACED:
         _, sums = jax.eval_shape(lambda: plan.train_step(plan.init(), plan.batches[0], plan.key))
@@ -88,7 +89,7 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     config.batch_size = 16
     config.ema_decay = 0.9
     config.gradient_clip_norm = 1.0
-    plan = build(config, default.get_config()).plan
+    plan = build(config).plan
     state, sums = plan.train_step(plan.init(), plan.batches[0], plan.key)
     floats = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype != np.int32]
     assert {leaf.dtype for leaf in floats} == {np.dtype("float32")}
@@ -102,7 +103,7 @@ def test_the_step_is_compiled_once():
     config.adversary.num_steps = 1
     config.batch_size = 16
     config.attacks = ConfigDict()
-    plan = build(config, default.get_config()).plan
+    plan = build(config).plan
     state, _ = plan.train_step(plan.init(), plan.batches[0], plan.key)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -124,7 +125,7 @@ def test_the_imagenet_step_compiles_for_eight_devices_without_data(monkeypatch):
     dataset = data.Dataset("imagenet", split, split, split, 1000, (0.5,) * 3, (0.2,) * 3)
     monkeypatch.setattr(data, "load", lambda *_, **__: dataset)
     config = importlib.import_module("configs.imagenet_resnet50_at").get_config()
-    plan = build(config, default.get_config()).plan
+    plan = build(config).plan
     assert jax.device_count() == 8
     state = jax.eval_shape(plan.init)
     assert num_parameters(state.params) == 25_557_032  # torchvision's

@@ -262,7 +262,7 @@ def test_a_training_run_on_a_stream_ends_as_one_in_memory(small_mnist, tmp_path)
         config.model.update(widths=(4,), hidden=8)
         config.adversary.num_steps = 1
         config.attacks = ConfigDict()
-        plan = build(config, default.get_config()).plan
+        plan = build(config).plan
         found[streaming] = jax.device_get(train(plan, tmp_path / str(streaming)).last.params)
     chex.assert_trees_all_equal(found[False], found[True])
 
@@ -313,10 +313,10 @@ def test_the_imagenet_config_streams_images_of_any_size(tmp_path):
     config = imagenet_resnet50_at.get_config()
     config.update(data_dir=str(tmp_path), validation_size=4, image_size=0, batch_size=8)
     with pytest.raises(UserError, match="images of varying size .*; give config.image_size"):
-        build(config, default.get_config())
+        build(config)
     config.image_size = 32
     config.model.width = 1 / 16
-    plan = build(config, default.get_config()).plan
+    plan = build(config).plan
     batch = next(plan.batches.starting_at(0))
     assert batch["image"].shape == (8, 32, 32, 3) and batch["image"].dtype == np.uint8
     assert len(set(batch["label"])) == 8

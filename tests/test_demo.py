@@ -11,7 +11,7 @@ import pytest
 
 from configs import default
 from robust_jax.app import report
-from robust_jax.app.run import run
+from robust_jax.app.run import execute
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -219,7 +219,7 @@ def test_another_config_in_the_same_folder_is_refused(demo):
     config = default.get_config()
     config.seed = 7
     with pytest.raises(UserError, match=r"a run of another config \(config.seed: 0 → 7\)"):
-        run(config, default.get_config(), workdir, "train")
+        execute(config, workdir, "train")
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
 
 
@@ -372,14 +372,14 @@ def test_audit_mode_looks_again(demo, results, launch, tmp_path):
 @pytest.mark.parametrize("mode", ["evaluate", "measure", "report", "audit", "verify"])
 def test_modes_need_a_finished_run(mode, tmp_path):
     with pytest.raises(UserError, match="holds no run"):
-        run(default.get_config(), default.get_config(), tmp_path / "none", mode)
+        execute(default.get_config(), tmp_path / "none", mode)
     assert not (tmp_path / "none").exists()
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        run(default.get_config(), default.get_config(), tmp_path, "train")
+        execute(default.get_config(), tmp_path, "train")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 

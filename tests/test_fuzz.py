@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax import data
+from robust_jax.app import entries
 from robust_jax.app.experiment import Experiment, build
 from robust_jax.attacks import ATTACKS
 from robust_jax.errors import UserError
@@ -68,7 +69,8 @@ def an_experiment_or_one_line(overrides):
             with section.ignore_type():
                 section[field] = ConfigDict(value) if isinstance(value, dict) else value
     try:
-        assert isinstance(build(config, SCHEMA), Experiment)
+        entries.check(config, SCHEMA)
+        assert isinstance(build(config), Experiment)
     except UserError as error:
         assert_one_line(error)
 

@@ -13,8 +13,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from robust_jax import plots
+from robust_jax.analysis.summaries import wilson_interval
 from robust_jax.app import report, runs
-from robust_jax.app.records import breaking_eps, evidence, fates
+from robust_jax.app.records import breaking_eps, evidence, fates, held, read
+from robust_jax.app.wording import format_eps
+from robust_jax.errors import UserError
 
 EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
 ATTACKS = {"fgsm": 1.3, "pgd": 1.0}  # how much further than the nearest boundary each must go
@@ -136,7 +139,7 @@ def make_run(
         "trained_against": entry and {"norm": entry["norm"], "eps": entry["eps"]},
         "checkpoint": "best", **summaries["best"], **summaries, "audit": audit,
     }  # fmt: skip
-    (workdir / "results.json").write_text(json.dumps(results))
+    runs.write_results(workdir, results)
     lines = map(json.dumps, make_metrics(300, best))
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     np.savez(workdir / "examples.npz", attack="pgd_linf", eps=0.1, **make_images(channels))
@@ -267,7 +270,7 @@ def test_the_headline_is_about_the_trained_radius(run):
     results, html = run
     worst = next(a for a in results["attacks"]
                  if a["name"] == "worst_case_linf" and a["eps"] == 0.1)  # fmt: skip
-    low, high = report.wilson_interval(worst["robust_accuracy"], worst["count"])
+    low, high = wilson_interval(worst["robust_accuracy"], worst["count"])
     sentence = report.headline(results)
     assert (f"{100 * worst['robust_accuracy']:.1f} % (95 % interval {100 * low:.1f} to "
             f"{100 * high:.1f} %)") in sentence  # fmt: skip
@@ -369,14 +372,12 @@ def test_wilson_interval_against_published_values():
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
     for successes, count, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
                                         (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:  # fmt: skip
-        assert report.wilson_interval(successes / count, count) == pytest.approx(
-            (low, high), abs=5e-5
-        )
+        assert wilson_interval(successes / count, count) == pytest.approx((low, high), abs=5e-5)
 
 
 @pytest.mark.parametrize("eps, text", [(0.1, "0.1"), (8 / 255, "8/255"), (1.0, "1"), (0.2, "0.2")])
 def test_format_eps(eps, text):
-    assert report.format_eps(eps) == text
+    assert format_eps(eps) == text
 
 
 def test_the_report_needs_no_jax():
@@ -478,3 +479,37 @@ def test_image_grid_says_what_is_seen(channels):
     assert says == [f"label {y}: says {y}" for y in images["label"][:4]]
     assert plots.difference_scale(images["clean"], images["adversarial"]) == pytest.approx(0.1)
     assert plots.difference_scale(images["clean"], images["clean"]) == 1.0
+
+
+def test_records_read_as_they_were_written_and_older_ones_too(tmp_path):
+    """held has three values: an example that was not attacked neither held nor broke."""
+    records = pd.DataFrame({
+        "key": ["00000000000012e4", "0000000000000001", "0000000000000002"],
+        "correct": [True, True, True],
+        "all@0.1/held": pd.array([True, False, True], dtype="boolean"),
+        "some@0.1/held": pd.array([True, False, None], dtype="boolean"),
+    })  # fmt: skip
+    path = tmp_path / "records.csv"
+    records.to_csv(path, index=False)
+    pd.testing.assert_frame_equal(read(path), records, check_dtype=False)
+    assert read(path)["some@0.1/held"].dtype == "boolean"
+    older = records.astype({"some@0.1/held": object}).replace({pd.NA: None})
+    older.to_csv(path, index=False)
+    pd.testing.assert_series_equal(held(read(path), "some", 0.1), held(records, "some", 0.1))
+    assert held(records, "some", 0.1).mean() == 0.5
+    assert list(fates(records, ["some"], 0.1)) == ["held", "broken", "held"]
+    assert list(breaking_eps(records, ["some"])) == [np.inf, 0.1, np.inf]
+
+
+def test_results_of_another_schema_are_read_or_refused_in_one_line(tmp_path):
+    make_run(tmp_path)
+    page = report.write(tmp_path, runs.results(tmp_path)).read_text()
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found.pop("schema") == runs.SCHEMA
+    (tmp_path / "results.json").write_text(json.dumps(found))  # as they were before there was one
+    assert report.write(tmp_path, runs.results(tmp_path)).read_text() == page
+    (tmp_path / "results.json").write_text(json.dumps({**found, "schema": runs.SCHEMA + 1}))
+    with pytest.raises(
+        UserError, match=r"has the schema \d and this robust_jax reads up to \d; take"
+    ):
+        runs.results(tmp_path)

@@ -141,14 +141,14 @@ def test_every_study_is_whole_at_every_scale(name):
     assert set(config.scales) == {"smoke", "small", "full"}
     for scale in config.scales:
         config.scale = scale
-        members = list(study.plan(config))
-        study._check(config, default.get_config(), members)
-        for member in members[: len(config.arms)]:
-            config_lib.bind(MODELS, member.config.model, "model", reserved=("num_classes",))
-            for name, entry in member.config.regularizers.items():
+        study.check(config, default.get_config())
+        trials = list(study.trials(config))
+        for trial in trials[: len(config.arms)]:
+            config_lib.bind(MODELS, trial.config.model, "model", reserved=("num_classes",))
+            for name, entry in trial.config.regularizers.items():
                 assert name in {**REGULARIZERS, **PAIR_REGULARIZERS}, entry
-        assert len(members) == len(config.arms) * len({m.seed for m in members})
-        assert len({m.seed for m in members}) >= (2 if scale == "smoke" else 3)
+        assert len(trials) == len(config.arms) * len({t.seed for t in trials})
+        assert len({t.seed for t in trials}) >= (2 if scale == "smoke" else 3)
         radii = config.scales[scale].get("radii", {})
         measures = [m for _, m in config.measures]
         measures += [t["measure"] for claim in config.claims.values() for t in claim.tests]
@@ -156,29 +156,28 @@ def test_every_study_is_whole_at_every_scale(name):
             for part in measure.format(**radii).split(" - "):
                 if "@" in part:
                     attack, _, eps = part.partition("@")
-                    sizes = members[0].config.attacks[attack].eps
+                    sizes = trials[0].config.attacks[attack].eps
                     sizes = sizes if isinstance(sizes, tuple) else (sizes,)
                     assert any(np.isclose(float(eps), size) for size in sizes), part
                 elif part.startswith("measurements."):
-                    assert part.split(".")[1] in members[0].config.measurements, part
+                    assert part.split(".")[1] in trials[0].config.measurements, part
 
 
 def test_mistakes_are_told(tmp_path):
     config = importlib.import_module("configs.studies.entm").get_config()
-    schema = default.get_config()
     with pytest.raises(UserError, match="--only's arm is 'atentm'; did you mean at_entm"):
-        study.run_study(config, schema, tmp_path, only="atentm")
+        study.execute(config, tmp_path, only="atentm")
     with pytest.raises(UserError, match="--only's seed is '7'; choices: 0, 1, 2"):
-        study.run_study(config, schema, tmp_path, only="at/7")
+        study.execute(config, tmp_path, only="at/7")
     with pytest.raises(UserError, match="--mode=verify is for one run"):
-        study.run_study(config, schema, tmp_path, "verify")
+        study.execute(config, tmp_path, "verify")
     config.scale = "tiny"
     with pytest.raises(UserError, match="config.scale is 'tiny'; choices: full, small, smoke"):
-        study.run_study(config, schema, tmp_path)
+        study.check(config, default.get_config())
     config.scale = "small"
     config.arms.ce.loss_at = "clean"
     with pytest.raises(UserError, match="config.loss_at is not a field of a config; did you mean"):
-        study.run_study(config, schema, tmp_path)
+        study.check(config, default.get_config())
     assert not list(tmp_path.iterdir())
 
 
@@ -200,20 +199,19 @@ def test_numbers_along_training_are_those_of_the_validations(tmp_path):
 
 
 def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, monkeypatch):
-    schema = default.get_config()
     config = importlib.import_module("configs.studies.entm").get_config()
     config.scale = "smoke"
     config.base.duration = "6 steps"
     config.scales.smoke.base.duration = "6 steps"
-    members = [member for member in study.plan(config) if member.arm == "at_ls"]
-    study.train_seeds_together(members, schema, tmp_path)
-    plans = [build(member.config, schema).plan for member in members]
-    for member, plan in zip(members, plans, strict=True):
-        assert loop.is_trained(plan, tmp_path / "at_ls" / str(member.seed))
-        assert not (tmp_path / "at_ls" / str(member.seed) / "results.json").exists()
+    trials = [trial for trial in study.trials(config) if trial.arm == "at_ls"]
+    study.train_seeds_together(trials, tmp_path)
+    plans = [build(trial.config).plan for trial in trials]
+    for trial, plan in zip(trials, plans, strict=True):
+        assert loop.is_trained(plan, tmp_path / trial.name)
+        assert not (tmp_path / trial.name / "results.json").exists()
     (tmp_path / "at_ls" / "0" / "results.json").write_text("{}")
     monkeypatch.setattr(study.run, "train_together", None)  # one is left: nothing to share
-    study.train_seeds_together(members, schema, tmp_path)
+    study.train_seeds_together(trials, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -228,8 +226,8 @@ def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, m
 def test_a_seed_of_each_study_runs_at_smoke(name, arm, tmp_path):
     config = importlib.import_module(f"configs.studies.{name}").get_config()
     config.scale = "smoke"
-    study.run_study(config, default.get_config(), tmp_path, only=f"{arm}/0")
-    results = study.run_study(config, default.get_config(), tmp_path, "report")
+    study.execute(config, tmp_path, only=f"{arm}/0")
+    results = study.execute(config, tmp_path, "report")
     for label, measure in results["measures"].items():
         if not measure.startswith("audit."):  # smoke has no audit
             assert results["table"][arm][label]["mean"] is not None, label

@@ -47,7 +47,7 @@ def small_config(**fields):
 
 
 def plan_of(config):
-    return build(config, default.get_config()).plan
+    return build(config).plan
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from robust_jax.app.wording import format_eps
+
 _NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
@@ -34,7 +36,7 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "dataset": results["data"]["name"].removeprefix("tfds:"),
         "architecture": results["model"]["name"],
         "threat_model": _NORMS.get(entry["norm"], entry["norm"]),
-        "eps": _fraction(entry["eps"]),
+        "eps": format_eps(entry["eps"]),
         "clean_acc": f"{100 * entry['members']['clean']:.2f}",
         "autoattack_acc": f"{100 * entry['robust_accuracy']:.2f}",
         "reported": None,
@@ -46,9 +48,3 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "authors": None,
         "venue": None,
     }
-
-
-def _fraction(eps: float) -> str:
-    levels = eps * 255
-    is_fraction = abs(levels - round(levels)) < 1e-4 and len(f"{eps:g}") > 5
-    return f"{round(levels)}/255" if is_fraction else f"{eps:g}"

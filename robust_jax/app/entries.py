@@ -1,4 +1,4 @@
-"""The entries of a config, each bound to what it names: adversary, terms, attacks, audit, numbers.
+"""What a config says, checked and bound to what it names: adversary, terms, attacks, audit.
 
 Nothing here loads data or traces a program; every mistake is a UserError that names the field.
 """
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from robust_jax import losses
 from robust_jax.app import config as config_lib
 from robust_jax.app.config import bind, choose, guard
-from robust_jax.app.evaluate import AttackGrid, AuditSettings
+from robust_jax.app.evaluator import AttackGrid, AuditSettings
 from robust_jax.attacks import ATTACKS, autoattack, norms
 from robust_jax.attacks._autoattack import VERSIONS, check_arguments
 from robust_jax.attacks._best import check_lengths
@@ -119,6 +119,15 @@ def audit_settings(config: ConfigDict) -> AuditSettings | None:
         )
     loss = bind(losses.LOSSES, config.loss, "config.loss")
     return AuditSettings(norm, settings.eps, settings.num_examples, settings.num_queries, loss)
+
+
+def check(config: ConfigDict, schema: ConfigDict) -> None:
+    """Compares a config with the one that holds every field, and its numbers with their ranges.
+
+    What takes a config in this package takes one that was checked here.
+    """
+    config_lib.check_fields(config, schema)
+    check_numbers(config)
 
 
 def check_numbers(config: ConfigDict) -> None:

@@ -16,8 +16,8 @@ import pandas as pd
 from robust_jax import _audit, _checks, margins
 from robust_jax._audit import Audit
 from robust_jax._front import Mapper
-from robust_jax.app import cards, report
-from robust_jax.app.evaluate import AttackGrid, Measurement, Settings, hexadecimal
+from robust_jax.app import cards, report, runs
+from robust_jax.app.evaluator import AttackGrid, Measurement, Settings, hexadecimal
 from robust_jax.app.records import column
 from robust_jax.app.results import audit_to_json, device, summarize, versions
 from robust_jax.attacks import Norm, autoattack
@@ -177,7 +177,7 @@ def evaluate(
         records.to_csv(folder / "records" / "best.csv", index=False)
         report.write(folder, results)
         write_json(folder / "card.json", card)
-        write_json(folder / "results.json", results)
+        runs.write_results(folder, results)
         shutil.rmtree(folder / "unfinished", ignore_errors=True)
     robust = float(found.robust.mean())
     clean = summary["clean"]["accuracy"]

@@ -7,10 +7,9 @@ from functools import partial
 import numpy as np
 from ml_collections import ConfigDict
 
-from robust_jax.app import config as config_lib
 from robust_jax.app import entries, subject, training
 from robust_jax.app.config import bind
-from robust_jax.app.evaluate import AttackGrid, AuditSettings, Evaluator, Settings
+from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.measurements import MEASUREMENTS
 from robust_jax.app.training import Training
 from robust_jax.attacks import transfer
@@ -26,13 +25,11 @@ class Experiment(Training):
     audit: AuditSettings | None
 
 
-def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
-    """Checks the config against the schema (configs/default.py) and builds what it composes.
+def build(config: ConfigDict) -> Experiment:
+    """Builds what a checked config (`entries.check`) composes; loads the data, compiles nothing.
 
-    Raises UserError, naming the field, the value and the choices. Loads the data; compiles nothing.
+    Raises UserError, naming the field, the value and the choices.
     """
-    config_lib.check_fields(config, schema)
-    entries.check_numbers(config)
     grids = {
         name: entries.attack_grid(entry, f"config.attacks.{name}")
         for name, entry in config.attacks.items()

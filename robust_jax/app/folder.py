@@ -12,11 +12,11 @@ from typing import Any, Literal
 from absl import logging
 from ml_collections import ConfigDict
 
-from robust_jax.app import cards, report
+from robust_jax.app import cards, report, runs
 from robust_jax.app import config as config_lib
 from robust_jax.devices import processes
 from robust_jax.errors import UserError
-from robust_jax.files import write_atomically
+from robust_jax.files import write_json
 
 Mode = Literal["train", "evaluate", "measure", "audit", "verify", "report"]
 # The folder of attacks that are not finished yet.
@@ -46,7 +46,7 @@ def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
         if workdir.exists() and any(workdir.iterdir()):
             raise UserError(f"{workdir} is not empty and holds no run; take another --workdir")
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(new, indent=2) + "\n")
+        write_json(path, new)
     except OSError as error:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
 
@@ -89,9 +89,9 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
     """The report, the card and config.json; results.json last."""
     write_report(workdir, results)
     if card := cards.card(results):
-        write_atomically(workdir / "card.json", json.dumps(card, indent=2) + "\n")
-    write_atomically(workdir / "config.json", json.dumps(results["config"], indent=2) + "\n")
-    write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+        write_json(workdir / "card.json", card)
+    write_json(workdir / "config.json", results["config"])
+    runs.write_results(workdir, results)
     shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
 
 

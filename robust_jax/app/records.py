@@ -1,12 +1,13 @@
 """The table of an evaluation, one row per test example: its columns and what follows from them.
 
-For an attack named `name` at a radius eps there are the columns name@eps/held (bool),
+For an attack named `name` at a radius eps there are the columns name@eps/held (boolean),
 name@eps/distance (float, pixel units; NaN where the example held), name@eps/margin (float, the
 output margin at what the attack returned) and, of AutoAttack, name@eps/broken_by (the member).
-All are empty where the example was not attacked. `key` is the example's PRNG key in hexadecimal.
+All are missing where the example was not attacked. `key` is the example's PRNG key in hexadecimal.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,15 +16,20 @@ import pandas as pd
 What = Literal["held", "distance", "margin", "broken_by"]
 
 
+def read(path: Path) -> pd.DataFrame:
+    """The table as it was written, with the types of its columns."""
+    records = pd.read_csv(path, dtype={"key": str})
+    return records.astype({c: "boolean" for c in records.columns if c.endswith("/held")})
+
+
 def column(name: str, eps: float, what: What) -> str:
     """The name of an attack's column at a radius, which is rounded to six digits."""
     return f"{name}@{eps:g}/{what}"
 
 
 def held(records: pd.DataFrame, name: str, eps: float) -> pd.Series:
-    """Whether each example that was attacked held, as floats; NaN where it was not attacked."""
-    values = records[column(name, eps, "held")]
-    return values.map({True: 1.0, False: 0.0, "True": 1.0, "False": 0.0}).astype(float)
+    """Whether each example held; <NA> where it was not attacked."""
+    return records[column(name, eps, "held")].astype("boolean")
 
 
 def worst_case(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Series:
@@ -33,7 +39,7 @@ def worst_case(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Se
     """
     held_all = records["correct"].astype(bool)
     for name, radius in _columns(records, names, eps):
-        held_all &= held(records, name, radius) != 0
+        held_all &= held(records, name, radius).fillna(True).astype(bool)
     return held_all
 
 
@@ -48,7 +54,7 @@ def breaking_eps(records: pd.DataFrame, names: Iterable[str]) -> pd.Series:
     """The smallest eps at which any of the named attacks broke each example; inf where none did."""
     eps = pd.Series(np.inf, index=records.index, name="breaking_eps")
     for name, radius in reversed(_columns(records, names, np.inf)):
-        eps[held(records, name, radius) == 0] = radius
+        eps[_broke(records, name, radius)] = radius
     return eps
 
 
@@ -69,8 +75,9 @@ def evidence(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Data
         index=records.index,
     )
     for name, radius in _columns(records, names, eps):
-        broken = (held(records, name, radius) == 0) & (found["broken_by"] == "")
-        left = (held(records, name, radius) == 1) & (found["broken_by"] == "")
+        standing = found["broken_by"] == ""
+        broken = standing & _broke(records, name, radius)
+        left = standing & ~broken & held(records, name, radius).notna()
         margin = records[column(name, radius, "margin")]
         found.loc[broken, "broken_by"] = f"{name}@{radius:g}"
         if (member := column(name, radius, "broken_by")) in records:
@@ -79,6 +86,11 @@ def evidence(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Data
         found.loc[broken, "margin"] = margin[broken]
         found.loc[left, "margin"] = np.minimum(found.loc[left, "margin"], margin[left])
     return found
+
+
+def _broke(records: pd.DataFrame, name: str, eps: float) -> pd.Series:
+    """Which examples the attack broke, of those that it attacked."""
+    return (~held(records, name, eps)).fillna(False).astype(bool)
 
 
 def disagreements(stored: pd.DataFrame, fresh: pd.DataFrame) -> dict[str, int]:

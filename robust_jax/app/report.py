@@ -20,6 +20,7 @@ from robust_jax.analysis.summaries import wilson_interval
 from robust_jax.app import runs
 from robust_jax.app.config import flatten
 from robust_jax.app.records import evidence, fates
+from robust_jax.app.wording import format_eps, percent, threat, with_interval, words
 from robust_jax.files import write_atomically
 
 Results = Mapping[str, Any]
@@ -37,7 +38,7 @@ class Radius(NamedTuple):
 
 def write(workdir: Path, results: Results) -> Path:
     """Writes workdir/report.html from the results and what else the run left; returns its path."""
-    run, names = runs.load(workdir), checkpoints(results)
+    run, names = runs.load(workdir), checkpoint_names(results)
     records = {name: run.records[name] for name in names}
     figures = _figures(results, records, run.metrics, run.images)
     page = template("report.html.j2").render(
@@ -72,7 +73,7 @@ def template(name: str) -> jinja2.Template:
 
 def table(results: Results) -> str:
     """The numbers as plain text of at most 80 columns, accuracies in percent."""
-    names = checkpoints(results)
+    names = checkpoint_names(results)
     heads = [f"{name} (step {results[name]['step']})" for name in names]
     lines = [_row("", heads, 34, 20)]
     lines += [_row(label, values, 34, 20) for label, values in _summary(results)]
@@ -90,7 +91,7 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def checkpoints(results: Results) -> list[str]:
+def checkpoint_names(results: Results) -> list[str]:
     """best and last, or best alone where they are the same."""
     same = results["best"]["step"] == results["last"]["step"]
     return ["best"] if same else ["best", "last"]
@@ -102,33 +103,33 @@ def title(results: Results) -> str:
         return results["title"]
     config = results["config"]
     on = {"both": "clean and adversarial"}.get(config["loss_on"], config["loss_on"])
-    method = f"{_words(config['loss']['name'])} on {on} images"
+    method = f"{words(config['loss']['name'])} on {on} images"
     regularizers = config.get("regularizers") or {}
-    terms = [_words(name) for name, term in regularizers.items() if term.get("weight", 1)]
+    terms = [words(name) for name, term in regularizers.items() if term.get("weight", 1)]
     if terms:
         method += f", with {' and '.join(terms)} regularisation"
     if trained := _trained(results):
-        method += f"; adversary {_words(config['adversary']['name'])}, {_at(*trained)}"
-    return f"{results['data']['name']}, {_words(results['model']['name'])}: {method}"
+        method += f"; adversary {words(config['adversary']['name'])}, {threat(*trained)}"
+    return f"{results['data']['name']}, {words(results['model']['name'])}: {method}"
 
 
 def headline(results: Results) -> str:
     """Clean and worst-case accuracy of the best checkpoint, with 95 % intervals, as a sentence."""
     clean = results["clean"]
     text = (f"Of {clean['count']:,} test images, the best checkpoint classifies "
-            f"{_with_interval(clean['accuracy'], clean['count'])} right")  # fmt: skip
+            f"{with_interval(clean['accuracy'], clean['count'])} right")  # fmt: skip
     radius = reference_radius(results)
     if radius is None:
         return f"{text}. No attack was evaluated."
     entry = _worst_case(results, radius)
     trained = "the size" if radius.trained else "not a size"
-    text = (f"{text}, and {_with_interval(entry['robust_accuracy'], entry['count'])} still under "
-            f"the worst of all {_at(radius.norm, radius.eps, 'attacks at ')}, "
+    text = (f"{text}, and {with_interval(entry['robust_accuracy'], entry['count'])} still under "
+            f"the worst of all {threat(radius.norm, radius.eps, 'attacks at ')}, "
             f"{trained} it was trained against.")  # fmt: skip
     for entry in results["attacks"]:
         if entry["attack"] == "autoattack" and entry["norm"] == radius.norm:
             text += (f" AutoAttack at ε = {format_eps(entry['eps'])} leaves "
-                     f"{_percent(entry['robust_accuracy'])} % of {entry['count']:,}.")  # fmt: skip
+                     f"{percent(entry['robust_accuracy'])} % of {entry['count']:,}.")  # fmt: skip
     return text
 
 
@@ -137,7 +138,7 @@ def verdict(results: Results) -> str:
     audit = results["audit"]
     if audit is None:
         return "Not audited: nothing says that these attacks were not misled by masked gradients."
-    at = f"{_at(audit['norm'], audit['eps'])}, {audit['num_examples']} images"
+    at = f"{threat(audit['norm'], audit['eps'])}, {audit['num_examples']} images"
     flagged = {word: [c["name"] for c in audit["checks"] if c["verdict"] == word]
                for word in ("fail", "warn", "skipped", "pass")}  # fmt: skip
     if flagged["fail"]:
@@ -172,33 +173,6 @@ def reference_radius(results: Results) -> Radius | None:
     return Radius(norm, max(above, default=min(a["eps"] for a in worst)), trained=False)
 
 
-def format_eps(eps: float) -> str:
-    """0.1 as 0.1, and 0.0313725… as 8/255."""
-    levels = round(eps * 255)
-    is_fraction = levels and isclose(eps * 255, levels, rel_tol=1e-6) and len(f"{eps:g}") > 5
-    return f"{levels}/255" if is_fraction else f"{eps:g}"
-
-
-def _at(norm: str, eps: float, between: str = "") -> str:
-    return f"{plots.NORMS.get(norm, norm)} {between}ε = {format_eps(eps)}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _with_interval(share: float, count: int) -> str:
-    low, high = wilson_interval(share, count)
-    return f"{_percent(share)} % (95 % interval {_percent(low)} to {_percent(high)} %)"
-
-
-def _words(name: str) -> str:
-    """guided_complement_entropy as words; a short name such as pgd is an abbreviation."""
-    if len(name) <= 4:
-        return name.upper()
-    return name.replace("_", " ").replace("cross entropy", "cross-entropy")
-
-
 def _trained(results: Results) -> tuple[str, float] | None:
     against = results["trained_against"]
     return (against["norm"], against["eps"]) if against else None
@@ -216,7 +190,7 @@ def _attack_table(results: Results) -> pd.DataFrame:
     called and coloured alike in each norm, unless two of one norm would then have the same name.
     """
     radius = reference_radius(results)
-    rows = [{"checkpoint": name, **a} for name in checkpoints(results)
+    rows = [{"checkpoint": name, **a} for name in checkpoint_names(results)
             for a in results[name]["attacks"]]  # fmt: skip
     table = pd.DataFrame(rows, columns=["checkpoint", "name", "attack", "norm", "eps",
                                         "robust_accuracy", "count"])  # fmt: skip
@@ -234,9 +208,9 @@ def _attack_table(results: Results) -> pd.DataFrame:
 
 def _summary(results: Results) -> list[tuple[str, list[str]]]:
     """Clean accuracy and the Jacobian's means: a label and a value for each checkpoint."""
-    entries = [results[name] for name in checkpoints(results)]
+    entries = [results[name] for name in checkpoint_names(results)]
     rows = [
-        ("clean accuracy, %", [_percent(e["clean"]["accuracy"]) for e in entries]),
+        ("clean accuracy, %", [percent(e["clean"]["accuracy"]) for e in entries]),
         ("clean cross-entropy, nats", [f"{e['clean']['cross_entropy']:.3f}" for e in entries]),
     ]
     for fn, norms in entries[0]["jacobian"].items():
@@ -277,10 +251,10 @@ def _cells(rows: pd.DataFrame, sizes: list[float]) -> list[dict[str, str]]:
     for eps in sizes:
         cell = {"accuracy": "–", "interval": ""}
         if row := found.get(eps):
-            cell["accuracy"] = _percent(row["accuracy"])
+            cell["accuracy"] = percent(row["accuracy"])
             if row["attack"] == plots.WORST_CASE:
                 low, high = wilson_interval(row["accuracy"], row["count"])
-                cell["interval"] = f"{_percent(low)}–{_percent(high)}"
+                cell["interval"] = f"{percent(low)}–{percent(high)}"
         cells.append(cell)
     return cells
 
@@ -322,7 +296,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("model", f"{results['model']['name']}, {results['model']['parameters']:,} parameters"),
         ("device", f"{device['count']} × {device['kind']} ({device['platform']})"),
         *([("seed", str(results["seed"]))] if "seed" in results else []),
-        *((_words(k), f"{v:,.0f}" if v >= 100 else f"{v:.3g}") for k, v in timings.items()),
+        *((words(k), f"{v:,.0f}" if v >= 100 else f"{v:.3g}") for k, v in timings.items()),
         ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),
     ]  # fmt: skip
 
@@ -368,7 +342,7 @@ def _figures(
     if radius is not None:
         of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
         fate = fates(best, of_norm, radius.eps)
-        at = _at(radius.norm, radius.eps)
+        at = threat(radius.norm, radius.eps)
         figures["fate"] = image(
             plots.fate_histograms(best, fate),
             f"Histograms of margin and confidence by what the worst case at {at} does.", at=at,

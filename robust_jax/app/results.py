@@ -15,7 +15,7 @@ from robust_jax._audit import Audit
 from robust_jax.app import config as config_lib
 from robust_jax.app import records as records_lib
 from robust_jax.app import runs
-from robust_jax.app.evaluate import AttackGrid
+from robust_jax.app.evaluator import AttackGrid
 from robust_jax.app.experiment import Experiment
 from robust_jax.app.records import column, worst_case
 from robust_jax.models import num_parameters

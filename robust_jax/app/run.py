@@ -27,8 +27,8 @@ from robust_jax.train import loop
 from robust_jax.train.loop import Trained, is_trained, restore, train
 
 
-def run(
-    config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode, *, profile: bool = False
+def execute(
+    config: ConfigDict, workdir: Path, mode: Mode, *, profile: bool = False
 ) -> dict[str, Any]:
     """Trains (or goes on, or says that the run is finished), evaluates and writes the report.
 
@@ -41,22 +41,20 @@ def run(
     """
     workdir = workdir.absolute()
     if mode == "report":
-        config_lib.check_fields(config, schema)
         folder.claim(workdir, config, mode)
         if not (workdir / "results.json").exists():
             raise UserError(f"{workdir} has no results yet; run it with --mode=train first")
         results = runs.results(workdir)
         processes.on_first(partial(folder.write_report, workdir, results))
         return results
-    experiment = processes.together(partial(build, config, schema))
+    experiment = processes.together(partial(build, config))
     processes.on_first(partial(folder.claim, workdir, config, mode))
     with contextlib.nullcontext() if mode == "verify" else folder.locked(workdir):
-        return _run(experiment, config, schema, workdir, mode, profile)
+        return _run(experiment, workdir, mode, profile)
 
 
 def _run(
-    experiment: Experiment, config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode,
-    profile: bool,
+    experiment: Experiment, workdir: Path, mode: Mode, profile: bool
 ) -> dict[str, Any]:  # fmt: skip
     if (
         mode == "train"
@@ -86,20 +84,19 @@ def _run(
             results["measurements"] = _measurements(experiment, trained, workdir)
         else:
             results["config"]["audit"] = config_lib.to_json(experiment.config.audit)
-            results["audit"] = _audit(experiment, trained, workdir, schema)
+            results["audit"] = _audit(experiment, trained, workdir)
         processes.on_first(partial(folder.write, workdir, results))
         return results
-    return _evaluate(experiment, trained, workdir, schema)
+    return _evaluate(experiment, trained, workdir)
 
 
-def train_together(
-    configs: Sequence[ConfigDict], schema: ConfigDict, workdirs: Sequence[Path]
-) -> None:
-    """Trains runs that differ in their seed alone in one program; `run` then has the rest to do.
+def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> None:
+    """Trains runs that differ in their seed alone in one program.
 
-    Networks of a million parameters and more are left to `run`: each fills the device by itself.
+    `execute` then has the rest to do, and all of it for networks of a million parameters and more:
+    each of those fills the device by itself.
     """
-    experiments = processes.together(lambda: [build(config, schema) for config in configs])
+    experiments = processes.together(lambda: [build(config) for config in configs])
     size = num_parameters(jax.eval_shape(experiments[0].plan.init).params)
     if size < 1_000_000:
         with contextlib.ExitStack() as stack:
@@ -109,9 +106,7 @@ def train_together(
             loop.train_together([experiment.plan for experiment in experiments], workdirs)
 
 
-def _evaluate(
-    experiment: Experiment, trained: Trained, workdir: Path, schema: ConfigDict
-) -> dict[str, Any]:
+def _evaluate(experiment: Experiment, trained: Trained, workdir: Path) -> dict[str, Any]:
     """Measures both checkpoints and writes all but what training wrote; results.json last.
 
     A run that has results.json is finished and whole, so an old one goes first.
@@ -142,7 +137,7 @@ def _evaluate(
     }
     results["training"] = validations(workdir)
     results["measurements"] = _measurements(experiment, trained, workdir)
-    results["audit"] = _audit(experiment, trained, workdir, schema)
+    results["audit"] = _audit(experiment, trained, workdir)
     processes.on_first(partial(folder.write, workdir, results))
     return results
 
@@ -181,14 +176,12 @@ def _measurements(
     return numbers
 
 
-def _audit(
-    experiment: Experiment, trained: Trained, workdir: Path, schema: ConfigDict
-) -> dict[str, Any] | None:
+def _audit(experiment: Experiment, trained: Trained, workdir: Path) -> dict[str, Any] | None:
     """The audit of the best checkpoint as results.json has it; None where none is wanted."""
     if experiment.audit is None:
         return None
     start = time.perf_counter()
-    surrogates = surrogate.networks(experiment, workdir, schema)
+    surrogates = surrogate.networks(experiment, workdir)
     try:
         found = experiment.evaluator.audit(trained.best.variables, experiment.audit, surrogates)
     except NothingToAudit as error:

@@ -1,4 +1,4 @@
-"""What a run left in its folder, as pandas and numpy have it."""
+"""What a run or a study left in its folder, as pandas and numpy have it."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+
+from robust_jax.app import records
+from robust_jax.errors import UserError
+from robust_jax.files import write_json
+
+# Of results.json: goes up where older readers would misread it. Without one it is 0, which reads
+# like 1.
+SCHEMA = 1
 
 
 class Run(NamedTuple):
@@ -17,8 +25,22 @@ class Run(NamedTuple):
 
 
 def results(workdir: Path | str) -> dict[str, Any]:
-    """What results.json holds. Raises OSError where the run is not finished."""
-    return json.loads((Path(workdir) / "results.json").read_text())
+    """What results.json holds, of a run or of a study.
+
+    Raises OSError where it is not finished, UserError where another version wrote it.
+    """
+    found = json.loads((Path(workdir) / "results.json").read_text())
+    if found.get("schema", 0) > SCHEMA:
+        raise UserError(
+            f"{workdir}/results.json has the schema {found['schema']} and this robust_jax reads up "
+            f"to {SCHEMA}; take the version that wrote it or a newer one"
+        )
+    return found
+
+
+def write_results(workdir: Path, results: dict[str, Any]) -> None:
+    """Writes results.json, which says that all the rest is there, and the version of its schema."""
+    write_json(workdir / "results.json", {**results, "schema": SCHEMA})
 
 
 def load(workdir: Path | str) -> Run:
@@ -28,7 +50,7 @@ def load(workdir: Path | str) -> Run:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     files = ((name, workdir / "records" / f"{name}.csv") for name in ("best", "last"))
     return Run(
-        records={name: pd.read_csv(path) for name, path in files if path.exists()},
+        records={name: records.read(path) for name, path in files if path.exists()},
         # A value that was not finite is null there.
         metrics=pd.DataFrame([json.loads(line) for line in lines]).astype(float),
         images=_arrays(workdir / "examples.npz"),

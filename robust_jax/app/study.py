@@ -5,7 +5,6 @@ the table, and the claims as tests on them. Nothing here is typed in: a verdict 
 intervals over seeds.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,14 +17,13 @@ from ml_collections import ConfigDict
 from scipy.special import stdtrit
 
 from robust_jax.app import config as config_lib
-from robust_jax.app import run, runs, study_report
+from robust_jax.app import entries, run, runs, study_report
 from robust_jax.app.config import choose
 from robust_jax.app.run import Mode
 from robust_jax.devices import processes
 from robust_jax.errors import UserError
-from robust_jax.files import write_atomically
 
-Verdict = Literal["supported", "refuted", "inconclusive"]
+Outcome = Literal["supported", "refuted", "inconclusive"]
 _FIELDS = ("title", "paper", "question", "scale", "seeds", "base", "scales", "arms", "measures",
            "pairs", "along_training", "claims", "published", "notes")  # fmt: skip
 
@@ -38,13 +36,49 @@ class Interval(NamedTuple):
     high: float
 
 
+class Trial(NamedTuple):
+    """One run of a study, in the folder of its name."""
+
+    arm: str
+    seed: int
+    config: ConfigDict
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/{self.seed}"
+
+
 def is_study(config: ConfigDict) -> bool:
     """Whether a config is that of a study."""
     return "arms" in config
 
 
-def run_study(
-    config: ConfigDict, schema: ConfigDict, workdir: Path, mode: Mode = "train", *, only: str = ""
+def check(config: ConfigDict, schema: ConfigDict) -> None:
+    """Checks a study's config, and those of its runs against the one that holds every field.
+
+    Raises UserError, naming the field, the value and the choices.
+    """
+    for field in config:
+        choose(_FIELDS, field, "a study's field")
+    for field in _FIELDS:
+        if field not in config:
+            raise UserError(f"config.{field} is missing: a study has {', '.join(_FIELDS)}")
+    for trial in trials(config):
+        entries.check(trial.config, schema)
+    labels = [label for label, _ in config.measures]
+    for pair in config.pairs:
+        for label in pair:
+            choose(labels, label, "config.pairs' measure")
+    for name, claim in config.claims.items():
+        for test in claim.tests:
+            for arm in test["arms"]:
+                choose(config.arms, arm, f"config.claims.{name}'s arm")
+            relations = ("above", "below", "rises", "falls")
+            choose(relations, test["relation"], f"config.claims.{name}'s relation")
+
+
+def execute(
+    config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: str = ""
 ) -> dict[str, Any]:
     """Trains and evaluates what is missing, then writes the study's results and report.
 
@@ -56,24 +90,23 @@ def run_study(
     if mode == "verify":
         raise UserError(f"--mode={mode} is for one run: give it a run's config and folder")
     workdir = workdir.absolute()
-    members = list(plan(config))
-    _check(config, schema, members)
+    chosen = list(trials(config))
     if only:
         arm, _, seed = only.partition("/")
         choose(config.arms, arm, "--only's arm")
         if seed:
-            choose(sorted({str(m.seed) for m in members}), seed, "--only's seed")
-        members = [m for m in members if m.arm == arm and seed in ("", str(m.seed))]
+            choose(sorted({str(t.seed) for t in chosen}), seed, "--only's seed")
+        chosen = [t for t in chosen if t.arm == arm and seed in ("", str(t.seed))]
     if mode == "train" and jax.default_backend() != "cpu":
-        train_seeds_together(members, schema, workdir)
+        train_seeds_together(chosen, workdir)
     if mode != "report":
-        for i, member in enumerate(members):
-            logging.info("%s: %s, seed %d (%d of %d)", config.title, member.arm, member.seed,
-                         i + 1, len(members))  # fmt: skip
-            run.run(member.config, schema, workdir / member.arm / str(member.seed), mode)
+        for i, trial in enumerate(chosen):
+            logging.info("%s: %s, seed %d (%d of %d)", config.title, trial.arm, trial.seed,
+                         i + 1, len(chosen))  # fmt: skip
+            run.execute(trial.config, workdir / trial.name, mode)
     if only:
         return {}
-    results = collect(config, members, workdir)
+    results = collect(config, chosen, workdir)
     processes.on_first(partial(_write, workdir, results))
     return results
 
@@ -85,34 +118,11 @@ def _write(workdir: Path, results: dict[str, Any]) -> None:
         if by_seed
     }
     study_report.write(workdir, results, {arm: found for arm, found in arrays.items() if found})
-    write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+    runs.write_results(workdir, results)
     logging.info("report: %s", workdir / "report.html")
 
 
-def train_seeds_together(members: Sequence["Member"], schema: ConfigDict, workdir: Path) -> None:
-    """Trains the seeds of each arm that have no results yet under one vmap, arm by arm."""
-    for arm in dict.fromkeys(member.arm for member in members):
-        left = [
-            (member.config, workdir / arm / str(member.seed))
-            for member in members
-            if member.arm == arm
-            and not (workdir / arm / str(member.seed) / "results.json").exists()
-        ]
-        if len(left) > 1:
-            configs, workdirs = zip(*left, strict=True)
-            logging.info("training %d seeds of %s together", len(left), arm)
-            run.train_together(configs, schema, workdirs)
-
-
-class Member(NamedTuple):
-    """One run of a study."""
-
-    arm: str
-    seed: int
-    config: ConfigDict
-
-
-def plan(config: ConfigDict) -> Iterator[Member]:
+def trials(config: ConfigDict) -> Iterator[Trial]:
     """The runs of a study at its scale, seed by seed, so that a part of it is a study too."""
     scale = _scale(config)
     base = changed(config.base, scale.get("base", {}))
@@ -120,7 +130,21 @@ def plan(config: ConfigDict) -> Iterator[Member]:
         for arm, changes in config.arms.items():
             own = changed(changed(base, changes), scale.get("arms", {}).get(arm, {}))
             own.seed = seed
-            yield Member(arm, seed, own)
+            yield Trial(arm, seed, own)
+
+
+def train_seeds_together(chosen: Sequence[Trial], workdir: Path) -> None:
+    """Trains the seeds of each arm that have no results yet under one vmap, arm by arm."""
+    for arm in dict.fromkeys(trial.arm for trial in chosen):
+        left = [
+            (trial.config, workdir / trial.name)
+            for trial in chosen
+            if trial.arm == arm and not (workdir / trial.name / "results.json").exists()
+        ]
+        if len(left) > 1:
+            configs, workdirs = zip(*left, strict=True)
+            logging.info("training %d seeds of %s together", len(left), arm)
+            run.train_together(configs, workdirs)
 
 
 def _scale(config: ConfigDict) -> ConfigDict:
@@ -140,18 +164,18 @@ def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return result
 
 
-def collect(config: ConfigDict, members: Sequence[Member], workdir: Path) -> dict[str, Any]:
+def collect(config: ConfigDict, chosen: Sequence[Trial], workdir: Path) -> dict[str, Any]:
     """Tables and verdicts from the runs that are finished."""
     found: dict[str, dict[int, dict]] = {arm: {} for arm in config.arms}
     missing = []
-    for member in members:
-        folder = workdir / member.arm / str(member.seed)
+    for trial in chosen:
+        folder = workdir / trial.name
         if (folder / "results.json").exists():
-            found[member.arm][member.seed] = runs.results(folder)
+            found[trial.arm][trial.seed] = runs.results(folder)
         else:
-            missing.append(f"{member.arm}/{member.seed}")
+            missing.append(trial.name)
     if missing:
-        logging.warning("%d of %d runs are not finished: %s", len(missing), len(members),
+        logging.warning("%d of %d runs are not finished: %s", len(missing), len(chosen),
                         ", ".join(missing[:5]))  # fmt: skip
     radii = _scale(config).get("radii", {})
     measures = {label.format(**radii): m.format(**radii) for label, m in config.measures}
@@ -175,7 +199,7 @@ def collect(config: ConfigDict, members: Sequence[Member], workdir: Path) -> dic
         "question": config.question,
         "notes": config.notes,
         "scale": config.scale,
-        "seeds": sorted({m.seed for m in members}),
+        "seeds": sorted({t.seed for t in chosen}),
         "missing": missing,
         "measures": measures,
         "table": table,
@@ -194,7 +218,7 @@ def collect(config: ConfigDict, members: Sequence[Member], workdir: Path) -> dic
             arm: {label.format(**radii): number for label, number in numbers.items()}
             for arm, numbers in _scale(config).get("published", config.published)
         },
-        "configs": {arm: config_lib.to_json(m.config) for m in members for arm in [m.arm]},
+        "configs": {t.arm: config_lib.to_json(t.config) for t in chosen},
     }
 
 
@@ -225,7 +249,7 @@ def _test(test: Mapping[str, Any], found: Mapping[str, Mapping[int, dict]]) -> d
         if len(known) == len(here):
             values.append(_margin(test, np.array(known)))
     interval = mean_interval(values)
-    return {"values": values, **interval._asdict(), "verdict": verdict_of(interval)}
+    return {"values": values, **interval._asdict(), "verdict": outcome_of(interval)}
 
 
 def _entries(results: Mapping[str, Any], measure: str) -> list[float] | None:
@@ -268,7 +292,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     return Interval(float(array.mean()), float(array.mean() - half), float(array.mean() + half))
 
 
-def verdict_of(interval: Interval) -> Verdict:
+def outcome_of(interval: Interval) -> Outcome:
     """supported where the whole interval is above zero, refuted where it is below."""
     if interval.low > 0:
         return "supported"
@@ -344,23 +368,3 @@ def _history(folders: Sequence[Path], name: str) -> list[dict[str, Any]]:
 
 def _number(x: float) -> float | None:
     return float(x) if np.isfinite(x) else None
-
-
-def _check(config: ConfigDict, schema: ConfigDict, members: Sequence[Member]) -> None:
-    for field in config:
-        choose(_FIELDS, field, "a study's field")
-    for field in _FIELDS:
-        if field not in config:
-            raise UserError(f"config.{field} is missing: a study has {', '.join(_FIELDS)}")
-    for member in members:
-        config_lib.check_fields(member.config, schema)
-    labels = [label for label, _ in config.measures]
-    for pair in config.pairs:
-        for label in pair:
-            choose(labels, label, "config.pairs' measure")
-    for name, claim in config.claims.items():
-        for test in claim.tests:
-            for arm in test["arms"]:
-                choose(config.arms, arm, f"config.claims.{name}'s arm")
-            relations = ("above", "below", "rises", "falls")
-            choose(relations, test["relation"], f"config.claims.{name}'s relation")

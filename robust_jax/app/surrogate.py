@@ -5,16 +5,22 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from robust_jax.app import folder
-from robust_jax.app.experiment import Experiment, build
+from robust_jax.app import folder, training
+from robust_jax.app.experiment import Experiment
 from robust_jax.app.folder import Mode
 from robust_jax.app.subject import load, subject_of
 from robust_jax.devices import processes
 from robust_jax.train.loop import train
 from robust_jax.types import LogitsFn
 
+# What describes the data and the machine, and how many examples fit on it.
+SHARED = (
+    "dataset", "data_dir", "test_split", "image_size", "streaming", "validation_size", "normalize",
+    "batch_size", "parallel", "evaluation",
+)  # fmt: skip
 
-def networks(experiment: Experiment, workdir: Path, schema: ConfigDict) -> dict[str, LogitsFn]:
+
+def networks(experiment: Experiment, workdir: Path) -> dict[str, LogitsFn]:
     """The networks whose adversarials the audit tries, by name."""
     chosen = experiment.config.audit.surrogate
     if not chosen:
@@ -22,25 +28,44 @@ def networks(experiment: Experiment, workdir: Path, schema: ConfigDict) -> dict[
     if chosen != "train":
         return {chosen: load(chosen).logits_fn}
     # A run of its own, of which a notebook may load the network.
-    config = surrogate_config(experiment.config, schema)
-    other, there = build(config, schema), workdir / "surrogate"
+    config = surrogate_config(experiment.config)
+    other, there = training.build(config), workdir / "surrogate"
     mode: Mode = "evaluate" if (there / "config.json").exists() else "train"
     processes.on_first(partial(folder.claim, there, config, mode))
     return {"an undefended CNN": subject_of(other, train(other.plan, there)).logits_fn}
 
 
-def surrogate_config(config: ConfigDict, schema: ConfigDict) -> ConfigDict:
-    """The config of an undefended CNN for the same data, for attacks to be transferred from."""
-    other = schema.copy_and_resolve_references()
-    for field in ("dataset", "data_dir", "test_split", "image_size", "streaming",
-                  "validation_size", "normalize", "parallel", "batch_size"):  # fmt: skip
-        other[field] = config[field]
-    other.seed = config.seed + 1
-    other.loss_on, other.adversary = "clean", None
-    other.regularizers, other.attacks = ConfigDict(), ConfigDict()
-    other.audit.num_examples = 0
-    other.duration = "400 steps"
-    for field in ("log_every", "validate_every", "checkpoint_every"):
-        other[field] = "100 steps"
-    other.validation_attack = ConfigDict({"name": "fgsm", "eps": 0.0})
-    return other
+def surrogate_config(config: ConfigDict) -> ConfigDict:
+    """The config of an undefended CNN on the run's data, trained by a recipe of its own."""
+    return ConfigDict(
+        {
+            **{field: config[field] for field in SHARED},
+            "seed": config.seed + 1,
+            "num_labeled": 0,
+            "labeled_fraction": 0.5,
+            "augmentation": {"crop_padding": 0, "flip": False},
+            "model": {"name": "cnn"},
+            "dtype": "float32",
+            "loss": {"name": "cross_entropy"},
+            "loss_on": "clean",
+            "adversary": None,
+            "regularizers": {},
+            "batch_parts": 1,
+            "duration": "400 steps",
+            "optimizer": {"name": "adam"},
+            "learning_rate": 3e-3,
+            "schedule": {"name": "cosine"},
+            "weight_decay": 1e-4,
+            "ema_decay": 0.0,
+            "gradient_clip_norm": 0.0,
+            "weight_perturbation": 0.0,
+            "log_every": "100 steps",
+            "validate_every": "100 steps",
+            "checkpoint_every": "100 steps",
+            "validation_attack": {"name": "fgsm", "eps": 0.0},
+            "track_margins": 0,
+            "attacks": {},
+            "measurements": {},
+            "audit": {**config.audit, "num_examples": 0},
+        }
+    )

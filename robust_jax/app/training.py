@@ -14,7 +14,7 @@ from robust_jax import data, losses
 from robust_jax.app import config as config_lib
 from robust_jax.app import entries
 from robust_jax.app.config import bind, choose, guard
-from robust_jax.app.evaluate import Network
+from robust_jax.app.evaluator import Network
 from robust_jax.attacks import ATTACKS
 from robust_jax.devices import parallel
 from robust_jax.models import MODELS

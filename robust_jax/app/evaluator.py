@@ -122,7 +122,7 @@ class Evaluator:
             bar.update(2)
             for name, grid in self._grids.items():
                 attacked = index < (grid.num_examples or count)
-                held = np.asarray(np.where(attacked, columns["correct"].astype(object), None))
+                held = pd.array(np.where(attacked, columns["correct"], None), dtype="boolean")
                 found: dict[What, np.ndarray] = {
                     "distance": np.where(attacked & ~columns["correct"], 0.0, np.nan),
                     "margin": np.where(attacked, columns["margin"], np.nan),
@@ -132,7 +132,7 @@ class Evaluator:
                     found["broken_by"] = np.where(wrong, "clean", "").astype(object)
                 for eps in sorted(grid.eps):
                     bar.set_postfix_str(f"{name} at eps {eps:g}", refresh=False)
-                    standing = np.flatnonzero(held == True)  # noqa: E712 - None is neither
+                    standing = np.flatnonzero(held.fillna(False))
                     if len(standing):
                         if grid.members:
                             out = self._autoattack(variables, name, standing, eps, unfinished)

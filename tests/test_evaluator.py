@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from robust_jax import data
-from robust_jax.app.evaluate import AttackGrid, Evaluator, Settings
+from robust_jax.app.evaluator import AttackGrid, Evaluator, Settings
 from robust_jax.attacks import _autoattack, autoattack, fgsm
 from tests.digits import EPS, network, trained
 

@@ -1,0 +1,36 @@
+"""Numbers and names as the pages, the tables and the cards write them."""
+
+from math import isclose
+
+from robust_jax import plots
+from robust_jax.analysis.summaries import wilson_interval
+
+
+def format_eps(eps: float) -> str:
+    """0.1 as 0.1, and 0.0313725… as 8/255."""
+    levels = round(eps * 255)
+    is_fraction = levels and isclose(eps * 255, levels, rel_tol=1e-6) and len(f"{eps:g}") > 5
+    return f"{levels}/255" if is_fraction else f"{eps:g}"
+
+
+def threat(norm: str, eps: float, between: str = "") -> str:
+    """ℓ∞ ε = 0.1, or with words between the two."""
+    return f"{plots.NORMS.get(norm, norm)} {between}ε = {format_eps(eps)}"
+
+
+def percent(share: float) -> str:
+    """0.634 as 63.4."""
+    return f"{100 * share:.1f}"
+
+
+def with_interval(share: float, count: int) -> str:
+    """A share of count examples in percent, with its 95 % Wilson interval."""
+    low, high = wilson_interval(share, count)
+    return f"{percent(share)} % (95 % interval {percent(low)} to {percent(high)} %)"
+
+
+def words(name: str) -> str:
+    """guided_complement_entropy as words; a short name such as pgd is an abbreviation."""
+    if len(name) <= 4:
+        return name.upper()
+    return name.replace("_", " ").replace("cross entropy", "cross-entropy")
