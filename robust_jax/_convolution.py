@@ -13,7 +13,7 @@ transformation to any order: jvp, vjp, vmap, jacfwd, jacrev, scan, remat.
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
