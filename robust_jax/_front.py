@@ -8,17 +8,17 @@ traced values (within the caller's jit, grad, vmap, scan or shard_map) is the pl
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from robust_jax import _checks
 from robust_jax._network import MOST_PROGRAMS, Network
 from robust_jax.batches import NUM_SIZES, batches, counted, joined
+from robust_jax.devices.parallel import Placement, placement_of
 from robust_jax.keys import example_keys
 
 # What parameters are, by their names.
@@ -26,7 +26,6 @@ _NETWORKS = ("logits_fn", "fn", "features_fn", "surrogate")
 _ROWS = ("x", "y", "targets", "key", "x_adv", "x_moved", "direction")
 _LABELS = ("y", "targets")
 _LENGTHS = ("eps", "step_size")
-_AXIS = "examples"
 
 
 def compiled(fn: Callable) -> Callable:
@@ -48,49 +47,6 @@ def compiled(fn: Callable) -> Callable:
         return _run(fn, values)
 
     return call
-
-
-class Placement:
-    """Where examples lie: on one device (mesh is None), or on several, a share of the rows each."""
-
-    def __init__(self, mesh: Any = None, axes: Any = None):
-        self.mesh, self.axes = mesh, axes
-
-    @property
-    def count(self) -> int:
-        """How many shares there are."""
-        if self.mesh is None or self.axes is None:
-            return 1
-        names = self.axes if isinstance(self.axes, tuple) else (self.axes,)
-        return int(np.prod([self.mesh.shape[name] for name in names]))
-
-    def replicated(self, tree: Any) -> Any:
-        """The arrays whole on every device."""
-        return self._put(tree, PartitionSpec())
-
-    def shared(self, tree: Any) -> Any:
-        """The arrays [B,...] with a share of their rows on each device."""
-        return self._put(tree, PartitionSpec(self.axes))
-
-    def _put(self, tree: Any, spec: PartitionSpec) -> Any:
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, spec))
-
-
-def placement_of(x: Any, num_rows: int) -> Placement:
-    """Where x lies; everything local that computes where it is numpy's or on no device for good."""
-    if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
-        if isinstance(x.sharding, NamedSharding):
-            spec = x.sharding.spec
-            return Placement(x.sharding.mesh, spec[0] if len(spec) else None)
-        return Placement(_mesh(sorted(x.sharding.device_set, key=lambda d: d.id)), _AXIS)
-    devices = jax.local_devices()[:num_rows]
-    if len(devices) == 1 or (isinstance(x, jax.Array) and x.committed):
-        return Placement()
-    return Placement(_mesh(devices), _AXIS)
-
-
-def _mesh(devices: Sequence[jax.Device]) -> Mesh:
-    return Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +88,7 @@ def _run(fn: Callable, values: dict[str, Any]) -> Any:
         elif name in _NETWORKS or isinstance(value, jax.Array | np.ndarray):
             rest[name] = value
         else:
-            static[name] = _hashable(value)
+            static[name] = tuple(value) if isinstance(value, list) else value
     if placement.mesh is not None:
         if "key" in rows:
             rows["key"] = _keys(rows["key"], count)
@@ -140,25 +96,11 @@ def _run(fn: Callable, values: dict[str, Any]) -> Any:
             where = np.minimum(np.arange(count + missing), count - 1)
             rows = {name: value[where] for name, value in rows.items()}
         rows, rest = placement.shared(rows), placement.replicated(rest)
-    out = _program(fn, tuple(sorted(static.items())), _programs(rest), placement.mesh,
-                   placement.axes)(rows, rest)  # fmt: skip
-    if placement.mesh is None:
-        return out
+    programs = tuple(value.program for value in rest.values() if isinstance(value, Network))
+    out = _program(fn, tuple(sorted(static.items())), programs, placement)(rows, rest)
     if count % placement.count:
         out = jax.tree.map(lambda a: a[:count], out)
-    return jax.device_put(out, jax.local_devices()[0]) if _is_ours(placement) else out
-
-
-def _is_ours(placement: Placement) -> bool:
-    return placement.axes == _AXIS
-
-
-def _programs(rest: Mapping[str, Any]) -> tuple:
-    return tuple(value.program for value in rest.values() if isinstance(value, Network))
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return placement.brought_back(out)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -167,7 +109,7 @@ def _keys(key, count):
 
 
 @functools.lru_cache(MOST_PROGRAMS)
-def _program(fn: Callable, static: tuple, programs: tuple, mesh: Mesh | None, axes: Any):
+def _program(fn: Callable, static: tuple, programs: tuple, placement: Placement) -> Callable:
     """fn as a program of (rows, rest), one for each structure of its networks.
 
     A jax.jit for each, so that what is dropped from this cache is dropped by JAX as well.
@@ -176,14 +118,7 @@ def _program(fn: Callable, static: tuple, programs: tuple, mesh: Mesh | None, ax
     def run(rows, rest):
         return fn(**rows, **rest, **dict(static))
 
-    if mesh is None:
-        return jax.jit(run)
-    shares = PartitionSpec(axes)
-    # What examples share is no sum over devices, so nothing is gained by checking it.
-    mapped = jax.shard_map(
-        run, mesh=mesh, in_specs=(shares, PartitionSpec()), out_specs=shares, check_vma=False
-    )
-    return jax.jit(mapped)
+    return placement.compiled(run, rows_at=0)
 
 
 class Mapper:
@@ -218,7 +153,7 @@ class Mapper:
 
     def _mapped(self, fn: Callable, rows: Mapping[str, np.ndarray], scalars: tuple) -> Any:
         where = self._placement
-        program = _rows_program(fn, self._network.program, where.mesh, where.axes)
+        program = _rows_program(fn, self._network.program, where)
         count, take = counted(rows)
         sizes = list(batches(count, self._batch_size, multiple_of=where.count, num_sizes=NUM_SIZES))
         parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]
@@ -226,13 +161,8 @@ class Mapper:
 
 
 @functools.lru_cache(MOST_PROGRAMS)
-def _rows_program(fn: Callable, program: Any, mesh: Mesh | None, axes: Any):
+def _rows_program(fn: Callable, program: Any, placement: Placement) -> Callable:
     def run(network, rows, scalars):
         return fn(network, rows, *scalars)
 
-    if mesh is None:
-        return jax.jit(run)
-    shares, whole = PartitionSpec(axes), PartitionSpec()
-    return jax.jit(jax.shard_map(
-        run, mesh=mesh, in_specs=(whole, shares, whole), out_specs=shares, check_vma=False
-    ))  # fmt: skip
+    return placement.compiled(run, rows_at=1)

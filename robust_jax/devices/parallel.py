@@ -4,6 +4,9 @@ Work is written per device and mapped over the axis AXIS. Two mappings do the sa
 and its successor jit(shard_map). With one CPU device both are just that device.
 """
 
+import dataclasses
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, Literal, get_args
@@ -119,6 +122,66 @@ def map_examples(
         return lambda rows, *scalars: mapped(variables, *counted(rows), *scalars)
 
     return mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a call's examples lie: on one device (mesh is None), or a share on each of several.
+
+    axes: of the mesh, by which the rows are shared; None where each device has them all.
+    """
+
+    mesh: Any = None
+    axes: Any = None
+    _is_ours: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many shares there are."""
+        if self.mesh is None or self.axes is None:
+            return 1
+        names = self.axes if isinstance(self.axes, tuple) else (self.axes,)
+        return math.prod(self.mesh.shape[name] for name in names)
+
+    def replicated(self, tree: Any) -> Any:
+        """The arrays whole on every device."""
+        return self._put(tree, PartitionSpec())
+
+    def shared(self, tree: Any) -> Any:
+        """The arrays [B,...] with a share of their rows on each device."""
+        return self._put(tree, PartitionSpec(self.axes))
+
+    def brought_back(self, tree: Any) -> Any:
+        """Results on one device, where the examples came from none in particular."""
+        return jax.device_put(tree, jax.local_devices()[0]) if self._is_ours else tree
+
+    def compiled(self, run: Callable, rows_at: int) -> Callable:
+        """run as a program, each device on its share of the argument of that number."""
+        if self.mesh is None:
+            return jax.jit(run)
+        shares = PartitionSpec(self.axes)
+        in_specs = [PartitionSpec()] * len(inspect.signature(run).parameters)
+        in_specs[rows_at] = shares
+        # Nothing is summed over devices, so there is nothing to check.
+        return jax.jit(jax.shard_map(
+            run, mesh=self.mesh, in_specs=tuple(in_specs), out_specs=shares, check_vma=False
+        ))  # fmt: skip
+
+    def _put(self, tree: Any, spec: PartitionSpec) -> Any:
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, spec))
+
+
+def placement_of(x: Any, num_rows: int) -> Placement:
+    """Where x lies. What lies nowhere in particular is shared by all local devices."""
+    if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
+        if isinstance(x.sharding, NamedSharding):
+            spec = x.sharding.spec
+            return Placement(x.sharding.mesh, spec[0] if len(spec) else None)
+        return Placement(_mesh(list(x.sharding.device_set)), AXIS)
+    devices = jax.local_devices()[:num_rows]
+    if len(devices) == 1 or (isinstance(x, jax.Array) and x.committed):
+        return Placement()
+    return Placement(_mesh(devices), AXIS, True)
 
 
 def replicated() -> NamedSharding:
