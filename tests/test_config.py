@@ -98,6 +98,7 @@ MISTAKES = {
     "its last radius infinite": ({"attacks__pgd_linf__eps": (0.1, np.inf)}, "eps must be finite"),
     "attack with a word for a radius": ({"attacks__pgd_linf__eps": (0.1, "x")}, "eps must be"),
     "name that is a list": ({"model__name": ["cnn"]}, "config.model.name is"),
+    "measurement not an entry": ({"measurements__spectra": 3}, "spectra must be an entry like"),
     "attack not an entry": ({"attacks__pgd": "pgd"}, "config.attacks.pgd must be an entry"),
     "epochs and steps": ({"duration": "2 epochs 5 steps"}, "one positive number with one unit"),
     "no unit": ({"duration": "20"}, "config.duration is '20'; give one positive number"),
@@ -223,6 +224,17 @@ def test_the_surrogate_is_an_undefended_cnn_of_the_same_recipe_whatever_the_run(
     for field in SHARED:
         assert found[field] == config[field], field
     assert found.seed == config.seed + 1 and found.audit.num_examples == 0
+
+
+def test_an_entry_is_named_by_its_label_unless_it_says_otherwise():
+    attacks = {"pgd": {"eps": 0.1}, "twice": {"name": "pgd", "eps": (0.1,), "num_restarts": 2}}
+    measured = {"outputs": {}, "outputs_train": {"name": "outputs", "split": "train"}}
+    built = build(changed(attacks=ConfigDict(attacks), measurements=ConfigDict(measured)))
+    assert {label: grid.kind for label, grid in built.grids.items()} == dict.fromkeys(
+        attacks, "pgd"
+    )
+    assert built.measurements["outputs_train"].keywords == {"split": "train"}
+    assert len({measure.func for measure in built.measurements.values()}) == 1
 
 
 def test_names_in_a_config_are_found_with_their_keywords():

@@ -79,3 +79,15 @@ def test_tab_completion_shows_the_public_names_alone():
     assert set(dir(robust_jax)) == {*robust_jax.__all__, "__version__"}
     for name in robust_jax.__all__:
         assert getattr(robust_jax, name) is not None
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    found = modules()
+    del found["robust_jax"]  # the front imports the rest when it is asked for
+    ours = {
+        name: {one if one in found else one.rpartition(".")[0] for one in imported} & set(found)
+        for name, imported in found.items()
+    }
+    while leaves := {name for name, imported in ours.items() if not imported}:
+        ours = {name: imported - leaves for name, imported in ours.items() if name not in leaves}
+    assert not ours, f"a circle among {', '.join(sorted(ours))}"

@@ -55,7 +55,9 @@ def term(name: str, entry: ConfigDict, loss_on: str) -> Term:
     return Term(fn, weight, entry.get("on", loss_on))
 
 
-def attack_grid(entry: ConfigDict, path: str) -> AttackGrid:
+def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:
+    """An attack of the final evaluation; its label names it where the entry does not."""
+    path = f"config.attacks.{label}"
     if not isinstance(entry, ConfigDict):
         raise UserError(
             f'{path} must be an entry like {{"name": "pgd", "eps": (0.1,)}}, not {entry!r}'
@@ -63,7 +65,7 @@ def attack_grid(entry: ConfigDict, path: str) -> AttackGrid:
     keywords = {k: v for k, v in entry.items() if k not in ("eps", "num_examples", "surrogate")}
     attack = bind(
         _ATTACKS_EVALUATED,
-        keywords,
+        {"name": label, **keywords},
         path,
         reserved=_SET_BY_THE_EVALUATION,
         named={"loss": losses.ATTACK_LOSSES},
@@ -80,7 +82,8 @@ def attack_grid(entry: ConfigDict, path: str) -> AttackGrid:
     if num_examples < 0:
         raise UserError(f"{path}.num_examples is {num_examples}; 0 stands for all")
     members: tuple[str, ...] = ()
-    if entry["name"] == "autoattack":
+    kind = entry.get("name", label)
+    if kind == "autoattack":
         version = attack.keywords.get("version", "standard")
         overrides = (attack.keywords.get("overrides") or {}).values()
         if version == "rand" or any("eot_samples" in own for own in overrides):
@@ -92,15 +95,8 @@ def attack_grid(entry: ConfigDict, path: str) -> AttackGrid:
     surrogate = config_lib.check_type(entry.get("surrogate", ""), str, f"{path}.surrogate")
     if surrogate and members:
         raise UserError(f"{path}.surrogate: autoattack is not transferred; name another attack")
-    return AttackGrid(
-        entry["name"],
-        attack,
-        norm,
-        tuple(map(float, eps)),
-        num_examples or None,
-        members,
-        surrogate,
-    )
+    eps = tuple(map(float, eps))
+    return AttackGrid(kind, attack, norm, eps, num_examples or None, members, surrogate)
 
 
 def audit_settings(config: ConfigDict) -> AuditSettings | None:

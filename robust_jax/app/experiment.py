@@ -13,6 +13,7 @@ from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Setti
 from robust_jax.app.measurements import MEASUREMENTS
 from robust_jax.app.training import Training
 from robust_jax.attacks import transfer
+from robust_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +31,9 @@ def build(config: ConfigDict) -> Experiment:
 
     Raises UserError, naming the field, the value and the choices.
     """
-    grids = {
-        name: entries.attack_grid(entry, f"config.attacks.{name}")
-        for name, entry in config.attacks.items()
-    }
+    grids = {label: entries.attack_grid(label, entry) for label, entry in config.attacks.items()}
     measurements: dict[str, Callable] = {
-        name: bind(MEASUREMENTS, {"name": name, **entry}, f"config.measurements.{name}")
-        for name, entry in config.measurements.items()
+        label: _measurement(label, entry) for label, entry in config.measurements.items()
     }
     audit = entries.audit_settings(config)
     run = training.build(config)
@@ -58,6 +55,14 @@ def build(config: ConfigDict) -> Experiment:
     return Experiment(
         **vars(run), grids=grids, evaluator=evaluator, measurements=measurements, audit=audit
     )
+
+
+def _measurement(label: str, entry: ConfigDict) -> Callable:
+    """What else is measured; its label names it where the entry does not."""
+    path = f"config.measurements.{label}"
+    if not isinstance(entry, ConfigDict):
+        raise UserError(f'{path} must be an entry like {{"num_examples": 500}}, not {entry!r}')
+    return bind(MEASUREMENTS, {"name": label, **entry}, path)
 
 
 def _transferred(grid: AttackGrid) -> AttackGrid:
