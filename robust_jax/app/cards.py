@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-
 
 def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
     """The card of the best checkpoint under AutoAttack, at the radius trained against if it ran
@@ -31,7 +29,7 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "name": f"{config['loss']['name']} on {config['loss_on']}",
         "dataset": results["data"]["name"].removeprefix("tfds:"),
         "architecture": results["model"]["name"],
-        "threat_model": _NORMS.get(entry["norm"], entry["norm"]),
+        "threat_model": entry["norm"].capitalize(),
         "eps": _fraction(entry["eps"]),
         "clean_acc": f"{100 * entry['members']['clean']:.2f}",
         "autoattack_acc": f"{100 * entry['robust_accuracy']:.2f}",

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from robust_jax.app import config as config_lib
 from robust_jax.app.config import bind, choose, guard
 from robust_jax.app.evaluate import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.measurements import MEASUREMENTS, Subject
-from robust_jax.attacks import ATTACKS, autoattack, norms, transfer
+from robust_jax.attacks import ATTACKS, NORMS, never, transfer
 from robust_jax.attacks._autoattack import VERSIONS, check_arguments
 from robust_jax.attacks._best import check_lengths
 from robust_jax.devices import parallel
@@ -35,9 +34,11 @@ from robust_jax.train.validate import make_validation
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _MODEL_FIELDS_SET_HERE = ("num_classes", "mean", "std", "dtype", "axis_name")
-_ATTACKS_EVALUATED = {**ATTACKS, "autoattack": autoattack}
+# AutoAttack is a loop on the host.
+_ATTACKS_IN_A_STEP = {name: attack for name, attack in ATTACKS.items() if name != "autoattack"}
+_NOT_FOR_CONFIGS = ("targets", "criterion")
 _SET_BY_THE_EVALUATION = (
-    "eps", "targets", "batch_size", "map_examples", "state_path", "progress"
+    *_NOT_FOR_CONFIGS, "eps", "batch_size", "map_examples", "state_path", "progress"
 )  # fmt: skip
 # The loss of an adversary that leaves the clean logits, not the label: TRADES' and MART's.
 _AGAINST_CLEAN_LOGITS = {"kl": losses.kl}
@@ -79,10 +80,10 @@ def build(config: ConfigDict, schema: ConfigDict) -> Experiment:
         name: _term(name, entry, config.loss_on) for name, entry in config.regularizers.items()
     }
     validation_attack = bind(
-        ATTACKS,
+        _ATTACKS_IN_A_STEP,
         config.validation_attack,
         "config.validation_attack",
-        reserved=("targets",),
+        reserved=_NOT_FOR_CONFIGS,
         named={"loss": losses.ATTACK_LOSSES},
     )
     grids = {name: _grid(entry, f"config.attacks.{name}") for name, entry in config.attacks.items()}
@@ -285,8 +286,13 @@ def _adversary(entry: ConfigDict | None) -> Adversary | None:
     if entry is None:
         return None
     named = {"loss": {**losses.ATTACK_LOSSES, **_AGAINST_CLEAN_LOGITS}}
-    attack = bind(ATTACKS, entry, "config.adversary", reserved=("targets",), named=named)
-    return Adversary(attack, against_clean_logits=entry.get("loss") in _AGAINST_CLEAN_LOGITS)
+    attack = bind(
+        _ATTACKS_IN_A_STEP, entry, "config.adversary", reserved=_NOT_FOR_CONFIGS, named=named
+    )
+    against_clean_logits = entry.get("loss") in _AGAINST_CLEAN_LOGITS
+    if against_clean_logits:
+        attack = partial(attack, criterion=never)
+    return Adversary(attack, against_clean_logits)
 
 
 def _term(name: str, entry: ConfigDict, loss_on: str) -> Term:
@@ -313,7 +319,7 @@ def _grid(entry: ConfigDict, path: str) -> AttackGrid:
         )
     keywords = {k: v for k, v in entry.items() if k not in ("eps", "num_examples", "surrogate")}
     attack = bind(
-        _ATTACKS_EVALUATED,
+        ATTACKS,
         keywords,
         path,
         reserved=_SET_BY_THE_EVALUATION,
@@ -352,7 +358,7 @@ def _audit_settings(config: ConfigDict, loss) -> AuditSettings | None:
     settings = config.audit
     if not settings.num_examples:
         return None
-    norm = choose(get_args(norms.Norm), settings.norm, "config.audit.norm")
+    norm = choose(NORMS, settings.norm, "config.audit.norm")
     if not settings.eps > 0:
         raise UserError(f"config.audit.eps is {settings.eps}; it must be above 0")
     other = settings.surrogate

@@ -178,7 +178,7 @@ def format_eps(eps: float) -> str:
 
 
 def _at(norm: str, eps: float, between: str = "") -> str:
-    return f"{plots.NORMS.get(norm, norm)} {between}ε = {format_eps(eps)}"
+    return f"{plots.norm_symbol(norm)} {between}ε = {format_eps(eps)}"
 
 
 def _percent(share: float) -> str:
@@ -264,7 +264,7 @@ def _blocks(results: Results) -> list[dict[str, Any]]:
             for attack, rows in of_norm.groupby("attack", sort=False)
         ]
         heads = [format_eps(eps) for eps in sizes]
-        blocks.append({"norm": plots.NORMS.get(norm, norm), "eps": heads, "rows": rows})
+        blocks.append({"norm": plots.norm_symbol(norm), "eps": heads, "rows": rows})
     return blocks
 
 
