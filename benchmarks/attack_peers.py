@@ -47,7 +47,7 @@ def from_reference(net: torch.nn.Module, budget: Budget, folder: str) -> Attacks
     from autoattack.fab_pt import FABAttack_PT
     from autoattack.square import SquareAttack
 
-    norm = _NORMS[budget.norm]
+    norm = budget.norm.capitalize()
     common = {"norm": norm, "device": "cpu"}
     steps = {"n_iter": budget.num_steps, **common}
     climb = {"eps": budget.eps, "use_largereps": norm == "L1", **steps}
@@ -104,7 +104,7 @@ def from_torchattacks(net: torch.nn.Module, budget: Budget) -> Attacks:
     """torchattacks, in linf and l2; `standard` is its members in turn: its own takes 10 steps."""
     import torchattacks
 
-    common = {"norm": _NORMS[budget.norm], "eps": budget.eps}
+    common = {"norm": budget.norm.capitalize(), "eps": budget.eps}
     steps = {"steps": budget.num_steps, **common}
     every = {"n_classes": budget.num_targets + 1, **steps}
 
@@ -207,5 +207,4 @@ def from_art(net: torch.nn.Module, budget: Budget) -> Attacks:
     }  # fmt: skip
 
 
-_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 _ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,7 @@ from benchmarks import attack_peers, torch_models
 from benchmarks.attack_peers import Budget
 from robust_jax import attacks, data, models
 from robust_jax.app import subject
-from robust_jax.attacks import norms
-from robust_jax.attacks._autoattack import MEMBERS
+from robust_jax.attacks._autoattack import COMPONENTS
 
 PEERS = {
     "torchattacks": attack_peers.from_torchattacks,
@@ -124,20 +123,17 @@ def our_side(logits_fn: Callable, budget: Budget) -> Side:
 
         return run
 
-    def nearest(attack):
-        return single(lambda *arguments, **keywords: attack(*arguments, **keywords).x_adv)
-
     pgd = partial(attacks.pgd, eps=eps, step_size=budget.step_size, num_steps=budget.num_pgd_steps)
-    fab = partial(attacks.nearest_adversarial, **steps)
+    fab = partial(attacks.fab, **steps)
     ours = {
-        **{name: ensemble((name,)) for name in MEMBERS},
+        **{name: ensemble((name,)) for name in COMPONENTS},
         "standard": ensemble("standard"),
         "pgd": single(pgd),
-        "nearest_fab": nearest(partial(fab, num_targets=None)),
-        "nearest_fab_t": nearest(partial(fab, num_targets=budget.num_targets)),
-        "nearest_deepfool": nearest(attacks.nearest_deepfool),
-        "nearest_carlini_wagner": nearest(
-            partial(attacks.nearest_carlini_wagner, num_steps=budget.num_cw_steps)
+        "nearest_fab": single(partial(fab, num_targets=None)),
+        "nearest_fab_t": single(partial(fab, num_targets=budget.num_targets)),
+        "nearest_deepfool": single(attacks.deepfool),
+        "nearest_carlini_wagner": single(
+            partial(attacks.carlini_wagner, num_steps=budget.num_cw_steps)
         ),
     }
     return Side("ours", jax.jit(lambda x: logits_fn(x).argmax(-1)), ours)
@@ -194,7 +190,7 @@ def _measure_batch(side, attack, x, y, keys, seed, budget) -> Outcome:
     if len(right):
         x_adv = side.attacks[attack](x_adv, y[right], keys[right], seed)
     seconds = time.perf_counter() - started
-    size = np.asarray(jax.vmap(partial(norms.size, norm=budget.norm))(x_adv - x[right]))
+    size = np.asarray(attacks.distances(x[right], x_adv, norm=budget.norm))
     valid = (x_adv >= 0).all((1, 2, 3)) & (x_adv <= 1).all((1, 2, 3))
     if not _is_nearest(attack):
         relative, absolute = _SLACK
@@ -357,7 +353,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--weights", help="of preact_resnet18: an npz file, made if there is none")
     parser.add_argument("--train_steps", type=int, default=200, help="of preact_resnet18")
     parser.add_argument("--out", required=True, help="a folder for what is measured")
-    parser.add_argument("--norm", choices=get_args(norms.Norm), default="linf")
+    parser.add_argument("--norm", choices=list(attacks.NORMS), default="linf")
     parser.add_argument("--eps", type=float, required=True, help="pixel units (pixels in [0,1])")
     parser.add_argument("--points", type=int, default=1000, help="so many of the first test points")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions, with seeds 0, 1, …")

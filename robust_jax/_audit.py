@@ -20,8 +20,8 @@ from robust_jax._front import Mapper
 from robust_jax._network import Network
 from robust_jax._outputs import are_probabilities, change_with_the_batch, is_random
 from robust_jax.analysis.summaries import wilson_interval
-from robust_jax.attacks import mim, norms, pgd, square
-from robust_jax.attacks.norms import Norm
+from robust_jax.attacks import mim, pgd, square
+from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import MapExamples
 from robust_jax.errors import NothingToAudit
 from robust_jax.keys import example_keys, fold_each
@@ -53,7 +53,7 @@ class Audit(NamedTuple):
 
     verdict: Verdict
     checks: tuple[Check, ...]
-    norm: Norm
+    norm: str
     eps: float
     num_examples: int
 
@@ -114,7 +114,7 @@ def audit(
     _checks.length("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps must be above 0, not {eps!r} (pixels are in [0,1])")
-    norms.check(norm)
+    threat = threat_model(norm)
     x = np.asarray(_checks.pixels(x))
     y = np.asarray(_checks.one_row_each(y, x))
     network = _checks.network(logits_fn, x)
@@ -146,7 +146,7 @@ def audit(
             bar.set_postfix_str(found.name, refresh=False)
             bar.update()
     verdict = max((check.verdict for check in checks), key=get_args(Verdict).index)
-    return Audit(verdict, tuple(checks), norm, float(eps), len(logits))
+    return Audit(verdict, tuple(checks), threat.name, float(eps), len(logits))
 
 
 def _checks_of(
@@ -220,7 +220,7 @@ class _Lab:
         self.eps, self.norm = float(eps), norm
         self.losses: dict[str, losses.Loss] = {
             "cross_entropy": losses.cross_entropy,
-            "margin": losses.carlini_wagner,
+            "margin": losses.margin_loss,
         }
         if logits.shape[-1] >= 3:
             self.losses["dlr"] = losses.dlr
@@ -344,7 +344,7 @@ def _check_steps(lab: _Lab) -> Check:
 
 
 def _check_radius(lab: _Lab) -> Check:
-    whole = float(norms.size(jnp.ones(lab.rows["x"].shape[1:]), lab.norm))
+    whole = float(threat_model(lab.norm).size(jnp.ones(lab.rows["x"].shape[1:])))
     radii = [lab.eps, *(r for r in (2 * lab.eps, 4 * lab.eps) if r < whole), whole]
     shares = {f"{r:g}": float(lab.many_steps("margin", eps=r).mean()) for r in radii[1:]}
     shares = {f"{lab.eps:g}": lab.share("margin"), **shares}
@@ -477,22 +477,23 @@ class _Trajectory:
     norm: Norm
 
     def __call__(self, logits_fn, rows, eps):
+        norm = threat_model(self.norm)
+
         def follow(loss, x, y, key):
             def step(x_adv, _):
                 gradient = jax.grad(lambda z: loss(logits_fn(z[None]), y[None])[0])(x_adv)
                 found = jnp.abs(gradient).max(), jnp.isfinite(gradient).all()
-                move = norms.steepest(jnp.nan_to_num(gradient), self.norm)
+                move = norm.steepest(jnp.nan_to_num(gradient))
                 x_adv = x_adv + 2.5 * eps / _FEW_STEPS * move
-                return norms.project_to_ball_and_box(x_adv, x, eps, self.norm), found
+                return norm.project_to_ball_and_box(x_adv, x, eps), found
 
-            start = x + norms.random_in_ball(key, x.shape, eps, self.norm)
-            start = norms.project_to_ball_and_box(start, x, eps, self.norm)
+            start = norm.random_neighbour(key, x, eps)
             return jax.lax.scan(step, start, length=_FEW_STEPS)[1]
 
         largest, finite = {}, []
         for name, loss in (
             ("cross_entropy", losses.cross_entropy),
-            ("margin", losses.carlini_wagner),
+            ("margin", losses.margin_loss),
         ):
             one = jax.vmap(lambda x, y, key, loss=loss: follow(loss, x, y, key))
             largest[name], is_finite = one(rows["x"], rows["y"], _keys(rows, 1))
@@ -509,8 +510,7 @@ class _Noise:
     def __call__(self, logits_fn, rows, eps):
         def held(keys):
             def one(x, key):
-                noise = norms.random_in_ball(key, x.shape, eps, self.norm)
-                return norms.project_to_ball_and_box(x + noise, x, eps, self.norm)
+                return threat_model(self.norm).random_neighbour(key, x, eps)
 
             return losses.correct(logits_fn(jax.vmap(one)(rows["x"], keys)), rows["y"])
 

@@ -64,8 +64,8 @@ def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
             if "y" in values:
                 num_classes = _checks.num_classes(values[name], name)
     for name in labels:
-        # What a loss of the caller's compares outputs with need not be labels.
-        is_reference = name == "y" and "loss" in values and values["y"].ndim > 1
+        # What a loss compares outputs with need not be labels, where no success is looked for.
+        is_reference = name == "y" and getattr(values.get("criterion"), "__name__", "") == "never"
         if not is_reference:
             _checks.labels(values[name], num_classes, name)
     if "key" in values:

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 
 from robust_jax import losses
 from robust_jax._front import compiled
-from robust_jax.attacks import Norm, norms, pgd
+from robust_jax.attacks import Norm, never, pgd
 from robust_jax.attacks._best import check_counts, check_lengths
+from robust_jax.attacks.norms import threat_model
 from robust_jax.keys import example_keys, fold_each
 from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn, PerExample
 
@@ -39,13 +40,13 @@ def mean_square(
     """
     check_lengths(eps=eps)
     check_counts(num_samples=num_samples)
+    threat = threat_model(norm)
     loss, reference = _loss_around(logits_fn, x, y)
     keys = example_keys(key, x.shape[0])
     value = loss(logits_fn(x), reference)
 
     def draw(x, key):
-        noise = norms.random_in_ball(key, x.shape, eps, norm)
-        return norms.project_to_ball_and_box(x + noise, x, eps, norm)
+        return threat.random_neighbour(key, x, jnp.asarray(eps, x.dtype))
 
     def sample(i):
         neighbour = jax.vmap(draw)(x, fold_each(keys, i))
@@ -111,7 +112,9 @@ def _ends(
     def end(sign, salt):
         found = pgd(
             logits_fn, x, reference, fold_each(keys, salt),
-            loss=lambda logits, reference: sign * loss(logits, reference), **keywords,
+            loss=lambda logits, reference: sign * loss(logits, reference),
+            # The loss alone counts: at its least, where nothing is misclassified, as well.
+            criterion=never, **keywords,
         )  # fmt: skip
         return jax.lax.stop_gradient(found)
 
@@ -120,10 +123,7 @@ def _ends(
 
 
 def _loss_around(logits_fn: LogitsFn, x: Images, y: Labels | None) -> tuple[Callable, Array]:
-    """ℓ(logits, reference) and the reference of each example, which has a dimension of its own.
-
-    For pgd puts being misclassified before the loss where the reference is a bare label.
-    """
+    """ℓ(logits, reference) and the reference of each example."""
     if y is None:
         return losses.kl, jax.lax.stop_gradient(logits_fn(x))
-    return (lambda logits, y: losses.cross_entropy(logits, y[:, 0])), y[:, None]
+    return losses.cross_entropy, y

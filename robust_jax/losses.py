@@ -49,7 +49,7 @@ def boosted_cross_entropy(logits: Logits, labels: Labels) -> PerExample:
     return -_at(log_p, labels) - log_not_runner_up
 
 
-def carlini_wagner(logits: Logits, labels: Labels) -> PerExample:
+def margin_loss(logits: Logits, labels: Labels) -> PerExample:
     """Negated margin, max_{j≠y} z_j - z_y, as maximised by an attack.
 
     [B,K], [B] -> [B]. Source: arXiv 1608.04644, f6, untargeted and not cut off at 0.
@@ -62,9 +62,9 @@ def dlr(logits: Logits, labels: Labels) -> PerExample:
 
     [B,K], [B] -> [B]; invariant to shift and scale of the logits, and constant (-(z_y - z_π1) /
     (z_π1 - z_y) = 1) where the label has fallen to the third place. Raises ValueError for K < 3,
-    where z_π3 does not exist: use carlini_wagner there. Source: arXiv 2003.01690, eq. 6.
+    where z_π3 does not exist: use margin_loss there. Source: arXiv 2003.01690, eq. 6.
     """
-    _check_classes("dlr", logits, 3, "use carlini_wagner instead")
+    _check_classes("dlr", logits, 3, "use margin_loss instead")
     ordered = jnp.sort(logits, axis=-1)
     return -margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
@@ -152,7 +152,7 @@ LOSSES: Mapping[str, Callable[..., PerExample]] = {
 ATTACK_LOSSES: Mapping[str, Loss] = {
     "cross_entropy": cross_entropy,
     "guided_complement_entropy": guided_complement_entropy,
-    "carlini_wagner": carlini_wagner,
+    "margin_loss": margin_loss,
     "dlr": dlr,
 }
 

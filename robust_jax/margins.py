@@ -1,22 +1,72 @@
-"""Input-space margins to first order: how far an example is from where the network changes class.
+"""Margins in the input space: how far an example is from where the network changes class.
 
-Distances are in pixel units ([0,1]) of the threat norm, negative where another class wins. They
-are exact for a linear network.
+Four estimates of one quantity, [B] in pixel units of the threat norm: the distance to the nearest
+point that is misclassified or, negated, from a misclassified example to the nearest that is not.
+`linear` is exact, `first_order` exact for a linear network; `minimum_norm` is never smaller and
+`lipschitz` never larger in magnitude. Source: arXiv 1907.11780, which means by minimum and average
+margin the least and the mean over the training set.
 """
 
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from robust_jax._front import compiled
-from robust_jax.attacks import Norm
-from robust_jax.types import Images, Labels, LogitsFn, PerExample
+from robust_jax.analysis.spectra import GAINS, Layer, operator_norm
+from robust_jax.attacks import Norm, ThreatModel, distances, fab, is_adversarial
+from robust_jax.attacks.norms import L2, threat_model
+from robust_jax.batches import in_chunks
+from robust_jax.keys import example_keys
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn, PerExample
 
-# A gradient of a smaller norm counts as none, and then the boundary is this far away.
+# A gradient of a smaller dual norm counts as none.
 _FLAT = 1e-12
+# Where training takes a boundary to be that does not exist: far enough to pull nothing.
 _FAR = 1e12
+
+
+def linear(
+    weights: Float[np.ndarray, "k d"],
+    bias: Float[np.ndarray, " k"],
+    x: Float[np.ndarray, "b ..."],
+    y: Int[np.ndarray, " b"],
+    *,
+    norm: Norm = "linf",
+) -> Float[np.ndarray, " b"]:
+    """Margins of the classifier argmax(weights·x + bias), min_{j≠y} (z_y - z_j) / ‖w_y - w_j‖_q.
+
+    q is dual to the norm; the walls of [0,1] are not looked at. Exact where x is classified
+    correctly, and for two classes; otherwise no larger in magnitude than the margin, for of the
+    boundaries in between it goes to the furthest alone. Costs B·K·D multiplications and holds K²
+    differences of D weights.
+
+    Args:
+        weights: [K,D], for x flattened.
+        bias: [K].
+        x: Examples [B,...].
+        y: Labels [B].
+        norm: A name ("linf", "l2", "l1") or a `norms.ThreatModel`.
+
+    Returns:
+        [B], float64, in pixel units.
+
+    Raises:
+        ValueError: The norm is unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_jax import margins
+        >>> weights, bias = np.array([[3.0, 4.0], [0.0, 0.0]]), np.zeros(2)
+        >>> margins.linear(weights, bias, np.array([[0.2, 0.1]]), np.array([0]), norm="l2")
+        array([0.2])
+    """
+    weights, x = np.asarray(weights, np.float64), np.asarray(x, np.float64)
+    logits = x.reshape(len(x), -1) @ weights.T + np.asarray(bias, np.float64)
+    shaped = weights.reshape(len(weights), *x.shape[1:])
+    return _over_weights(logits, np.asarray(y), shaped, threat_model(norm))
 
 
 @compiled
@@ -27,10 +77,44 @@ def first_order(
     *,
     norm: Norm = "linf",
     num_boundaries: int | None = None,
+    chunk_size: int | None = None,
 ) -> PerExample:
-    """min_{j≠y} (z_y - z_j) / ‖∇_x (z_y - z_j)‖_q, the least of `boundary_distances` -> [B]."""
-    distances = boundary_distances(logits_fn, x, y, norm=norm, num_boundaries=num_boundaries)
-    return distances.min(-1)
+    """Margins of the linearised network, min_{j≠y} (z_y - z_j) / ‖∇_x (z_y - z_j)‖_q.
+
+    q is dual to the norm. Costs a forward and K-1 (or num_boundaries) backward passes.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K].
+        x: Examples [B,...], pixels in [0,1].
+        y: Labels [B].
+        norm: A name or a record.
+        num_boundaries: Of how many of the likeliest wrong classes; None for all of them.
+        chunk_size: How many examples are in memory at a time; None for all.
+
+    Returns:
+        [B], in pixel units: negative where another class wins, infinite where the gradient
+        vanishes.
+
+    Raises:
+        ValueError: The norm is unknown, or num_boundaries not in 1…K-1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import margins
+        >>> logits_fn = lambda x: jnp.stack([3 * x[:, 0] + 4 * x[:, 1], 0 * x[:, 0]], -1)
+        >>> x, y = jnp.array([[0.2, 0.1]]), jnp.array([0])
+        >>> margins.first_order(logits_fn, x, y, norm="l2").round(3).tolist()
+        [0.20000000298023224]
+    """
+
+    def nearest(x, y):
+        return boundary_distances(
+            logits_fn, x, y, norm=norm, num_boundaries=num_boundaries
+        ).min(-1)  # fmt: skip
+
+    if chunk_size is None:
+        return nearest(x, y)
+    return in_chunks(lambda one: nearest(*(a[None] for a in one))[0], (x, y), chunk_size)
 
 
 @compiled
@@ -42,14 +126,37 @@ def boundary_distances(
     norm: Norm = "linf",
     num_boundaries: int | None = None,
 ) -> Float[Array, "b n"]:
-    """(z_y - z_j) / ‖∇_x (z_y - z_j)‖_q for n classes j ≠ y, q dual to norm (arXiv 1907.11780).
+    """(z_y - z_j) / ‖∇_x (z_y - z_j)‖_q for n classes j ≠ y, q dual to the norm.
 
-    [B,H,W,C], [B] -> [B,n], the classes in falling order of their logits: the num_boundaries
-    first ones, or all K-1. Costs a forward and n backward passes. ±1e12 where the gradient
-    vanishes. Raises ValueError for an unknown norm or num_boundaries outside 1…K-1.
+    Differentiable in the network's parameters. Costs a forward and n backward passes.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K].
+        x: Examples [B,...], pixels in [0,1].
+        y: Labels [B].
+        norm: A name or a record.
+        num_boundaries: n; None for all K-1.
+
+    Returns:
+        [B,n], in pixel units, the classes in falling order of their logits. ±inf where the gradient
+        vanishes.
+
+    Raises:
+        ValueError: The norm is unknown, or num_boundaries not in 1…K-1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import margins
+        >>> logits_fn = lambda x: jnp.stack([3 * x[:, 0] + 4 * x[:, 1], 0 * x[:, 0]], -1)
+        >>> x, y = jnp.array([[0.2, 0.1]]), jnp.array([0])
+        >>> margins.boundary_distances(logits_fn, x, y, norm="l2").shape
+        (1, 1)
+
+    Reference:
+        Wu & Yu 2019, arXiv 1907.11780.
     """
-    if norm not in _DUAL_NORM:
-        raise ValueError(f"norm must be one of {', '.join(_DUAL_NORM)}, not {norm!r}")
+    threat = threat_model(norm)
+    x, y = jnp.asarray(x), jnp.asarray(y)
     logits, pull_back = jax.vjp(logits_fn, x)
     num_classes = logits.shape[-1]
     n = num_classes - 1 if num_boundaries is None else num_boundaries
@@ -60,31 +167,178 @@ def boundary_distances(
     differences = label[:, None] - jax.nn.one_hot(nearest, num_classes, dtype=logits.dtype)
     gaps = (differences * logits[:, None]).sum(-1)
     gradients = jax.vmap(lambda d: pull_back(d)[0], in_axes=1, out_axes=1)(differences)
-    slopes = _DUAL_NORM[norm](gradients.reshape(*gaps.shape, -1))
-    steep = slopes > _FLAT
-    return jnp.where(steep, gaps / jnp.where(steep, slopes, 1.0), _FAR * jnp.sign(gaps))
+    dual_size = jax.vmap(jax.vmap(threat.dual_size))
+    steep = dual_size(jax.lax.stop_gradient(gradients)) > _FLAT
+    # Never of a gradient of 0, where the norm in l2 has no derivative.
+    somewhere = steep.reshape(*steep.shape, *[1] * (x.ndim - 1))
+    slopes = dual_size(jnp.where(somewhere, gradients, 1)).astype(gaps.dtype)
+    nowhere = jnp.where(gaps == 0, 0, jnp.copysign(jnp.inf, gaps)).astype(gaps.dtype)
+    return jnp.where(steep, gaps / slopes, nowhere)
 
 
-def truncate(distances: Float[Array, "b n"], tau: float) -> PerExample:
-    """ψ(m/τ) in (0, 1), with ψ(u) = 1/(1 + e^u) and m the smooth minimum of the distances -> [B].
+def truncate(boundaries: Float[Array, "b n"], tau: float) -> PerExample:
+    """ψ(m/τ), with ψ(u) = 1/(1 + e^u) and m the smooth minimum of the distances to boundaries.
 
     m = -τ log Σ_j exp(-m_j/τ) is below the least distance by τ log n at most. ψ falls strictly, and
-    flattens out on both sides: neither a safe example nor a hopeless one pulls. Our reading of
-    arXiv 1907.11780. A hard minimum would not do: its kink where two classes tie holds the
-    minimiser there, so that cross-entropy + λψ would not be Fisher-consistent.
+    flattens out on both sides: neither a safe example nor a hopeless one pulls. A hard minimum
+    would not do: its kink where two classes tie holds the minimiser there, so that
+    cross-entropy + λψ would not be Fisher-consistent.
+
+    Args:
+        boundaries: [B,n], in pixel units, infinite ones among them (see `boundary_distances`).
+        tau: In pixel units.
+
+    Returns:
+        [B], in (0, 1); finite gradients.
+
+    Raises:
+        ValueError: tau is not above 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import margins
+        >>> margins.truncate(jnp.array([[jnp.inf, 0.0]]), 0.1).tolist()
+        [0.5]
+
+    Reference:
+        Our reading of Wu & Yu 2019, arXiv 1907.11780.
     """
     if isinstance(tau, int | float) and not tau > 0:
         raise ValueError(f"tau must be above 0, not {tau!r} (pixels are in [0,1])")
-    return jax.nn.sigmoid(jax.nn.logsumexp(-distances / tau, -1))
+    # What is nowhere stays put: infinities have no derivative.
+    finite = jnp.clip(boundaries, -_FAR, _FAR)
+    return jax.nn.sigmoid(jax.nn.logsumexp(-finite / tau, -1))
 
 
-def _l2(gradients: Float[Array, "b n p"]) -> Float[Array, "b n"]:
-    # Kept off 0, where the square root has no derivative.
-    return jnp.sqrt(jnp.maximum((gradients**2).sum(-1), _FLAT**2))
+@compiled
+def minimum_norm(
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Labels,
+    key: KeyOrKeys,
+    *,
+    norm: Norm = "linf",
+    attack: Callable = fab,
+    chunk_size: int | None = None,
+) -> PerExample:
+    """Margins as far as a minimum-norm attack finds them: an upper bound of their magnitude.
+
+    Where x is misclassified it attacks the two logits "any other" and "the label", to reach the
+    label. Costs two attacks an example, one of them on two classes.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K].
+        x: Examples [B,...], pixels in [0,1].
+        y: Labels [B].
+        key: One key, or one for each example [B].
+        norm: A name or a record.
+        attack: `attacks.fab` or another that looks for the nearest point, called with norm alone.
+        chunk_size: How many examples are in memory at a time; None for all.
+
+    Returns:
+        [B], in pixel units. Infinite, of either sign, where nothing was found.
+
+    Raises:
+        ValueError: As the attack does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import margins
+        >>> logits_fn = lambda x: jnp.stack([3 * x[:, 0] + 4 * x[:, 1], 0 * x[:, 0] + 2], -1)
+        >>> x, y = jnp.array([[0.4, 0.5], [0.2, 0.2]]), jnp.array([0, 0])
+        >>> margins.minimum_norm(logits_fn, x, y, jax.random.key(0), norm="l2").round(2).tolist()
+        [0.23999999463558197, -0.11999999731779099]
+    """
+    x, y = jnp.asarray(x), jnp.asarray(y)
+
+    def margin_one(args):
+        x, y, key = (a[None] for a in args)
+
+        def label_last(x):
+            logits = logits_fn(x)
+            is_label = jnp.arange(logits.shape[-1], dtype=y.dtype) == y[0]
+            return jnp.stack(
+                [jnp.where(is_label[None], -jnp.inf, logits).max(-1), logits[:, y[0]]], axis=-1
+            )
+
+        def distance(logits_fn, y):
+            x_adv = attack(logits_fn, x, y, key, norm=norm)
+            found = is_adversarial(logits_fn, x_adv, y)
+            return jnp.where(found, distances(x, x_adv, norm=norm), jnp.inf)[0]
+
+        # One of them is 0: an attack does not leave a point that is where it should get to.
+        return distance(logits_fn, y) - distance(label_last, jnp.zeros_like(y))
+
+    return in_chunks(margin_one, (x, y, example_keys(key, len(x))), chunk_size)
 
 
-_DUAL_NORM: Mapping[str, Callable] = {
-    "linf": lambda gradients: jnp.abs(gradients).sum(-1),
-    "l2": _l2,
-    "l1": lambda gradients: jnp.abs(gradients).max(-1),
-}
+def lipschitz(
+    logits: Float[np.ndarray, "b k"],
+    y: Int[np.ndarray, " b"],
+    layers: Mapping[str, Layer],
+    *,
+    norm: Norm = "linf",
+    std: tuple[float, ...] = (1.0,),
+) -> Float[np.ndarray, " b"]:
+    """Margins that the layers' norms guarantee: a lower bound of their magnitude.
+
+    min_{j≠y} (z_y - z_j) / (‖w_y - w_j‖_q · L), w the rows of the last layer, L the product of the
+    others' norms over the least std (exact where there is no other layer). The norms are all of the
+    threat norm, where `spectra.operator_norm` knows them, or all l2 and the distance carried over
+    by ‖δ‖_2 ≤ l2_radius·‖δ‖, which is √D in linf: whichever guarantees more. It holds for layers
+    that follow one another, with nothing in between but maps of Lipschitz constant at most 1: ReLU,
+    maxima or means of disjoint tiles, flattening. Costs two `spectra.operator_norm` a layer for all
+    examples together.
+
+    Args:
+        logits: [B,K].
+        y: Labels [B].
+        layers: As `spectra.layers` lists them.
+        norm: A name or a record.
+        std: What the network divides its input by, one number a channel.
+
+    Returns:
+        [B], float64, in pixel units.
+
+    Raises:
+        ValueError: The last layer is not dense, or the norm unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_jax import margins
+        >>> from robust_jax.analysis.spectra import Layer
+        >>> layers = {"head": Layer(np.array([[3.0, 0.0], [4.0, 0.0]]))}
+        >>> margins.lipschitz(np.array([[1.0, 0.0]]), np.array([0]), layers, norm="l2")
+        array([0.2])
+
+    Reference:
+        Tsuzuku et al. 2018, arXiv 1802.04034, with the last layer taken pair by pair.
+    """
+    first, *_ = *hidden, head = layers.values()
+    if head.kernel.ndim != 2:
+        raise ValueError(f"the last layer, {list(layers)[-1]}, must be dense")
+    threat = threat_model(norm)
+
+    def guaranteed(threat):
+        constant = np.prod([operator_norm(layer, threat) for layer in hidden]) / min(std)
+        logits_ = np.asarray(logits, np.float64)
+        return _over_weights(logits_, np.asarray(y), head.kernel.T, threat) / constant
+
+    num_pixels = int(first.kernel.shape[-2] * np.prod(first.image))
+    by_l2 = guaranteed(L2) / threat.l2_radius(num_pixels)
+    if threat not in GAINS:
+        return by_l2
+    direct = guaranteed(threat)
+    return np.where(np.abs(direct) > np.abs(by_l2), direct, by_l2)
+
+
+def _over_weights(logits, y, weights, threat: ThreatModel):
+    """min_{j≠y} (z_y - z_j) / ‖w_y - w_j‖_q, float64 logits [B,K] and weights [K,...] -> [B]."""
+    with jax.enable_x64(True):
+        slopes = np.asarray(jax.vmap(jax.vmap(threat.dual_size))(weights[:, None] - weights))
+    others = np.arange(len(weights)) != y[:, None]
+    gaps = logits[np.arange(len(y)), y][:, None] - logits
+    boundaries = np.where(others, 0.0, np.inf)
+    with np.errstate(divide="ignore"):  # classes of the same weights are infinitely far apart
+        np.divide(gaps, slopes[y], out=boundaries, where=others & (gaps != 0))
+    return boundaries.min(-1)

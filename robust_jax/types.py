@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int, Key
 
-Images = Float[Array, "b h w c"]
+# Images [B,H,W,C] as a rule; whatever does not say so takes examples of any shape.
+Images = Float[Array, "b ..."]
 Labels = Int[Array, " b"]
 Logits = Float[Array, "b k"]
 PerExample = Float[Array, " b"]

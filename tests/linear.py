@@ -1,8 +1,14 @@
 """A linear classifier whose attacks, Jacobian and norms are known in closed form."""
 
+import math
+import typing
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from robust_jax import attacks
 
 ORDERS = {"linf": np.inf, "l2": 2, "l1": 1, "l0": 0}
 DUAL_ORDERS = {"linf": 1, "l2": 2, "l1": np.inf}
@@ -10,7 +16,7 @@ DUAL_ORDERS = {"linf": 1, "l2": 2, "l1": np.inf}
 
 def make_linear(key, image_shape=(4, 5, 1), num_classes=3):
     """(logits_fn, weights [K,H·W·C], bias [K])."""
-    size = image_shape[0] * image_shape[1] * image_shape[2]
+    size = math.prod(image_shape)
     weight_key, bias_key = jax.random.split(key)
     weights = jax.random.normal(weight_key, (num_classes, size))
     bias = jax.random.normal(bias_key, (num_classes,))
@@ -28,7 +34,7 @@ def interior_images(key, batch_size, image_shape=(4, 5, 1)):
 
 def make_nonlinear(key, image_shape=(4, 5, 1), num_classes=3, hidden=16):
     """A small smooth network as a plain function of x."""
-    size = image_shape[0] * image_shape[1] * image_shape[2]
+    size = math.prod(image_shape)
     one, two = jax.random.split(key)
     w1 = jax.random.normal(one, (size, hidden)) / jnp.sqrt(size) * 3
     w2 = jax.random.normal(two, (hidden, num_classes))
@@ -39,3 +45,32 @@ def sizes(x_adv, x, norm):
     """The norm of each perturbation, [B,H,W,C], [B,H,W,C] -> [B], in float64."""
     flat = (np.asarray(x_adv, np.float64) - np.asarray(x, np.float64)).reshape(len(x), -1)
     return np.linalg.norm(flat, ORDERS[norm], axis=-1)
+
+
+def norms_of(attack):
+    """The names of the norms that an attack's signature offers."""
+    hint = typing.get_type_hints(attack)["norm"]
+    listed = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    for part in typing.get_args(hint):
+        if typing.get_origin(part) is typing.Literal:
+            listed += typing.get_args(part)
+    return listed or tuple(attacks.NORMS)
+
+
+# Those that return points like x.
+POINTWISE = {name: attack for name, attack in attacks.ATTACKS.items() if name != "autoattack"}
+WITH_NORMS = [(name, norm) for name, attack in POINTWISE.items() for norm in norms_of(attack)]
+
+
+class Found(NamedTuple):
+    """x_adv [B,...] of a minimum-norm attack; distance [B], infinite where it found nothing."""
+
+    x_adv: jax.Array
+    distance: jax.Array
+
+
+def nearest(attack, logits_fn, x, y, key, *, norm="linf", targets=None, **keywords):
+    aims = {} if targets is None else {"targets": targets}
+    x_adv = attack(logits_fn, x, y, key, norm=norm, **aims, **keywords)
+    found = attacks.is_adversarial(logits_fn, x_adv, y, targets=targets)
+    return Found(x_adv, jnp.where(found, attacks.distances(x, x_adv, norm=norm), jnp.inf))

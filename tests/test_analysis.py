@@ -10,9 +10,9 @@ import pytest
 from flax import linen as nn
 from scipy import optimize
 
-from robust_jax import losses
-from robust_jax.analysis import calibration, features, latent, margins, spectra, summaries, surface
-from robust_jax.attacks import nearest_adversarial, pgd
+from robust_jax import losses, margins
+from robust_jax.analysis import calibration, features, latent, spectra, summaries, surface
+from robust_jax.attacks import fab, pgd
 from robust_jax.models import MLP, Linear
 from tests.linear import interior_images, make_linear, make_nonlinear
 from tests.test_apgd import near_boundary, sizes
@@ -22,8 +22,10 @@ KEY = jax.random.key(0)
 
 def attacked(norm, logits_fn, x, y, *, num_steps=30, chunk_size=None):
     """minimum_norm with FAB."""
-    nearest = functools.partial(nearest_adversarial, norm=norm, num_steps=num_steps)
-    measure = functools.partial(margins.minimum_norm, nearest, logits_fn, chunk_size=chunk_size)
+    measure = functools.partial(
+        margins.minimum_norm, logits_fn, norm=norm, chunk_size=chunk_size,
+        attack=functools.partial(fab, num_steps=num_steps),
+    )  # fmt: skip
     return np.asarray(jax.jit(measure)(x, y, KEY))
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from robust_jax import losses
-from robust_jax.attacks import _autoattack, autoattack, fab, norms
-from robust_jax.attacks._autoattack import MEMBERS, VERSIONS
+from robust_jax.attacks import _autoattack, autoattack, distances, fab
+from robust_jax.attacks._autoattack import COMPONENTS, VERSIONS
 from robust_jax.devices import parallel
 from robust_jax.errors import UnusableState
 from tests.linear import make_nonlinear
@@ -46,7 +46,7 @@ def baseline():
 
 
 def sizes(delta, norm):
-    return np.asarray(jax.vmap(lambda d: norms.size(d, norm))(jnp.asarray(delta)))
+    return np.asarray(distances(jnp.zeros_like(delta), delta, norm=norm))
 
 
 def test_versions_run_the_attacks_of_the_paper_in_its_order():
@@ -56,8 +56,8 @@ def test_versions_run_the_attacks_of_the_paper_in_its_order():
 
 
 def test_l1_has_budgets_of_its_own():
-    plan = _autoattack.check_arguments(eps=1.0, norm="l1")
-    assert {name: dict(member.keywords) for name, member in plan.items()} == {
+    ensemble = _autoattack.check_arguments(eps=1.0, norm="l1")
+    assert {name: dict(component.keywords) for name, component in ensemble.items()} == {
         "apgd_ce": {"loss": losses.cross_entropy, "num_restarts": 5},
         "apgd_t": {"num_targets": 5}, "fab_t": {}, "square": {},
     }  # fmt: skip
@@ -82,7 +82,7 @@ def test_result_holds_together(norm):
     np.testing.assert_array_equal(result.robust, right)
     np.testing.assert_array_equal(result.broken_by == "", result.robust)
     np.testing.assert_array_equal(result.broken_by == "clean", np.arange(40) < 5)
-    assert set(result.broken_by) <= {"", "clean", *MEMBERS}
+    assert set(result.broken_by) <= {"", "clean", *COMPONENTS}
     assert 0 < result.robust.sum() < 35
     untouched = result.robust | (result.broken_by == "clean")
     np.testing.assert_array_equal(result.x_adv[untouched], x[untouched])
@@ -152,9 +152,9 @@ def test_each_attack_sees_only_what_still_stands(monkeypatch):
 
         return attack
 
-    monkeypatch.setattr(_autoattack, "MEMBERS", {
-        "one": MEMBERS["square"]._replace(attack=spy("one", 0.5)),
-        "two": MEMBERS["square"]._replace(attack=spy("two", 1.1)),
+    monkeypatch.setattr(_autoattack, "COMPONENTS", {
+        "one": COMPONENTS["square"]._replace(attack=spy("one", 0.5)),
+        "two": COMPONENTS["square"]._replace(attack=spy("two", 1.1)),
     })  # fmt: skip
     result = autoattack(
         logits_fn, x, y, KEY, eps=0.4, version=("one", "two"), batch_size=8, progress=False
@@ -260,11 +260,11 @@ def test_killed_at_any_moment_it_ends_with_the_same_result(tmp_path):
 
 
 def test_fab_s_restarts_are_passes_too_and_start_at_random():
-    plan = _autoattack.check_arguments(eps=0.1, version="plus")
-    passes = _autoattack._passes("fab", plan["fab"], 4)
+    ensemble = _autoattack.check_arguments(eps=0.1, version="plus")
+    passes = _autoattack._passes("fab", ensemble["fab"], 4)
     assert [p.salt for p in passes] == ["fab", "fab 1", "fab 2", "fab 3", "fab 4"]
-    assert [p.member.keywords.get("random_start") for p in passes] == [None] + 4 * [True]
-    assert all(p.member.keywords["num_restarts"] == 1 for p in passes)
+    assert [p.component.keywords.get("random_start") for p in passes] == [None] + 4 * [True]
+    assert all(p.component.keywords["num_restarts"] == 1 for p in passes)
     logits_fn, x, y = problem()
     clean, random = (
         fab(logits_fn, x, y, KEY, eps=1.0, num_steps=3, num_targets=None, random_start=start)

@@ -18,9 +18,9 @@ from robust_jax.app import entries
 from robust_jax.app.evaluator import Settings, _attempt
 from robust_jax.app.experiment import build
 from robust_jax.app.surrogate import SHARED, surrogate_config
-from robust_jax.attacks import ATTACKS
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY
+from tests.linear import POINTWISE
 
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 
@@ -246,7 +246,7 @@ def test_names_in_a_config_are_found_with_their_keywords():
 
 def test_every_attack_can_be_evaluated_in_a_norm_of_its_own():
     """By its name and a radius alone, traced as the evaluation runs it."""
-    attacks = {name: {"name": name, "eps": 4} for name in ATTACKS}
+    attacks = {name: {"name": name, "eps": 4} for name in POINTWISE}
     grids = build(changed(attacks=ConfigDict(attacks))).grids
     batch = {"image": jnp.zeros((2, 4, 5, 1)), "label": jnp.zeros(2, int), "index": jnp.arange(2)}
     for name, grid in grids.items():

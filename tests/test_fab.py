@@ -1,7 +1,6 @@
 """FAB: the distances of linear models, projections against brute force, few classes."""
 
 import functools
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
-from robust_jax.attacks import Norm, fab, nearest_adversarial
-from robust_jax.attacks._fab import project_to_boundary
-from tests.linear import DUAL_ORDERS, interior_images, make_linear, make_nonlinear
+from robust_jax.attacks import NORMS, fab
+from tests.linear import DUAL_ORDERS, interior_images, make_linear, make_nonlinear, nearest
 from tests.test_apgd import near_boundary, robust_accuracy, sizes
 
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("num_classes", "num_targets"), [(2, 9), (5, 9), (5, None)])
 def test_finds_the_closed_form_distance_of_a_linear_model(num_targets, norm, num_classes):
     logits_fn, x, y, distance = near_boundary(num_classes, norm)
-    found = nearest_adversarial(logits_fn, x, y, KEY, norm=norm, num_targets=num_targets)
+    found = nearest(fab, logits_fn, x, y, KEY, norm=norm, num_targets=num_targets)
     assert robust_accuracy(logits_fn, found.x_adv, y) == 0
     np.testing.assert_allclose(sizes(found.x_adv, x, norm), found.distance, rtol=1e-5)
     assert (found.distance >= distance * (1 - 1e-4)).all()
@@ -40,7 +38,7 @@ def compiled(norm, shape, num_classes):
     ), logits_fn
 
 
-@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("norm", NORMS)
 @settings(max_examples=16, deadline=None, derandomize=True)
 @given(
     eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
@@ -63,7 +61,7 @@ def test_is_inside_ball_and_box_or_unchanged(norm, eps, seed, shape_and_classes)
     np.testing.assert_array_equal(x_adv[unchanged], x[unchanged])
 
 
-@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("seed", range(6))
 def test_projection_is_the_nearest_point_of_the_plane_in_the_box(norm, seed):
     """Against linear programming (linf, l1) and a general solver (l2)."""
@@ -72,9 +70,9 @@ def test_projection_is_the_nearest_point_of_the_plane_in_the_box(norm, seed):
     reach = sum(max(-wi * xi, wi * (1 - xi)) for wi, xi in zip(w, x, strict=True))
     value = -rng.uniform(0.3, 0.95) * reach
     as_image = functools.partial(jnp.reshape, shape=(2, 3, 1))
-    delta = project_to_boundary(
+    delta = NORMS[norm].to_boundary(
         as_image(jnp.asarray(x, jnp.float32)), jnp.float32(value),
-        as_image(jnp.asarray(w, jnp.float32)), norm,
+        as_image(jnp.asarray(w, jnp.float32)),
     )  # fmt: skip
     delta = np.asarray(delta, np.float64).ravel()
     np.testing.assert_allclose(value + w @ delta, 0, atol=1e-5)
@@ -101,13 +99,13 @@ def test_projection_is_the_nearest_point_of_the_plane_in_the_box(norm, seed):
         np.testing.assert_allclose(delta @ delta, best, rtol=1e-3)
 
 
-@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("norm", NORMS)
 def test_projection_out_of_reach_goes_as_far_as_the_box_allows(norm):
     x = jnp.full((2, 2, 1), 0.25)
     w = jnp.array([1.0, -1.0, 2.0, 0.0]).reshape(2, 2, 1)
-    delta = project_to_boundary(x, jnp.float32(-10.0), w, norm)
+    delta = NORMS[norm].to_boundary(x, jnp.float32(-10.0), w)
     np.testing.assert_allclose(delta.ravel(), [0.75, -0.25, 0.75, 0.0], atol=1e-6)
-    np.testing.assert_array_equal(project_to_boundary(x, jnp.float32(1.0), 0 * w, norm), 0 * x)
+    np.testing.assert_array_equal(NORMS[norm].to_boundary(x, jnp.float32(1.0), 0 * w), 0 * x)
 
 
 def test_points_that_cannot_be_broken_or_already_are():
@@ -116,7 +114,7 @@ def test_points_that_cannot_be_broken_or_already_are():
     def constant(x):
         return jnp.tile(jnp.array([1.0, 0.0, 0.0]), (x.shape[0], 1))
 
-    found = nearest_adversarial(constant, x, jnp.array([0, 1, 0]), KEY, num_steps=3)
+    found = nearest(fab, constant, x, jnp.array([0, 1, 0]), KEY, num_steps=3)
     np.testing.assert_array_equal(found.x_adv, x)
     np.testing.assert_array_equal(found.distance, [np.inf, 0, np.inf])
 
@@ -126,7 +124,7 @@ def test_result_is_independent_of_batch_size_and_company():
     x = jax.random.uniform(KEY, (12, 4, 5, 1))
     y = jnp.argmax(logits_fn(x), -1)
     keys = jax.random.split(KEY, 12)
-    attack = jax.jit(lambda x, y, k: nearest_adversarial(logits_fn, x, y, k, num_steps=10))
+    attack = jax.jit(lambda x, y, k: nearest(fab, logits_fn, x, y, k, num_steps=10))
     whole = attack(x, y, keys)
     for index in (np.arange(5, 12), np.array([7]), np.array([11, 3, 7, 0])):
         part = attack(x[index], y[index], keys[index])
@@ -137,7 +135,7 @@ def test_restarts_targets_and_ranks_only_help():
     logits_fn = make_nonlinear(KEY, num_classes=6)
     x = jax.random.uniform(KEY, (20, 4, 5, 1))
     y = jnp.argmax(logits_fn(x), -1)
-    search = functools.partial(nearest_adversarial, logits_fn, x, y, KEY, norm="l2", num_steps=15)
+    search = functools.partial(nearest, fab, logits_fn, x, y, KEY, norm="l2", num_steps=15)
     one, all_targets = search(num_targets=1), search()
     restarted = search(num_targets=1, num_restarts=3)
     assert (all_targets.distance <= one.distance * (1 + 1e-5)).all()
@@ -155,9 +153,7 @@ def test_a_target_of_its_own_is_reached_where_it_is_nearest(norm):
     x = interior_images(KEY, 30)
     logits = logits_fn(x)
     y, targets = jnp.argmax(logits, -1), jnp.argsort(logits, -1)[:, 1]
-    found = nearest_adversarial(
-        logits_fn, x, y, KEY, norm=norm, num_steps=100, targets=targets, eps=1.0
-    )
+    found = nearest(fab, logits_fn, x, y, KEY, norm=norm, num_steps=100, targets=targets, eps=1.0)
     reached = np.isfinite(found.distance)
     assert reached.sum() > 5
     np.testing.assert_array_equal(jnp.argmax(logits_fn(found.x_adv), -1)[reached], targets[reached])

@@ -20,9 +20,8 @@ from configs import default
 from robust_jax import data
 from robust_jax.app import entries
 from robust_jax.app.experiment import Experiment, build
-from robust_jax.attacks import ATTACKS
 from robust_jax.errors import UserError
-from tests.linear import ORDERS, make_linear, sizes
+from tests.linear import ORDERS, POINTWISE, make_linear, sizes
 
 
 def paths(config, prefix=""):
@@ -180,7 +179,7 @@ RADII = st.sampled_from([0, 1e-7, 1 / 255, 0.1, 0.5, 1, 3.0, 40, -0.1, float("na
 
 
 def an_adversarial_or_one_line(name, norm, eps, keywords):
-    attack = ATTACKS[name]
+    attack = POINTWISE[name]
     known = inspect.signature(attack).parameters
     keywords = {k: v for k, v in keywords.items() if k in known}
     if norm != "its own":
@@ -207,7 +206,7 @@ def an_adversarial_or_one_line(name, norm, eps, keywords):
 
 
 attacked = given(
-    name=st.sampled_from(sorted(ATTACKS)),
+    name=st.sampled_from(sorted(POINTWISE)),
     norm=st.sampled_from(["linf", "l2", "l1", "its own", "l7"]),
     eps=RADII, keywords=KEYWORDS,
 )  # fmt: skip

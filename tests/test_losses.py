@@ -63,7 +63,7 @@ CASES = {
     "complement_entropy": (losses.complement_entropy, reference_complement_entropy),
     "boosted": (losses.boosted_cross_entropy, reference_boosted),
     "margin": (losses.margin, reference_margin),
-    "carlini_wagner": (losses.carlini_wagner, lambda z, y: -reference_margin(z, y)),
+    "margin_loss": (losses.margin_loss, lambda z, y: -reference_margin(z, y)),
     "dlr": (losses.dlr, reference_dlr),
     "confidence": (losses.confidence, lambda z, y: softmax(z)[y]),
 }
@@ -173,7 +173,7 @@ def test_complement_keeps_order():
     [
         (lambda z, y: losses.cross_entropy(z, y, label_smoothing=1.0), r"\[0, 1\), not 1.0"),
         (lambda z, y: losses.guided_complement_entropy(z, y, alpha=-1), r"\[0, 1\], not -1"),
-        (lambda z, y: losses.dlr(z[:, :2], y), "at least 3 classes, not 2; use carlini_wagner"),
+        (lambda z, y: losses.dlr(z[:, :2], y), "at least 3 classes, not 2; use margin_loss"),
         (lambda z, y: losses.guided_complement_entropy(z[:, :2], y), "at least 3 classes"),
         (lambda z, y: losses.complement_entropy(z[:, :2], y), "complement_entropy needs at least"),
     ],

@@ -1,7 +1,5 @@
 """Input-space margins: exact for a linear network; the regulariser stays Fisher-consistent."""
 
-from typing import get_args
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from robust_jax import jacobian, losses, margins
-from robust_jax.attacks import norms
+from robust_jax.attacks import NORMS
 from robust_jax.train import regularizers
 from tests.linear import interior_images, make_linear, make_nonlinear
 
@@ -39,13 +37,13 @@ def test_distances_to_a_linear_networks_boundaries_are_exact(norm):
     np.testing.assert_array_equal(least > 0, losses.correct(logits_fn(x), y) == 1)
 
 
-@pytest.mark.parametrize("norm", get_args(norms.Norm))
+@pytest.mark.parametrize("norm", NORMS)
 def test_a_linear_network_is_on_the_boundary_at_that_distance(norm):
     logits_fn, weights, _ = make_linear(KEY, num_classes=2)
     x = interior_images(KEY, 5)
     y = jnp.argmax(logits_fn(x), -1)
     towards = weights[1 - y] - weights[y]
-    step = jax.vmap(lambda d: norms.steepest(d, norm))(towards).reshape(x.shape)
+    step = jax.vmap(NORMS[norm].steepest)(towards).reshape(x.shape)
     distance = margins.first_order(logits_fn, x, y, norm=norm)
     at = x + distance[:, None, None, None] * step
     np.testing.assert_allclose(losses.margin(logits_fn(at), y), np.zeros(5), atol=1e-4)

@@ -1,7 +1,6 @@
 """Square: patches within the image up to its edges, no gradients, any image shape."""
 
 import functools
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robust_jax import losses
-from robust_jax.attacks import Norm, square
+from robust_jax.attacks import NORMS, square
 from robust_jax.attacks._square import _hill, _place, patch_sides
+from robust_jax.attacks.norms import L1, L2, LINF
 from tests.linear import ORDERS, interior_images, make_linear, make_nonlinear
 from tests.test_apgd import near_boundary, robust_accuracy, sizes
 
@@ -27,7 +27,7 @@ def compiled(norm, shape):
     )
 
 
-@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("norm", NORMS)
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
@@ -105,25 +105,25 @@ def test_windows_reach_every_edge_and_are_drawn_per_example(shape):
 
 
 def test_patches_shrink_as_in_the_paper_and_fit_any_image():
-    sides = patch_sides((28, 28, 1), 0.8, 5000, "linf")
+    sides = patch_sides((28, 28, 1), 0.8, 5000, LINF.patches)
     assert sides[[0, 10, 11, 50, 51, 4001]].tolist() == [25, 25, 18, 18, 13, 2]
-    assert set(patch_sides((28, 28, 1), 0.8, 5000, "l2") % 2) == {1}
-    assert patch_sides((8, 8, 1), 0.8, 5000, "l1").min() == 1
-    for norm in get_args(Norm):
-        assert patch_sides((3, 40, 3), 1.0, 100, norm).max() == 3
-        assert patch_sides((1, 6, 1), 0.01, 10000, norm).tolist() == [1] * 10000
+    assert set(patch_sides((28, 28, 1), 0.8, 5000, L2.patches) % 2) == {1}
+    assert patch_sides((8, 8, 1), 0.8, 5000, L1.patches).min() == 1
+    for norm in NORMS.values():
+        assert patch_sides((3, 40, 3), 1.0, 100, norm.patches).max() == 3
+        assert patch_sides((1, 6, 1), 0.01, 10000, norm.patches).tolist() == [1] * 10000
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_a_hill_and_its_pit_have_norm_one_and_opposite_signs(norm):
     for side in (1, 2, 3, 5, 8):
-        hill = _hill(side, norm)
+        hill = _hill(side, NORMS[norm].patches)
         np.testing.assert_allclose(np.linalg.norm(hill.ravel(), ORDERS[norm]), 1, rtol=1e-6)
         assert (hill[: side // 2] > 0).all()
         assert (hill[side // 2 :] < 0).all()
     # The middle of the lower half of 5×5 is its highest: 1 + 1/4 + 1/9 against 1/4 + 1/9 in l2.
     k = np.arange(1.0, 4) ** {"l2": -2, "l1": -4}[norm]
-    hill = _hill(5, norm)
+    hill = _hill(5, NORMS[norm].patches)
     np.testing.assert_allclose(hill[3, 2] / hill[3, 1], k.sum() / k[1:].sum(), rtol=1e-5)
 
 

@@ -9,13 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
 from robust_jax._front import compiled
-from robust_jax.attacks import Norm, norms
 from robust_jax.attacks._best import check_lengths
+from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys
@@ -23,7 +21,7 @@ from robust_jax.types import Images, KeyOrKeys
 FeaturesFn = Callable[[Images], Mapping[str, Float[Array, "b ..."]]]
 
 
-def captured(model: nn.Module, variables: Any, *, every_module: bool = False) -> FeaturesFn:
+def captured(model: Any, variables: Any, *, every_module: bool = False) -> FeaturesFn:
     """The features_fn of a linen network: what it sows as "intermediates", then its logits.
 
     The networks of `models` sow their hidden layers after the activation, and "features", the
@@ -31,6 +29,7 @@ def captured(model: nn.Module, variables: Any, *, every_module: bool = False) ->
     for a network that sows nothing. Something sown several times is numbered. A call costs one
     forward pass and holds every layer's values of the whole batch.
     """
+    from flax.traverse_util import flatten_dict
 
     def features_fn(x):
         logits, state = model.apply(
@@ -73,15 +72,18 @@ def _change(features_fn: FeaturesFn, x: Images, x_moved: Images, *, chunk_size: 
 
 
 def random_neighbour(x: Images, key: KeyOrKeys, *, eps: float, norm: Norm = "linf") -> Images:
-    """A random point at distance eps from each x (`norms.random_on_sphere`), clipped to [0,1].
+    """A random point at distance eps from each x, clipped to [0,1].
 
     The random counterpart of an adversarial point, at the cost of the draw: no network is called.
     Raises ValueError for a negative eps or an unknown norm.
     """
     check_lengths(eps=eps)
+    threat = threat_model(norm)
+    x = jnp.asarray(x)
+    radius = jnp.asarray(eps, x.dtype)
 
-    def move(image, key):
-        return jnp.clip(image + norms.random_on_sphere(key, image.shape, eps, norm), 0.0, 1.0)
+    def move(x, key):
+        return jnp.clip(x + threat.random_on_sphere(key, x, radius), 0.0, 1.0)
 
     return jax.vmap(move)(x, example_keys(key, x.shape[0]))
 

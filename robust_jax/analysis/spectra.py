@@ -6,18 +6,15 @@ of the layer as it stands, for small ones; `reshaped` is that of the kernel as a
 not the operator's. For a dense layer all three are the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
-from robust_jax.attacks import Norm
-from robust_jax.models.layers import Conv
+from robust_jax.attacks.norms import L1, L2, LINF, Norm, ThreatModel, threat_model
 
 Pair = tuple[int, int]
 Values = Float[np.ndarray, " n"]
@@ -35,13 +32,18 @@ class Layer(NamedTuple):
     padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
 
 
-def layers(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> dict[str, Layer]:
+def layers(model: Any, variables: Any, image_shape: tuple[int, ...]) -> dict[str, Layer]:
     """The dense layers and convolutions of a network, by name, in the order they are called.
 
     image_shape: [H,W,C] of one example. Traces model.apply(variables, x) once, which costs nothing
     on any device. Raises ValueError for a kernel of any other module: those are nn.Dense and
     `models.layers.Conv`.
     """
+    from flax import linen as nn
+    from flax.traverse_util import flatten_dict
+
+    from robust_jax.models.layers import Conv
+
     params = flatten_dict(variables["params"], sep="/")
     found: dict[str, Layer] = {}
 
@@ -136,9 +138,11 @@ def operator_norm(layer: Layer, norm: Norm) -> float:
     without borders or strides. Costs a `circular` of that image in l2, else one sum over the
     kernel. Raises ValueError for an unknown norm.
     """
-    if norm not in _GAINS:
-        raise ValueError(f"norm must be one of {', '.join(_GAINS)}, not {norm!r}")
-    return float(_GAINS[norm](layer))
+    threat = threat_model(norm)
+    if threat not in GAINS:
+        known = ", ".join(norm.name for norm in GAINS)
+        raise ValueError(f"norm must be one of {known}, not {threat.name!r}")
+    return float(GAINS[threat](layer))
 
 
 def _l2_gain(layer: Layer) -> float:
@@ -160,10 +164,11 @@ def _l1_gain(layer: Layer) -> float:
     return np.abs(layer.kernel).sum((*taps, -1)).max()
 
 
-_GAINS: dict[str, Callable[[Layer], float]] = {
-    "linf": _linf_gain,
-    "l2": _l2_gain,
-    "l1": _l1_gain,
+# The norms in which a layer's gain is known.
+GAINS: Mapping[ThreatModel, Callable[[Layer], float]] = {
+    LINF: _linf_gain,
+    L2: _l2_gain,
+    L1: _l1_gain,
 }
 
 
@@ -176,7 +181,7 @@ def _waves(size: int, taps: int) -> np.ndarray:
     return np.exp(-2j * np.pi * np.outer(np.arange(size), np.arange(taps)) / size)
 
 
-def _pads(module: Conv, image: Pair) -> tuple[Pair, Pair]:
+def _pads(module: Any, image: Pair) -> tuple[Pair, Pair]:
     padding = module.padding
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(image, module.kernel_size, module.strides, padding)

@@ -54,7 +54,8 @@ def loss_surface(
         labels = jnp.broadcast_to(label, a.shape)
 
         def column(b):
-            points = image + a[:, None, None, None] * (towards - image) + b * direction
+            steps = a.reshape(-1, *[1] * towards.ndim) * (towards - image)[None]
+            points = image[None] + steps + (b * direction)[None]
             return loss(logits_fn(points), labels)
 
         return jax.lax.map(column, b).T

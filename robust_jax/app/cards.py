@@ -5,8 +5,6 @@ from typing import Any
 
 from robust_jax.app.wording import format_eps
 
-_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-
 
 def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
     """The card of the best checkpoint under AutoAttack, at the radius trained against if it ran
@@ -35,7 +33,7 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
         else (f"{config['loss']['name']} on {config['loss_on']}"),
         "dataset": results["data"]["name"].removeprefix("tfds:"),
         "architecture": results["model"]["name"],
-        "threat_model": _NORMS.get(entry["norm"], entry["norm"]),
+        "threat_model": entry["norm"].capitalize(),
         "eps": format_eps(entry["eps"]),
         "clean_acc": f"{100 * entry['members']['clean']:.2f}",
         "autoattack_acc": f"{100 * entry['robust_accuracy']:.2f}",

@@ -4,6 +4,7 @@ A config is an ml_collections.ConfigDict with the fields of configs/default.py. 
 {"name": …, **keywords} names a function or class in a table and the keywords it is called with.
 """
 
+import dataclasses
 import difflib
 import inspect
 import json
@@ -78,13 +79,17 @@ def bind(
             f'{path} must be an entry like {{"name": …}}, not {_short(entry)}; '
             f"names: {', '.join(choices)}"
         )
+    from robust_jax.attacks.norms import NORMS, Norm  # brings JAX, for which no report has to wait
+
     name = choose(choices, entry["name"], f"{path}.name")
     keywords = {key: _plain(value) for key, value in entry.items() if key != "name"}
     parameters = keyword_parameters(choices[name], reserved)
     for key, value in keywords.items():
         if key not in parameters:
             raise UserError(f"{path}.{key} is not a keyword of {name}; {_choices(key, parameters)}")
-        if table := (named or {}).get(key):
+        if parameters[key] == Norm:
+            keywords[key] = choose(NORMS, value, f"{path}.{key}")
+        elif table := (named or {}).get(key):
             keywords[key] = table[choose(table, value, f"{path}.{key}")]
         else:
             keywords[key] = check_type(value, parameters[key], f"{path}.{key}")
@@ -211,7 +216,8 @@ def _describe(expected: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(arg) for arg in args)
+        # A record is nothing that a config can hold.
+        return " or ".join(_describe(arg) for arg in args if not dataclasses.is_dataclass(arg))
     names = {
         int: "a whole number",
         float: "a number",

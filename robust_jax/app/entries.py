@@ -5,8 +5,8 @@ Nothing here loads data or traces a program; every mistake is a UserError that n
 
 import inspect
 import math
+from functools import partial
 from pathlib import Path
-from typing import get_args
 
 from ml_collections import ConfigDict
 
@@ -14,7 +14,7 @@ from robust_jax import losses
 from robust_jax.app import config as config_lib
 from robust_jax.app.config import bind, choose, guard
 from robust_jax.app.evaluator import AttackGrid, AuditSettings
-from robust_jax.attacks import ATTACKS, autoattack, norms
+from robust_jax.attacks import ATTACKS, NORMS, never
 from robust_jax.attacks._autoattack import VERSIONS, check_arguments
 from robust_jax.attacks._best import check_lengths
 from robust_jax.devices import parallel
@@ -22,9 +22,11 @@ from robust_jax.errors import UserError
 from robust_jax.train import regularizers
 from robust_jax.train.objectives import Adversary, Term
 
-_ATTACKS_EVALUATED = {**ATTACKS, "autoattack": autoattack}
+# AutoAttack is a loop on the host.
+ATTACKS_IN_A_STEP = {name: attack for name, attack in ATTACKS.items() if name != "autoattack"}
+NOT_FOR_CONFIGS = ("targets", "criterion")
 _SET_BY_THE_EVALUATION = (
-    "eps", "targets", "batch_size", "map_examples", "state_path", "progress"
+    *NOT_FOR_CONFIGS, "eps", "batch_size", "map_examples", "state_path", "progress"
 )  # fmt: skip
 # The loss of an adversary that leaves the clean logits, not the label: TRADES' and MART's.
 _AGAINST_CLEAN_LOGITS = {"kl": losses.kl}
@@ -34,8 +36,13 @@ def adversary(entry: ConfigDict | None) -> Adversary | None:
     if entry is None:
         return None
     named = {"loss": {**losses.ATTACK_LOSSES, **_AGAINST_CLEAN_LOGITS}}
-    attack = bind(ATTACKS, entry, "config.adversary", reserved=("targets",), named=named)
-    return Adversary(attack, against_clean_logits=entry.get("loss") in _AGAINST_CLEAN_LOGITS)
+    attack = bind(
+        ATTACKS_IN_A_STEP, entry, "config.adversary", reserved=NOT_FOR_CONFIGS, named=named
+    )
+    against_clean_logits = entry.get("loss") in _AGAINST_CLEAN_LOGITS
+    if against_clean_logits:
+        attack = partial(attack, criterion=never)
+    return Adversary(attack, against_clean_logits)
 
 
 def term(name: str, entry: ConfigDict, loss_on: str) -> Term:
@@ -64,7 +71,7 @@ def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:
         )
     keywords = {k: v for k, v in entry.items() if k not in ("eps", "num_examples", "surrogate")}
     attack = bind(
-        _ATTACKS_EVALUATED,
+        ATTACKS,
         {"name": label, **keywords},
         path,
         reserved=_SET_BY_THE_EVALUATION,
@@ -104,7 +111,7 @@ def audit_settings(config: ConfigDict) -> AuditSettings | None:
     settings = config.audit
     if not settings.num_examples:
         return None
-    norm = choose(get_args(norms.Norm), settings.norm, "config.audit.norm")
+    norm = choose(NORMS, settings.norm, "config.audit.norm")
     if not settings.eps > 0:
         raise UserError(f"config.audit.eps is {settings.eps}; it must be above 0")
     other = settings.surrogate

@@ -20,7 +20,7 @@ from robust_jax.app import cards, report, runs
 from robust_jax.app.evaluator import AttackGrid, Measurement, Settings, hexadecimal
 from robust_jax.app.records import column
 from robust_jax.app.results import audit_to_json, device, summarize, versions
-from robust_jax.attacks import Norm, autoattack
+from robust_jax.attacks import autoattack
 from robust_jax.attacks._autoattack import check_arguments
 from robust_jax.errors import NothingToAudit
 from robust_jax.files import write_json
@@ -54,7 +54,7 @@ def evaluate(
     key: jax.Array,
     *,
     eps: float,
-    norm: Norm = "linf",
+    norm: str = "linf",
     version: str | tuple[str, ...] = "standard",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     training_loss: Loss | None = None,
@@ -186,7 +186,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _InputMargin:
-    norm: Norm
+    norm: str
 
     def __call__(self, logits_fn, rows):
         return margins.first_order(logits_fn, rows["image"], rows["label"], norm=self.norm)

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,7 @@ from absl import logging
 from robust_jax import audit, data, jacobian, losses
 from robust_jax._audit import Audit
 from robust_jax.app.records import What, column
-from robust_jax.attacks import norms
-from robust_jax.attacks._jsma import num_changed
+from robust_jax.attacks import distances
 from robust_jax.batches import MapExamples
 from robust_jax.devices import parallel
 from robust_jax.errors import UnusableState
@@ -43,7 +42,7 @@ class AttackGrid(NamedTuple):
 
     kind: str
     attack: Callable
-    norm: norms.Norm | Literal["l0"]
+    norm: str
     eps: tuple[float, ...]
     num_examples: int | None = None
     members: tuple[str, ...] = ()
@@ -63,7 +62,7 @@ class Settings(NamedTuple):
 class AuditSettings(NamedTuple):
     """The threat model and the size of an audit; the loss the network was trained with."""
 
-    norm: norms.Norm
+    norm: str
     eps: float
     num_examples: int
     num_queries: int
@@ -266,8 +265,6 @@ class Measurement:
 
 
 def _attempt(network: Network, grid: AttackGrid, name: str) -> Callable:
-    size = num_changed if grid.norm == "l0" else partial(norms.size, norm=grid.norm)
-
     def attempt(variables, batch, key_data, eps):
         key = jax.random.wrap_key_data(key_data)
 
@@ -279,7 +276,7 @@ def _attempt(network: Network, grid: AttackGrid, name: str) -> Callable:
         logits = logits_fn(x_adv)
         return {
             "held": losses.correct(logits, y).astype(bool),
-            "distance": jax.vmap(size)(x_adv - x),
+            "distance": distances(x, x_adv, norm=grid.norm),
             "margin": losses.margin(logits, y),
             "x_adv": x_adv,
             "adversarial_prediction": jnp.argmax(logits, -1),

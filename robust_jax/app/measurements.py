@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_jax import data, energy, jacobian, losses, models
-from robust_jax.analysis import calibration, features, latent, margins, spectra
+from robust_jax import data, energy, jacobian, losses, margins, models
+from robust_jax.analysis import calibration, features, latent, spectra
 from robust_jax.analysis.summaries import gaps as gaps_between
 from robust_jax.analysis.summaries import summary
 from robust_jax.app.subject import Subject
-from robust_jax.attacks import Norm, nearest_adversarial, pgd
+from robust_jax.attacks import Norm, fab, pgd
 from robust_jax.batches import on_one_device
 from robust_jax.errors import UserError
 from robust_jax.keys import fold_in_each
@@ -78,13 +78,15 @@ def input_margins(
         layers = spectra.layers(subject.model, subject.variables, subject.dataset.image_shape)
         found = margins.lipschitz(logits, y, layers, norm=norm, std=subject.model.std)
     elif estimate == "minimum_norm":
-        nearest = partial(nearest_adversarial, norm=norm, num_steps=num_steps)
+        nearest = partial(fab, num_steps=num_steps)
 
-        def attack(fn, rows):
+        def measure(fn, rows):
             keys = fold_in_each(jax.random.fold_in(subject.key, 2), rows["index"])
-            return margins.minimum_norm(nearest, fn, rows["x"], rows["y"], keys)
+            return margins.minimum_norm(
+                fn, rows["x"], rows["y"], keys, norm=norm, attack=nearest
+            )  # fmt: skip
 
-        found = _over(subject, attack, x, y)
+        found = _over(subject, measure, x, y)
     else:
         found = _over(
             subject, lambda fn, rows: margins.first_order(fn, rows["x"], rows["y"], norm=norm), x, y

@@ -240,7 +240,7 @@ def _blocks(results: Results) -> list[dict[str, Any]]:
             for attack, rows in of_norm.groupby("attack", sort=False)
         ]
         heads = [format_eps(eps) for eps in sizes]
-        blocks.append({"norm": plots.NORMS.get(norm, norm), "eps": heads, "rows": rows})
+        blocks.append({"norm": plots.norm_symbol(norm), "eps": heads, "rows": rows})
     return blocks
 
 

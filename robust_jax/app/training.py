@@ -15,7 +15,6 @@ from robust_jax.app import config as config_lib
 from robust_jax.app import entries
 from robust_jax.app.config import bind, choose, guard
 from robust_jax.app.evaluator import Network
-from robust_jax.attacks import ATTACKS
 from robust_jax.devices import parallel
 from robust_jax.models import MODELS
 from robust_jax.train import optimizer, regularizers
@@ -62,10 +61,10 @@ def build(config: ConfigDict) -> Training:
         for name, entry in config.regularizers.items()
     }
     validation_attack = bind(
-        ATTACKS,
+        entries.ATTACKS_IN_A_STEP,
         config.validation_attack,
         "config.validation_attack",
-        reserved=("targets",),
+        reserved=entries.NOT_FOR_CONFIGS,
         named={"loss": losses.ATTACK_LOSSES},
     )
 

@@ -15,7 +15,7 @@ def format_eps(eps: float) -> str:
 
 def threat(norm: str, eps: float, between: str = "") -> str:
     """ℓ∞ ε = 0.1, or with words between the two."""
-    return f"{plots.NORMS.get(norm, norm)} {between}ε = {format_eps(eps)}"
+    return f"{plots.norm_symbol(norm)} {between}ε = {format_eps(eps)}"
 
 
 def percent(share: float) -> str:

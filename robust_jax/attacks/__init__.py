@@ -1,25 +1,30 @@
-"""Attacks on any `logits_fn`: [B,H,W,C] in [0,1] -> [B,K], with its parameters already bound."""
+"""Attacks on any `logits_fn`: [B,...] in [0,1] -> [B,K], with its parameters already bound."""
 
 from collections.abc import Callable, Mapping
 
 from robust_jax.attacks import norms
 from robust_jax.attacks._apgd import apgd, apgd_targeted
 from robust_jax.attacks._autoattack import AutoAttackResult, autoattack
-from robust_jax.attacks._fab import Nearest, fab, nearest_adversarial
+from robust_jax.attacks._fab import fab
 from robust_jax.attacks._jsma import jsma
-from robust_jax.attacks._minimum_norm import (
-    carlini_wagner_l2,
-    deepfool,
-    nearest_carlini_wagner,
-    nearest_deepfool,
-)
+from robust_jax.attacks._minimum_norm import carlini_wagner, deepfool
 from robust_jax.attacks._multi_targeted import multi_targeted
 from robust_jax.attacks._noise import gaussian_noise, uniform_noise
 from robust_jax.attacks._pgd import LogitsFn, bim, fgsm, mim, pgd
 from robust_jax.attacks._square import square
+from robust_jax.attacks._success import (
+    Criterion,
+    classified_as,
+    distances,
+    is_adversarial,
+    misclassified,
+    never,
+)
 from robust_jax.attacks._transfer import transfer
-from robust_jax.attacks.norms import Norm
+from robust_jax.attacks.norms import NORMS, Norm, ThreatModel
 
+# All are called attack(logits_fn, x, y, key, *, eps, norm, ...) and return points like x, but for
+# AutoAttack, a loop on the host, which returns a record.
 ATTACKS: Mapping[str, Callable] = {
     "fgsm": fgsm,
     "bim": bim,
@@ -29,35 +34,40 @@ ATTACKS: Mapping[str, Callable] = {
     "apgd_targeted": apgd_targeted,
     "fab": fab,
     "square": square,
-    "carlini_wagner": carlini_wagner_l2,
+    "carlini_wagner": carlini_wagner,
     "deepfool": deepfool,
     "jsma": jsma,
     "multi_targeted": multi_targeted,
     "uniform_noise": uniform_noise,
     "gaussian_noise": gaussian_noise,
+    "autoattack": autoattack,
 }
 
 __all__ = [
     "ATTACKS",
+    "NORMS",
     "AutoAttackResult",
+    "Criterion",
     "LogitsFn",
-    "Nearest",
     "Norm",
+    "ThreatModel",
     "apgd",
     "apgd_targeted",
     "autoattack",
     "bim",
-    "carlini_wagner_l2",
+    "carlini_wagner",
+    "classified_as",
     "deepfool",
+    "distances",
     "fab",
     "fgsm",
     "gaussian_noise",
+    "is_adversarial",
     "jsma",
     "mim",
+    "misclassified",
     "multi_targeted",
-    "nearest_adversarial",
-    "nearest_carlini_wagner",
-    "nearest_deepfool",
+    "never",
     "norms",
     "pgd",
     "square",

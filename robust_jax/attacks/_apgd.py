@@ -14,14 +14,37 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax import losses
 from robust_jax._front import compiled
-from robust_jax.attacks import norms
-from robust_jax.attacks._best import Best, check_counts, check_lengths, check_shares
-from robust_jax.attacks.norms import Norm
-from robust_jax.keys import example_keys, fold_in_each
+from robust_jax.attacks._best import (
+    Best,
+    Objective,
+    check_counts,
+    check_lengths,
+    check_shares,
+    value_dtype,
+)
+from robust_jax.attacks._success import Criterion, misclassified
+from robust_jax.attacks.norms import Length, Norm, Scalar, ThreatModel, threat_model
+from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, LogitsFn, Reference
 
 # How much of a step goes where the gradient points; the rest repeats the step before.
 _GRADIENT_SHARE = 0.75
+
+
+class _Settings(NamedTuple):
+    """How APGD climbs; see `apgd`."""
+
+    norm: ThreatModel
+    eps: Scalar
+    num_steps: int
+    rho: float
+
+    @classmethod
+    def checked(cls, norm: Norm, eps: Length, num_steps: int, rho: float, dtype) -> "_Settings":
+        check_lengths(eps=eps)
+        check_counts(num_steps=num_steps)
+        check_shares(rho=rho)
+        return cls(threat_model(norm), jnp.asarray(eps, dtype), num_steps, rho)
 
 
 @compiled
@@ -38,41 +61,59 @@ def apgd(
     rho: float = 0.75,
     loss: Callable = losses.cross_entropy,
     targets: Int[Array, " b"] | None = None,
+    criterion: Criterion | None = None,
     eot_samples: int | None = None,
 ) -> Images:
-    """Auto-PGD on any loss within the eps-ball and [0,1] (arXiv 2003.01690).
+    """Auto-PGD on any loss within the eps-ball and [0,1].
 
-    The first step is 2·eps; at checkpoints it is halved, and the search goes back to the point of
-    largest loss, where fewer than a share rho of the steps raised the loss. In l1 (arXiv
-    2103.01208) steps are sparse, the search goes through the balls of 3·eps and 2·eps first, with
-    two evaluations more, and rho plays no part. logits_fn, x, y, key, eps, targets: as in `pgd`.
-    eot_samples: for a randomised network, logits_fn(x, key), how many draws the loss and its
-    gradient are averaged over; None for logits_fn(x). Returns [B,H,W,C]: the best point visited,
-    where being misclassified (as the target, if there is one; by more than half of the draws, if
-    there are any) counts before the loss. Raises ValueError for a negative eps, num_steps,
-    num_restarts or eot_samples below 1, rho outside (0,1], an unknown norm.
+    The first step is 2·eps; at checks it is halved, and the search goes back to the point of
+    largest loss, where fewer than a share rho of the steps raised the loss. Where steps are sparse,
+    in l1, the search goes through the balls of 3·eps and 2·eps first, with two evaluations more,
+    and rho plays no part.
+
+    Args:
+        logits_fn, x, y, key, eps, norm, loss, targets, criterion: As in `pgd`.
+        num_steps: Gradients for each restart.
+        num_restarts: Runs, of which the best point counts.
+        rho: The share of steps that have to raise the loss, in (0,1].
+        eot_samples: For a randomised network, logits_fn(x, key), how many draws the loss and its
+            gradient are averaged over; None for logits_fn(x).
+
+    Returns:
+        [B,...]: the best point visited, where success (in more than half of the draws, if there are
+        any) counts before the loss.
+
+    Raises:
+        ValueError: eps is negative, num_steps, num_restarts or eot_samples below 1, rho outside
+            (0,1], or the norm unknown.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> x, y = jnp.array([[0.2, 0.4]]), jnp.array([0])
+        >>> x_adv = attacks.apgd(logits_fn, x, y, jax.random.key(0), eps=0.1, num_steps=10)
+        >>> attacks.is_adversarial(logits_fn, x_adv, y).tolist()
+        [True]
+
+    Reference:
+        Croce & Hein 2020, arXiv 2003.01690; in l1 Croce & Hein 2021, arXiv 2103.01208.
     """
-    _check(eps, rho, eot_samples, num_steps=num_steps, num_restarts=num_restarts)
-    sign = 1.0
-    if targets is not None:
-        y, sign = targets, -1.0
+    check_counts(num_restarts=num_restarts)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    settings = _Settings.checked(norm, eps, num_steps, rho, x.dtype)
+    objective = Objective(loss, targets, criterion)
+    outputs = _outputs(logits_fn, eot_samples)
 
-    def score(logits, y, _):
-        references = jnp.broadcast_to(y, (len(logits), *y.shape))
-        hits = jnp.zeros(len(logits), bool)
-        if y.ndim == 0:
-            hits = (jnp.argmax(logits, -1) == y) == (targets is not None)
-        return sign * loss(logits, references), hits
+    def score(logits, reference, _):
+        references = jnp.broadcast_to(reference, (len(logits), *reference.shape))
+        return objective.judged(logits, references)
 
-    def attack_one(x, y, key):
+    def attack_one(x, reference, key):
         runs = jnp.arange(num_restarts)
-        return ascend(x, y, runs, fold_in_each(key, runs))
+        return _climb_one(outputs, score, x, reference, (runs, runs), key, settings)
 
-    ascend = partial(
-        _ascend_one, partial(_outputs, logits_fn, eot_samples), score,
-        eps=eps, norm=norm, num_steps=num_steps, rho=rho,
-    )  # fmt: skip
-    return jax.vmap(attack_one)(x, y, example_keys(key, x.shape[0]))
+    return jax.vmap(attack_one)(x, objective.reference(y), example_keys(key, len(x)))
 
 
 @compiled
@@ -90,31 +131,54 @@ def apgd_targeted(
     rho: float = 0.75,
     eot_samples: int | None = None,
 ) -> Images:
-    """Auto-PGD towards the likeliest wrong classes, one run each (APGD-T, arXiv 2003.01690).
+    """Auto-PGD towards the likeliest wrong classes, one run each (APGD-T).
 
     The loss is `losses.targeted_dlr`, or with fewer than four classes, where that does not exist,
-    `losses.targeted_margin`. Targets are the num_targets classes other than y of largest clean
-    logit (all of them where there are fewer), or those of the given ranks, 2 being the likeliest
-    wrong class. y: labels [B]; everything else as in `apgd`. Returns [B,H,W,C], the best point
-    visited, where being misclassified as any class counts before the loss. Raises ValueError as
-    `apgd` does and for num_targets below 1.
+    `losses.targeted_margin`.
+
+    Args:
+        logits_fn, x, key, eps, norm, num_steps, rho, eot_samples: As in `apgd`.
+        y: Labels [B].
+        num_targets: So many classes other than y, of largest clean logit; all where there are
+            fewer.
+        ranks: Aim at the classes of these ranks instead, 2 being the likeliest wrong class.
+
+    Returns:
+        [B,...]: the best point visited, where being misclassified as any class counts before the
+        loss.
+
+    Raises:
+        ValueError: As `apgd` does, and for num_targets below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> x, y = jnp.array([[0.2, 0.4]]), jnp.array([0])
+        >>> x_adv = attacks.apgd_targeted(logits_fn, x, y, jax.random.key(0), eps=0.1, num_steps=10)
+        >>> attacks.is_adversarial(logits_fn, x_adv, y).tolist()
+        [True]
+
+    Reference:
+        Croce & Hein 2020, arXiv 2003.01690.
     """
-    _check(eps, rho, eot_samples, num_steps=num_steps, num_targets=num_targets)
-    outputs = partial(_outputs, logits_fn, eot_samples)
+    check_counts(num_targets=num_targets)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    settings = _Settings.checked(norm, eps, num_steps, rho, x.dtype)
+    outputs = _outputs(logits_fn, eot_samples)
 
     def score(logits, y, target):
         loss = losses.targeted_dlr if logits.shape[-1] >= 4 else losses.targeted_margin
         labels, targets = (jnp.broadcast_to(label, len(logits)) for label in (y, target))
-        return loss(logits, labels, targets), jnp.argmax(logits, -1) != y
+        return loss(logits, labels, targets), misclassified(logits, labels)
 
     def attack_one(x, y, key):
-        targets, at = likeliest_wrong(outputs(x, key).mean(0), y, num_targets, ranks)
-        return ascend(x, y, targets, fold_in_each(key, at))
+        # Ranks, which the keys of the runs are folded with, begin at 2.
+        clean = outputs(x, jax.random.fold_in(key, 0)).mean(0)
+        runs = likeliest_wrong(clean, y, num_targets, ranks)
+        return _climb_one(outputs, score, x, y, runs, key, settings)
 
-    ascend = partial(
-        _ascend_one, outputs, score, eps=eps, norm=norm, num_steps=num_steps, rho=rho
-    )  # fmt: skip
-    return jax.vmap(attack_one)(x, y, example_keys(key, x.shape[0]))
+    return jax.vmap(attack_one)(x, y, example_keys(key, len(x)))
 
 
 def likeliest_wrong(
@@ -127,15 +191,18 @@ def likeliest_wrong(
 
     There are min(num_targets, K-1) of them, or the ones of the given ranks.
     """
-    wrong = jnp.where(jnp.arange(len(logits)) == label, -jnp.inf, logits)
-    order = jnp.argsort(-wrong)[: len(logits) - 1]
+    is_label = jnp.arange(len(logits), dtype=label.dtype) == label
+    order = jnp.argsort(-jnp.where(is_label, -jnp.inf, logits))[: len(logits) - 1]
     default = np.arange(2, 2 + min(num_targets, len(order)))
-    at = jnp.asarray(default if ranks is None else ranks)
-    return order[jnp.clip(at - 2, 0, len(order) - 1)], at
+    at = jnp.asarray(default if ranks is None else ranks, jnp.int32)
+    return order[jnp.clip(at - 2, 0, len(order) - 1)].astype(label.dtype), at
 
 
-def checkpoints(num_steps: int) -> list[int]:
-    """The steps, counted from 1, after which the step size is looked at: 22, 41, … 99 of 100."""
+def checked_steps(num_steps: int) -> list[int]:
+    """The steps, counted from 1, after which the step size is checked: 22, 41, … 99 of 100.
+
+    The checkpoints of arXiv 2003.01690.
+    """
     period, shrink, least = (max(share * num_steps // 100, 1) for share in (22, 3, 6))
     steps = [period]
     while steps[-1] + (period := max(period - shrink, least)) <= num_steps:
@@ -162,50 +229,56 @@ def radii(num_steps: int) -> list[tuple[int, bool, bool]]:
 class _Peak(NamedTuple):
     """The point of largest loss in this run, where the search goes back to."""
 
-    x: Float[Array, "h w c"]
+    x: Float[Array, "..."]
     value: Float[Array, ""]
-    gradient: Float[Array, "h w c"]
+    gradient: Float[Array, "..."]
 
     def updated(self, x, value, gradient) -> "_Peak":
         higher = value > self.value
         return jax.tree.map(partial(jnp.where, higher), _Peak(x, value, gradient), self)
 
 
-def _outputs(logits_fn, eot_samples, x, key) -> Float[Array, "s k"]:
-    """The logits of one example, in one row or in one for each draw of a randomised network."""
+def _outputs(logits_fn, eot_samples) -> Callable:
+    """outputs(x, key) -> [S,K], the logits of one example, in a row for each draw of a network.
+
+    One row for a network that draws nothing.
+    """
     if eot_samples is None:
-        return logits_fn(x[None])
-    return jax.vmap(lambda k: logits_fn(x[None], k)[0])(jax.random.split(key, eot_samples))
-
-
-def _ascend_one(outputs, score, x, y, targets, keys, *, eps, norm, num_steps, rho):
-    """The best point of one run for each of the targets and keys [R], for one example [H,W,C]."""
-    climb = (
-        partial(_climb_sparsely, eps=eps, num_steps=num_steps)
-        if norm == "l1"
-        else partial(_climb, eps=eps, norm=norm, num_steps=num_steps, rho=rho)
+        return lambda x, key: logits_fn(x[None])
+    check_counts(eot_samples=eot_samples)
+    return lambda x, key: jax.vmap(lambda k: logits_fn(x[None], k)[0])(
+        jax.random.split(key, eot_samples)
     )
 
-    def run(found, target_and_key):
-        target, key = target_and_key
+
+def _climb_one(outputs, score, x, reference, runs, key, settings: _Settings):
+    """The best point [...] of all runs for one example x [...].
+
+    runs: of each a target and the number that its key is folded with, [R] and [R].
+    score(logits [S,K], reference, target) -> (values [S], hits [S]).
+    """
+    climb = _climb if settings.norm.dense_steps else _climb_sparsely
+
+    def run(found, target_and_number):
+        target, number = target_and_number
 
         @partial(jax.value_and_grad, has_aux=True)
         def measure(x_adv, key):
-            values, hits = score(outputs(x_adv, key), y, target)
-            return values.mean(), hits.mean() > 0.5
+            values, hits = score(outputs(x_adv, key), reference, target)
+            return values.mean().astype(value_dtype(x)), hits.mean() > 0.5
 
-        return climb(measure, x, found, *jax.random.split(key)), None
+        start_key, key_of_steps = jax.random.split(jax.random.fold_in(key, number))
+        return climb(measure, x, found, start_key, key_of_steps, settings), None
 
-    nothing = Best(x, jnp.asarray(-jnp.inf, x.dtype), jnp.asarray(False))
-    found, _ = jax.lax.scan(run, nothing, (targets, keys))
+    found, _ = jax.lax.scan(run, Best.nothing(x), runs)
     return found.x
 
 
 class _State(NamedTuple):
-    x: Float[Array, "h w c"]
-    previous: Float[Array, "h w c"]
+    x: Float[Array, "..."]
+    previous: Float[Array, "..."]
     value: Float[Array, ""]
-    gradient: Float[Array, "h w c"]
+    gradient: Float[Array, "..."]
     step_size: Float[Array, ""]
     found: Best
     peak: _Peak
@@ -215,30 +288,32 @@ class _State(NamedTuple):
     checked_value: Float[Array, ""]
 
 
-def _climb(measure, x, found, start_key, key, *, eps, norm, num_steps, rho) -> Best:
-    """One run in linf or l2; measure(x_adv, key) -> ((value, hit), gradient)."""
-    gradient_share = np.full(num_steps, _GRADIENT_SHARE, np.float32)
+def _climb(measure, x, found, start_key, key, settings: _Settings) -> Best:
+    """One run with dense steps; measure(x_adv, key) -> ((value, hit), gradient)."""
+    norm, eps, num_steps, rho = settings
+    gradient_share = np.full(num_steps, _GRADIENT_SHARE)
     gradient_share[0] = 1.0
-    steps = checkpoints(num_steps)
+    checked_at = checked_steps(num_steps)
     period = np.zeros(num_steps, np.int32)
-    period[np.array(steps) - 1] = np.diff([0, *steps])
+    period[np.array(checked_at) - 1] = np.diff([0, *checked_at])
+    # At most so many steps that raised the loss are too few.
+    too_few = np.floor(rho * period).astype(np.int32)
 
     def inside(x_adv):
-        return norms.project_to_ball_and_box(x_adv, x, eps, norm)
+        return norm.project_to_ball_and_box(x_adv, x, eps)
 
     def step(state, at):
-        share, period, key = at
-        ahead = inside(state.x + state.step_size * norms.steepest(state.gradient, norm))
+        step_number, share, checked, too_few = at
+        ahead = inside(state.x + state.step_size * norm.steepest(state.gradient))
         x_adv = inside(
             state.x + share * (ahead - state.x) + (1 - share) * (state.x - state.previous)
         )
-        (value, hit), gradient = measure(x_adv, key)
+        (value, hit), gradient = measure(x_adv, jax.random.fold_in(key, step_number))
         gradient = jnp.nan_to_num(gradient)
         peak = state.peak.updated(x_adv, value, gradient)
-        num_raised = state.num_raised + (value > state.value)
+        num_raised = state.num_raised + (value > state.value).astype(jnp.int32)
 
-        checked = period > 0
-        stuck = (num_raised <= rho * period) | (~state.halved & (peak.value <= state.checked_value))
+        stuck = (num_raised <= too_few) | (~state.halved & (peak.value <= state.checked_value))
         halve = checked & stuck
         return _State(
             x=jnp.where(halve, peak.x, x_adv),
@@ -253,8 +328,8 @@ def _climb(measure, x, found, start_key, key, *, eps, norm, num_steps, rho) -> B
             checked_value=jnp.where(checked, peak.value, state.checked_value),
         ), None
 
-    start = inside(x + norms.random_on_sphere(start_key, x.shape, eps, norm))
-    (value, hit), gradient = measure(start, key)
+    start = inside(x + norm.random_on_sphere(start_key, x, eps))
+    (value, hit), gradient = measure(start, jax.random.fold_in(key, num_steps))
     gradient = jnp.nan_to_num(gradient)
     lowest = jnp.full_like(value, -jnp.inf)
     peak = _Peak(start, lowest, gradient).updated(start, value, gradient)
@@ -263,21 +338,22 @@ def _climb(measure, x, found, start_key, key, *, eps, norm, num_steps, rho) -> B
         previous=start,
         value=value,
         gradient=gradient,
-        step_size=jnp.asarray(2.0 * eps, x.dtype),
+        step_size=2.0 * eps,
         found=found.updated(start, value, hit),
         peak=peak,
-        num_raised=jnp.asarray(0),
+        num_raised=jnp.asarray(0, jnp.int32),
         halved=jnp.asarray(True),
         checked_value=peak.value,
     )
-    step_keys = fold_in_each(key, jnp.arange(num_steps))
-    state, _ = jax.lax.scan(step, state, (gradient_share, period, step_keys))
+    # Numbers, not keys, which jax_debug_key_reuse counts as used twice where a scan takes them.
+    schedule = np.arange(num_steps), jnp.asarray(gradient_share, x.dtype), period > 0, too_few
+    state, _ = jax.lax.scan(step, state, schedule)
     return state.found
 
 
 class _SparseState(NamedTuple):
-    x: Float[Array, "h w c"]
-    gradient: Float[Array, "h w c"]
+    x: Float[Array, "..."]
+    gradient: Float[Array, "..."]
     step_size: Float[Array, ""]
     found: Best
     peak: _Peak
@@ -285,30 +361,29 @@ class _SparseState(NamedTuple):
     num_changed: Int[Array, ""]
 
 
-def _climb_sparsely(measure, x, found, start_key, key, *, eps, num_steps) -> Best:
-    """One run in l1, through larger balls, by steps on fewer and fewer pixels; see `_climb`.
+def _climb_sparsely(measure, x, found, start_key, key, settings: _Settings) -> Best:
+    """One run through larger balls, by steps on fewer and fewer pixels; see `_climb`.
 
     A step moves two thirds as many pixels as the peak has changed, evenly (rounded down, so that
     two become one; in the reference two stay two). At a checkpoint where the peak has become
     sparser, the search goes back to it and to the longest step, the radius; at others the step is
     divided by 1.5, down to a tenth of the radius (arXiv 2103.01208, alg. 1).
     """
+    norm, eps, num_steps, _ = settings
 
     def step(state, at):
-        multiple, enters, checked, key = at
+        step_number, multiple, enters, checked = at
         radius = multiple * eps
         ahead = state.x + state.step_size * _even_step(state.gradient, 2 * state.num_changed // 3)
-        x_adv = norms.project_to_ball_and_box(
-            jnp.where(enters, state.peak.x, ahead), x, radius, "l1"
-        )
-        (value, hit), gradient = measure(x_adv, key)
+        x_adv = norm.project_to_ball_and_box(jnp.where(enters, state.peak.x, ahead), x, radius)
+        (value, hit), gradient = measure(x_adv, jax.random.fold_in(key, step_number))
         gradient = jnp.nan_to_num(gradient)
         lowest = _Peak(x_adv, jnp.full_like(value, -jnp.inf), gradient)
         peak = jax.tree.map(partial(jnp.where, enters), lowest, state.peak)
         peak = peak.updated(x_adv, value, gradient)
 
-        num_changed = (peak.x != x).sum()
-        sparser = checked & (num_changed < 0.95 * state.num_changed)
+        num_changed = (peak.x != x).sum(dtype=jnp.int32)
+        sparser = checked & (20 * num_changed < 19 * state.num_changed)
         shorter = jnp.maximum(state.step_size / 1.5, radius / 10)
         inside = multiple == 1
         return _SparseState(
@@ -323,24 +398,17 @@ def _climb_sparsely(measure, x, found, start_key, key, *, eps, num_steps) -> Bes
         ), None
 
     multiples, enters, checked = map(np.array, zip(*radii(num_steps), strict=True))
-    start = _Peak(x + jax.random.normal(start_key, x.shape), found.value, jnp.zeros_like(x))
-    state = _SparseState(
-        start.x, start.gradient, jnp.asarray(eps, x.dtype), found, start, jnp.asarray(0)
-    )
-    step_keys = fold_in_each(key, jnp.arange(len(multiples)))
-    state, _ = jax.lax.scan(step, state, (multiples, enters, checked, step_keys))
+    noise = jax.random.normal(start_key, x.shape, x.dtype)
+    start = _Peak(x + noise, found.value, jnp.zeros_like(x))
+    state = _SparseState(start.x, start.gradient, eps, found, start, jnp.asarray(0, jnp.int32))
+    schedule = np.arange(len(multiples)), jnp.asarray(multiples, x.dtype), enters, checked
+    state, _ = jax.lax.scan(step, state, schedule)
     return state.found
 
 
-def _even_step(gradient, num_pixels) -> Float[Array, "h w c"]:
+def _even_step(gradient, num_pixels) -> Float[Array, "..."]:
     """The signs of the pixels of largest gradient, that many or one (and ties), of l1 norm 1."""
     slope = jnp.abs(gradient)
     least = jnp.sort(slope, axis=None)[gradient.size - jnp.maximum(num_pixels, 1)]
     signs = jnp.where(slope >= least, jnp.sign(gradient), 0.0)
     return signs / jnp.maximum(jnp.abs(signs).sum(), 1.0)
-
-
-def _check(eps, rho, eot_samples, **counts) -> None:
-    check_lengths(eps=eps)
-    check_counts(**counts, **({} if eot_samples is None else {"eot_samples": eot_samples}))
-    check_shares(rho=rho)

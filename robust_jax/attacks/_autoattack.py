@@ -22,12 +22,12 @@ from jaxtyping import Bool, Float, Int
 from robust_jax import _checks, losses
 from robust_jax._front import Mapper
 from robust_jax._outputs import are_probabilities, change_with_the_batch, is_random
-from robust_jax.attacks import norms
 from robust_jax.attacks._apgd import apgd, apgd_targeted
 from robust_jax.attacks._best import check_counts, check_lengths
 from robust_jax.attacks._fab import fab
-from robust_jax.attacks._square import square
-from robust_jax.attacks.norms import Norm
+from robust_jax.attacks._square import check_images, square
+from robust_jax.attacks._success import distances
+from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.batches import MapExamples
 from robust_jax.errors import UnusableState
 from robust_jax.files import UNREADABLE_NPZ, save_arrays
@@ -36,20 +36,20 @@ from robust_jax.progress import progress as progress_bar
 from robust_jax.types import KeyOrKeys, LogitsFn
 
 
-class Member(NamedTuple):
+class Component(NamedTuple):
     """An attack of the ensemble, and what it is called with."""
 
     attack: Callable
     keywords: Mapping[str, Any] = {}
 
 
-MEMBERS: Mapping[str, Member] = {
-    "apgd_ce": Member(apgd, {"loss": losses.cross_entropy}),
-    "apgd_dlr": Member(apgd, {"loss": losses.dlr}),
-    "apgd_t": Member(apgd_targeted),
-    "fab": Member(fab, {"num_targets": None}),
-    "fab_t": Member(fab),
-    "square": Member(square),
+COMPONENTS: Mapping[str, Component] = {
+    "apgd_ce": Component(apgd, {"loss": losses.cross_entropy}),
+    "apgd_dlr": Component(apgd, {"loss": losses.dlr}),
+    "apgd_t": Component(apgd_targeted),
+    "fab": Component(fab, {"num_targets": None}),
+    "fab_t": Component(fab),
+    "square": Component(square),
 }
 VERSIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "standard": {"apgd_ce": {}, "apgd_t": {}, "fab_t": {}, "square": {}},
@@ -63,20 +63,16 @@ VERSIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "rand": {"apgd_ce": {"eot_samples": 20}, "apgd_dlr": {"eot_samples": 20}},
 }
-# In l1 the standard version takes more restarts of the one and fewer targets of the other.
-_STANDARD_L1 = {"apgd_ce": {"num_restarts": 5}, "apgd_t": {"num_targets": 5}}
-
 # Examples of which more is asked than their logits.
 _FEW = 16
-
 # Keywords that are AutoAttack's own to give.
-_RESERVED = ("eps", "norm", "ranks", "targets")
+_RESERVED = ("eps", "norm", "ranks", "targets", "criterion")
 
 
 class AutoAttackResult(NamedTuple):
     """What AutoAttack found, for N examples in the order they were given.
 
-    x_adv [N,H,W,C]: the adversarial, or x itself where none was found or needed. robust [N].
+    x_adv [N,...]: the adversarial, or x itself where none was found or needed. robust [N].
     broken_by [N]: the attack that broke the example, "clean" where it was misclassified to begin
     with, "" where it is robust. distance [N]: the norm of x_adv - x in pixel units, 0 for "clean",
     NaN where robust. margin [N]: the output margin at x_adv, or where robust the smallest that an
@@ -84,7 +80,7 @@ class AutoAttackResult(NamedTuple):
     turn. warnings: reasons to doubt the result, in sentences.
     """
 
-    x_adv: Float[np.ndarray, "n h w c"]
+    x_adv: Float[np.ndarray, "n ..."]
     robust: Bool[np.ndarray, " n"]
     broken_by: np.ndarray
     distance: Float[np.ndarray, " n"]
@@ -95,7 +91,7 @@ class AutoAttackResult(NamedTuple):
 
 def autoattack(
     logits_fn: LogitsFn | Callable,
-    x: Float[np.ndarray, "n h w c"],
+    x: Float[np.ndarray, "n ..."],
     y: Int[np.ndarray, " n"],
     key: KeyOrKeys,
     *,
@@ -108,31 +104,63 @@ def autoattack(
     map_examples: MapExamples | None = None,
     progress: bool = True,
 ) -> AutoAttackResult:
-    """Robust accuracy by AutoAttack, an upper bound on the true one (arXiv 2003.01690).
+    """Robust accuracy by AutoAttack, an upper bound on the true one.
 
-    Attacks run in turn on the examples classified right that no other has broken, from the clean
-    image, class by class and restart by restart; what they find is checked by a fresh forward
+    Attacks run in turn on the examples classified correctly that no other has broken, from the
+    clean image, class by class and restart by restart; what they find is checked by a fresh forward
     pass. An example's randomness follows (key, its place in x, the attack's name), so the result
-    does not depend on batch_size. logits_fn: [B,H,W,C] in [0,1] -> [B,K]; with version="rand", for
-    randomised networks, logits_fn(x, key) with one key for a batch of one. x: [N,H,W,C]. y: [N].
-    key: one key, or one for each example [N]. eps: pixel units. version: "standard", "plus" or
-    "rand", or a tuple of the names in MEMBERS. overrides: keywords for members by name, as in
-    {"square": {"num_queries": 1000}}. state_path: an .npz file written after each pass, from which
-    a run with the same arguments (but for batch_size) goes on. map_examples: how batches reach the
-    devices; by default one device takes batches of batch_size. Raises ValueError for unknown
-    names, wrong shapes, pixels outside [0,1], a state of other inputs.
+    does not depend on batch_size.
+
+    Args:
+        logits_fn: The network, [B,...] in [0,1] -> [B,K]; with version="rand", for randomised
+            networks, logits_fn(x, key) with one key for a batch of one.
+        x: Examples [N,...], pixels in [0,1]: images [N,H,W,C] wherever Square takes part.
+        y: Labels [N].
+        key: One key, or one for each example [N].
+        eps: The radius of the ball, in pixel units.
+        norm: A name or a `norms.ThreatModel`.
+        version: "standard", "plus" or "rand", or a tuple of the names in COMPONENTS.
+        batch_size: How many examples are attacked at a time.
+        overrides: Keywords for attacks by name, as in {"square": {"num_queries": 1000}}.
+        state_path: An .npz file written after each pass, from which a run with the same arguments
+            (but for batch_size) continues.
+        map_examples: How batches reach the devices; by default one device takes them.
+        progress: Whether a bar shows how far it has come.
+
+    Returns:
+        For each example the adversarial, what broke it and how far away it is; the share that
+        stands after each attack; warnings.
+
+    Raises:
+        ValueError: Names are unknown, shapes wrong or pixels outside [0,1]; or x is not [N,H,W,C]
+            where Square takes part: name the others then.
+        UnusableState: The file at state_path belongs to other inputs.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> weights = jax.random.normal(jax.random.key(0), (12, 3))
+        >>> logits_fn = lambda x: x @ weights
+        >>> x = jax.random.uniform(jax.random.key(1), (4, 12))
+        >>> y = logits_fn(x).argmax(-1)
+        >>> result = attacks.autoattack(
+        ...     logits_fn, x, y, jax.random.key(2), eps=0.5, version=("apgd_ce",), progress=False
+        ... )
+        >>> result.robust_accuracy
+        {'clean': 1.0, 'apgd_ce': 0.0}
+
+    Reference:
+        Croce & Hein 2020, arXiv 2003.01690.
     """
     _checks.length("eps", eps)
-    plan = check_arguments(eps=eps, norm=norm, version=version, overrides=overrides)
+    threat = threat_model(norm)
+    ensemble = check_arguments(eps=eps, norm=norm, version=version, overrides=overrides)
     check_counts(batch_size=batch_size)
     is_randomised = version == "rand"
     x = np.asarray(_checks.pixels(x))
     y = np.asarray(_checks.one_row_each(y, x))
-    if x.ndim != 4 and any(member.attack is square for member in plan.values()):
-        raise ValueError(
-            f"x has the shape {list(x.shape)}; Square's patches need images [N,H,W,C]: name the "
-            'others, version=("apgd_ce", "apgd_t", "fab_t")'
-        )
+    if any(component.attack is square for component in ensemble.values()):
+        check_images(x.shape[1:])
     network = _checks.network(logits_fn, x, is_randomised=is_randomised)
     num_classes = _checks.num_classes(network)
     _checks.labels(y, num_classes)
@@ -148,9 +176,9 @@ def autoattack(
 
     logits = classify(rows, _salt("clean"))
     right, margin = _is_right(logits, y)
-    plan, warnings = _fit_to_classes(plan, num_classes)
+    ensemble, warnings = _fit_to_classes(ensemble, num_classes)
     warnings += _doubts(logits_fn, x, logits, is_randomised)
-    if not is_randomised and right.any() and any(m.attack is not square for m in plan.values()):
+    if not is_randomised and right.any() and any(m.attack is not square for m in ensemble.values()):
         flat = map_examples(_is_flat)(_take(rows, right))
         if flat.any():
             warnings.append(
@@ -158,24 +186,26 @@ def autoattack(
                 "follow gradients say little about them"
             )
 
-    inputs = _fingerprint(rows, eps, norm, plan)
+    inputs = _fingerprint(rows, eps, threat, ensemble)
     broken_by = np.where(right, "", "clean").astype("U32")
     state = _State(x.copy(), broken_by, margin, 0, {"clean": float(right.mean())})
     if state_path is not None and Path(state_path).exists():
-        state = _load(Path(state_path), inputs, logits)
+        state = _load(Path(state_path), inputs, logits, x.dtype)
 
-    passes = [p for name, member in plan.items() for p in _passes(name, member, num_classes)]
+    passes = [p for name, c in ensemble.items() for p in _passes(name, c, num_classes)]
     with progress_bar(
         len(passes), "autoattack", "pass", initial=state.passes_done, shown=progress
     ) as bar:
-        for i, (name, member, ranks, salt) in enumerate(passes):
+        for i, (name, component, ranks, salt) in enumerate(passes):
             if i < state.passes_done:
                 continue
             standing = np.flatnonzero(state.broken_by == "")
             bar.set_postfix_str(f"{name}: {len(standing)} standing")
             if len(standing):
                 some = _take(rows, standing)
-                attempt = map_examples(_Attempt(member.attack, norm, _frozen(member.keywords)))
+                attempt = map_examples(
+                    _Attempt(component.attack, threat, _frozen(component.keywords))
+                )
                 x_try = attempt(some, x.dtype.type(eps), ranks, _salt(salt))
                 fresh = classify({**some, "x": x_try}, _salt(f"check {salt}"))
                 holds, margin = _is_right(fresh, y[standing])
@@ -190,7 +220,7 @@ def autoattack(
             if state_path is not None and jax.process_index() == 0:
                 _save(Path(state_path), state, inputs, logits)
             bar.update()
-    return _result(state, x, norm, warnings)
+    return _result(state, x, threat, warnings)
 
 
 class _State(NamedTuple):
@@ -207,7 +237,7 @@ class _Pass(NamedTuple):
     """One attack with one target rank or restart; the broken drop out between passes."""
 
     name: str
-    member: Member
+    component: Component
     ranks: np.ndarray | None
     salt: str
 
@@ -215,16 +245,16 @@ class _Pass(NamedTuple):
 def check_arguments(
     *,
     eps: float,
-    norm: str = "linf",
+    norm: Norm = "linf",
     version: str | tuple[str, ...] = "standard",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Member]:
-    """The members to run, in order, with the keywords of the version and of the user.
+) -> dict[str, Component]:
+    """The attacks to run, in order, with the keywords of the version and of the user.
 
     Raises ValueError as `autoattack` does.
     """
     check_lengths(eps=eps)
-    norms.check(norm)
+    threat = threat_model(norm)
     overrides = overrides or {}
     if isinstance(version, str):
         if version not in VERSIONS:
@@ -233,60 +263,60 @@ def check_arguments(
                 f"not {version!r}"
             )
         chosen = VERSIONS[version]
-        if (version, norm) == ("standard", "l1"):
-            chosen = {name: _STANDARD_L1.get(name, {}) for name in chosen}
+        if version == "standard":
+            chosen = {name: threat.autoattack.get(name, {}) for name in chosen}
     else:
         chosen = {name: {} for name in version}
     for name in (*chosen, *overrides):
-        if name not in MEMBERS:
-            raise ValueError(f"attack must be one of {', '.join(MEMBERS)}, not {name!r}")
+        if name not in COMPONENTS:
+            raise ValueError(f"attack must be one of {', '.join(COMPONENTS)}, not {name!r}")
     if not chosen:
-        raise ValueError(f"version names no attack; choices: {', '.join(MEMBERS)}")
-    plan = {}
+        raise ValueError(f"version names no attack; choices: {', '.join(COMPONENTS)}")
+    ensemble = {}
     for name, keywords in chosen.items():
-        attack, defaults = MEMBERS[name]
+        attack, defaults = COMPONENTS[name]
         own = {**keywords, **overrides.get(name, {})}
         known = inspect.signature(attack).parameters.values()
         allowed = [p.name for p in known if p.kind is p.KEYWORD_ONLY and p.name not in _RESERVED]
         for wrong in own.keys() - set(allowed):
             raise ValueError(f"{name} has no keyword {wrong!r}; choices: {', '.join(allowed)}")
-        plan[name] = Member(attack, {**defaults, **own})
-    return plan
+        ensemble[name] = Component(attack, {**defaults, **own})
+    return ensemble
 
 
 def _take(rows, which) -> dict[str, np.ndarray]:
     return {name: array[which] for name, array in rows.items()}
 
 
-def _fit_to_classes(plan, num_classes) -> tuple[dict[str, Member], list[str]]:
-    """The plan with losses that exist for so many classes, and what had to be replaced."""
+def _fit_to_classes(ensemble, num_classes) -> tuple[dict[str, Component], list[str]]:
+    """The ensemble with losses that exist for so many classes, and what had to be replaced."""
     warnings = []
-    for name, member in plan.items():
-        if member.keywords.get("loss") is losses.dlr and num_classes < 3:
-            keywords = {**member.keywords, "loss": losses.carlini_wagner}
-            plan = {**plan, name: Member(member.attack, keywords)}
+    for name, component in ensemble.items():
+        if component.keywords.get("loss") is losses.dlr and num_classes < 3:
+            keywords = {**component.keywords, "loss": losses.margin_loss}
+            ensemble = {**ensemble, name: component._replace(keywords=keywords)}
             warnings.append(f"{name} uses the margin: DLR needs 3 classes, not {num_classes}")
-        if member.attack is apgd_targeted and num_classes < 4:
+        if component.attack is apgd_targeted and num_classes < 4:
             warnings.append(
                 f"{name} uses the margin: the targeted DLR needs 4 classes, not {num_classes}"
             )
-    return plan, warnings
+    return ensemble, warnings
 
 
-def _passes(name: str, member: Member, num_classes: int) -> list[_Pass]:
-    """The passes of a member: one for each target it aims at, or for each restart."""
-    known = inspect.signature(member.attack).parameters
+def _passes(name: str, component: Component, num_classes: int) -> list[_Pass]:
+    """The passes of a component: one for each target it aims at, or for each restart."""
+    known = inspect.signature(component.attack).parameters
     keywords = {k: p.default for k, p in known.items() if p.default is not p.empty}
-    keywords |= member.keywords
+    keywords |= component.keywords
     if num_targets := keywords.get("num_targets"):
         ranks = range(2, 2 + min(num_targets, num_classes - 1))
-        return [_Pass(name, member, np.array([rank]), name) for rank in ranks]
+        return [_Pass(name, component, np.array([rank]), name) for rank in ranks]
     if "num_restarts" not in keywords:
-        return [_Pass(name, member, None, name)]
-    once = Member(member.attack, {**member.keywords, "num_restarts": 1})
+        return [_Pass(name, component, None, name)]
+    once = Component(component.attack, {**component.keywords, "num_restarts": 1})
     passes = [_Pass(name, once, None, name)]
-    if member.attack is fab:  # whose first run starts at the clean image
-        once = Member(fab, {**once.keywords, "random_start": True})
+    if component.attack is fab:  # whose first run starts at the clean image
+        once = Component(fab, {**once.keywords, "random_start": True})
     restarts = range(1, keywords["num_restarts"])
     return passes + [_Pass(name, once, None, f"{name} {i}") for i in restarts]
 
@@ -296,7 +326,7 @@ class _Attempt:
     """An attack as `map_examples` takes it; equal ones are one program."""
 
     attack: Callable
-    norm: Norm
+    norm: ThreatModel
     keywords: tuple[tuple[str, Any], ...]
 
     def __call__(self, logits_fn, rows, eps, ranks, salt):
@@ -369,13 +399,13 @@ def _is_flat(logits_fn, rows):
     return ~(jnp.abs(gradient).reshape(len(gradient), -1).max(-1) > 0)
 
 
-def _fingerprint(rows, eps, norm, plan) -> str:
+def _fingerprint(rows, eps, norm: ThreatModel, ensemble) -> str:
     """What a saved state must have been made with to be of use; the network's logits aside."""
     steps = {
-        name: {k: _described(v) for k, v in sorted(member.keywords.items())}
-        for name, member in plan.items()
+        name: {k: _described(v) for k, v in sorted(component.keywords.items())}
+        for name, component in ensemble.items()
     }
-    text = json.dumps([float(eps), norm, rows["x"].shape, steps], default=str)
+    text = json.dumps([float(eps), norm.name, rows["x"].shape, steps], default=str)
     digest = hashlib.sha256(text.encode())
     for array in rows.values():
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -402,11 +432,13 @@ def _save(path: Path, state: _State, inputs: str, logits: np.ndarray) -> None:
     )
 
 
-def _load(path: Path, inputs: str, logits: np.ndarray) -> _State:
+def _load(path: Path, inputs: str, logits: np.ndarray, dtype: np.dtype) -> _State:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+            # numpy reads the types that it does not know, such as bfloat16, as mere bytes.
+            x_adv = saved["x_adv"].view(dtype)
             state = _State(
-                saved["x_adv"], saved["broken_by"], saved["margin"], int(saved["passes_done"]),
+                x_adv, saved["broken_by"], saved["margin"], int(saved["passes_done"]),
                 json.loads(str(saved["robust_accuracy"])),
             )  # fmt: skip
             same_inputs = str(saved["inputs"]) == inputs
@@ -432,7 +464,7 @@ def _result(state: _State, x, norm, warnings) -> AutoAttackResult:
                 "their gradients may be masked; give it more queries"
             )
     robust = state.broken_by == ""
-    sizes = np.asarray(jax.vmap(lambda delta: norms.size(delta, norm))(state.x_adv - x))
+    sizes = np.asarray(distances(jnp.asarray(x), jnp.asarray(state.x_adv), norm=norm))
     return AutoAttackResult(
         state.x_adv,
         robust,

@@ -3,67 +3,50 @@
 Written for one example and lifted over the batch by jax.vmap, once. Source: arXiv 1907.02044.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from robust_jax._front import compiled
-from robust_jax.attacks import norms
 from robust_jax.attacks._apgd import likeliest_wrong
-from robust_jax.attacks._best import Best, check_counts, check_lengths, check_shares
-from robust_jax.attacks.norms import Norm, Perturbation, Scalar
-from robust_jax.keys import example_keys, fold_in_each
+from robust_jax.attacks._best import Best, check_counts, check_lengths, check_shares, value_dtype
+from robust_jax.attacks._success import classified_as, misclassified
+from robust_jax.attacks.norms import Length, Norm, ThreatModel, threat_model, tiny
+from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
-# Steps of Newton's method on a concave function made of straight pieces: it ends by itself, after
-# a handful; the bound is for rounding errors.
-_MAX_NEWTON_STEPS = 50
 
+class _Settings(NamedTuple):
+    """How FAB searches; see `fab`."""
 
-class Nearest(NamedTuple):
-    """x_adv [B,H,W,C], x itself where none was found; distance [B], infinite there."""
+    norm: ThreatModel
+    eps: Length
+    num_steps: int
+    num_targets: int | None
+    ranks: Sequence[int] | Int[Array, " r"] | None
+    num_restarts: int
+    random_start: bool
+    alpha_max: float
+    eta: float
+    beta: float
 
-    x_adv: Images
-    distance: Float[Array, " b"]
+    def checked(self, dtype) -> "_Settings":
+        """The settings for examples of a dtype."""
+        check_lengths(eps=self.eps, infinite=True)
+        check_counts(num_steps=self.num_steps, num_restarts=self.num_restarts)
+        if self.num_targets is not None:
+            check_counts(num_targets=self.num_targets)
+        check_shares(alpha_max=self.alpha_max, beta=self.beta)
+        if not self.eta >= 1:
+            raise ValueError(f"eta must be at least 1, not {self.eta!r}")
+        return self._replace(eps=jnp.asarray(self.eps, dtype))
 
 
 @compiled
 def fab(
-    logits_fn: LogitsFn,
-    x: Images,
-    y: Int[Array, " b"],
-    key: KeyOrKeys,
-    *,
-    eps: float,
-    norm: Norm = "linf",
-    num_steps: int = 100,
-    num_targets: int | None = 9,
-    ranks: Sequence[int] | Int[Array, " r"] | None = None,
-    num_restarts: int = 1,
-    random_start: bool = False,
-    alpha_max: float = 0.1,
-    eta: float = 1.05,
-    beta: float = 0.9,
-    targets: Int[Array, " b"] | None = None,
-) -> Images:
-    """The nearest misclassified point, if it is no farther than eps (arXiv 1907.02044).
-
-    Returns [B,H,W,C], x itself where there is none: `nearest_adversarial` without the distance.
-    """
-    return nearest_adversarial(
-        logits_fn, x, y, key,
-        eps=eps, norm=norm, num_steps=num_steps, num_targets=num_targets, ranks=ranks,
-        num_restarts=num_restarts, random_start=random_start,
-        alpha_max=alpha_max, eta=eta, beta=beta, targets=targets,
-    ).x_adv  # fmt: skip
-
-
-@compiled
-def nearest_adversarial(
     logits_fn: LogitsFn,
     x: Images,
     y: Int[Array, " b"],
@@ -80,156 +63,157 @@ def nearest_adversarial(
     eta: float = 1.05,
     beta: float = 0.9,
     targets: Int[Array, " b"] | None = None,
-) -> Nearest:
-    """The nearest misclassified point in [0,1] and its distance in pixel units (arXiv 1907.02044).
+) -> Images:
+    """The nearest misclassified point in [0,1] that is no farther than eps.
 
     Every step projects the current point and x onto the linearised decision boundary within the
-    box, oversteps both by eta, and mixes them, x's share being at most alpha_max; a misclassified
+    box, oversteps both by eta, and mixes them, x's share being at most alpha_max. A misclassified
     point is kept if it is the nearest so far, and drawn back to a share beta of its way from x.
-    logits_fn, x, y, key: as in `pgd`; y: labels [B]. eps: points farther than that are not
-    accepted. num_targets: FAB-T aims at that many likeliest wrong classes in turn (all of them
-    where there are fewer; or at those of the given ranks, 2 being the likeliest), which takes one
-    gradient a step; None is the original attack, which steps to the nearest of all boundaries and
-    takes K. num_restarts: the first starts at x (with random_start at random too), the others at
-    random, half as far away as eps or the nearest point so far. targets: classes [B] to reach
-    instead of leaving y, whatever num_targets and ranks are. Raises ValueError for a negative eps,
-    counts below 1, alpha_max or beta outside (0,1], eta below 1, an unknown norm.
+
+    Args:
+        logits_fn, x, key, norm: As in `pgd`.
+        y: Labels [B].
+        eps: The largest distance, in pixel units.
+        num_steps: For each target and restart, with one gradient each, or K without targets.
+        num_targets: FAB-T aims at that many likeliest wrong classes in turn, all of them where
+            there are fewer. None is the original attack, which steps to the nearest of all
+            boundaries.
+        ranks: Aim at the classes of these ranks instead, 2 being the likeliest wrong class.
+        num_restarts: Runs towards each target: the first starts at x, the others at random, half as
+            far away as eps or the nearest point so far.
+        random_start: Whether the first one starts at random too.
+        alpha_max, eta, beta: See above.
+        targets: Classes [B] to reach instead of leaving y, whatever num_targets and ranks are.
+
+    Returns:
+        [B,...]: x itself where nothing was found. `attacks.is_adversarial` and `attacks.distances`
+        say where something was, and how far away.
+
+    Raises:
+        ValueError: eps is negative, a count below 1, alpha_max or beta outside (0,1], eta below 1,
+            or the norm unknown or without `to_boundary`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> x, y = jnp.array([[0.3, 0.4]]), jnp.array([0])
+        >>> x_adv = attacks.fab(logits_fn, x, y, jax.random.key(0), norm="l2")
+        >>> attacks.distances(x, x_adv, norm="l2").round(2).tolist()
+        [0.14000000059604645]
+
+    Reference:
+        Croce & Hein 2020, arXiv 1907.02044.
     """
-    check_lengths(eps=eps, infinite=True)
-    check_counts(num_steps=num_steps, num_restarts=num_restarts)
-    if num_targets is not None:
-        check_counts(num_targets=num_targets)
-    check_shares(alpha_max=alpha_max, beta=beta)
-    if not eta >= 1:
-        raise ValueError(f"eta must be at least 1, not {eta!r}")
-    search = partial(
-        _search_one, lambda x: logits_fn(x[None])[0],
-        eps=eps, norm=norm, num_steps=num_steps, num_targets=num_targets, ranks=ranks,
-        num_restarts=num_restarts, random_start=random_start,
-        alpha_max=alpha_max, eta=eta, beta=beta,
-    )  # fmt: skip
-    return Nearest(*jax.vmap(search)(x, y, example_keys(key, x.shape[0]), targets))
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    threat = threat_model(norm, needs="to_boundary")
+    settings = _Settings(
+        threat, eps, num_steps, num_targets, ranks, num_restarts, random_start,
+        alpha_max, eta, beta,
+    ).checked(x.dtype)  # fmt: skip
+
+    def search_one(x, y, key, target):
+        return _search_one(lambda x: logits_fn(x[None])[0], x, y, key, target, settings)
+
+    targets = None if targets is None else jnp.asarray(targets)
+    return jax.vmap(search_one)(x, y, example_keys(key, len(x)), targets)
 
 
-def project_to_boundary(
-    x: Float[Array, "h w c"], value: Scalar, gradient: Float[Array, "h w c"], norm: Norm
-) -> Perturbation:
-    """The smallest change δ with value + gradient·δ = 0 and x + δ in [0,1].
-
-    Where the box does not reach the boundary, the change that comes closest to it. In l1 the
-    pixels of the largest gradient go first, each as far as its wall. Otherwise pixel i moves by
-    min(λ·u_i, room_i), with u = 1 (linf) or |gradient| (l2), for the λ that gets there: a root of
-    a concave, piecewise linear function, which Newton's method finds exactly and from below.
-    """
-    scale = jnp.maximum(norms.size(gradient, "linf"), 1e-30)
-    weight, value = jnp.abs(gradient) / scale, value / scale
-    direction = -jnp.sign(value) * jnp.sign(gradient)
-    room = jnp.where(direction > 0, 1 - x, x)
-    if norm == "l1":
-        gained = norms.fill(jnp.abs(value), weight, weight * room)
-        return direction * jnp.minimum(gained / jnp.where(weight > 0, weight, 1), room)
-    unit = jnp.ones_like(weight) if norm == "linf" else weight
-    limit = jnp.where(unit > 0, room / jnp.where(unit > 0, unit, 1), 0)
-    slope = weight * unit
-
-    def newton(state):
-        i, root, _ = state
-        free = limit > root
-        needed = jnp.abs(value) - jnp.where(free, 0, slope * limit).sum()
-        rate = jnp.where(free, slope, 0).sum()
-        nearer = jnp.where(rate > 0, needed / jnp.where(rate > 0, rate, 1), jnp.inf)
-        return i + 1, jnp.maximum(root, nearer), root
-
-    def moving(state):
-        i, root, before = state
-        return (root > before) & (i < _MAX_NEWTON_STEPS)
-
-    start = (0, jnp.zeros_like(value), -jnp.ones_like(value))
-    _, root, _ = jax.lax.while_loop(moving, newton, start)
-    return direction * jnp.where(limit > root, root * unit, room)
-
-
-def _search_one(
-    logits_of, x, y, key, own_target, *,
-    eps, norm, num_steps, num_targets, ranks, num_restarts, random_start, alpha_max, eta, beta,
-):  # fmt: skip
-    """The nearest misclassified point to one x [H,W,C] and its distance."""
+def _search_one(logits_of, x, y, key, own_target, settings: _Settings):
+    """The nearest misclassified point to one x [...], or x itself."""
+    norm, eps, num_steps, num_targets, ranks, num_restarts, random_start, *_ = settings
     logits = logits_of(x)
-    aims = num_targets is not None or own_target is not None
+    boundary_to = _boundaries(logits_of, y, own_target, settings)
 
     def is_hit(logits):
-        label = jnp.argmax(logits)
-        return label != y if own_target is None else label == own_target
-
-    def boundary_to(target, x_adv):
-        """z_t - z_y and its gradient, for the target or the nearest boundary of all.
-
-        With a target of its own, which has to win, the other class is the likeliest there.
-        """
-        if aims:
-
-            def gap(x_adv):
-                logits = logits_of(x_adv)  # once: two gradients are two backward passes
-                others = jnp.where(jnp.arange(len(logits)) == target, -jnp.inf, logits)
-                return logits[target] - (logits[y] if own_target is None else others.max())
-
-            return jax.value_and_grad(gap)(x_adv)
-        logits, pull = jax.vjp(logits_of, x_adv)
-        identity = jnp.eye(len(logits), dtype=logits.dtype)
-        (gradients,) = jax.vmap(pull)(identity - identity[y])
-        dual = jax.vmap(lambda gradient: norms.size(gradient, norms.DUAL[norm]))(gradients)
-        gaps = logits - logits[y]
-        far = jnp.where(jnp.arange(len(logits)) == y, jnp.inf, jnp.abs(gaps) / (dual + 1e-12))
-        nearest = jnp.argmin(far)
-        return gaps[nearest], gradients[nearest]
+        if own_target is None:
+            return misclassified(logits[None], y[None])[0]
+        return classified_as(logits[None], own_target[None])[0]
 
     def distance(x_adv):
-        return norms.size(x_adv - x, norm)
+        return norm.size(x_adv - x)
 
-    def run(best, target_and_key):
-        target, key, at_random = target_and_key
+    def run(best, target_and_numbers):
+        target, rank, restart = target_and_numbers
 
         def step(state, _):
             x_adv, best = state
             value, gradient = boundary_to(target, x_adv)
-            gradient = jnp.nan_to_num(gradient)
-            # The select keeps XLA's CPU backend from a slow way to add up products.
-            change = jnp.where(gradient == 0, 0.0, gradient * (x - x_adv)).sum()
-            value_at_x = value + change
-            on = project_to_boundary(x_adv, value, gradient, norm)
-            from_x = project_to_boundary(x, value_at_x, gradient, norm)
-            size_on, size_from_x = (
-                jnp.maximum(norms.size(delta, norm), 1e-8) for delta in (on, from_x)
-            )
-            share = jnp.minimum(size_on / (size_on + size_from_x), alpha_max)
-            x_adv = (1 - share) * (x_adv + eta * on) + share * (x + eta * from_x)
-            x_adv = jnp.clip(jnp.nan_to_num(x_adv), 0.0, 1.0)
+            x_adv = _mixed(x_adv, x, value, gradient, settings)
             wrong = is_hit(logits_of(x_adv))
             hit = wrong & (distance(x_adv) <= eps)
-            best = best.updated(x_adv, jnp.where(hit, -distance(x_adv), -jnp.inf), hit)
-            return (jnp.where(wrong, x + beta * (x_adv - x), x_adv), best), None
+            near = jnp.where(hit, -distance(x_adv), -jnp.inf).astype(value_dtype(x))
+            best = best.updated(x_adv, near, hit)
+            return (jnp.where(wrong, x + settings.beta * (x_adv - x), x_adv), best), None
 
         # The diagonal of the box bounds the radius where eps does not.
-        radius = jnp.minimum(jnp.minimum(eps, -best.value), norms.size(jnp.ones_like(x), norm)) / 2
-        noise = norms.random_on_sphere(key, x.shape, radius, norm)
+        nearest = jnp.minimum(eps, -best.value.astype(x.dtype))
+        radius = jnp.minimum(nearest, norm.size(jnp.ones_like(x))) / 2
+        run_key = jax.random.fold_in(jax.random.fold_in(key, rank), restart)
+        noise = norm.random_on_sphere(run_key, x, radius)
+        at_random = (restart > 0) | random_start
         start = jnp.where(at_random, jnp.clip(x + noise, 0.0, 1.0), x)
         (_, best), _ = jax.lax.scan(step, (start, best), length=num_steps)
         return best, None
 
     if own_target is not None:
-        targets, at = own_target[None], jnp.zeros(1, int)
+        aims, at = own_target[None], jnp.zeros(1, jnp.int32)
     elif num_targets is None:
-        targets, at = jnp.zeros(1, int), jnp.zeros(1, int)
+        aims, at = y[None], jnp.zeros(1, jnp.int32)  # not looked at
     else:
-        targets, at = likeliest_wrong(logits, y, num_targets, ranks)
-    restarts = jnp.arange(num_restarts)
-    keys = jax.vmap(lambda k: fold_in_each(k, restarts))(fold_in_each(key, at))
+        aims, at = likeliest_wrong(logits, y, num_targets, ranks)
     runs = (
-        jnp.repeat(targets, num_restarts),
-        keys.reshape(-1),
-        jnp.tile((restarts > 0) | random_start, len(targets)),
+        jnp.repeat(aims, num_restarts),
+        jnp.repeat(at, num_restarts),
+        jnp.tile(jnp.arange(num_restarts), len(aims)),
     )
     wrong = is_hit(logits)
-    best = Best(x, jnp.where(wrong, 0.0, -jnp.inf), wrong)
+    best = Best(x, jnp.where(wrong, 0.0, -jnp.inf).astype(value_dtype(x)), wrong)
     best, _ = jax.lax.scan(run, best, runs)
-    return best.x, -best.value
+    return best.x
+
+
+def _boundaries(logits_of, y, own_target, settings: _Settings) -> Callable:
+    """boundary_to(target, x_adv): z_t - z_y and its gradient, for the target or the nearest class.
+
+    With a target of its own, which has to win, the other class is the likeliest there.
+    """
+
+    def to_target(target, x_adv):
+        def gap(x_adv):
+            logits = logits_of(x_adv)  # once: two gradients are two backward passes
+            is_target = jnp.arange(len(logits), dtype=target.dtype) == target
+            others = jnp.where(is_target, -jnp.inf, logits)
+            return logits[target] - (logits[y] if own_target is None else others.max())
+
+        return jax.value_and_grad(gap)(x_adv)
+
+    def to_nearest(_, x_adv):
+        logits, pull = jax.vjp(logits_of, x_adv)
+        identity = jnp.eye(len(logits), dtype=logits.dtype)
+        (gradients,) = jax.vmap(pull)(identity - identity[y])
+        dual = jax.vmap(settings.norm.dual_size)(gradients).astype(logits.dtype)
+        gaps = logits - logits[y]
+        far = jnp.abs(gaps) / jnp.maximum(dual, tiny(dual.dtype))
+        nearest = jnp.argmin(jnp.where(jnp.arange(len(logits), dtype=y.dtype) == y, jnp.inf, far))
+        return gaps[nearest], gradients[nearest]
+
+    return to_nearest if settings.num_targets is None and own_target is None else to_target
+
+
+def _mixed(x_adv, x, value, gradient, settings: _Settings):
+    """The next point, from both projections onto a linearised boundary."""
+    norm = settings.norm
+    assert norm.to_boundary is not None
+    gradient = jnp.nan_to_num(gradient)
+    # The select keeps XLA's CPU backend from a slow way to add up products.
+    change = jnp.where(gradient == 0, 0.0, gradient * (x - x_adv)).sum()
+    value = value.astype(value_dtype(x))
+    on = norm.to_boundary(x_adv, value, gradient)
+    from_x = norm.to_boundary(x, value + change.astype(value.dtype), gradient)
+    least = max(1e-8, tiny(x.dtype))
+    size_on, size_from_x = (jnp.maximum(norm.size(delta), least) for delta in (on, from_x))
+    share = jnp.minimum(size_on / (size_on + size_from_x), settings.alpha_max)
+    eta = settings.eta
+    x_adv = (1 - share) * (x_adv + eta * on) + share * (x + eta * from_x)
+    return jnp.clip(jnp.nan_to_num(x_adv), 0.0, 1.0)

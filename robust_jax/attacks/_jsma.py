@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import check_lengths
-from robust_jax.attacks.norms import Perturbation
+from robust_jax.attacks._success import classified_as, misclassified
+from robust_jax.attacks.norms import L0, tiny
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 # How many pairs of features are held in memory at a time, for each example.
@@ -31,23 +32,48 @@ def jsma(
     theta: float = 1.0,
     targets: Int[Array, " b"] | None = None,
 ) -> Images:
-    """Changes the most salient pair of pixel values, again and again (arXiv 1511.07528, alg. 3).
+    """Changes the most salient pair of pixel values, again and again.
 
     Of all pairs that raise the target's logit and lower the sum of the others, the one with the
     largest product of the two moves by theta, within [0,1], until the target is reached, no pair
-    is left, or the next would change more than eps entries of [H,W,C] in all: with theta=±1 an
-    odd eps is as good as the even one below. logits_fn, x, y: as in `pgd`; y: labels [B]. key:
-    nothing is drawn. theta: in [-1,1], in pixel units; below 0, pixels darken. targets: classes
-    [B] to reach; None is the likeliest wrong class of each, and any wrong class will do. Returns
-    [B,H,W,C], where the search ended. A step looks at all (HWC)² pairs, 16,384 at a time for each
-    example, beside one pass through the network and two gradients. Raises ValueError for a
-    negative eps, a theta of 0 or outside [-1,1], a norm other than l0.
+    is left, or the next would change more than eps entries in all: with theta=±1 an odd eps is as
+    good as the even one below. A step looks at all pairs of n pixel values, 16,384 at a time for
+    each example, beside one pass through the network and two gradients.
+
+    Args:
+        logits_fn, x: As in `pgd`.
+        y: Labels [B].
+        key: Nothing is drawn.
+        eps: How many entries of an example may change.
+        norm: "l0".
+        theta: The change, in pixel units, in [-1,1] and not 0. Below 0, pixels darken.
+        targets: Classes [B] to reach. None is the likeliest wrong class of each, and any wrong
+            class will do.
+
+    Returns:
+        [B,...], where the search ended.
+
+    Raises:
+        ValueError: eps is negative, theta 0 or outside [-1,1], or the norm another.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 3 - x.sum(-1)], -1)
+        >>> x, y = jnp.array([[0.2, 0.4, 0.3, 0.1]]), jnp.array([1])
+        >>> x_adv = attacks.jsma(logits_fn, x, y, jax.random.key(0), eps=2)
+        >>> attacks.distances(x, x_adv, norm="l0").tolist()
+        [2.0]
+
+    Reference:
+        Papernot et al. 2016, arXiv 1511.07528, alg. 3.
     """
     check_lengths(eps=eps)
     if not 0 < abs(theta) <= 1:
         raise ValueError(f"theta must be in [-1, 1] and not 0, not {theta!r}")
-    if norm != "l0":
+    if norm != L0.name and norm is not L0:
         raise ValueError(f"norm must be l0, not {norm!r}")
+    x, y = jnp.asarray(x), jnp.asarray(y)
     towards = 1.0 if theta > 0 else -1.0
 
     def logits_of(x):
@@ -59,24 +85,27 @@ def jsma(
             target = likeliest_wrong(logits_of(x), y, 1)[0][0]
 
         def reached(logits):
-            return jnp.argmax(logits) != y if any_wrong else jnp.argmax(logits) == target
+            if any_wrong:
+                return misclassified(logits[None], y[None])[0]
+            return classified_as(logits[None], target[None])[0]
 
         def step(state):
             x_adv, _ = state
             logits, pull = jax.vjp(logits_of, x_adv)
-            onto = jax.nn.one_hot(target, len(logits), dtype=logits.dtype)
+            onto = jax.nn.one_hot(target[None], len(logits), dtype=logits.dtype)[0]
             gain, cost = (_scaled(towards * pull(along)[0].ravel()) for along in (onto, 1 - onto))
             free = (x_adv < 1 if theta > 0 else x_adv > 0).ravel()
             changed = (x_adv != x).ravel()
             pair, found = most_salient_pair(gain, cost, free, changed, eps)
-            moved = x_adv.ravel().at[pair].add(jnp.where(found, theta, 0.0)).reshape(x.shape)
+            change = jnp.where(found, theta, 0.0).astype(x.dtype)
+            moved = x_adv.ravel().at[pair].add(change).reshape(x.shape)
             x_adv = jnp.clip(moved, 0.0, 1.0)
             return x_adv, ~found | reached(logits_of(x_adv))
 
         start = (x, reached(logits_of(x)))
         return jax.lax.while_loop(lambda state: ~state[1], step, start)[0]
 
-    return jax.vmap(attack_one)(x, y, targets)
+    return jax.vmap(attack_one)(x, y, None if targets is None else jnp.asarray(targets))
 
 
 def most_salient_pair(
@@ -93,8 +122,8 @@ def most_salient_pair(
     """
     features = jnp.arange(len(gain))
     gain = jnp.where(free, gain, -jnp.inf)
-    new = (~changed).astype(int)
-    left = budget - changed.sum()
+    new = (~changed).astype(jnp.float32)
+    left = jnp.asarray(budget, jnp.float32) - changed.sum(dtype=jnp.float32)
 
     def saliency_with(i):
         gains, costs = gain[i] + gain, cost[i] + cost
@@ -107,12 +136,7 @@ def most_salient_pair(
     return jnp.stack([i, jnp.argmax(saliency_with(i))]), saliency[i] > 0
 
 
-def num_changed(delta: Perturbation) -> Float[Array, ""]:
-    """How many entries of a perturbation [H,W,C] are not 0: what eps bounds here."""
-    return (delta != 0).sum().astype(delta.dtype)
-
-
 def _scaled(gradient):
     """The gradient with its largest entry at ±1, so that products do not underflow; NaN as 0."""
     gradient = jnp.nan_to_num(gradient)
-    return gradient / jnp.maximum(jnp.abs(gradient).max(), 1e-30)
+    return gradient / jnp.maximum(jnp.abs(gradient).max(), tiny(gradient.dtype))

@@ -7,10 +7,11 @@ from jaxtyping import Array, Int
 from robust_jax import losses
 from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
-from robust_jax.attacks._best import Best, check_counts
+from robust_jax.attacks._best import Best, check_counts, value_dtype
 from robust_jax.attacks._pgd import pgd
+from robust_jax.attacks._success import misclassified
 from robust_jax.attacks.norms import Norm
-from robust_jax.keys import example_keys, fold_in_each
+from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 
@@ -28,35 +29,56 @@ def multi_targeted(
     num_targets: int | None = None,
     num_restarts: int = 1,
 ) -> Images:
-    """PGD on z_t - z_y for each wrong class t in turn (arXiv 1910.09338).
+    """PGD on z_t - z_y for each wrong class t in turn.
 
-    num_targets: so many of the likeliest wrong classes, None for all of them. num_restarts: of
-    each, so that num_targets · num_restarts · num_steps gradients are taken. y: labels [B];
-    everything else as in `pgd`. Returns [B,H,W,C]: of the best points of the runs, where being
-    misclassified as any class counts first, the one of least margin. Raises ValueError as `pgd`
-    does and for num_targets below 1.
+    Costs num_targets · num_restarts · num_steps gradients an example.
+
+    Args:
+        logits_fn, x, key, eps, norm, num_steps, step_size: As in `pgd`.
+        y: Labels [B].
+        num_targets: So many of the likeliest wrong classes; None for all of them.
+        num_restarts: Runs towards each.
+
+    Returns:
+        [B,...]: of the best points of the runs, where being misclassified as any class counts
+        first, the one of least margin.
+
+    Raises:
+        ValueError: As `pgd` does, and for num_targets below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> x, y = jnp.array([[0.2, 0.4]]), jnp.array([0])
+        >>> x_adv = attacks.multi_targeted(logits_fn, x, y, jax.random.key(0), eps=0.1)
+        >>> attacks.is_adversarial(logits_fn, x_adv, y).tolist()
+        [True]
+
+    Reference:
+        Gowal et al. 2019, arXiv 1910.09338.
     """
     if num_targets is not None:
         check_counts(num_targets=num_targets)
+    x, y = jnp.asarray(x), jnp.asarray(y)
 
     def attack_one(x, y, key):
         logits = logits_fn(x[None])[0]
-        targets, ranks = likeliest_wrong(logits, y, num_targets or len(logits))
 
-        def run(best, target_and_key):
-            target, key = target_and_key
+        def run(best, target_and_rank):
+            target, rank = target_and_rank
             x_adv = pgd(
-                logits_fn, x[None], y[None], key[None],
+                logits_fn, x[None], y[None], jax.random.fold_in(key, rank)[None],
                 eps=eps, norm=norm, num_steps=num_steps, step_size=step_size,
                 num_restarts=num_restarts,
                 loss=lambda logits, y: losses.targeted_margin(logits, y, target[None]),
             )  # fmt: skip
             logits = logits_fn(x_adv)
-            value = -losses.margin(logits, y[None])[0]
-            return best.updated(x_adv[0], value, jnp.argmax(logits[0]) != y), None
+            value = -losses.margin(logits, y[None])[0].astype(value_dtype(x))
+            return best.updated(x_adv[0], value, misclassified(logits, y[None])[0]), None
 
-        nothing = Best(x, jnp.asarray(-jnp.inf, x.dtype), jnp.asarray(False))
-        best, _ = jax.lax.scan(run, nothing, (targets, fold_in_each(key, ranks)))
+        runs = likeliest_wrong(logits, y, num_targets or len(logits))
+        best, _ = jax.lax.scan(run, Best.nothing(x), runs)
         return best.x
 
-    return jax.vmap(attack_one)(x, y, example_keys(key, x.shape[0]))
+    return jax.vmap(attack_one)(x, y, example_keys(key, len(x)))

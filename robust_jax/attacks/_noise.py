@@ -3,9 +3,8 @@
 Each is written for one example and lifted over the batch by jax.vmap, once.
 """
 
-from collections.abc import Callable, Mapping
-from math import pi, sqrt
-from statistics import NormalDist
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +12,19 @@ from jaxtyping import Array, Int
 
 from robust_jax import losses
 from robust_jax._front import compiled
-from robust_jax.attacks import norms
-from robust_jax.attacks._best import Best, check_counts, check_lengths
-from robust_jax.attacks.norms import Norm
-from robust_jax.keys import example_keys, fold_in_each
+from robust_jax.attacks._best import Best, Objective, check_counts, check_lengths
+from robust_jax.attacks._success import Criterion
+from robust_jax.attacks.norms import Length, Norm, ThreatModel, threat_model
+from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
-# The norm that n draws from N(0, 1) typically have: the median (linf), the root of the mean
-# square (l2), the mean (l1).
-_TYPICAL_SIZE: Mapping[str, Callable[[int], float]] = {
-    "linf": lambda n: NormalDist().inv_cdf((1 + 0.5 ** (1 / n)) / 2),
-    "l2": sqrt,
-    "l1": lambda n: n * sqrt(2 / pi),
-}
+
+class _Settings(NamedTuple):
+    """Which ball noise is drawn in, and how often; see `uniform_noise`."""
+
+    norm: ThreatModel
+    eps: Length
+    num_samples: int
 
 
 @compiled
@@ -39,18 +38,36 @@ def uniform_noise(
     norm: Norm = "linf",
     num_samples: int = 1,
     loss: Callable = losses.cross_entropy,
+    criterion: Criterion | None = None,
 ) -> Images:
-    """The worst of num_samples points drawn uniformly from the eps-ball, clipped to [0,1].
+    """The worst of num_samples points drawn uniformly from the eps-ball, moved into [0,1].
 
-    logits_fn, x, y, key, eps: as in `pgd`; y: labels [B]. Returns [B,H,W,C]: of the draws, where
-    being misclassified counts first, the one of largest loss; x itself is none of them. Raises
-    ValueError for a negative eps, num_samples below 1, an unknown norm.
+    Args:
+        logits_fn, x, y, key, eps, norm, loss, criterion: As in `pgd`.
+        num_samples: How many draws.
+
+    Returns:
+        [B,...]: of the draws, where success counts first, the one of largest loss. x itself is none
+        of them.
+
+    Raises:
+        ValueError: eps is negative, num_samples below 1, or the norm unknown.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> x, y = jnp.full((1, 2), 0.3), jnp.array([0])
+        >>> x_adv = attacks.uniform_noise(logits_fn, x, y, jax.random.key(0), eps=0.1)
+        >>> bool((attacks.distances(x, x_adv) <= 0.1).all())
+        True
     """
 
-    def draw(key, shape):
-        return norms.random_in_ball(key, shape, eps, norm)
+    def draw(settings, key, x):
+        return settings.norm.random_in_ball(key, x, settings.eps)
 
-    return _worst_draw(draw, logits_fn, x, y, key, eps, norm, num_samples, loss)
+    settings = _Settings(threat_model(norm), eps, num_samples)
+    return _worst_draw(draw, logits_fn, x, y, key, settings, Objective(loss, criterion=criterion))
 
 
 @compiled
@@ -64,35 +81,54 @@ def gaussian_noise(
     norm: Norm = "linf",
     num_samples: int = 1,
     loss: Callable = losses.cross_entropy,
+    criterion: Criterion | None = None,
 ) -> Images:
     """The worst of num_samples draws of Gaussian noise whose typical norm is eps.
 
-    The deviation of each pixel is eps/√n in l2, for n = H·W·C; in linf that for which the largest
-    of n draws has the median eps. What is drawn beyond the ball is projected onto it, then clipped
-    to [0,1]. Everything else as in `uniform_noise`.
+    The deviation of each of n pixels is eps/√n in l2; in linf that for which the largest of n draws
+    has the median eps. What is drawn beyond the ball is projected onto it, then moved into [0,1].
+
+    Args:
+        logits_fn, x, y, key, eps, norm, loss, criterion: As in `pgd`.
+        num_samples: How many draws.
+
+    Returns:
+        [B,...], as `uniform_noise` does.
+
+    Raises:
+        ValueError: As `uniform_noise` does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> x, y = jnp.full((1, 2), 0.3), jnp.array([0])
+        >>> x_adv = attacks.gaussian_noise(logits_fn, x, y, jax.random.key(0), eps=0.1, norm="l2")
+        >>> bool((attacks.distances(x, x_adv, norm="l2") <= 0.1).all())
+        True
     """
-    norms.check(norm)
 
-    def draw(key, shape):
-        noise = jax.random.normal(key, shape)
-        return noise * (eps / _TYPICAL_SIZE[norm](noise.size))
+    def draw(settings, key, x):
+        noise = jax.random.normal(key, x.shape, x.dtype)
+        return noise * (settings.eps / settings.norm.gaussian_size(x.size))
 
-    return _worst_draw(draw, logits_fn, x, y, key, eps, norm, num_samples, loss)
+    settings = _Settings(threat_model(norm), eps, num_samples)
+    return _worst_draw(draw, logits_fn, x, y, key, settings, Objective(loss, criterion=criterion))
 
 
-def _worst_draw(draw, logits_fn, x, y, key, eps, norm, num_samples, loss) -> Images:
-    check_lengths(eps=eps)
-    check_counts(num_samples=num_samples)
+def _worst_draw(draw, logits_fn, x, y, key, settings: _Settings, objective: Objective) -> Images:
+    check_lengths(eps=settings.eps)
+    check_counts(num_samples=settings.num_samples)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    settings = settings._replace(eps=jnp.asarray(settings.eps, x.dtype))
 
-    def attack_one(x, y, key):
-        def sample(best, key):
-            x_adv = norms.project_to_ball_and_box(x + draw(key, x.shape), x, eps, norm)
-            logits = logits_fn(x_adv[None])
-            hit = jnp.argmax(logits[0]) != y
-            return best.updated(x_adv, loss(logits, y[None])[0], hit), None
+    def attack_one(x, reference, key):
+        def sample(best, number):
+            moved = x + draw(settings, jax.random.fold_in(key, number), x)
+            x_adv = settings.norm.project_to_ball_and_box(moved, x, settings.eps)
+            return best.updated(x_adv, *objective.at(logits_fn, x_adv, reference)), None
 
-        nothing = Best(x, jnp.asarray(-jnp.inf, x.dtype), jnp.asarray(False))
-        best, _ = jax.lax.scan(sample, nothing, fold_in_each(key, jnp.arange(num_samples)))
+        best, _ = jax.lax.scan(sample, Best.nothing(x), jnp.arange(settings.num_samples))
         return best.x
 
-    return jax.vmap(attack_one)(x, y, example_keys(key, x.shape[0]))
+    return jax.vmap(attack_one)(x, objective.reference(y), example_keys(key, len(x)))

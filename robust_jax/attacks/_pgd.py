@@ -5,6 +5,7 @@ Each is written for one example and lifted over the batch by jax.vmap, once.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,24 @@ from jaxtyping import Array, Int
 
 from robust_jax import losses
 from robust_jax._front import compiled
-from robust_jax.attacks import norms
-from robust_jax.attacks._best import Best, check_counts, check_lengths
-from robust_jax.attacks.norms import Norm
+from robust_jax.attacks._best import Best, Objective, check_counts, check_lengths
+from robust_jax.attacks._success import Criterion
+from robust_jax.attacks.norms import L1, Length, Norm, ThreatModel, threat_model, tiny
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, LogitsFn, Reference
+
+
+class _Settings(NamedTuple):
+    """How PGD climbs; see `pgd`."""
+
+    norm: ThreatModel
+    eps: Length
+    step_size: Length
+    num_steps: int
+    num_restarts: int = 1
+    random_start: bool = False
+    momentum: float = 0.0
+    keep_best: bool = True
 
 
 @compiled
@@ -36,50 +50,64 @@ def pgd(
     keep_best: bool = True,
     loss: Callable = losses.cross_entropy,
     targets: Int[Array, " b"] | None = None,
+    criterion: Criterion | None = None,
 ) -> Images:
-    """Projected gradient ascent on the loss within the eps-ball and [0,1] (arXiv 1706.06083).
+    """Projected gradient ascent on the loss within the eps-ball and [0,1].
 
-    logits_fn: [B,H,W,C] -> [B,K]. x: [B,H,W,C] in [0,1]. y: labels [B], or whatever `loss`
-    compares logits with. key: one key, folded with each example's place in the batch, or a key
-    per example [B]: the same example with the same key gives the same result in any batch.
-    eps, step_size: pixel units; step_size defaults to 2.5·eps/num_steps. In l1 a step goes to the
-    pixels of largest gradient, as far as their walls (`norms.steepest_step`). targets: classes [B]
-    to reach instead of leaving y. Returns [B,H,W,C]: the best point visited, where being
-    misclassified (as the target, if there is one) counts before the loss, so the result is never
-    worse than the start; or with keep_best=False the last point, as adversarial training has it,
-    which saves a forward pass. Raises ValueError for a negative eps or step_size, num_steps or
-    num_restarts below 1, a momentum outside [0,1], an unknown norm.
+    Args:
+        logits_fn: The network, [B,...] -> [B,K], each example on its own.
+        x: Examples [B,...], pixels in [0,1].
+        y: Labels [B], or whatever `loss` compares logits with, [B,...].
+        key: One key, folded with each example's place in the batch, or a key per example [B]. The
+            same example with the same key gives the same result in any batch.
+        eps: The radius of the ball, in pixel units.
+        norm: A name ("linf", "l2", "l1") or a `norms.ThreatModel`. In l1 a step goes to the pixels
+            of largest gradient, as far as their walls.
+        num_steps: Gradients for each restart.
+        step_size: In pixel units; 2.5·eps/num_steps by default.
+        num_restarts: Runs, of which the best point counts.
+        random_start: Whether a run starts at a random point of the ball, not at x.
+        momentum: How much of the last step's direction is kept, in [0,1].
+        keep_best: Whether the best point visited is returned, or the last one, as adversarial
+            training does, which saves a forward pass.
+        loss: loss(logits, y) -> [B], which is raised.
+        targets: Classes [B] to reach instead of leaving y: the loss towards them is lowered.
+        criterion: criterion(logits, y) -> [B], what counts as success; y is the targets where there
+            are any. By default being misclassified, or classified as the target;
+            `attacks.never` for a loss that compares outputs, such as losses.kl.
+
+    Returns:
+        [B,...]: the best point visited, where success counts before the loss, so the result is
+        never worse than the start.
+
+    Raises:
+        ValueError: eps or step_size is negative, a count below 1, momentum outside [0,1], the norm
+            unknown, or keep_best=False with several restarts.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> weights = jax.random.normal(jax.random.key(0), (12, 3))
+        >>> logits_fn = lambda x: x.reshape(len(x), -1) @ weights
+        >>> x = jax.random.uniform(jax.random.key(1), (4, 2, 2, 3))
+        >>> y = logits_fn(x).argmax(-1)
+        >>> x_adv = attacks.pgd(logits_fn, x, y, jax.random.key(2), eps=0.5)
+        >>> attacks.is_adversarial(logits_fn, x_adv, y).tolist()
+        [True, True, True, True]
+
+    Reference:
+        Madry et al. 2018, arXiv 1706.06083.
     """
-    _check(eps, num_steps, step_size, num_restarts, momentum)
     if num_restarts > 1 and not keep_best:
         raise ValueError("num_restarts above 1 needs keep_best=True: restarts are compared")
     if step_size is None:
+        check_counts(num_steps=num_steps)
         step_size = 2.5 * eps / num_steps
-    sign = 1.0
-    if targets is not None:
-        y, sign = targets, -1.0
-
-    def score(x_adv, y_one):
-        logits = logits_fn(x_adv[None])
-        value = sign * loss(logits, y_one[None])[0]
-        hit = jnp.asarray(False)
-        if y_one.ndim == 0:
-            hit = (jnp.argmax(logits[0]) == y_one) == (targets is not None)
-        return value, hit
-
-    ascend = partial(
-        _ascend_one,
-        score,
-        eps=eps,
-        norm=norm,
-        num_steps=num_steps,
-        step_size=step_size,
-        num_restarts=num_restarts,
-        random_start=random_start,
-        momentum=momentum,
-        keep_best=keep_best,
-    )
-    return jax.vmap(ascend)(x, y, example_keys(key, x.shape[0]))
+    settings = _Settings(
+        threat_model(norm), eps, step_size, num_steps, num_restarts, random_start, momentum,
+        keep_best,
+    )  # fmt: skip
+    return _climb(logits_fn, x, y, key, settings, Objective(loss, targets, criterion))
 
 
 @compiled
@@ -93,21 +121,33 @@ def fgsm(
     norm: Norm = "linf",
     loss: Callable = losses.cross_entropy,
     targets: Int[Array, " b"] | None = None,
+    criterion: Criterion | None = None,
 ) -> Images:
-    """Fast gradient sign method: one step of length eps from x (arXiv 1412.6572); see `pgd`."""
-    return pgd(
-        logits_fn,
-        x,
-        y,
-        key,
-        eps=eps,
-        norm=norm,
-        num_steps=1,
-        step_size=eps,
-        random_start=False,
-        loss=loss,
-        targets=targets,
-    )
+    """Fast gradient sign method: one step of length eps from x.
+
+    Args:
+        logits_fn, x, y, eps, norm, loss, targets, criterion: As in `pgd`.
+        key: Nothing is drawn.
+
+    Returns:
+        [B,...]: the better of x and the point one step away.
+
+    Raises:
+        ValueError: As `pgd` does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> x, y = jnp.array([[0.2, 0.4]]), jnp.array([0])
+        >>> attacks.fgsm(logits_fn, x, y, jax.random.key(0), eps=0.1).round(2).tolist()
+        [[0.10000000149011612, 0.30000001192092896]]
+
+    Reference:
+        Goodfellow et al. 2015, arXiv 1412.6572.
+    """
+    settings = _Settings(threat_model(norm), eps, step_size=eps, num_steps=1)
+    return _climb(logits_fn, x, y, key, settings, Objective(loss, targets, criterion))
 
 
 @compiled
@@ -123,25 +163,36 @@ def bim(
     step_size: float | None = None,
     loss: Callable = losses.cross_entropy,
     targets: Int[Array, " b"] | None = None,
+    criterion: Criterion | None = None,
 ) -> Images:
-    """Basic iterative method: PGD started at x itself (arXiv 1607.02533).
+    """Basic iterative method: PGD started at x itself.
 
-    step_size defaults to eps/num_steps; everything else as in `pgd`.
+    Args:
+        logits_fn, x, y, eps, norm, loss, targets, criterion: As in `pgd`.
+        key: Nothing is drawn.
+        num_steps: How many gradients.
+        step_size: In pixel units; eps/num_steps by default.
+
+    Returns:
+        [B,...]: the best point visited, x among them.
+
+    Raises:
+        ValueError: As `pgd` does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> x, y = jnp.array([[0.2, 0.4]]), jnp.array([0])
+        >>> x_adv = attacks.bim(logits_fn, x, y, jax.random.key(0), eps=0.1, num_steps=5)
+        >>> attacks.is_adversarial(logits_fn, x_adv, y).tolist()
+        [True]
+
+    Reference:
+        Kurakin et al. 2017, arXiv 1607.02533.
     """
-    step_size = eps / num_steps if step_size is None and num_steps else step_size
-    return pgd(
-        logits_fn,
-        x,
-        y,
-        key,
-        eps=eps,
-        norm=norm,
-        num_steps=num_steps,
-        step_size=step_size,
-        random_start=False,
-        loss=loss,
-        targets=targets,
-    )
+    settings = _Settings(threat_model(norm), eps, _even(step_size, eps, num_steps), num_steps)
+    return _climb(logits_fn, x, y, key, settings, Objective(loss, targets, criterion))
 
 
 @compiled
@@ -158,75 +209,90 @@ def mim(
     momentum: float = 1.0,
     loss: Callable = losses.cross_entropy,
     targets: Int[Array, " b"] | None = None,
+    criterion: Criterion | None = None,
 ) -> Images:
     """Momentum iterative method: steps along a decayed sum of l1-normalised gradients.
 
-    Source: arXiv 1710.06081. step_size defaults to eps/num_steps; everything else as in `pgd`.
+    Args:
+        logits_fn, x, y, eps, norm, loss, targets, criterion: As in `pgd`.
+        key: Nothing is drawn.
+        num_steps: How many gradients.
+        step_size: In pixel units; eps/num_steps by default.
+        momentum: How much of the sum is kept at a step, in [0,1].
+
+    Returns:
+        [B,...]: the best point visited, x among them.
+
+    Raises:
+        ValueError: As `pgd` does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> x, y = jnp.array([[0.2, 0.4]]), jnp.array([0])
+        >>> x_adv = attacks.mim(logits_fn, x, y, jax.random.key(0), eps=0.1, num_steps=5)
+        >>> attacks.is_adversarial(logits_fn, x_adv, y).tolist()
+        [True]
+
+    Reference:
+        Dong et al. 2018, arXiv 1710.06081.
     """
-    step_size = eps / num_steps if step_size is None and num_steps else step_size
-    return pgd(
-        logits_fn,
-        x,
-        y,
-        key,
-        eps=eps,
-        norm=norm,
-        num_steps=num_steps,
-        step_size=step_size,
-        random_start=False,
-        momentum=momentum,
-        loss=loss,
-        targets=targets,
+    step_size = _even(step_size, eps, num_steps)
+    settings = _Settings(threat_model(norm), eps, step_size, num_steps, momentum=momentum)
+    return _climb(logits_fn, x, y, key, settings, Objective(loss, targets, criterion))
+
+
+def _even(step_size, eps, num_steps):
+    check_counts(num_steps=num_steps)
+    return eps / num_steps if step_size is None else step_size
+
+
+def _climb(logits_fn, x, y, key, settings: _Settings, objective: Objective) -> Images:
+    check_lengths(eps=settings.eps, step_size=settings.step_size)
+    check_counts(num_steps=settings.num_steps, num_restarts=settings.num_restarts)
+    if not 0 <= settings.momentum <= 1:
+        raise ValueError(f"momentum must be in [0, 1], not {settings.momentum!r}")
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    settings = settings._replace(
+        eps=jnp.asarray(settings.eps, x.dtype),
+        step_size=jnp.asarray(settings.step_size, x.dtype),
     )
 
+    def climb_one(x, reference, key):
+        return _climb_one(partial(objective.at, logits_fn), x, reference, key, settings)
 
-def _ascend_one(
-    score,
-    x,
-    y,
-    key,
-    *,
-    eps,
-    norm,
-    num_steps,
-    step_size,
-    num_restarts,
-    random_start,
-    momentum,
-    keep_best,
-):
-    """The best of num_restarts runs for one example x [H,W,C]; score(x, y) -> (value, hit)."""
+    return jax.vmap(climb_one)(x, objective.reference(y), example_keys(key, len(x)))
 
-    def run(best, restart_key):
+
+def _climb_one(score, x, reference, key, settings: _Settings):
+    """The best of the runs for one example x [...]; score(x, reference) -> (value, hit)."""
+    norm, eps, step_size, num_steps, num_restarts, random_start, momentum, keep_best = settings
+
+    def run(best, key_data):
         start = x
         if random_start:
-            noise = norms.random_in_ball(restart_key, x.shape, eps, norm)
-            start = norms.project_to_ball_and_box(x + noise, x, eps, norm)
+            restart_key = jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(key))
+            start = norm.random_neighbour(restart_key, x, eps)
 
         def step(carry, _):
             x_adv, velocity, best = carry
-            (value, hit), gradient = jax.value_and_grad(score, has_aux=True)(x_adv, y)
+            (value, hit), gradient = jax.value_and_grad(score, has_aux=True)(x_adv, reference)
             best = best.updated(x_adv, value, hit)
             # A gradient of NaN or zero leaves the point where it is.
             gradient = jnp.nan_to_num(gradient)
-            gradient = gradient / jnp.maximum(norms.size(gradient, "l1"), 1e-30)
+            gradient = gradient / jnp.maximum(L1.size(gradient), tiny(x.dtype))
             velocity = momentum * velocity + gradient
-            x_adv = x_adv + norms.steepest_step(x_adv, velocity, step_size, norm)
-            return (norms.project_to_ball_and_box(x_adv, x, eps, norm), velocity, best), None
+            x_adv = x_adv + norm.steepest_step(x_adv, velocity, step_size)
+            return (norm.project_to_ball_and_box(x_adv, x, eps), velocity, best), None
 
         carry = (start, jnp.zeros_like(x), best)
         (x_adv, _, best), _ = jax.lax.scan(step, carry, length=num_steps)
         if not keep_best:
             return best._replace(x=x_adv), None
-        return best.updated(x_adv, *score(x_adv, y)), None
+        return best.updated(x_adv, *score(x_adv, reference)), None
 
-    best = Best(x, jnp.asarray(-jnp.inf, x.dtype), jnp.asarray(False))
-    best, _ = jax.lax.scan(run, best, jax.random.split(key, num_restarts))
+    # As data, for the keys of a scan count as used twice by jax_debug_key_reuse.
+    keys = jax.random.key_data(jax.random.split(key, num_restarts))
+    best, _ = jax.lax.scan(run, Best.nothing(x), keys)
     return best.x
-
-
-def _check(eps, num_steps, step_size, num_restarts, momentum) -> None:
-    check_lengths(eps=eps, step_size=step_size)
-    check_counts(num_steps=num_steps, num_restarts=num_restarts)
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be in [0, 1], not {momentum!r}")

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from robust_jax import losses
 from robust_jax._front import compiled
 from robust_jax.attacks._pgd import pgd
+from robust_jax.attacks._success import is_adversarial
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 
@@ -23,13 +23,36 @@ def transfer(
     eps: float,
     **keywords,
 ) -> Images:
-    """The adversarials of a surrogate network, to be shown to this one (arXiv 1605.07277).
+    """The adversarials of a surrogate network, to be shown to this one.
 
-    logits_fn is only evaluated, on x: where it is wrong already, x itself is returned, so that no
-    point is mended by chance. x, y, key, eps: as in `pgd`; y: labels [B]. surrogate: like
-    logits_fn, and attacked instead of it. attack: one of ATTACKS, or called like them; it takes
-    the other keywords (norm, num_steps, …). Returns [B,H,W,C].
+    Args:
+        logits_fn: The network, [B,...] -> [B,K], which is only evaluated, on x.
+        x, y, key, eps: As in `pgd`.
+        surrogate: The network that is attacked instead.
+        attack: One of ATTACKS, or called like them.
+        **keywords: Its other keywords: norm, num_steps and so on.
+
+    Returns:
+        [B,...]: x itself where logits_fn is wrong already, so that no such point is put right by
+        chance.
+
+    Raises:
+        ValueError: As the attack does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> other = lambda x: jnp.stack([x[:, 0], 0.4 - x[:, 0]], -1)
+        >>> x, y = jnp.array([[0.25, 0.3]]), jnp.array([0])
+        >>> x_adv = attacks.transfer(logits_fn, x, y, jax.random.key(0), surrogate=other, eps=0.1)
+        >>> attacks.is_adversarial(logits_fn, x_adv, y).tolist()
+        [True]
+
+    Reference:
+        Papernot et al. 2016, arXiv 1605.07277.
     """
+    x, y = jnp.asarray(x), jnp.asarray(y)
     x_adv = attack(surrogate, x, y, key, eps=eps, **keywords)
-    right = losses.correct(logits_fn(x), y) == 1
-    return jnp.where(right[:, None, None, None], x_adv, x)
+    wrong = is_adversarial(logits_fn, x, y)
+    return jnp.where(wrong.reshape(-1, *[1] * (x.ndim - 1)), x, x_adv)

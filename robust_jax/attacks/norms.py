@@ -1,62 +1,163 @@
-"""Geometry of the threat models, for one example: norms, projections, steps and random starts.
+"""Threat models: for each norm one record of all that attacks and measurements take from it.
 
-A perturbation has the image's shape [H,W,C] and pixel units ([0,1]).
+Everything is for one example of any shape, in pixel units ([0,1]). A new norm is a `ThreatModel`:
+give the record itself wherever a `norm` is asked for, or add it to `NORMS` to call it by its name.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from math import pi, sqrt
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-Norm = Literal["linf", "l2", "l1"]
-Perturbation = Float[Array, "h w c"]
+Perturbation = Float[Array, "..."]
 Scalar = Float[Array, ""]
-
-# The largest inner product with a perturbation of norm 1 is the size in this norm.
-DUAL: Mapping[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
-
-# Keeps a division by a vanishing norm finite; far below any gradient norm float32 can hold.
-_TINY = 1e-30
+Length = float | Scalar
 
 
-def size(delta: Perturbation, norm: Norm) -> Scalar:
-    """The norm of a perturbation, in pixel units."""
-    check(norm)
-    # Not of jnp.abs: XLA's CPU backend takes ten times as long to reduce what it is fused with.
-    if norm == "linf":
-        return jnp.maximum(delta.max(), -delta.min())
-    if norm == "l1":
-        return jnp.where(delta < 0, -delta, delta).sum()
-    return jnp.sqrt((delta**2).sum())
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """How large a perturbation is.
 
-
-def project(delta: Perturbation, eps: float | Scalar, norm: Norm) -> Perturbation:
-    """The nearest perturbation (in l2) whose norm is at most eps (l1: Duchi et al. 2008)."""
-    check(norm)
-    if norm == "linf":
-        return jnp.clip(delta, -eps, eps)
-    if norm == "l1":
-        return _shrink(delta, jnp.full_like(delta, jnp.inf), eps)
-    return delta * jnp.minimum(1.0, eps / jnp.maximum(size(delta, norm), _TINY))
-
-
-def project_to_ball_and_box(
-    x_adv: Perturbation, x: Perturbation, eps: float | Scalar, norm: Norm
-) -> Perturbation:
-    """x_adv moved into the eps-ball around x, then into [0,1]; for l1 to the nearest point of both.
-
-    Clipping moves each pixel towards x, which is in the box, so it never leaves the ball. In l1
-    that would throw a part of eps away, which other pixels could use (arXiv 2103.01208).
+    Attributes:
+        name: What configs, results and figures call it.
+        size: size(delta) -> [], in pixel units.
     """
-    delta = x_adv - x
-    if norm == "l1":
-        delta = _shrink(delta, jnp.where(delta > 0, 1 - x, x), eps)
-    else:
-        delta = project(delta, eps, norm)
-    return add(x, delta)
+
+    name: str
+    size: Callable[[Perturbation], Scalar]
+
+
+class Hills(NamedTuple):
+    """Square's patches where a norm adds up over pixels: hills that take mass from one another.
+
+    Attributes:
+        order: Of the norm, Σ|δ|^order.
+        least_side: Of a patch, in pixels.
+        decay: The k-th of the nested rectangles that make up a hill adds 1/(k+1)^decay.
+        fills_ball: Whether a perturbation is scaled to the radius; or else made too large, for the
+            projection to take what is too much off every pixel.
+    """
+
+    order: int
+    least_side: int
+    decay: int
+    fills_ball: bool
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Square's patches where a norm bounds each pixel by itself: they go as far as that allows."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ThreatModel(Measure):
+    """A norm, and the geometry of its balls.
+
+    Attributes:
+        dual_size: The largest inner product of a gradient with a perturbation of norm 1.
+        project: project(delta, eps, room), the nearest perturbation (in l2) of norm at most eps. It
+            may keep every pixel within its room, the distance to the wall of [0,1] ahead of it.
+        steepest: The perturbation of norm 1 with the largest inner product with a gradient; 0 for
+            a gradient of 0.
+        random_in_ball: random_in_ball(key, like, eps), drawn uniformly, of the shape and dtype of
+            `like`.
+        noise: noise(key, shape, dtype), which `random_on_sphere` scales to its radius.
+        gaussian_size: The norm that n draws from N(0, 1) typically have.
+        l2_radius: The largest l2 norm of a perturbation of n entries and norm 1.
+        step: step(gradient, length, room), the best change within the room and of norm `length`.
+            None for length·steepest, whatever the room.
+        to_boundary: to_boundary(x, value, gradient), the smallest δ with value + gradient·δ = 0 and
+            x + δ in [0,1], or the closest to it; see `boundary_step`. FAB needs it.
+        dense_steps: Whether the best steps move many pixels. Where not, APGD takes the schedule of
+            l1 (arXiv 2103.01208). DeepFool needs it: its steps would end at a wall.
+        patches: What Square paints. Square needs it.
+        autoattack: What AutoAttack's standard version changes: keywords by the name of an attack.
+    """
+
+    dual_size: Callable[[Perturbation], Scalar]
+    project: Callable[[Perturbation, Length, Perturbation], Perturbation]
+    steepest: Callable[[Perturbation], Perturbation]
+    random_in_ball: Callable[[Key[Array, ""], Perturbation, Length], Perturbation]
+    noise: Callable[..., Perturbation]
+    gaussian_size: Callable[[int], float]
+    l2_radius: Callable[[int], float]
+    step: Callable[[Perturbation, Length, Perturbation], Perturbation] | None = None
+    to_boundary: Callable[[Perturbation, Scalar, Perturbation], Perturbation] | None = None
+    dense_steps: bool = True
+    patches: Hills | Flat | None = None
+    autoattack: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def project_to_ball_and_box(
+        self, x_adv: Perturbation, x: Perturbation, eps: Length
+    ) -> Perturbation:
+        """x_adv moved into the eps-ball around x and into [0,1].
+
+        Clipping moves each pixel towards x, which is in the box, so it never leaves the ball. In l1
+        that would throw a part of eps away, which other pixels could use (arXiv 2103.01208): its
+        projection heeds the room.
+        """
+        delta = x_adv - x
+        return add(x, self.project(delta, eps, _room(x, delta)))
+
+    def steepest_step(
+        self, x: Perturbation, gradient: Perturbation, length: Length
+    ) -> Perturbation:
+        """The change of x of norm `length` with the largest inner product with the gradient."""
+        if self.step is None:
+            return length * self.steepest(gradient)
+        return self.step(gradient, length, _room(x, gradient))
+
+    def random_on_sphere(
+        self, key: Key[Array, ""], like: Perturbation, eps: Length
+    ) -> Perturbation:
+        """A random perturbation of norm eps, of the shape and dtype of `like`."""
+        noise = self.noise(key, like.shape, like.dtype)
+        return eps * (noise / jnp.maximum(self.size(noise), tiny(noise.dtype)))
+
+    def random_neighbour(self, key: Key[Array, ""], x: Perturbation, eps: Length) -> Perturbation:
+        """A point drawn uniformly from the eps-ball around x, then moved into [0,1]."""
+        return self.project_to_ball_and_box(x + self.random_in_ball(key, x, eps), x, eps)
+
+
+# What a `norm` may be: the name of one of NORMS, or a record.
+Norm = str | ThreatModel
+
+
+def threat_model(norm: Norm, *, needs: str = "name") -> ThreatModel:
+    """The record of a norm, itself or one of NORMS by its name.
+
+    Raises ValueError for any other name, and where the record lacks what the caller needs of it.
+    """
+    able = {name: record for name, record in NORMS.items() if getattr(record, needs)}
+    if isinstance(norm, ThreatModel):
+        if getattr(norm, needs):
+            return norm
+        raise ValueError(
+            f"norm must be one of {', '.join(able)} or a record with {needs}, not {norm.name!r}"
+        )
+    return _named(norm, able)
+
+
+def measure(norm: str | Measure) -> Measure:
+    """The record to measure perturbations by: one of NORMS, or "l0", which JSMA is bounded in."""
+    return norm if isinstance(norm, Measure) else _named(norm, {**NORMS, L0.name: L0})
+
+
+def _named(name, choices):
+    if name not in choices:
+        raise ValueError(f"norm must be one of {', '.join(choices)}, not {name!r}")
+    return choices[name]
+
+
+def tiny(dtype: Any) -> float:
+    """What keeps a division by a vanishing norm finite: far below the norms that a dtype holds."""
+    return max(1e-30, float(jnp.finfo(dtype).tiny))
 
 
 def add(x: Perturbation, delta: Perturbation) -> Perturbation:
@@ -66,38 +167,30 @@ def add(x: Perturbation, delta: Perturbation) -> Perturbation:
     """
     moved = x + delta
     # The next number towards x: moved·eps is between one and two of the steps there.
-    nearer = moved - moved * (0.6 * jnp.finfo(moved.dtype).eps * jnp.sign(delta))
+    step = 0.6 * float(jnp.finfo(moved.dtype).eps)
+    nearer = moved - moved * (step * jnp.sign(delta))
     return jnp.clip(jnp.where(jnp.abs(moved - x) > jnp.abs(delta), nearer, moved), 0.0, 1.0)
 
 
-def steepest(gradient: Perturbation, norm: Norm) -> Perturbation:
-    """The direction of norm 1 with the largest inner product with the gradient (0 for 0)."""
-    check(norm)
-    if norm == "linf":
-        return jnp.sign(gradient)
-    if norm == "l1":
-        first = jnp.arange(gradient.size).reshape(gradient.shape) == jnp.argmax(jnp.abs(gradient))
-        return jnp.where(first, jnp.sign(gradient), 0.0)
-    # Scaled by the largest entry first, so that squares neither underflow nor overflow.
-    gradient = gradient / jnp.maximum(size(gradient, "linf"), _TINY)
-    return gradient / jnp.maximum(size(gradient, norm), _TINY)
+def _room(x: Perturbation, direction: Perturbation) -> Perturbation:
+    """How far each pixel may go in a direction before it meets a wall of [0,1]."""
+    return jnp.where(direction > 0, 1 - x, x)
 
 
-def steepest_step(
-    x: Perturbation, gradient: Perturbation, length: float | Scalar, norm: Norm
-) -> Perturbation:
-    """The change of x of norm `length` with the largest inner product with the gradient.
+def _summing(fn: Callable) -> Callable:
+    """fn computed in float32 at least, as it sums over pixels; the last argument has the dtype."""
 
-    In l1 it keeps to [0,1] too: pixels of the largest gradient first, each as far as its wall
-    (arXiv 2103.01208, prop. 2.2). The steepest direction would spend it all on one pixel.
-    """
-    if norm == "l1":
-        room = jnp.where(gradient > 0, 1 - x, x)
-        return jnp.sign(gradient) * fill(length, jnp.abs(gradient), room)
-    return length * steepest(gradient, norm)
+    @wraps(fn)
+    def call(*args, **keywords):
+        dtype = args[-1].dtype
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return fn(*(jnp.asarray(a, wide) for a in args), **keywords).astype(dtype)
+
+    return call
 
 
-def fill(amount: float | Scalar, priority: Perturbation, room: Perturbation) -> Perturbation:
+@_summing
+def fill(amount: Length, priority: Perturbation, room: Perturbation) -> Perturbation:
     """The amount handed out in order of falling priority, to each pixel as much as it has room."""
     places = jnp.arange(room.size)
     _, places, sorted_room = jax.lax.sort((-priority.ravel(), places, room.ravel()), num_keys=1)
@@ -106,52 +199,106 @@ def fill(amount: float | Scalar, priority: Perturbation, room: Perturbation) -> 
     return jax.lax.sort((places, handed_out), num_keys=1)[1].reshape(room.shape)
 
 
-def random_in_ball(
-    key: Key[Array, ""], shape: tuple[int, ...], eps: float | Scalar, norm: Norm
-) -> Perturbation:
-    """A perturbation drawn uniformly from the ball of radius eps."""
-    check(norm)
-    if norm == "linf":
-        return eps * jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
-    if norm == "l1":  # shares of a sum of exponential variables, one of them left out
-        noise_key, rest_key = jax.random.split(key)
-        noise = jax.random.laplace(noise_key, shape)
-        return eps * (noise / (size(noise, norm) + jax.random.exponential(rest_key)))
+def boundary_step(unit: Callable[[Perturbation], Perturbation]) -> Callable:
+    """`ThreatModel.to_boundary` of a norm for which pixel i moves by min(λ·unit_i, room_i).
+
+    λ is what it takes to get there: a root of a concave, piecewise linear function, which Newton's
+    method finds exactly and from below. unit(weight) is the change of each pixel for λ = 1, given
+    the absolute gradient, the largest entry of which is 1.
+    """
+
+    @_summing
+    def to_boundary(x, value, gradient):
+        weight, value, direction, room = _towards_boundary(x, value, gradient)
+        pace = unit(weight)
+        limit = jnp.where(pace > 0, room / jnp.where(pace > 0, pace, 1), 0)
+        slope = weight * pace
+
+        def newton(state):
+            i, root, _ = state
+            free = limit > root
+            needed = jnp.abs(value) - jnp.where(free, 0, slope * limit).sum()
+            rate = jnp.where(free, slope, 0).sum()
+            nearer = jnp.where(rate > 0, needed / jnp.where(rate > 0, rate, 1), jnp.inf)
+            return i + 1, jnp.maximum(root, nearer), root
+
+        def moving(state):
+            i, root, before = state
+            return (root > before) & (i < _MAX_NEWTON_STEPS)
+
+        start = (0, jnp.zeros_like(value), -jnp.ones_like(value))
+        _, root, _ = jax.lax.while_loop(moving, newton, start)
+        return direction * jnp.where(limit > root, root * pace, room)
+
+    return to_boundary
+
+
+# Newton's method ends by itself, after a handful of steps; the bound is for rounding errors.
+_MAX_NEWTON_STEPS = 50
+
+
+def _towards_boundary(x, value, gradient):
+    """Absolute gradient and value, over its largest entry; the direction of the step; its room."""
+    scale = jnp.maximum(_largest(gradient), tiny(gradient.dtype))
+    weight, value = jnp.abs(gradient) / scale, value / scale
+    direction = -jnp.sign(value) * jnp.sign(gradient)
+    return weight, value, direction, _room(x, direction)
+
+
+# linf.
+
+
+def _largest(delta):
+    # Not of jnp.abs: XLA's CPU backend takes ten times as long to reduce what it is fused with.
+    return jnp.maximum(delta.max(), -delta.min())
+
+
+def _uniform(key, like, eps):
+    return eps * jax.random.uniform(key, like.shape, like.dtype, minval=-1.0, maxval=1.0)
+
+
+# l2.
+
+
+def _euclidean(delta):
+    return jnp.sqrt((delta**2).sum())
+
+
+def _scaled_down(delta, eps, room):
+    return delta * jnp.minimum(1.0, eps / jnp.maximum(_euclidean(delta), tiny(delta.dtype)))
+
+
+def _unit(gradient):
+    # Scaled by the largest entry first, so that squares neither underflow nor overflow.
+    gradient = gradient / jnp.maximum(_largest(gradient), tiny(gradient.dtype))
+    return gradient / jnp.maximum(_euclidean(gradient), tiny(gradient.dtype))
+
+
+def _uniform_in_l2(key, like, eps):
     direction_key, radius_key = jax.random.split(key)
-    direction = steepest(jax.random.normal(direction_key, shape), norm)
-    return eps * direction * jax.random.uniform(radius_key) ** (1 / direction.size)
+    direction = _unit(jax.random.normal(direction_key, like.shape, like.dtype))
+    return eps * direction * jax.random.uniform(radius_key, (), like.dtype) ** (1 / like.size)
 
 
-def random_on_sphere(
-    key: Key[Array, ""], shape: tuple[int, ...], eps: float | Scalar, norm: Norm
-) -> Perturbation:
-    """A perturbation of norm eps: uniform, Gaussian (l2) or Laplace noise (l1), rescaled to it."""
-    check(norm)
-    draws: Mapping[str, Callable] = {
-        "linf": partial(jax.random.uniform, minval=-1.0),
-        "l2": jax.random.normal,
-        "l1": jax.random.laplace,
-    }
-    noise = draws[norm](key, shape)
-    return eps * (noise / jnp.maximum(size(noise, norm), _TINY))
+# l1.
 
 
-def check(norm: str) -> None:
-    """Raises ValueError for a norm that is not one of these."""
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, not {norm!r}")
+def _total(delta):
+    return jnp.where(delta < 0, -delta, delta).sum()
 
 
-def _shrink(delta: Perturbation, room: Perturbation, eps: float | Scalar) -> Perturbation:
+@_summing
+def _shrunk(delta, eps, room):
     """The nearest perturbation of l1 norm at most eps in which no pixel exceeds its room.
 
     Pixel i keeps min(max(|δ_i| - λ, 0), room_i), for the λ ≥ 0 at which that is eps in all: a root
-    of a falling function made of straight pieces, found among their sorted ends.
+    of a falling function made of straight pieces, found among their sorted ends (room of infinity:
+    Duchi et al. 2008).
     """
     wanted = jnp.abs(delta)
     # A pixel begins to shrink at the one λ and is gone at the other.
     ends = jnp.stack([jnp.maximum(wanted - room, 0), wanted]).ravel()
-    turns = jnp.repeat(jnp.array([1.0, -1.0]), wanted.size)
+    turns = jnp.repeat(jnp.array([1.0, -1.0], delta.dtype), wanted.size)
     ends, turns = jax.lax.sort((ends, turns), num_keys=1)
     shrinking = jnp.cumsum(turns)
     lost = shrinking * jnp.diff(ends, append=ends[-1:])
@@ -162,4 +309,80 @@ def _shrink(delta: Perturbation, room: Perturbation, eps: float | Scalar) -> Per
     root = jnp.where(kept[at] > eps, root, 0)
     shrunk = jnp.sign(delta) * jnp.clip(wanted - root, 0, room)
     within = eps * (1 - 4e-6)  # the size is a rounded sum of many pixels
-    return shrunk * jnp.minimum(1.0, within / jnp.maximum(size(shrunk, "l1"), _TINY))
+    return shrunk * jnp.minimum(1.0, within / jnp.maximum(_total(shrunk), tiny(delta.dtype)))
+
+
+def _largest_alone(gradient):
+    first = jnp.arange(gradient.size).reshape(gradient.shape) == jnp.argmax(jnp.abs(gradient))
+    return jnp.where(first, jnp.sign(gradient), 0.0)
+
+
+def _filled(gradient, length, room):
+    """Pixels of the largest gradient first, each as far as its wall (arXiv 2103.01208, prop. 2.2).
+
+    The steepest direction would spend it all on one pixel.
+    """
+    return jnp.sign(gradient) * fill(length, jnp.abs(gradient), room)
+
+
+def _uniform_in_l1(key, like, eps):
+    # Shares of a sum of exponential variables, one of them left out.
+    noise_key, rest_key = jax.random.split(key)
+    noise = jax.random.laplace(noise_key, like.shape, like.dtype)
+    return eps * (noise / (_total(noise) + jax.random.exponential(rest_key, (), like.dtype)))
+
+
+@_summing
+def _filled_to_boundary(x, value, gradient):
+    weight, value, direction, room = _towards_boundary(x, value, gradient)
+    gained = fill(jnp.abs(value), weight, weight * room)
+    return direction * jnp.minimum(gained / jnp.where(weight > 0, weight, 1), room)
+
+
+LINF = ThreatModel(
+    name="linf",
+    size=_largest,
+    dual_size=_total,
+    project=lambda delta, eps, room: jnp.clip(delta, -eps, eps),
+    steepest=jnp.sign,
+    random_in_ball=_uniform,
+    noise=partial(jax.random.uniform, minval=-1.0),
+    gaussian_size=lambda n: NormalDist().inv_cdf((1 + 0.5 ** (1 / n)) / 2),  # the median
+    l2_radius=sqrt,
+    to_boundary=boundary_step(jnp.ones_like),
+    patches=Flat(),
+)
+L2 = ThreatModel(
+    name="l2",
+    size=_euclidean,
+    dual_size=_euclidean,
+    project=_scaled_down,
+    steepest=_unit,
+    random_in_ball=_uniform_in_l2,
+    noise=jax.random.normal,
+    gaussian_size=sqrt,  # the root of the mean square
+    l2_radius=lambda n: 1.0,
+    to_boundary=boundary_step(lambda weight: weight),
+    patches=Hills(order=2, least_side=3, decay=2, fills_ball=True),
+)
+L1 = ThreatModel(
+    name="l1",
+    size=_total,
+    dual_size=_largest,
+    project=_shrunk,
+    steepest=_largest_alone,
+    random_in_ball=_uniform_in_l1,
+    noise=jax.random.laplace,
+    gaussian_size=lambda n: n * sqrt(2 / pi),  # the mean
+    l2_radius=lambda n: 1.0,
+    step=_filled,
+    to_boundary=_filled_to_boundary,
+    dense_steps=False,
+    # At sides of 3 and more, as the reference has them, Square never tries a single pixel.
+    patches=Hills(order=1, least_side=1, decay=4, fills_ball=False),
+    autoattack={"apgd_ce": {"num_restarts": 5}, "apgd_t": {"num_targets": 5}},
+)
+NORMS: Mapping[str, ThreatModel] = {norm.name: norm for norm in (LINF, L2, L1)}
+
+# How many entries are not 0: what bounds JSMA, and no norm.
+L0 = Measure("l0", lambda delta: (delta != 0).sum().astype(delta.dtype))

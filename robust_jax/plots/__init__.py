@@ -14,7 +14,6 @@ from robust_jax.plots.measures import (
 from robust_jax.plots.run import (
     FATE_COLORS,
     JACOBIANS,
-    NORMS,
     WORST_CASE,
     accuracy_against_eps,
     difference_scale,
@@ -26,11 +25,11 @@ from robust_jax.plots.run import (
     training_curves,
 )
 from robust_jax.plots.study import measures_against_each_other
+from robust_jax.plots.style import norm_symbol
 
 __all__ = [
     "FATE_COLORS",
     "JACOBIANS",
-    "NORMS",
     "WORST_CASE",
     "accuracy_against_eps",
     "by_layer",
@@ -44,6 +43,7 @@ __all__ = [
     "latent_scatter",
     "loss_surfaces",
     "measures_against_each_other",
+    "norm_symbol",
     "reliability_diagram",
     "singular_values",
     "training_curves",

@@ -27,6 +27,7 @@ from robust_jax.plots.style import (
     bins_of,
     finite,
     legend_below,
+    norm_symbol,
     num_bins,
     two_columns,
 )
@@ -34,7 +35,6 @@ from robust_jax.plots.style import (
 ATTACK_MARKERS = "os^Dv"
 FATE_COLORS = {"held": BLUE, "broken": ORANGE, "misclassified": PURPLE}
 WORST_CASE = "worst case"
-NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
 JACOBIANS = {
     "frobenius_logits": "Frobenius norm, logits",
     "spectral_logits": "spectral norm, logits",
@@ -83,7 +83,7 @@ def accuracy_against_eps(
         ax.axhline(100 * chance, color="0.4", ls=":", label="chance")
         if trained is not None and trained[0] == norm:
             ax.axvline(trained[1], color="0.4", ls="-.", lw=1, label="trained ε")
-        ax.set(title=NORMS.get(norm, norm), xlabel="ε", ylim=(-2, 102))
+        ax.set(title=norm_symbol(norm), xlabel="ε", ylim=(-2, 102))
         ax.set_xlim(left=0)
     panels[0].set_ylabel("accuracy, %")
     legend_below(figure, panels)

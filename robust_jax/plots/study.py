@@ -8,8 +8,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robust_jax.plots.run import NORMS
-from robust_jax.plots.style import COLORS, STYLE, WIDTH, legend_below
+from robust_jax.plots.style import COLORS, STYLE, WIDTH, legend_below, norm_symbol
 
 _COLORS = (*COLORS, "0.3", "0.6")
 _MARKERS = "os^DvPX*"
@@ -39,7 +38,7 @@ def accuracy_by_arm(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
                 [100 * min(p["high"], 1) for p in band],
                 color=color, alpha=0.15, lw=0,
             )  # fmt: skip
-        ax.set(title=NORMS.get(norm, norm), xlabel="ε", ylim=(-2, 102))
+        ax.set(title=norm_symbol(norm), xlabel="ε", ylim=(-2, 102))
         ax.set_xlim(left=0)
     panels[0].set_ylabel("accuracy under the worst case, %")
     legend_below(figure, panels)

@@ -4,6 +4,7 @@ Nothing here touches pyplot, so a figure is shown by returning it from a noteboo
 with its own savefig.
 """
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -33,6 +34,14 @@ STYLE = {
     "legend.edgecolor": "none",
     "figure.constrained_layout.use": True,
 }
+
+
+def norm_symbol(name: str) -> str:
+    """What figures and tables call a norm: ℓ∞ for "linf", ℓ₂ for "l2"; any other by its name."""
+    match = re.fullmatch(r"l(inf|\d+)", name)
+    if match is None:
+        return name
+    return "ℓ" + match[1].replace("inf", "∞").translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
 def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:

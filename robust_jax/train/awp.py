@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from robust_jax.attacks.norms import steepest
+from robust_jax.attacks.norms import L2
 from robust_jax.train.optimizer import decayed
 
 
@@ -16,6 +16,6 @@ def perturbed(params: Any, gradient: Any, gamma: float) -> Any:
     """
 
     def move(is_kernel, w, g):
-        return w + gamma * jnp.linalg.norm(w.ravel()) * steepest(g, "l2") if is_kernel else w
+        return w + gamma * jnp.linalg.norm(w.ravel()) * L2.steepest(g) if is_kernel else w
 
     return jax.tree.map(move, decayed(params), params, gradient)

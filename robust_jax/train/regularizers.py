@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Key
 
 from robust_jax import energy, losses, margins
 from robust_jax import jacobian as jacobians
-from robust_jax.attacks import Norm, norms
+from robust_jax.attacks import Norm
+from robust_jax.attacks.norms import L2
 from robust_jax.types import Images, Labels, LogitsFn, PerExample
 
 Keys = Key[Array, " b"]
@@ -82,7 +83,7 @@ def vat(
         raise ValueError(
             f"vat needs eps >= 0 and num_iterations >= 1, not {eps!r} and {num_iterations!r}"
         )
-    unit = jax.vmap(lambda d: norms.steepest(d, "l2"))
+    unit = jax.vmap(L2.steepest)
     reference = jax.lax.stop_gradient(logits_fn(half.images))
     p = jax.nn.softmax(reference)
     direction = unit(jax.vmap(lambda key: jax.random.normal(key, half.images.shape[1:]))(keys))

@@ -67,8 +67,7 @@ def make_validation(
         found = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
         if margins_of is not None:
             margin = mapped_margins(variables, margins_of, margins_of.labeled)["margin"]
-            # What `margins.first_order` gives where the gradient vanishes is no distance.
-            margin = margin[np.abs(margin) < 1e9]
+            margin = margin[np.isfinite(margin)]  # infinite where the gradient vanishes
             if len(margin):
                 found["minimum_margin"] = float(margin.min())
                 found["average_margin"] = float(margin.mean(dtype=np.float64))
