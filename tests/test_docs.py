@@ -1,6 +1,8 @@
 """The examples in README, CONTRIBUTING and docs/ run, and what they name exists."""
 
+import dataclasses
 import importlib.util
+import math
 import re
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 
 import robust_jax
 from configs import default
-from robust_jax import losses
+from robust_jax import attacks, losses
 from robust_jax.attacks import norms
 from robust_jax.keys import example_keys
 from robust_jax.plots import measures
@@ -59,6 +61,21 @@ def test_the_example_data_set_loads(blocks, tmp_path, monkeypatch):
     exec(next(b for b in blocks if "mine.npz" in b), {"np": np, "x_train": x_train,
          "x_test": x_test, "y_train": y_train, "y_test": y_test})  # fmt: skip
     assert data.load("npz:mine.npz", validation_size=4).num_classes == 2
+
+
+@pytest.mark.parametrize("attack", ["pgd", "apgd", "fab"])
+def test_the_example_threat_model_bounds_attacks(blocks, attack):
+    namespace = {"dataclasses": dataclasses, "jnp": jnp, "math": math, "norms": norms}
+    exec(next(b for b in blocks if "VISIBLE" in b), namespace)
+    weights = jax.random.normal(KEY, (48, 3))
+    x = jax.random.uniform(jax.random.key(1), (4, 4, 4, 3))
+    logits_fn = lambda x: x.reshape(len(x), -1) @ weights  # noqa: E731
+    y = logits_fn(x).argmax(-1)
+    norm = namespace["VISIBLE"]
+    x_adv = attacks.ATTACKS[attack](logits_fn, x, y, KEY, eps=0.02, norm=norm)
+    assert (logits_fn(x_adv).argmax(-1) != y).all()
+    assert jax.vmap(norm.size)(x_adv - x).max() <= 0.02 + 1e-6
+    assert np.abs(x_adv - x).max() > 0.02  # of the blue that the eye hardly sees
 
 
 def test_the_example_figure_is_drawn(blocks, rng):
