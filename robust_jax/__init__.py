@@ -44,9 +44,14 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    return import_module(f"{__name__}.{name}")
+    try:
+        if name in _HOMES:
+            return getattr(import_module(_HOMES[name]), name)
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"robust_jax.{name} needs {error.name}: pip install robust_jax[train]"
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -53,7 +53,8 @@ def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     """The arguments with networks traced, and arrays for everything that has one row an example."""
     values = dict(given)
     # A Jacobian is asked for anywhere; labels and radii are of images in [0,1].
-    x = values["x"] = _checks.pixels(values["x"], bounded="y" in values)
+    name = _examples(values)
+    x = values[name] = _checks.pixels(values[name], name, bounded="y" in values)
     labels = [name for name in _LABELS if values.get(name) is not None]
     for name in labels:
         values[name] = _checks.one_row_each(values[name], x, name)
@@ -77,8 +78,13 @@ def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     return values
 
 
+def _examples(values: Mapping[str, Any]) -> str:
+    """The name of the examples that a call is about."""
+    return "x" if "x" in values else "x_adv"
+
+
 def _run(fn: Callable, values: dict[str, Any]) -> Any:
-    x = values["x"]
+    x = values[_examples(values)]
     count = len(x)
     placement = placement_of(x, count)
     rows, rest, static = {}, {}, {}
