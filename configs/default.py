@@ -47,8 +47,9 @@ def get_config() -> ConfigDict:
             "loss": "cross_entropy",
         }
     )
-    # Terms of robust_jax.train.regularizers; weight 0 leaves one out. "on" is a half, as in
-    # loss_on, which it follows if it is not given; kl and weighted_kl compare the halves.
+    # Terms of robust_jax.train.regularizers; weight 0 leaves one out. The key is a label, which
+    # "name" follows if it is not given, so that a regulariser can be used twice. "on" is a half, as
+    # in loss_on, which it follows if it is not given; kl and weighted_kl compare the halves.
     config.regularizers = ConfigDict(
         {
             "entropy": {"weight": 0.0},  # EntM
@@ -59,12 +60,14 @@ def get_config() -> ConfigDict:
             "jacobian": {"weight": 0.0, "num_projections": 1},
             "input_gradient": {"weight": 0.0},
             "average_margin": {"weight": 0.0, "tau": 0.1, "norm": "linf"},
-            "energy_mean_square": {"weight": 0.0, "eps": 0.15, "norm": "linf", "num_samples": 1},
-            "energy_mean_square_label_free": {"weight": 0.0, "eps": 0.15, "norm": "linf"},
-            "energy_oscillation": {"weight": 0.0, "eps": 0.15, "norm": "linf", "num_steps": 10},
-            "energy_oscillation_label_free": {"weight": 0.0, "eps": 0.15, "norm": "linf"},
+            "energy_mean_square": {
+                "weight": 0.0, "eps": 0.15, "norm": "linf", "num_samples": 1, "label_free": False,
+            },
+            "energy_oscillation": {
+                "weight": 0.0, "eps": 0.15, "norm": "linf", "num_steps": 10, "label_free": False,
+            },
         }
-    )
+    )  # fmt: skip
 
     # Optimisation. Durations are "20 epochs", "500 steps" or "1e6 examples".
     config.batch_size = 128  # over all devices

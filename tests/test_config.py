@@ -79,7 +79,8 @@ MISTAKES = {
         {"regularizers__entropy": {"weight": 1.0, "on": "x"}}, "entropy.on must be one of clean",
     ),
     "pair on one half": (
-        {"regularizers__kl": {"weight": 1.0, "on": "clean"}}, "kl compares the halves",
+        {"regularizers__kl": {"weight": 1.0, "on": "clean"}},
+        "kl is not taken on one half of the batch; it looks at clean, adversarial",
     ),
     "infinite weight": ({"regularizers__kl": {"weight": float("nan")}}, "it must be finite"),
     "regulariser out of range": (
