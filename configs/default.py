@@ -159,3 +159,22 @@ def attack_grid(
         entry = {"name": "autoattack", "norm": norm, "eps": (eps,), "num_examples": num_examples}
         grid[f"autoattack_{norm}"] = entry
     return ConfigDict(grid)
+
+
+def cifar10_linf(config: ConfigDict) -> None:
+    """Makes CIFAR-10 a config's data, and linf 8/255 what it is trained, judged and audited at."""
+    config.dataset = "tfds:cifar10"
+    config.validation_size = 1000
+    config.augmentation = {"crop_padding": 4, "flip": True}
+    config.log_every = "50 steps"
+    config.validate_every = "1 epoch"
+    config.checkpoint_every = "1 epoch"
+
+    config.adversary.eps = 8 / 255
+    config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 8 / 255}
+    config.attacks = attack_grid(
+        linf=(2 / 255, 4 / 255, 8 / 255, 12 / 255),
+        l2=(0.25, 0.5, 1.0),
+        autoattack={"linf": 8 / 255},
+    )
+    config.audit.eps = 8 / 255

@@ -22,7 +22,7 @@ from robust_jax.train.loop import Plan
 from robust_jax.train.objectives import Apply, halves_needed, make_objective
 from robust_jax.train.regularizers import Half, Term
 from robust_jax.train.state import init_state
-from robust_jax.train.step import make_train_step, together
+from robust_jax.train.step import StepSettings, make_train_step, vmap_train_step
 from robust_jax.train.validate import make_validation
 from robust_jax.types import LogitsFn
 
@@ -112,12 +112,12 @@ def build(config: ConfigDict) -> Training:
     train_step = make_train_step(
         objective,
         tx,
-        axis_name=parallel.AXIS,
-        ema_decay=config.ema_decay or None,
-        weight_perturbation=config.weight_perturbation,
-        num_parts=config.batch_parts,
-        crop_padding=config.augmentation.crop_padding,
-        flip=config.augmentation.flip,
+        StepSettings(
+            **config.augmentation,
+            ema_decay=config.ema_decay or None,
+            weight_perturbation=config.weight_perturbation,
+            num_parts=config.batch_parts,
+        ),
     )
     init_key, train_key, validation_key, evaluation_key = jax.random.split(
         jax.random.key(config.seed), 4
@@ -133,7 +133,7 @@ def build(config: ConfigDict) -> Training:
     plan = Plan(
         init=init,
         train_step=parallel.map_step(train_step, method),
-        train_steps=parallel.map_step(together(train_step), method),
+        vmapped_train_step=parallel.map_step(vmap_train_step(train_step), method),
         validate=make_validation(
             network(model),
             validation_attack,
