@@ -72,9 +72,7 @@ def step_and_inputs(flags, devices: Sequence[jax.Device], batch_size: int, metho
         apply_fn(model), loss=losses.cross_entropy, loss_on="adversarial", adversary=Adversary(pgd)
     )
     tx = optax.sgd(0.1, momentum=0.9)
-    step = parallel.map_step(
-        make_train_step(objective, tx, axis_name=parallel.AXIS), method, devices
-    )
+    step = parallel.map_step(make_train_step(objective, tx), method, devices)
     key = jax.eval_shape(partial(jax.random.key, 0))
     state = jax.eval_shape(
         partial(init_state, model, tx, image_shape=flags.image, average=False), key

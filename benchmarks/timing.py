@@ -14,7 +14,7 @@ from robust_jax.app.training import apply_fn
 from robust_jax.devices import parallel, speed
 from robust_jax.train.objectives import Adversary, make_objective
 from robust_jax.train.state import init_state
-from robust_jax.train.step import make_train_step, together
+from robust_jax.train.step import make_train_step, vmap_train_step
 
 EPS, STEP_SIZE, LEARNING_RATE, MOMENTUM = 0.1, 0.025, 0.01, 0.9
 
@@ -50,8 +50,8 @@ class TrainingStep:
             adversary=Adversary(pgd),
         )  # fmt: skip
         tx = optax.sgd(LEARNING_RATE, MOMENTUM)
-        step = make_train_step(objective, tx, axis_name=parallel.AXIS)
-        self._step = parallel.map_step(step if num_seeds == 1 else together(step), "pmap")
+        step = make_train_step(objective, tx)
+        self._step = parallel.map_step(step if num_seeds == 1 else vmap_train_step(step), "pmap")
         states = tuple(
             # As the step returns it, or its program would be compiled once more.
             jax.device_put(

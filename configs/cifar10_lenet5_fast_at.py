@@ -11,28 +11,12 @@ from configs import default
 
 def get_config():
     config = default.get_config()
-    config.dataset = "tfds:cifar10"
-    config.validation_size = 1000
-    config.augmentation = {"crop_padding": 4, "flip": True}
+    default.cifar10_linf(config)
     config.model = {"name": "lenet5"}
-
-    config.adversary.eps = 8 / 255
     config.adversary.num_steps = 1
     config.adversary.step_size = 10 / 255
-
     config.duration = "8 epochs"
     config.learning_rate = 2e-3
     config.schedule = {"name": "one_cycle"}
-    config.log_every = "50 steps"
-    config.validate_every = "1 epoch"
-    config.checkpoint_every = "1 epoch"
-
-    config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 8 / 255}
-    config.attacks = default.attack_grid(
-        linf=(2 / 255, 4 / 255, 8 / 255, 12 / 255),
-        l2=(0.25, 0.5, 1.0),
-        autoattack={"linf": 8 / 255},
-        num_examples=200,
-    )
-    config.audit.eps = 8 / 255
+    config.attacks.autoattack_linf.num_examples = 200
     return config

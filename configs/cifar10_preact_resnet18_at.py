@@ -6,21 +6,18 @@ For an accelerator. Published (arXiv 2002.11569, logs): best epoch 82.9 % clean,
 of 200 epochs 84.9 % and 45.6 %: robust overfitting.
 """
 
-from configs import cifar10_lenet5_fast_at
+from configs import default
 
 
 def get_config():
-    config = cifar10_lenet5_fast_at.get_config()
+    config = default.get_config()
+    default.cifar10_linf(config)
     config.model = {"name": "preact_resnet", "depth": 18}
     config.dtype = "bfloat16"
-
-    config.adversary.num_steps = 10
     config.adversary.step_size = 2 / 255
-
-    config.duration = "200 epochs"
     config.optimizer = {"name": "sgd", "momentum": 0.9}
     config.learning_rate = 0.1
+    config.duration = "200 epochs"
     config.schedule = {"name": "piecewise", "boundaries": (0.5, 0.75), "factor": 0.1}
     config.weight_decay = 5e-4
-    config.attacks.autoattack_linf.num_examples = 0  # all
     return config

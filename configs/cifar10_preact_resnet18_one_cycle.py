@@ -6,11 +6,18 @@ For an accelerator: a fifth of the epochs of cifar10_preact_resnet18_at.py, for 
 minutes. Its accuracy has not been measured yet.
 """
 
-from configs import cifar10_preact_resnet18_at
+from configs import default
 
 
 def get_config():
-    config = cifar10_preact_resnet18_at.get_config()
+    config = default.get_config()
+    default.cifar10_linf(config)
+    config.model = {"name": "preact_resnet", "depth": 18}
+    config.dtype = "bfloat16"
+    config.adversary.step_size = 2 / 255
+    config.optimizer = {"name": "sgd", "momentum": 0.9}
+    config.learning_rate = 0.1
+    config.weight_decay = 5e-4
     config.duration = "40 epochs"
     config.schedule = {"name": "one_cycle"}
     config.ema_decay = 0.999

@@ -6,15 +6,20 @@ For several accelerators. Published, in float32 and without averaging: 84.9 % cl
 AutoAttack.
 """
 
-from configs import cifar10_preact_resnet18_at
+from configs import default
 
 
 def get_config():
-    config = cifar10_preact_resnet18_at.get_config()
+    config = default.get_config()
+    default.cifar10_linf(config)
     config.model = {"name": "wide_resnet", "depth": 34, "width": 10}
+    config.dtype = "bfloat16"
     config.loss_on = "clean"
+    config.adversary.step_size = 2 / 255
     config.adversary.loss = "kl"
     config.regularizers.kl.weight = 6.0
+    config.optimizer = {"name": "sgd", "momentum": 0.9}
+    config.learning_rate = 0.1
     config.duration = "100 epochs"
     config.schedule = {"name": "piecewise", "boundaries": (0.75, 0.9), "factor": 0.1}
     config.weight_decay = 2e-4

@@ -47,8 +47,9 @@ def get_config() -> ConfigDict:
             "loss": "cross_entropy",
         }
     )
-    # Terms of robust_jax.train.regularizers; weight 0 leaves one out. "on" is a half, as in
-    # loss_on, which it follows if it is not given; kl and weighted_kl compare the halves.
+    # Terms of robust_jax.train.regularizers; weight 0 leaves one out. The key is a label, which
+    # "name" follows if it is not given, so that a regulariser can be used twice. "on" is a half, as
+    # in loss_on, which it follows if it is not given; kl and weighted_kl compare the halves.
     config.regularizers = ConfigDict(
         {
             "entropy": {"weight": 0.0},  # EntM
@@ -59,12 +60,14 @@ def get_config() -> ConfigDict:
             "jacobian": {"weight": 0.0, "num_projections": 1},
             "input_gradient": {"weight": 0.0},
             "average_margin": {"weight": 0.0, "tau": 0.1, "norm": "linf"},
-            "energy_mean_square": {"weight": 0.0, "eps": 0.15, "norm": "linf", "num_samples": 1},
-            "energy_mean_square_label_free": {"weight": 0.0, "eps": 0.15, "norm": "linf"},
-            "energy_oscillation": {"weight": 0.0, "eps": 0.15, "norm": "linf", "num_steps": 10},
-            "energy_oscillation_label_free": {"weight": 0.0, "eps": 0.15, "norm": "linf"},
+            "energy_mean_square": {
+                "weight": 0.0, "eps": 0.15, "norm": "linf", "num_samples": 1, "label_free": False,
+            },
+            "energy_oscillation": {
+                "weight": 0.0, "eps": 0.15, "norm": "linf", "num_steps": 10, "label_free": False,
+            },
         }
-    )
+    )  # fmt: skip
 
     # Optimisation. Durations are "20 epochs", "500 steps" or "1e6 examples".
     config.batch_size = 128  # over all devices
@@ -156,3 +159,22 @@ def attack_grid(
         entry = {"name": "autoattack", "norm": norm, "eps": (eps,), "num_examples": num_examples}
         grid[f"autoattack_{norm}"] = entry
     return ConfigDict(grid)
+
+
+def cifar10_linf(config: ConfigDict) -> None:
+    """Makes CIFAR-10 a config's data, and linf 8/255 what it is trained, judged and audited at."""
+    config.dataset = "tfds:cifar10"
+    config.validation_size = 1000
+    config.augmentation = {"crop_padding": 4, "flip": True}
+    config.log_every = "50 steps"
+    config.validate_every = "1 epoch"
+    config.checkpoint_every = "1 epoch"
+
+    config.adversary.eps = 8 / 255
+    config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 8 / 255}
+    config.attacks = attack_grid(
+        linf=(2 / 255, 4 / 255, 8 / 255, 12 / 255),
+        l2=(0.25, 0.5, 1.0),
+        autoattack={"linf": 8 / 255},
+    )
+    config.audit.eps = 8 / 255

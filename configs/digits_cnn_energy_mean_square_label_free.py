@@ -2,7 +2,8 @@
 
 python launch.py --config=configs/digits_cnn_energy_mean_square_label_free.py --workdir=runs/digits
 
-89.2 % clean, at linf 0.15 26.8 % worst of the PGD family and 24.2 % with AutoAttack (seed 0).
+Under a minute on 2 CPU cores: 89.2 % clean, 26.8 % worst of the PGD family at linf 0.15, 24.2 %
+with AutoAttack (seed 0).
 """
 
 from configs import default
@@ -13,5 +14,5 @@ def get_config():
     config.num_labeled = 100
     config.loss_on = "clean"
     config.adversary = None
-    config.regularizers.energy_mean_square_label_free.update(weight=100.0, eps=0.15)
+    config.regularizers.energy_mean_square.update(weight=100.0, eps=0.15, label_free=True)
     return config

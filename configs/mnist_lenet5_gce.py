@@ -4,6 +4,8 @@
 
 Adam 1e-3 with β = (0.9, 0.99), batch 64, 20 epochs, pixels in [0,1] without normalisation.
 Published at eps 0.2: FGSM 62.7 %, MIM 39.8 %, PGD 9.6 % (cross-entropy: 38.9, 2.3 and 1.6 %).
+Six minutes on 2 CPU cores: 97.8 % clean, FGSM 34.1 %, MIM 15.4 %, PGD 7.6 % (seed 0, following
+cross-entropy; PGD on the loss itself 22.4 %).
 """
 
 from ml_collections import ConfigDict

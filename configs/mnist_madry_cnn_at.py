@@ -5,29 +5,26 @@
 For an accelerator. Published: clean 98.5 %, PGD-100 92.5 %, AutoAttack 88.5 %.
 """
 
-from configs import default, mnist_lenet5_at
+from configs import default
 
 
 def get_config():
-    config = mnist_lenet5_at.get_config()
+    config = default.get_config()
+    config.dataset = "tfds:mnist"
+    config.validation_size = 1000
     config.model = {"name": "madry_cnn"}
     config.normalize = False
-    config.adversary = {
-        "name": "pgd",
-        "norm": "linf",
-        "eps": 0.3,
-        "num_steps": 40,
-        "step_size": 0.01,
-        "keep_best": False,
-        "loss": "cross_entropy",
-    }
-    config.batch_size = 128
+    config.adversary.update(eps=0.3, num_steps=40)
+    config.adversary.step_size = 0.01
+
     config.duration = "100 epochs"
     config.learning_rate = 1e-4
     config.schedule = {"name": "constant"}
     config.weight_decay = 0.0
+    config.log_every = "50 steps"
     config.validate_every = "1 epoch"
     config.checkpoint_every = "1 epoch"
+
     config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.3, "num_steps": 40}
     config.attacks = default.attack_grid(
         linf=(0.1, 0.2, 0.3, 0.35), l2=(1.0, 2.0, 3.0), autoattack={"linf": 0.3}

@@ -32,11 +32,33 @@ def mean_square(
     norm: Norm = "linf",
     num_samples: int = 1,
 ) -> PerExample:
-    """E (ℓ(x+r) - ℓ(x))², r uniform in the ball and moved into the box: mean of num_samples.
+    """E (ℓ(x+r) - ℓ(x))², r uniform in the ball and moved into the box.
 
-    [B,H,W,C], [B] -> [B]. Costs num_samples + 1 forward passes of the whole batch, one at a time;
-    its gradient keeps the activations of all. Raises ValueError for a negative eps, an unknown norm
-    or num_samples below 1.
+    Costs num_samples + 1 forward passes of the whole batch, one at a time; its gradient keeps the
+    activations of all.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K], each example on its own.
+        x: Examples [B,...], pixels in [0,1].
+        y: Labels [B]; None for the label-free energy.
+        key: One key, folded with each example's place in the batch, or a key per example [B].
+        eps: The radius of the ball, in pixel units.
+        norm: The norm of the ball.
+        num_samples: Of how many r the mean is taken.
+
+    Returns:
+        [B], in nats².
+
+    Raises:
+        ValueError: eps is negative, the norm unknown or num_samples below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import energy
+        >>> logits_fn = lambda x: jnp.stack([0 * x[:, 0], 40 + x[:, 0]], -1)  # ℓ = 40 + x
+        >>> x, y, key = jnp.array([[0.5]]), jnp.array([0]), jax.random.key(0)
+        >>> energy.mean_square(logits_fn, x, y, key, eps=0.1, num_samples=5000)  # eps²/3
+        Array([0.003], dtype=float32)
     """
     check_lengths(eps=eps)
     check_counts(num_samples=num_samples)
@@ -69,10 +91,34 @@ def oscillation(
 ) -> PerExample:
     """(max ℓ(x+r) - min ℓ(x+r))², each end the best point that PGD and x itself offer.
 
-    [B,H,W,C], [B] -> [B]. x is among the points, so this is never below (max ℓ(x+r) - ℓ(x))², the
-    term that adversarial training raises it by. Costs two attacks of num_steps, or one if
-    label-free (KL is least at x), each a forward and a backward pass a step, and a forward pass for
-    each end and x; the whole batch at once. Raises ValueError as `attacks.pgd` does.
+    x is among the points, so this is never below (max ℓ(x+r) - ℓ(x))², the term that adversarial
+    training pushes down (`rise`). Costs two attacks of num_steps, or one if label-free (KL is least
+    at x), each a forward and a backward pass a step, and a forward pass for each end and x; the
+    whole batch at once.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K], each example on its own.
+        x: Examples [B,...], pixels in [0,1].
+        y: Labels [B]; None for the label-free energy.
+        key: One key, folded with each example's place in the batch, or a key per example [B].
+        eps: The radius of the ball, in pixel units.
+        norm: The norm of the ball.
+        num_steps: Gradients of an attack.
+        step_size: Of an attack, in pixel units; 2.5·eps/num_steps by default.
+
+    Returns:
+        [B], in nats².
+
+    Raises:
+        ValueError: As `attacks.pgd` does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import energy
+        >>> logits_fn = lambda x: jnp.stack([0 * x[:, 0], 40 + x[:, 0]], -1)  # ℓ = 40 + x
+        >>> x, y, key = jnp.array([[0.5]]), jnp.array([0]), jax.random.key(0)
+        >>> energy.oscillation(logits_fn, x, y, key, eps=0.1)  # (2·eps)²
+        Array([0.04], dtype=float32)
     """
     values = _ends(logits_fn, x, y, key, (1.0,) if y is None else (1.0, -1.0), eps=eps, norm=norm,
                    num_steps=num_steps, step_size=step_size)  # fmt: skip
@@ -93,8 +139,32 @@ def rise(
 ) -> PerExample:
     """(max ℓ(x+r) - ℓ(x))², what adversarial training pushes down: at most `oscillation`.
 
-    [B,H,W,C], [B] -> [B]; with the same arguments it is of the maximum that `oscillation` found.
-    Costs an attack of num_steps and two forward passes. Raises ValueError as `attacks.pgd` does.
+    With the same arguments it is of the maximum that `oscillation` found. Costs an attack of
+    num_steps and two forward passes.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K], each example on its own.
+        x: Examples [B,...], pixels in [0,1].
+        y: Labels [B]; None for the label-free energy.
+        key: One key, folded with each example's place in the batch, or a key per example [B].
+        eps: The radius of the ball, in pixel units.
+        norm: The norm of the ball.
+        num_steps: Gradients of an attack.
+        step_size: Of an attack, in pixel units; 2.5·eps/num_steps by default.
+
+    Returns:
+        [B], in nats².
+
+    Raises:
+        ValueError: As `attacks.pgd` does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import energy
+        >>> logits_fn = lambda x: jnp.stack([0 * x[:, 0], 40 + x[:, 0]], -1)  # ℓ = 40 + x
+        >>> x, y, key = jnp.array([[0.5]]), jnp.array([0]), jax.random.key(0)
+        >>> energy.rise(logits_fn, x, y, key, eps=0.1)  # eps²
+        Array([0.01], dtype=float32)
     """
     values = _ends(logits_fn, x, y, key, (1.0,), eps=eps, norm=norm, num_steps=num_steps,
                    step_size=step_size)  # fmt: skip

@@ -1,8 +1,8 @@
 """The input Jacobian J = ∇_x f(x) of each example: its norms, exact or estimated, and spectrum.
 
-fn maps [B,H,W,C] to [B,K], each example on its own: logits, or probabilities with
-`probabilities(logits_fn)`. Norms are in units of fn's output per pixel unit ([0,1]).
-chunk_size bounds how many examples are in memory.
+fn maps x [B,...] to [B,K], each example on its own: logits, or probabilities with
+`probabilities(logits_fn)`. Norms are in units of fn's output per pixel unit ([0,1]); what is of 16
+bits is summed, and comes back, in float32. chunk_size bounds how many examples are in memory.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from robust_jax._front import compiled
+from robust_jax._precision import wide
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, PerExample
+from robust_jax.types import KeyOrKeys, PerExample
 
-Fn = Callable[[Float[Array, "b h w c"]], Float[Array, "b k"]]
+Inputs = Float[Array, "b ..."]
+Fn = Callable[[Inputs], Float[Array, "b k"]]
 
 
 class Estimate(NamedTuple):
@@ -28,73 +30,182 @@ class Estimate(NamedTuple):
 
 
 def probabilities(logits_fn: Fn) -> Fn:
-    """The softmax of logits_fn, [B,H,W,C] -> [B,K]."""
+    """The softmax of a network, to take Jacobians of.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K].
+
+    Returns:
+        A function [B,...] -> [B,K].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import jacobian
+        >>> jacobian.probabilities(lambda x: 0 * x)(jnp.ones((1, 2)))
+        Array([[0.5, 0.5]], dtype=float32)
+    """
     return lambda x: jax.nn.softmax(logits_fn(x))
 
 
 @compiled
-def jacobian(fn: Fn, x: Images, *, chunk_size: int | None = None) -> Float[Array, "b k h w c"]:
-    """The exact Jacobian of each example, [B,H,W,C] -> [B,K,H,W,C].
+def jacobian(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> Float[Array, "b k ..."]:
+    """The exact Jacobian of each example.
 
-    Costs a forward and K backward passes an example, or H·W·C forward-mode passes where an image
-    has fewer pixel values than there are outputs; all those of chunk_size examples at once.
+    Costs a forward and K backward passes an example, or as many forward-mode passes as it has pixel
+    values where those are fewer than the outputs; all those of chunk_size examples at once.
+
+    Args:
+        fn: [B,...] -> [B,K].
+        x: [B,...].
+        chunk_size: How many examples are in memory at a time; None: all.
+
+    Returns:
+        [B,K,...].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import jacobian
+        >>> jacobian.jacobian(lambda x: x**2, jnp.array([[1.0, 3.0]]))
+        Array([[[2., 0.],
+                [0., 6.]]], dtype=float32)
     """
     return in_chunks(lambda one: _jacobian_one(fn, one), x, chunk_size)
 
 
 @compiled
-def frobenius_norm(fn: Fn, x: Images, *, chunk_size: int | None = None) -> PerExample:
-    """Exact ‖J‖_F, [B,H,W,C] -> [B].
+def frobenius_norm(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> PerExample:
+    """Exact Frobenius norm ‖J‖_F.
 
     Costs a `jacobian` an example; at most chunk_size of them are held at a time.
+
+    Args:
+        fn: [B,...] -> [B,K].
+        x: [B,...].
+        chunk_size: How many examples are in memory at a time; None: all.
+
+    Returns:
+        [B].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import jacobian
+        >>> jacobian.frobenius_norm(lambda x: x**2, jnp.array([[1.5, 2.0]]))
+        Array([5.], dtype=float32)
     """
-    return in_chunks(lambda one: jnp.sqrt((_jacobian_one(fn, one) ** 2).sum()), x, chunk_size)
+
+    def norm_one(one):
+        return jnp.sqrt((wide(_jacobian_one(fn, one)) ** 2).sum())
+
+    return in_chunks(norm_one, x, chunk_size)
 
 
 @compiled
-def singular_values(fn: Fn, x: Images, *, chunk_size: int | None = None) -> Float[Array, "b n"]:
-    """All singular values of J, largest first, [B,H,W,C] -> [B,min(K,H·W·C)].
+def singular_values(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> Float[Array, "b n"]:
+    """All singular values of J, largest first.
 
-    Their squares sum to ‖J‖_F², and the first is the spectral norm, exactly. Costs a `jacobian`
-    and an SVD of [K,H·W·C] an example; at most chunk_size of them are held at a time.
+    Their squares sum to ‖J‖_F², and the first is the spectral norm, exactly. Costs a `jacobian` and
+    its SVD an example; at most chunk_size of them are held at a time.
+
+    Args:
+        fn: [B,...] -> [B,K].
+        x: [B,...].
+        chunk_size: How many examples are in memory at a time; None: all.
+
+    Returns:
+        [B,N], N the smaller of K and the number of an example's pixel values.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import jacobian
+        >>> jacobian.singular_values(lambda x: x**2, jnp.array([[1.0, 3.0]]))
+        Array([[6., 2.]], dtype=float32)
     """
 
     def singular_values_one(one):
-        full = _jacobian_one(fn, one)
+        full = wide(_jacobian_one(fn, one))
         return jnp.linalg.svd(full.reshape(full.shape[0], -1), compute_uv=False)
 
     return in_chunks(singular_values_one, x, chunk_size)
 
 
 def squared_frobenius_samples(
-    fn: Fn, x: Images, key: KeyOrKeys, *, num_projections: int
+    fn: Fn, x: Inputs, key: KeyOrKeys, *, num_projections: int
 ) -> Float[Array, "n b"]:
-    """Unbiased samples ‖Jv‖² of ‖J‖_F², v ~ N(0, I) -> [num_projections, B].
+    """Unbiased samples ‖Jv‖² of ‖J‖_F², v ~ N(0, I).
 
     Differentiable in the network's parameters, so it serves as a regulariser too. Costs
     num_projections forward-mode passes (jax.jvp) of the whole batch, one at a time; its gradient
-    keeps the activations of all. Raises ValueError for num_projections below 1.
+    keeps the activations of all.
+
+    Args:
+        fn: [B,...] -> [B,K].
+        x: [B,...].
+        key: One key, folded with each example's place in the batch, or a key per example [B].
+        num_projections: How many samples of each example.
+
+    Returns:
+        [num_projections,B].
+
+    Raises:
+        ValueError: num_projections is below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import jacobian
+        >>> x = jnp.array([[1.5, 2.0]])
+        >>> samples = jacobian.squared_frobenius_samples(
+        ...     lambda x: x**2, x, jax.random.key(0), num_projections=10_000
+        ... )
+        >>> bool(abs(samples.mean() - 25) < 1)
+        True
     """
     if num_projections < 1:
         raise ValueError(f"num_projections must be at least 1, not {num_projections!r}")
     keys = example_keys(key, x.shape[0])
 
     def sample(i):
-        tangent = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), x.shape[1:]))(keys)
-        return (jax.jvp(fn, (x,), (tangent.astype(x.dtype),))[1] ** 2).sum(-1)
+        def draw(key):
+            return jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype)
+
+        return (wide(jax.jvp(fn, (x,), (jax.vmap(draw)(keys),))[1]) ** 2).sum(-1)
 
     return jax.lax.map(sample, jnp.arange(num_projections))
 
 
 @compiled
 def frobenius_norm_estimate(
-    fn: Fn, x: Images, key: KeyOrKeys, *, num_projections: int, chunk_size: int | None = None
+    fn: Fn, x: Inputs, key: KeyOrKeys, *, num_projections: int, chunk_size: int | None = None
 ) -> Estimate:
-    """‖J‖_F from num_projections ≥ 2 random projections, with its standard error; both [B].
+    """‖J‖_F from random projections, with its standard error.
 
-    E‖Jv‖² = ‖J‖_F² for v ~ N(0, I) (Hutchinson; as a regulariser: arXiv 1908.02729). The error
-    of the square is carried to the norm by the delta method. Costs num_projections forward-mode
-    passes an example, chunk_size examples at a time. Raises ValueError for num_projections below 2.
+    E‖Jv‖² = ‖J‖_F² for v ~ N(0, I). The error of the square is carried to the norm by the delta
+    method. Costs num_projections forward-mode passes an example, chunk_size examples at a time.
+
+    Args:
+        fn: [B,...] -> [B,K].
+        x: [B,...].
+        key: One key, folded with each example's place in the batch, or a key per example [B].
+        num_projections: At least 2.
+        chunk_size: How many examples are in memory at a time; None: all.
+
+    Returns:
+        The norm and its standard error, both [B].
+
+    Raises:
+        ValueError: num_projections is below 2.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import jacobian
+        >>> x = jnp.array([[1.5, 2.0]])
+        >>> norm, error = jacobian.frobenius_norm_estimate(
+        ...     lambda x: x**2, x, jax.random.key(0), num_projections=1000
+        ... )
+        >>> bool(abs(norm[0] - 5) < 3 * error[0])
+        True
+
+    Reference:
+        Hutchinson 1989; as a regulariser Hoffman et al. 2019, arXiv 1908.02729.
     """
     if num_projections < 2:
         raise ValueError(
@@ -107,24 +218,43 @@ def frobenius_norm_estimate(
     keys = example_keys(key, x.shape[0])
     squares = in_chunks(lambda args: samples_one(*args)[:, 0], (x, keys), chunk_size)
     norm = jnp.sqrt(squares.mean(-1))
-    error_of_square = squares.std(-1, ddof=1) / jnp.sqrt(num_projections)
+    error_of_square = squares.std(-1, ddof=1) / num_projections**0.5
     return Estimate(norm, error_of_square / jnp.maximum(2 * norm, jnp.finfo(norm.dtype).tiny))
 
 
 @compiled
 def spectral_norm(
     fn: Fn,
-    x: Images,
+    x: Inputs,
     key: KeyOrKeys,
     *,
     num_iterations: int = 20,
     chunk_size: int | None = None,
 ) -> PerExample:
-    """The largest singular value of J by power iteration on JᵀJ -> [B].
+    """The largest singular value of J by power iteration on JᵀJ.
 
     A lower bound that converges from below, at the rate (σ₂/σ₁)² an iteration. Costs num_iterations
-    forward-mode and backward passes an example, chunk_size examples at a time. Raises ValueError
-    for num_iterations below 1.
+    forward-mode and backward passes an example, chunk_size examples at a time.
+
+    Args:
+        fn: [B,...] -> [B,K].
+        x: [B,...].
+        key: One key, folded with each example's place in the batch, or a key per example [B]; where
+            the iteration starts.
+        num_iterations: Of the power iteration.
+        chunk_size: How many examples are in memory at a time; None: all.
+
+    Returns:
+        [B].
+
+    Raises:
+        ValueError: num_iterations is below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import jacobian
+        >>> jacobian.spectral_norm(lambda x: x**2, jnp.array([[1.0, 3.0]]), jax.random.key(0))
+        Array([6.], dtype=float32)
     """
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, not {num_iterations!r}")
@@ -136,22 +266,23 @@ def spectral_norm(
         _, vjp = jax.vjp(f, one)
 
         def unit(v):
-            return v / jnp.maximum(jnp.linalg.norm(v.ravel()), jnp.finfo(v.dtype).tiny)
+            size = jnp.linalg.norm(wide(v).ravel())
+            return (wide(v) / jnp.maximum(size, jnp.finfo(size.dtype).tiny)).astype(v.dtype)
 
         def iterate(_, v):
             return unit(vjp(jax.jvp(f, (one,), (v,))[1])[0])
 
         v = unit(jax.random.normal(key, one.shape, one.dtype))
         v = jax.lax.fori_loop(0, num_iterations, iterate, v)
-        return jnp.linalg.norm(jax.jvp(f, (one,), (v,))[1])
+        return jnp.linalg.norm(wide(jax.jvp(f, (one,), (v,))[1]))
 
     keys = example_keys(key, x.shape[0])
     return in_chunks(lambda args: spectral_norm_one(*args), (x, keys), chunk_size)
 
 
-def _jacobian_one(fn: Fn, image: Float[Array, "h w c"]) -> Float[Array, "k h w c"]:
-    def f(image):
-        return fn(image[None])[0]
+def _jacobian_one(fn: Fn, one: Float[Array, "..."]) -> Float[Array, "k ..."]:
+    def f(one):
+        return fn(one[None])[0]
 
-    num_outputs = jax.eval_shape(f, image).size
-    return (jax.jacrev if num_outputs <= image.size else jax.jacfwd)(f)(image)
+    num_outputs = jax.eval_shape(f, one).size
+    return (jax.jacrev if num_outputs <= one.size else jax.jacfwd)(f)(one)

@@ -1,27 +1,48 @@
 """Pure per-example losses and output measures: logits [B,K] and labels [B] in, [B] out, in nats.
 
 Nothing here reduces over the batch: the caller does, with (sum, count) pairs. All of it is
-computed in log space, so values and gradients stay finite for logits of ±1e4 in float32.
+computed in log space, so values and gradients stay finite for logits of ±1e4 in float32. Logits of
+16 bits are computed in float32, which is what comes back.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from robust_jax._precision import wide
 from robust_jax.types import Labels, Logits, PerExample
 
 Loss = Callable[[Logits, Labels], PerExample]
 
 
 def cross_entropy(logits: Logits, labels: Labels, *, label_smoothing: float = 0.0) -> PerExample:
-    """Cross-entropy against (1-γ)·onehot + γ/K, with γ = label_smoothing (arXiv 1512.00567, §7).
+    """Cross-entropy against (1-γ)·onehot + γ/K, with γ = label_smoothing.
 
-    [B,K], [B] -> [B]. Raises ValueError where γ is outside [0, 1).
+    Args:
+        logits: [B,K].
+        labels: [B].
+        label_smoothing: γ, in [0, 1).
+
+    Returns:
+        [B], in nats, at least 0.
+
+    Raises:
+        ValueError: label_smoothing is outside [0, 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> losses.cross_entropy(jnp.array([[2.0, 1.0, 0.0]]), jnp.array([0]))
+        Array([0.408], dtype=float32)
+
+    Reference:
+        Szegedy et al. 2016, arXiv 1512.00567, section 7.
     """
     _check_range("label_smoothing", label_smoothing, 0.0, 1.0, half_open=True)
-    log_p = jax.nn.log_softmax(logits)
+    log_p = _log_softmax(logits)
     log_p_label = _at(log_p, labels)
     return -(1 - label_smoothing) * log_p_label - label_smoothing * log_p.mean(-1)
 
@@ -29,117 +50,322 @@ def cross_entropy(logits: Logits, labels: Labels, *, label_smoothing: float = 0.
 def guided_complement_entropy(
     logits: Logits, labels: Labels, *, alpha: float = 1 / 3
 ) -> PerExample:
-    """Guided complement entropy, p_y^α · Σ_{j≠y} q_j log q_j / log(K-1) in [-1, 0], minimised.
+    """Guided complement entropy, p_y^α · Σ_{j≠y} q_j log q_j / log(K-1), to be minimised.
 
-    q is the softmax over the classes other than y. [B,K], [B] -> [B]. Raises ValueError for K < 3
-    or α outside [0, 1]. Source: arXiv 1903.09799. The authors' code divides by log K instead: a
+    q is the softmax over the classes other than y. The authors' code divides by log K instead: a
     constant factor on the gradient.
+
+    Args:
+        logits: [B,K], K at least 3.
+        labels: [B].
+        alpha: α, in [0, 1].
+
+    Returns:
+        [B], in [-1, 0].
+
+    Raises:
+        ValueError: there are fewer than 3 classes, or alpha is outside [0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> logits = jnp.array([[9.0, 0.0, 0.0], [9.0, 7.0, 0.0]])
+        >>> losses.guided_complement_entropy(logits, jnp.array([0, 0]))
+        Array([-1., -0.], dtype=float32)
+
+    Reference:
+        Chen et al. 2019, arXiv 1903.09799.
     """
     _check_range("alpha", alpha, 0.0, 1.0)
     num_classes = _check_classes("guided_complement_entropy", logits, 3)
-    guide = jnp.exp(alpha * _at(jax.nn.log_softmax(logits), labels))
-    return -guide * complement_entropy(logits, labels) / jnp.log(num_classes - 1.0)
+    guide = jnp.exp(alpha * _at(_log_softmax(logits), labels))
+    return -guide * complement_entropy(logits, labels) / math.log(num_classes - 1)
 
 
 def boosted_cross_entropy(logits: Logits, labels: Labels) -> PerExample:
-    """MART's loss, -log p_y - log(1 - max_{j≠y} p_j), [B,K], [B] -> [B] (ICLR 2020, eq. 8)."""
-    log_p = jax.nn.log_softmax(logits)
+    """MART's loss, -log p_y - log(1 - max_{j≠y} p_j).
+
+    Args:
+        logits: [B,K].
+        labels: [B].
+
+    Returns:
+        [B], in nats, at least 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> logits = jnp.log(jnp.array([[0.5, 0.4, 0.1]]))
+        >>> losses.boosted_cross_entropy(logits, jnp.array([0]))  # -log(0.5 · 0.6)
+        Array([1.204], dtype=float32)
+
+    Reference:
+        Wang et al., ICLR 2020, equation 8.
+    """
+    log_p = _log_softmax(logits)
     runner_up = jnp.argmax(_without(logits, labels), -1)
     log_not_runner_up = jax.nn.logsumexp(complement(log_p, runner_up), -1)
     return -_at(log_p, labels) - log_not_runner_up
 
 
 def margin_loss(logits: Logits, labels: Labels) -> PerExample:
-    """Negated margin, max_{j≠y} z_j - z_y, as maximised by an attack.
+    """Negated margin, max_{j≠y} z_j - z_y, which an attack maximises.
 
-    [B,K], [B] -> [B]. Source: arXiv 1608.04644, f6, untargeted and not cut off at 0.
+    Args:
+        logits: [B,K].
+        labels: [B].
+
+    Returns:
+        [B], in units of the logits, positive where misclassified.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> losses.margin_loss(jnp.array([[2.0, 1.0, 0.0]]), jnp.array([1]))
+        Array([1.], dtype=float32)
+
+    Reference:
+        Carlini & Wagner 2017, arXiv 1608.04644: f6, untargeted and not cut off at 0.
     """
     return -margin(logits, labels)
 
 
 def dlr(logits: Logits, labels: Labels) -> PerExample:
-    """Difference of logits ratio, -(z_y - max_{i≠y} z_i) / (z_π1 - z_π3), maximised by an attack.
+    """Difference of logits ratio, -(z_y - max_{i≠y} z_i) / (z_π1 - z_π3).
 
-    [B,K], [B] -> [B]; invariant to shift and scale of the logits, and constant (-(z_y - z_π1) /
-    (z_π1 - z_y) = 1) where the label has fallen to the third place. Raises ValueError for K < 3,
-    where z_π3 does not exist: use margin_loss there. Source: arXiv 2003.01690, eq. 6.
+    Attacks maximise it. It is invariant to shift and scale of the logits, and constant (-(z_y -
+    z_π1) / (z_π1 - z_y) = 1) where the label has fallen to the third place.
+
+    Args:
+        logits: [B,K], K at least 3.
+        labels: [B].
+
+    Returns:
+        [B], positive where misclassified.
+
+    Raises:
+        ValueError: there are fewer than 3 classes, so that z_π3 does not exist; use margin_loss.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> losses.dlr(jnp.array([[3.0, 2.0, 1.0, 0.0]]), jnp.array([0]))
+        Array([-0.5], dtype=float32)
+
+    Reference:
+        Croce & Hein 2020, arXiv 2003.01690, equation 6.
     """
     _check_classes("dlr", logits, 3, "use margin_loss instead")
-    ordered = jnp.sort(logits, axis=-1)
+    ordered = jnp.sort(wide(logits), axis=-1)
     return -margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
 
 def targeted_dlr(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
-    """Targeted DLR, -(z_y - z_t) / (z_π1 - (z_π3 + z_π4)/2), maximised by an attack towards t.
+    """Targeted DLR, -(z_y - z_t) / (z_π1 - (z_π3 + z_π4)/2), which an attack towards t maximises.
 
-    [B,K], [B], [B] -> [B]; invariant to shift and scale of the logits. Raises ValueError for
-    K < 4, where z_π4 does not exist: use targeted_margin there. Source: arXiv 2003.01690, eq. 7.
+    Invariant to shift and scale of the logits.
+
+    Args:
+        logits: [B,K], K at least 4.
+        labels: [B].
+        targets: [B], the classes to be reached.
+
+    Returns:
+        [B], positive where the target's logit is above the label's.
+
+    Raises:
+        ValueError: there are fewer than 4 classes, so that z_π4 does not exist; use
+            targeted_margin.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> logits = jnp.array([[3.0, 2.0, 1.0, 0.0]])
+        >>> losses.targeted_dlr(logits, jnp.array([0]), jnp.array([2]))
+        Array([-0.8], dtype=float32)
+
+    Reference:
+        Croce & Hein 2020, arXiv 2003.01690, equation 7.
     """
     _check_classes("targeted_dlr", logits, 4, "use targeted_margin instead")
-    ordered = jnp.sort(logits, axis=-1)
+    ordered = jnp.sort(wide(logits), axis=-1)
     scale = ordered[:, -1] - (ordered[:, -3] + ordered[:, -4]) / 2
     return targeted_margin(logits, labels, targets) / (scale + 1e-12)
 
 
 def targeted_margin(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
-    """z_t - z_y, maximised by an attack from y towards t (arXiv 1910.09338).
+    """z_t - z_y, which an attack from y towards t maximises.
 
-    [B,K], [B], [B] -> [B].
+    Args:
+        logits: [B,K].
+        labels: [B].
+        targets: [B], the classes to be reached.
+
+    Returns:
+        [B], in units of the logits.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> logits = jnp.array([[3.0, 2.0, 1.0]])
+        >>> losses.targeted_margin(logits, jnp.array([0]), jnp.array([2]))
+        Array([-2.], dtype=float32)
+
+    Reference:
+        Gowal et al. 2019, arXiv 1910.09338.
     """
+    logits = wide(logits)
     return _at(logits, targets) - _at(logits, labels)
 
 
 def kl(logits: Logits, reference: Logits) -> PerExample:
     """KL(p ‖ q) = Σ_k p_k log(p_k / q_k), p and q the softmax of reference and of logits.
 
-    [B,K], [B,K] -> [B]. Source: TRADES, arXiv 1901.08573.
+    Args:
+        logits: [B,K], of q.
+        reference: [B,K], of p.
+
+    Returns:
+        [B], in nats, at least 0 but for rounding.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> losses.kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 5.0]]))
+        Array([0.653], dtype=float32)
+
+    Reference:
+        TRADES' term: Zhang et al. 2019, arXiv 1901.08573.
     """
-    log_p = jax.nn.log_softmax(reference)
-    return (jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits))).sum(-1)
+    log_p = _log_softmax(reference)
+    return (jnp.exp(log_p) * (log_p - _log_softmax(logits))).sum(-1)
 
 
 def entropy(logits: Logits) -> PerExample:
-    """Shannon entropy -Σ_k p_k log p_k of p = softmax(logits), in [0, log K] nats, [B,K] -> [B]."""
-    log_p = jax.nn.log_softmax(logits)
+    """Shannon entropy -Σ_k p_k log p_k of p = softmax(logits).
+
+    Args:
+        logits: [B,K].
+
+    Returns:
+        [B], in [0, log K] nats.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> losses.entropy(jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]])))
+        Array([0.693, 0.325], dtype=float32)
+    """
+    log_p = _log_softmax(logits)
     return -(jnp.exp(log_p) * log_p).sum(-1)
 
 
 def complement_entropy(logits: Logits, labels: Labels) -> PerExample:
-    """Entropy -Σ_{j≠y} q_j log q_j of the softmax q over the classes other than y, in nats.
+    """Entropy -Σ_{j≠y} q_j log q_j of the softmax q over the classes other than y.
 
-    [B,K], [B] -> [B], in [0, log(K-1)]. Raises ValueError for K < 3. Source: arXiv 1903.01182,
-    eq. 2.
+    Args:
+        logits: [B,K], K at least 3.
+        labels: [B].
+
+    Returns:
+        [B], in [0, log(K-1)] nats.
+
+    Raises:
+        ValueError: there are fewer than 3 classes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> losses.complement_entropy(jnp.array([[7.0, 1.0, 1.0]]), jnp.array([0]))
+        Array([0.693], dtype=float32)
+
+    Reference:
+        Chen et al. 2019, arXiv 1903.01182, equation 2.
     """
     _check_classes("complement_entropy", logits, 3)
     return entropy(complement(logits, labels))
 
 
 def margin(logits: Logits, labels: Labels) -> PerExample:
-    """Output margin z_y - max_{j≠y} z_j, positive where classified right.
+    """Output margin z_y - max_{j≠y} z_j.
 
-    [B,K], [B] -> [B], in units of the logits. Source: Crammer & Singer 2001.
+    Args:
+        logits: [B,K].
+        labels: [B].
+
+    Returns:
+        [B], in units of the logits, positive where classified correctly.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> losses.margin(jnp.array([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]]), jnp.array([0, 2]))
+        Array([ 1., -2.], dtype=float32)
+
+    Reference:
+        Crammer & Singer 2001.
     """
+    logits = wide(logits)
     return _at(logits, labels) - _without(logits, labels).max(-1)
 
 
 def confidence(logits: Logits, labels: Labels) -> PerExample:
-    """Probability of the label, p_y = exp(z_y) / Σ_k exp(z_k) in [0, 1], [B,K], [B] -> [B]."""
-    return jnp.exp(_at(jax.nn.log_softmax(logits), labels))
+    """Probability of the label, p_y = exp(z_y) / Σ_k exp(z_k).
+
+    Args:
+        logits: [B,K].
+        labels: [B].
+
+    Returns:
+        [B], in [0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> losses.confidence(jnp.log(jnp.array([[0.7, 0.2, 0.1]])), jnp.array([1]))
+        Array([0.2], dtype=float32)
+    """
+    return jnp.exp(_at(_log_softmax(logits), labels))
 
 
 def correct(logits: Logits, labels: Labels) -> PerExample:
-    """1 where the label's logit is the largest, else 0: [B,K], [B] -> [B].
+    """1 where the label's logit is the largest, else 0.
 
-    Logits that are not all finite count as wrong.
+    Args:
+        logits: [B,K]; those of an example that are not all finite count as wrong.
+        labels: [B].
+
+    Returns:
+        [B], float32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> losses.correct(jnp.array([[2.0, 1.0], [2.0, jnp.nan]]), jnp.array([0, 0]))
+        Array([1., 0.], dtype=float32)
     """
     finite = jnp.isfinite(logits).all(-1)
     return ((jnp.argmax(logits, -1) == labels) & finite).astype(jnp.float32)
 
 
 def complement(logits: Logits, labels: Labels) -> Float[Array, "b k-1"]:
-    """The logits of all classes but the label, in order, [B,K], [B] -> [B,K-1]."""
-    columns = jnp.arange(logits.shape[-1] - 1)
-    columns = columns + (columns >= labels[:, None])
+    """The logits of all classes but the label, in order.
+
+    Args:
+        logits: [B,K].
+        labels: [B].
+
+    Returns:
+        [B,K-1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> losses.complement(jnp.array([[2.0, 1.0, 0.0]]), jnp.array([1]))
+        Array([[2., 0.]], dtype=float32)
+    """
+    columns = jnp.arange(logits.shape[-1] - 1)[None]
+    columns = columns + (columns >= labels[:, None]).astype(columns.dtype)
     return jnp.take_along_axis(logits, columns, axis=-1)
 
 
@@ -155,6 +381,10 @@ ATTACK_LOSSES: Mapping[str, Loss] = {
     "margin_loss": margin_loss,
     "dlr": dlr,
 }
+
+
+def _log_softmax(logits: Logits) -> Logits:
+    return jax.nn.log_softmax(wide(logits))
 
 
 def _at(values: Logits, labels: Labels) -> PerExample:

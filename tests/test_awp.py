@@ -12,7 +12,7 @@ from robust_jax.devices import parallel
 from robust_jax.train import awp
 from robust_jax.train.objectives import Adversary, make_objective
 from robust_jax.train.state import TrainState
-from robust_jax.train.step import make_train_step
+from robust_jax.train.step import StepSettings, make_train_step
 from tests.training import training_of
 
 KEY = jax.random.key(0)
@@ -58,7 +58,7 @@ def test_step_of_a_quadratic_is_the_one_by_hand(rng):
         adversary=Adversary(attack),
     )
     tx = optax.sgd(RATE)
-    step = make_train_step(objective, tx, axis_name=parallel.AXIS, weight_perturbation=GAMMA)
+    step = make_train_step(objective, tx, StepSettings(weight_perturbation=GAMMA))
     batch = {"image": images, "label": np.zeros(8, np.int32), "position": np.arange(8)}
     params = {"w": jnp.float32(w), "b": jnp.float32(b)}
     state = TrainState(
@@ -98,7 +98,8 @@ def stepped():
     make_step, init, batch = training_of(Net(), loss_on="adversarial")
 
     def run(num_devices, **keywords):
-        mapped = parallel.map_step(make_step(**keywords), "pmap", jax.devices()[:num_devices])
+        step = make_step(StepSettings(**keywords))
+        mapped = parallel.map_step(step, "pmap", jax.devices()[:num_devices])
         state = init()
         for _ in range(2):
             state, sums = mapped(state, batch, KEY)

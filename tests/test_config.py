@@ -1,6 +1,7 @@
 """What bad input gets: one line that names the field, the value and the choices."""
 
 import importlib
+import re
 from pathlib import Path
 
 import jax
@@ -79,7 +80,8 @@ MISTAKES = {
         {"regularizers__entropy": {"weight": 1.0, "on": "x"}}, "entropy.on must be one of clean",
     ),
     "pair on one half": (
-        {"regularizers__kl": {"weight": 1.0, "on": "clean"}}, "kl compares the halves",
+        {"regularizers__kl": {"weight": 1.0, "on": "clean"}},
+        "kl is not taken on one half of the batch; it looks at clean, adversarial",
     ),
     "infinite weight": ({"regularizers__kl": {"weight": float("nan")}}, "it must be finite"),
     "regulariser out of range": (
@@ -140,9 +142,10 @@ def test_launch_tells_a_mistake_in_one_line_and_writes_nothing(launch, tmp_path)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_has_a_command_in_its_docstring(name):
+def test_every_config_says_its_command_and_how_long_it_takes(name):
     doc = importlib.import_module(f"configs.{name}").__doc__
     assert f"--config=configs/{name}.py --workdir=runs/" in doc
+    assert re.search("minute|hour|accelerator", doc)
 
 
 EFFECTS = {
@@ -285,4 +288,16 @@ def test_config_modules_are_small_deltas():
     for name in CONFIGS:
         lines = Path(REPOSITORY / "configs" / f"{name}.py").read_text().splitlines()
         assert name == "default" or len(lines) < 70
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(REPOSITORY / "configs").rglob("*.py")), ids=lambda path: path.stem
+)
+def test_configs_are_deltas_of_default_and_of_no_other(path):
+    """A change of one network's recipe must not change another's."""
+    imported = re.findall(r"^\s*(?:from|import) (configs\S*.*)$", path.read_text(), re.MULTILINE)
+    allowed = {"configs import default"}
+    for line in imported:
+        in_studies = path.parent.name == "studies" and line.startswith("configs.studies.common ")
+        assert line in allowed or in_studies, line
     jax.clear_caches()

@@ -78,7 +78,7 @@ def test_a_flat_network_has_no_boundary_near_and_pulls_nothing(norm):
         images = jnp.broadcast_to(jnp.array([0.0, 0.5, 1.0])[:, None, None, None], (3, 2, 2, 1))
         half = regularizers.Half(images, logits)
         labels = jnp.zeros(3, jnp.int32)
-        return regularizers.average_margin(logits_fn, half, labels, None, norm=norm, tau=0.1)
+        return regularizers.average_margin(logits_fn, half, labels, norm=norm, tau=0.1)
 
     np.testing.assert_allclose(term(0.0), [0.0, 1.0, 2 / 3], atol=1e-6)
     np.testing.assert_array_equal(jax.jacrev(term)(0.0), np.zeros(3))
@@ -125,7 +125,7 @@ def minimisers(p, weight, num_boundaries):
 
         half = regularizers.Half(x, logits_fn(x))
         term = regularizers.average_margin(
-            logits_fn, half, labels, None, norm="l2", tau=0.5, num_boundaries=num_boundaries
+            logits_fn, half, labels, norm="l2", tau=0.5, num_boundaries=num_boundaries
         )
         return (p * (losses.cross_entropy(half.logits, labels) + weight * term)).sum()
 

@@ -11,7 +11,8 @@ from flax import linen as nn
 from robust_jax import attacks, losses
 from robust_jax import jacobian as jacobians
 from robust_jax.train import regularizers
-from robust_jax.train.objectives import Adversary, Term, make_objective
+from robust_jax.train.objectives import Adversary, make_objective
+from robust_jax.train.regularizers import REGULARIZERS, Half, Term
 
 KEY = jax.random.key(0)
 K = 3
@@ -171,13 +172,12 @@ def test_kl_term_is_from_clean_to_adversarial():
     """Σ p log(p/q) with p of the clean half, by hand in float64: not its reverse."""
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.1, 0.3, 0.6])
     clean, adversarial = (
-        regularizers.Half(jnp.zeros((1, 1, 1, 1)), jnp.log(jnp.asarray(r, jnp.float32))[None])
-        for r in (p, q)
+        Half(jnp.zeros((1, 1, 1, 1)), jnp.log(jnp.asarray(r, jnp.float32))[None]) for r in (p, q)
     )
     forward = (p * np.log(p / q)).sum()
     assert abs(forward - (q * np.log(q / p)).sum()) > 0.05
     labels = jnp.asarray([1])
-    np.testing.assert_allclose(regularizers.kl(clean, adversarial, labels), [forward], rtol=1e-5)
+    np.testing.assert_allclose(regularizers.kl(clean, adversarial), [forward], rtol=1e-5)
     np.testing.assert_allclose(
         regularizers.weighted_kl(clean, adversarial, labels), [forward * 0.8], rtol=1e-5
     )
@@ -185,8 +185,8 @@ def test_kl_term_is_from_clean_to_adversarial():
 
 def test_weighted_kl_is_mart(setting):
     params, stats, batch = setting
-    clean = regularizers.Half(batch["image"], apply(params, stats, batch["image"], False)[0])
-    other = regularizers.Half(batch["image"], clean.logits[::-1])
+    clean = Half(batch["image"], apply(params, stats, batch["image"], False)[0])
+    other = Half(batch["image"], clean.logits[::-1])
     doubt = 1 - losses.confidence(clean.logits, batch["label"])
     np.testing.assert_allclose(
         regularizers.weighted_kl(clean, other, batch["label"]),
@@ -225,15 +225,64 @@ def test_key_follows_the_position_not_the_row(setting):
     np.testing.assert_allclose(values, reversed_values[::-1], rtol=1e-4)
 
 
+def test_one_regulariser_twice_under_labels_of_ones_own(setting):
+    """What a term is does not depend on its label, which may be another regulariser's name."""
+    params, stats, batch = setting
+    plain, _, _ = run(setting, loss_on="clean")
+    shifted = Adversary(lambda f, x, y, k: jnp.clip(x + 0.1, 0, 1))
+    terms = {
+        "kl": Term(regularizers.entropy, 1.0, "clean"),
+        "entropy": Term(regularizers.entropy, 2.0, "adversarial"),
+    }
+    values, _, sums = run(setting, loss_on="clean", terms=terms, adversary=shifted)
+    halves = [
+        apply(params, stats, x, True)[0]
+        for x in (batch["image"], jnp.clip(batch["image"] + 0.1, 0, 1))
+    ]
+    entropies = [np.asarray(losses.entropy(logits)) for logits in halves]
+    np.testing.assert_allclose(values, plain - entropies[0] - 2 * entropies[1], rtol=1e-4)
+    np.testing.assert_allclose(sums["regularizers/kl"][0], -entropies[0].sum(), rtol=1e-4)
+    np.testing.assert_allclose(sums["regularizers/entropy"][0], -entropies[1].sum(), rtol=1e-4)
+
+
+def test_a_term_of_the_parameters_counts_once_for_every_example(setting):
+    params, _, _ = setting
+
+    def squared_norm(params):
+        return sum((leaf**2).sum() for leaf in jax.tree.leaves(params))
+
+    plain, _, _ = run(setting, loss_on="clean")
+    term = Term(squared_norm, 0.1, "clean")
+    values, _, sums = run(setting, loss_on="clean", terms={"decay": term})
+    np.testing.assert_allclose(values - plain, np.full(8, 0.1 * squared_norm(params)), rtol=1e-4)
+    np.testing.assert_allclose(
+        sums["regularizers/decay"][0] / sums["regularizers/decay"][1], squared_norm(params),
+        rtol=1e-5,
+    )  # fmt: skip
+    assert term.halves == () and not term.needs_labels
+
+
+def test_what_a_term_cannot_see_is_told():
+    with pytest.raises(TypeError, match="cannot look at logits; choices: half, clean, adversarial"):
+        Term(lambda logits, labels: logits, 1.0, "clean")
+
+
 KEYWORDS = {
     "vat": {"eps": 0.5},
     "average_margin": {"tau": 0.1},
     "energy_mean_square": {"eps": 0.2},
-    "energy_mean_square_label_free": {"eps": 0.2},
     "energy_oscillation": {"eps": 0.2, "norm": "l2", "num_steps": 2},
-    "energy_oscillation_label_free": {"eps": 0.2, "norm": "l2", "num_steps": 2},
 }
-EVERY = {**regularizers.REGULARIZERS, **regularizers.PAIR_REGULARIZERS}
+LABEL_FREE = ("energy_mean_square", "energy_oscillation")
+EVERY = {
+    **{name: functools.partial(fn, **KEYWORDS.get(name, {})) for name, fn in REGULARIZERS.items()},
+    **{
+        f"{name}_label_free": functools.partial(
+            REGULARIZERS[name], label_free=True, **KEYWORDS[name]
+        )
+        for name in LABEL_FREE
+    },
+}
 
 
 @pytest.mark.parametrize("on", ["adversarial", "both"])
@@ -241,7 +290,7 @@ EVERY = {**regularizers.REGULARIZERS, **regularizers.PAIR_REGULARIZERS}
 def test_parameters_are_pulled_in_the_direction_that_lowers_the_term(name, on, setting):
     """A small step against the gradient of the whole objective lowers it: nothing is cut off."""
     params, stats, batch = setting
-    term = Term(functools.partial(EVERY[name], **KEYWORDS.get(name, {})), 5.0, on)
+    term = Term(EVERY[name], 5.0, on)
     shifted = Adversary(lambda f, x, y, k: jnp.clip(x + 0.1, 0, 1))
     objective = make_objective(apply, loss=losses.cross_entropy, loss_on=on, adversary=shifted,
                                terms={name: term})  # fmt: skip
@@ -259,15 +308,21 @@ def test_parameters_are_pulled_in_the_direction_that_lowers_the_term(name, on, s
     np.testing.assert_allclose(before - after, step * squared_norm, rtol=0.15)
 
 
-@pytest.mark.parametrize("name", regularizers.REGULARIZERS)
-def test_label_free_terms_and_they_alone_do_without_labels(name, setting):
-    logits_fn, batch = frozen_network(setting)
-    half = regularizers.Half(batch["image"], logits_fn(batch["image"]))
-    fn = functools.partial(regularizers.REGULARIZERS[name], **KEYWORDS.get(name, {}))
-    term = jax.jit(lambda labels: fn(logits_fn, half, labels, jax.random.split(KEY, 8)))
-    known, unknown = term(batch["label"]), term(jnp.full(8, -1))
-    assert np.isfinite(unknown).all()
-    assert (np.asarray(known) == np.asarray(unknown)).all() == (name in regularizers.LABEL_FREE)
+@pytest.mark.parametrize("name", EVERY)
+def test_a_term_looks_at_the_labels_where_it_says_that_it_needs_them(name, setting):
+    params, _, batch = setting
+    logits_fn, _ = frozen_network(setting)
+    images = {"clean": batch["image"], "adversarial": jnp.clip(batch["image"] + 0.1, 0, 1)}
+    halves = {half: Half(x, logits_fn(x)) for half, x in images.items()}
+    term = Term(EVERY[name], 1.0, "clean")
+
+    @jax.jit
+    def values(labels):
+        keys = jax.random.split(KEY, 8)
+        return term(halves, logits_fn=logits_fn, labels=labels, keys=keys, params=params)
+
+    one, other = (np.asarray(values((batch["label"] + shift) % K)) for shift in (0, 1))
+    assert (one != other).any() == term.needs_labels
 
 
 def frozen_network(setting):
@@ -277,18 +332,16 @@ def frozen_network(setting):
 
 def test_jacobian_term_is_unbiased(setting):
     logits_fn, batch = frozen_network(setting)
-    half = regularizers.Half(batch["image"], logits_fn(batch["image"]))
-    values = regularizers.jacobian(
-        logits_fn, half, batch["label"], jax.random.split(KEY, 8), num_projections=4000
-    )
+    half = Half(batch["image"], logits_fn(batch["image"]))
+    values = regularizers.jacobian(logits_fn, half, jax.random.split(KEY, 8), num_projections=4000)
     exact = jacobians.frobenius_norm(logits_fn, batch["image"]) ** 2
     np.testing.assert_allclose(values, exact, rtol=0.1)
 
 
 def test_input_gradient_term_is_the_squared_norm(setting):
     logits_fn, batch = frozen_network(setting)
-    half = regularizers.Half(batch["image"], logits_fn(batch["image"]))
-    values = regularizers.input_gradient(logits_fn, half, batch["label"], None)
+    half = Half(batch["image"], logits_fn(batch["image"]))
+    values = regularizers.input_gradient(logits_fn, half, batch["label"])
     for i in range(8):
 
         def loss(image, i=i):
@@ -302,11 +355,9 @@ def test_vat_direction_is_the_top_eigenvector_of_the_fisher_metric(setting):
     """At small eps, VAT's KL is ½ eps² times the largest eigenvalue of JᵀFJ, from an SVD."""
     logits_fn, batch = frozen_network(setting)
     x = batch["image"]
-    half = regularizers.Half(x, logits_fn(x))
+    half = Half(x, logits_fn(x))
     eps = 0.02
-    values = regularizers.vat(
-        logits_fn, half, batch["label"], jax.random.split(KEY, 8), eps=eps, num_iterations=30
-    )
+    values = regularizers.vat(logits_fn, half, jax.random.split(KEY, 8), eps=eps, num_iterations=30)
     jacobian = np.asarray(jacobians.jacobian(logits_fn, x), np.float64).reshape(8, K, -1)
     p = np.asarray(jax.nn.softmax(half.logits), np.float64)
     for i in range(8):

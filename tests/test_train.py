@@ -24,6 +24,7 @@ from robust_jax.models import MODELS
 from robust_jax.train import loop, optimizer
 from robust_jax.train.checkpoint import Checkpoints
 from robust_jax.train.metrics import MetricsWriter, reduce_sums
+from robust_jax.train.step import StepSettings
 from robust_jax.train.validate import make_validation
 from tests.training import training_of
 
@@ -57,7 +58,7 @@ def wide_resnet_step():
         num_classes=10, depth=10, width=1, activation="silu", axis_name=parallel.AXIS
     )
     make_step, init, batch = training_of(model, loss_on="both", learning_rate=0.01)
-    step = make_step(crop_padding=1, flip=True, ema_decay=0.9)
+    step = make_step(StepSettings(crop_padding=1, flip=True, ema_decay=0.9))
     return step, functools.partial(init, average=True), batch
 
 
@@ -67,7 +68,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole():
     make_step, init, batch = training_of(model, loss_on="both")
     found = []
     for num_parts, devices in ((1, 1), (4, 1), (4, 2)):
-        step = make_step(num_parts=num_parts, weight_perturbation=0.01)
+        step = make_step(StepSettings(num_parts=num_parts, weight_perturbation=0.01))
         mapped = parallel.map_step(step, "shard_map", jax.devices()[:devices])
         state = init()
         for _ in range(2):
@@ -275,23 +276,23 @@ def test_seeds_trained_together_are_those_trained_alone(undisturbed, method, tmp
 
     def plans(terminate_at=None):
         found = [plan_of(small_config(seed=seed, parallel=method)) for seed in (0, 1)]
-        plain = found[0].train_steps
+        plain = found[0].vmapped_train_step
 
-        def train_steps(states, batches, keys):
+        def vmapped_train_step(states, batches, keys):
             sizes.append(len(states))
             if int(states[0].step) == terminate_at:
                 signal.raise_signal(signal.SIGTERM)
             return plain(states, batches, keys)
 
-        object.__setattr__(found[0], "train_steps", train_steps)
+        object.__setattr__(found[0], "vmapped_train_step", vmapped_train_step)
         return found
 
     sizes = []
     with pytest.raises(SystemExit) as stopped:
-        loop.train_together(plans(terminate_at=3), folders)
+        loop.train_seeds(plans(terminate_at=3), folders)
     assert stopped.value.code == loop.EXIT_TERMINATED
     assert sizes == [2] * 4
-    together = loop.train_together(plans(), folders)
+    together = loop.train_seeds(plans(), folders)
     assert sizes == [2] * 12
     expected, workdir = undisturbed
     chex.assert_trees_all_close(together[0].last, expected.last, rtol=1e-3, atol=1e-5)
@@ -309,7 +310,7 @@ def test_seeds_trained_together_are_those_trained_alone(undisturbed, method, tmp
 
 def test_a_finished_seed_waits_for_no_other(undisturbed, tmp_path):
     _, finished = undisturbed
-    trained = loop.train_together(
+    trained = loop.train_seeds(
         [plan_of(small_config(seed=seed)) for seed in (0, 1)], [finished, tmp_path]
     )
     chex.assert_trees_all_equal(trained[0].last, undisturbed[0].last)

@@ -60,7 +60,7 @@ def get_config():
     few = {"num_labeled": 100, "labeled_fraction": 0.25}
     l2 = {"eps": EPS, "norm": "l2"}
     vat = {"vat": {"weight": 1.0, "eps": EPS}}
-    free = {"energy_oscillation_label_free": {"weight": 1.0, "num_steps": 5, **l2}}
+    free = {"energy_oscillation": {"weight": 1.0, "num_steps": 5, "label_free": True, **l2}}
     config.arms = ConfigDict(
         {
             "ce": {},

@@ -19,8 +19,8 @@ from robust_jax.attacks._autoattack import VERSIONS, check_arguments
 from robust_jax.attacks._best import check_lengths
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
-from robust_jax.train import regularizers
-from robust_jax.train.objectives import Adversary, Term
+from robust_jax.train.objectives import Adversary
+from robust_jax.train.regularizers import REGULARIZERS, Term
 
 # AutoAttack is a loop on the host.
 ATTACKS_IN_A_STEP = {name: attack for name, attack in ATTACKS.items() if name != "autoattack"}
@@ -49,17 +49,20 @@ def term(name: str, entry: ConfigDict, loss_on: str) -> Term:
     path = f"config.regularizers.{name}"
     if not isinstance(entry, ConfigDict):
         raise UserError(f'{path} must be an entry like {{"weight": 1.0}}, not {entry!r}')
-    choices = {**regularizers.REGULARIZERS, **regularizers.PAIR_REGULARIZERS}
     keywords = {k: v for k, v in entry.items() if k not in ("weight", "on")}
-    fn = bind(choices, {"name": name, **keywords}, path)
+    fn = bind(REGULARIZERS, {"name": name, **keywords}, path)
     if "weight" not in entry:
         raise UserError(f"{path}.weight is missing")
     weight = config_lib.check_type(entry["weight"], float, f"{path}.weight")
     if not math.isfinite(weight):
         raise UserError(f"{path}.weight is {weight}; it must be finite")
-    if name in regularizers.PAIR_REGULARIZERS and "on" in entry:
-        raise UserError(f"{path}.on: {name} compares the halves and is not on one of them")
-    return Term(fn, weight, entry.get("on", loss_on))
+    bound = Term(fn, weight, entry.get("on", loss_on))
+    if "on" in entry and "half" not in bound.inputs:
+        raise UserError(
+            f"{path}.on: {fn.func.__name__} is not taken on one half of the batch; "
+            f"it looks at {', '.join(bound.inputs)}"
+        )
+    return bound
 
 
 def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:

@@ -47,7 +47,7 @@ def execute(
         results = runs.results(workdir)
         processes.on_first(partial(folder.write_report, workdir, results))
         return results
-    experiment = processes.together(partial(build, config))
+    experiment = processes.on_all(partial(build, config))
     processes.on_first(partial(folder.claim, workdir, config, mode))
     with contextlib.nullcontext() if mode == "verify" else folder.locked(workdir):
         return _run(experiment, workdir, mode, profile)
@@ -96,14 +96,14 @@ def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> N
     `execute` then has the rest to do, and all of it for networks of a million parameters and more:
     each of those fills the device by itself.
     """
-    experiments = processes.together(lambda: [build(config) for config in configs])
+    experiments = processes.on_all(lambda: [build(config) for config in configs])
     size = num_parameters(jax.eval_shape(experiments[0].plan.init).params)
     if size < 1_000_000:
         with contextlib.ExitStack() as stack:
             for config, workdir in zip(configs, workdirs, strict=True):
                 processes.on_first(partial(folder.claim, workdir, config, "train"))
                 stack.enter_context(folder.locked(workdir))
-            loop.train_together([experiment.plan for experiment in experiments], workdirs)
+            loop.train_seeds([experiment.plan for experiment in experiments], workdirs)
 
 
 def _evaluate(experiment: Experiment, trained: Trained, workdir: Path) -> dict[str, Any]:

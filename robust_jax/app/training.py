@@ -17,11 +17,12 @@ from robust_jax.app.config import bind, choose, guard
 from robust_jax.app.evaluator import Network
 from robust_jax.devices import parallel
 from robust_jax.models import MODELS
-from robust_jax.train import optimizer, regularizers
+from robust_jax.train import optimizer
 from robust_jax.train.loop import Plan
-from robust_jax.train.objectives import Apply, Term, halves_needed, make_objective
+from robust_jax.train.objectives import Apply, halves_needed, make_objective
+from robust_jax.train.regularizers import Half, Term
 from robust_jax.train.state import init_state
-from robust_jax.train.step import make_train_step, together
+from robust_jax.train.step import StepSettings, make_train_step, vmap_train_step
 from robust_jax.train.validate import make_validation
 from robust_jax.types import LogitsFn
 
@@ -111,12 +112,12 @@ def build(config: ConfigDict) -> Training:
     train_step = make_train_step(
         objective,
         tx,
-        axis_name=parallel.AXIS,
-        ema_decay=config.ema_decay or None,
-        weight_perturbation=config.weight_perturbation,
-        num_parts=config.batch_parts,
-        crop_padding=config.augmentation.crop_padding,
-        flip=config.augmentation.flip,
+        StepSettings(
+            **config.augmentation,
+            ema_decay=config.ema_decay or None,
+            weight_perturbation=config.weight_perturbation,
+            num_parts=config.batch_parts,
+        ),
     )
     init_key, train_key, validation_key, evaluation_key = jax.random.split(
         jax.random.key(config.seed), 4
@@ -132,7 +133,7 @@ def build(config: ConfigDict) -> Training:
     plan = Plan(
         init=init,
         train_step=parallel.map_step(train_step, method),
-        train_steps=parallel.map_step(together(train_step), method),
+        vmapped_train_step=parallel.map_step(vmap_train_step(train_step), method),
         validate=make_validation(
             network(model),
             validation_attack,
@@ -208,23 +209,21 @@ def _try_out(dataset, model, loss, adversary, terms: Mapping[str, Term], validat
     """Traces each piece on the data's shapes: the network once, the others on a linear one."""
     x, y, key, logits = _shapes(dataset)
 
-    def regularized(fn, pair):
-        def term(x, logits, y, key):
-            half = regularizers.Half(x, logits)
-            if pair:
-                return fn(half, half, y)
-            return fn(_linear(dataset), half, y, jax.random.split(key, 2))
+    def regularized(term):
+        def values(x, logits, y, key, params):
+            halves = dict.fromkeys(("clean", "adversarial"), Half(x, logits))
+            keys = jax.random.split(key, 2)
+            return term(halves, logits_fn=_linear(dataset), labels=y, keys=keys, params=params)
 
-        jax.eval_shape(term, x, logits, y, key)
+        jax.eval_shape(values, x, logits, y, key, params)
 
-    guard("config.model", jax.eval_shape, model.init, key, x)
+    params = guard("config.model", jax.eval_shape, model.init, key, x)["params"]
     guard("config.loss", jax.eval_shape, loss, logits, y)
     if adversary is not None:
         target = logits if adversary.against_clean_logits else y
         try_attack("config.adversary", adversary.attack, dataset, target)
     for name, term in terms.items():
-        pair = name in regularizers.PAIR_REGULARIZERS
-        guard(f"config.regularizers.{name}", regularized, term.fn, pair)
+        guard(f"config.regularizers.{name}", regularized, term)
     try_attack("config.validation_attack", validation_attack, dataset)
 
 

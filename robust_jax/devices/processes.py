@@ -57,8 +57,8 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def together(fn: Callable[[], Result]) -> Result:
-    """fn() of every process; what a user can mend in one is raised in all, as none can go on alone.
+def on_all(fn: Callable[[], Result]) -> Result:
+    """fn() in every process; what a user can fix in one is raised in all: none can work alone.
 
     Raises UserError, and OSError where it is this process's own.
     """
@@ -80,8 +80,8 @@ def together(fn: Callable[[], Result]) -> Result:
 
 
 def on_first(fn: Callable[[], object]) -> None:
-    """fn() of the first process while the others wait; see `together`."""
-    together(fn if is_first() else lambda: None)
+    """fn() in the first process while the others wait; see `on_all`."""
+    on_all(fn if is_first() else lambda: None)
 
 
 def any_of(flag: bool) -> bool:

@@ -32,15 +32,15 @@ EXIT_TERMINATED = 143
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to train; durations in steps.
+    """What a run trains, and how often it logs, validates and saves; durations in steps.
 
-    train_step maps (state, batch, key) to (state, sums); train_steps maps tuples of them, one for
-    each of several runs, to a tuple of (state, sums).
+    train_step maps (state, batch, key) to (state, sums); vmapped_train_step maps tuples of them,
+    one for each of several runs, to a tuple of (state, sums).
     """
 
     init: Callable[[], TrainState]
     train_step: Callable
-    train_steps: Callable
+    vmapped_train_step: Callable
     validate: Validate
     batches: TrainBatches
     schedule: Schedule
@@ -70,16 +70,16 @@ def train(plan: Plan, workdir: Path, profile: Path | None = None) -> Trained:
     with EXIT_TERMINATED, after saving, on SIGTERM. profile: a folder for a trace of the ten steps
     after the first, as TensorBoard, XProf and Perfetto read it.
     """
-    return train_together([plan], [workdir], profile)[0]
+    return train_seeds([plan], [workdir], profile)[0]
 
 
-def train_together(
+def train_seeds(
     plans: Sequence[Plan], workdirs: Sequence[Path], profile: Path | None = None
 ) -> list[Trained]:
     """`train` for several runs that differ in their seed alone, a step of all as one program.
 
     Small networks leave an accelerator idle; under vmap the runs share it. Each run has its own
-    folder, checkpoints and logs, and goes on from there, together or alone.
+    folder, checkpoints and logs, and resumes from there, alone or with the others.
     """
     with _Terminated() as terminated:
         runs = [
@@ -108,7 +108,7 @@ def train_together(
                 if len(which) == 1:
                     results = (plans[which[0]].train_step(states[0], batches[0], keys[0]),)
                 else:
-                    results = plans[0].train_steps(states, batches, keys)
+                    results = plans[0].vmapped_train_step(states, batches, keys)
                 trace.step_done(results)
                 for i, result in zip(which, results, strict=True):
                     advance(i, result)

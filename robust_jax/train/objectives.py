@@ -6,7 +6,7 @@ the evaluation-mode network, and shared by everything that needs it.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,7 @@ from jaxtyping import Array, Float
 from robust_jax import losses
 from robust_jax.data import UNLABELED
 from robust_jax.keys import fold_each, fold_in_each
-from robust_jax.train import regularizers
-from robust_jax.train.regularizers import Half
+from robust_jax.train.regularizers import HALVES, Half, LossOn, Term, mean
 
 Params = Any
 BatchStats = Any
@@ -26,27 +25,12 @@ Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 # apply(params, batch_stats, x, train) -> (logits, new batch_stats)
 Apply = Callable[[Params, BatchStats, Array, bool], tuple[Array, BatchStats]]
 
-LossOn = Literal["clean", "adversarial", "both"]
-_HALVES: Mapping[str, tuple[str, ...]] = {
-    "clean": ("clean",),
-    "adversarial": ("adversarial",),
-    "both": ("clean", "adversarial"),
-}
-
 
 class Adversary(NamedTuple):
     """attack(logits_fn, x, y, keys) -> x_adv; against_clean_logits: y is the clean logits."""
 
     attack: Callable
     against_clean_logits: bool = False
-
-
-class Term(NamedTuple):
-    """A regulariser with its keywords bound, its weight and the halves it is taken on."""
-
-    fn: Callable
-    weight: float
-    on: LossOn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +60,21 @@ def make_objective(
     """The objective of a loss, an adversary and regularisers.
 
     batch: image [B,H,W,C] in [0,1], label [B] (-1 where unlabelled), position [B], the row's
-    place in the global batch, with which key is folded. Over "both" halves a loss or a term is
-    their mean. Unlabelled examples have no loss; the others' is divided by labeled_fraction, the
-    share of labels in every global batch, so that the batch's mean is the mean over labels.
-    Running statistics are those of the forward passes the loss is taken on. Raises ValueError
-    where something needs the adversarial half and there is no adversary.
+    place in the global batch, with which key is folded. terms: by the labels under which their
+    values are logged. Over "both" halves a loss or a term is their mean. Unlabelled examples have
+    no loss; the others' is divided by labeled_fraction, the share of labels in every global batch,
+    so that the batch's mean is the mean over labels. Running statistics are those of the forward
+    passes the loss is taken on. Raises ValueError where something needs the adversarial half and
+    there is no adversary.
     """
     terms = terms or {}
-    loss_halves = _HALVES[_check_half("loss_on", loss_on)]
-    term_halves = {name: _term_halves(name, term) for name, term in terms.items()}
+    _check_half("loss_on", loss_on)
+    for name, term in terms.items():
+        _check_half(f"regularizers.{name}.on", term.on)
+    loss_halves = HALVES[loss_on]
     needed = halves_needed(loss_on, terms)
     if adversary is None and "adversarial" in needed:
-        users = [n for n, halves in term_halves.items() if "adversarial" in halves]
+        users = [name for name, term in terms.items() if "adversarial" in term.halves]
         what = "loss_on" if "adversarial" in loss_halves else f"regularizers.{users[0]}"
         raise ValueError(
             f"{what} needs the adversarial half of the batch, but adversary is None; "
@@ -116,7 +103,8 @@ def make_objective(
         # Any class will do in an unlabelled example's loss, which is multiplied by zero.
         known = jnp.where(labeled, labels, 0)
         keys = fold_in_each(key, batch["position"])
-        halves, new_stats = {}, batch_stats
+        halves: dict[str, Half] = {}
+        new_stats = batch_stats
         for name in sorted(needed, reverse=True):  # clean first, as its statistics are
             stats_before = new_stats if name in loss_halves else batch_stats
             images = batch["image" if name == "clean" else name]
@@ -126,18 +114,15 @@ def make_objective(
 
         network = evaluation_network(params, batch_stats)
         weight = labeled / labeled_fraction
-        supervised = _mean(weight * loss(halves[h].logits, known) for h in loss_halves)
+        supervised = mean(weight * loss(halves[h].logits, known) for h in loss_halves)
         total, count = supervised, jnp.asarray(float(labels.shape[0]))
         sums: Sums = {}
         for i, (name, term) in enumerate(terms.items()):
-            if name in regularizers.PAIR_REGULARIZERS:
-                values = term.fn(halves["clean"], halves["adversarial"], labels)
-            else:
-                term_keys = fold_each(keys, i + 1)
-                values = _mean(
-                    term.fn(network, halves[h], labels, term_keys) for h in term_halves[name]
-                )
-            if name not in regularizers.LABEL_FREE:
+            values = term(
+                halves, logits_fn=network, labels=known, keys=fold_each(keys, i + 1), params=params
+            )
+            values = jnp.broadcast_to(values, labels.shape)
+            if term.needs_labels:
                 values = values * weight
             total = total + term.weight * values
             sums[f"regularizers/{name}"] = (values.sum(), count)
@@ -153,22 +138,9 @@ def make_objective(
 
 def halves_needed(loss_on: LossOn, terms: Mapping[str, Term]) -> set[str]:
     """The halves of the batch, "clean" and "adversarial", that an objective looks at."""
-    halves = [_HALVES[loss_on], *(_term_halves(name, term) for name, term in terms.items())]
-    return {half for some in halves for half in some}
+    return {*HALVES[loss_on], *(half for term in terms.values() for half in term.halves)}
 
 
-def _term_halves(name: str, term: Term) -> tuple[str, ...]:
-    if name in regularizers.PAIR_REGULARIZERS:
-        return _HALVES["both"]
-    return _HALVES[_check_half(f"regularizers.{name}.on", term.on)]
-
-
-def _check_half(name: str, value: str) -> str:
-    if value not in _HALVES:
-        raise ValueError(f"{name} must be one of {', '.join(get_args(LossOn))}, not {value!r}")
-    return value
-
-
-def _mean(values) -> Float[Array, " b"]:
-    values = list(values)
-    return sum(values[1:], values[0]) / len(values)
+def _check_half(name: str, value: str) -> None:
+    if value not in HALVES:
+        raise ValueError(f"{name} must be one of {', '.join(HALVES)}, not {value!r}")

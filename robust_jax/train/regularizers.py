@@ -1,16 +1,24 @@
 """Terms a training objective adds to its loss: per-example [B], smaller is better.
 
-A single-half term is `term(logits_fn, half, labels, keys, **keywords)`, a pair term
-`term(clean, adversarial, labels, **keywords)`. `logits_fn` is the evaluation-mode network,
-differentiable in its parameters; `half` holds images and their training-mode logits; labels are
--1 where unknown, and terms in LABEL_FREE do not look at them.
+A regulariser is a function here and a line in REGULARIZERS. The names of its positional parameters
+say what it looks at:
+
+    half                the half of the batch it is taken on, a `Half`
+    clean, adversarial  both halves, for a term that compares them
+    logits_fn           the evaluation-mode network, differentiable in its parameters
+    labels              [B]; such a term leaves unlabelled examples out, and sees class 0 for them
+    keys                [B], a random key for each example
+    params              the network's parameters
+
+Its keywords are a config's; label_free=True, where there is such a one, does without the labels.
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from robust_jax import energy, losses, margins
@@ -20,6 +28,13 @@ from robust_jax.attacks.norms import L2
 from robust_jax.types import Images, Labels, LogitsFn, PerExample
 
 Keys = Key[Array, " b"]
+LossOn = Literal["clean", "adversarial", "both"]
+HALVES: Mapping[str, tuple[str, ...]] = {
+    "clean": ("clean",),
+    "adversarial": ("adversarial",),
+    "both": ("clean", "adversarial"),
+}
+_INPUTS = ("half", "clean", "adversarial", "logits_fn", "labels", "keys", "params")
 
 
 class Half(NamedTuple):
@@ -29,22 +44,74 @@ class Half(NamedTuple):
     logits: Float[Array, "b k"]
 
 
-def entropy(logits_fn: LogitsFn, half: Half, labels: Labels, keys: Keys) -> PerExample:
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A regulariser with its keywords bound, its weight and the half it is taken on.
+
+    Raises TypeError for a function that asks for something a term cannot see.
+    """
+
+    fn: Callable
+    weight: float
+    on: LossOn
+
+    def __post_init__(self):
+        if unknown := [name for name in self.inputs if name not in _INPUTS]:
+            raise TypeError(
+                f"a regulariser cannot look at {', '.join(unknown)}; choices: {', '.join(_INPUTS)}"
+            )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What it looks at: the names of its positional parameters."""
+        parameters = inspect.signature(self.fn).parameters.values()
+        return tuple(p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD)
+
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """The halves of the batch that it looks at."""
+        if "half" in self.inputs:
+            return HALVES[self.on]
+        return tuple(name for name in HALVES["both"] if name in self.inputs)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it leaves out examples without a label."""
+        label_free = inspect.signature(self.fn).parameters.get("label_free")
+        return "labels" in self.inputs and not (label_free and label_free.default)
+
+    def __call__(self, halves: Mapping[str, Half], **rest: Any) -> PerExample:
+        """The values [B], or one for all; over two halves their mean. rest: the other inputs."""
+        if "half" not in self.inputs:
+            return self._of({**halves, **rest})
+        return mean(self._of({"half": halves[name], **rest}) for name in self.halves)
+
+    def _of(self, available: Mapping[str, Any]) -> PerExample:
+        return self.fn(*(available[name] for name in self.inputs))
+
+
+def mean(values: Iterable[PerExample]) -> PerExample:
+    """The mean of several arrays of one shape."""
+    values = list(values)
+    return sum(values[1:], values[0]) / len(values)
+
+
+def entropy(half: Half) -> PerExample:
     """-H(p) in nats: a positive weight promotes uncertainty (EntM, arXiv 2011.13538)."""
     return -losses.entropy(half.logits)
 
 
-def complement_entropy(logits_fn: LogitsFn, half: Half, labels: Labels, keys: Keys) -> PerExample:
+def complement_entropy(half: Half, labels: Labels) -> PerExample:
     """-H(q) in nats, q the softmax over the wrong classes: what COT adds to cross-entropy.
 
     There (arXiv 1903.01182) every iteration takes two steps, one on each of the two; here one step
     on their sum, our reading. The authors' code divides by K: a weight of 1/K.
     """
-    return -losses.complement_entropy(half.logits, jnp.maximum(labels, 0))
+    return -losses.complement_entropy(half.logits, labels)
 
 
 def jacobian(
-    logits_fn: LogitsFn, half: Half, labels: Labels, keys: Keys, *, num_projections: int = 1
+    logits_fn: LogitsFn, half: Half, keys: Keys, *, num_projections: int = 1
 ) -> PerExample:
     """‖∇_x logits‖_F², unbiased, by num_projections random projections (arXiv 1908.02729)."""
     return jacobians.squared_frobenius_samples(
@@ -52,13 +119,11 @@ def jacobian(
     ).mean(0)
 
 
-def input_gradient(logits_fn: LogitsFn, half: Half, labels: Labels, keys: Keys) -> PerExample:
+def input_gradient(logits_fn: LogitsFn, half: Half, labels: Labels) -> PerExample:
     """‖∇_x cross-entropy‖₂² (Drucker & LeCun 1992; arXiv 1711.09404)."""
 
     def total(images):
-        # An unlabelled example has no loss, hence no gradient.
-        losses_ = losses.cross_entropy(logits_fn(images), jnp.maximum(labels, 0))
-        return jnp.where(labels >= 0, losses_, 0.0).sum()
+        return losses.cross_entropy(logits_fn(images), labels).sum()
 
     return (jax.grad(total)(half.images) ** 2).sum((1, 2, 3))
 
@@ -66,7 +131,6 @@ def input_gradient(logits_fn: LogitsFn, half: Half, labels: Labels, keys: Keys) 
 def vat(
     logits_fn: LogitsFn,
     half: Half,
-    labels: Labels,
     keys: Keys,
     *,
     eps: float,
@@ -76,8 +140,8 @@ def vat(
 
     r follows the top eigenvector of the KL's Hessian, found by power iterations (arXiv 1704.03976,
     algorithm 1). The Hessian-vector product JᵀFJd is exact: the limit ξ → 0 of the paper's finite
-    difference, which float32 cannot resolve at ξ = 1e-6. Label-free. Raises ValueError for a
-    negative eps or num_iterations below 1.
+    difference, which float32 cannot resolve at ξ = 1e-6. Raises ValueError for a negative eps or
+    num_iterations below 1.
     """
     if eps < 0 or num_iterations < 1:
         raise ValueError(
@@ -100,7 +164,6 @@ def average_margin(
     logits_fn: LogitsFn,
     half: Half,
     labels: Labels,
-    keys: Keys,
     *,
     tau: float,
     norm: Norm = "linf",
@@ -113,7 +176,7 @@ def average_margin(
     than that are about equally likely.
     """
     distances = margins.boundary_distances(
-        logits_fn, half.images, jnp.maximum(labels, 0), norm=norm, num_boundaries=num_boundaries
+        logits_fn, half.images, labels, norm=norm, num_boundaries=num_boundaries
     )
     return margins.truncate(distances, tau)
 
@@ -127,27 +190,15 @@ def energy_mean_square(
     eps: float,
     norm: Norm = "linf",
     num_samples: int = 1,
+    label_free: bool = False,
 ) -> PerExample:
-    """E (ℓ(x+r) - ℓ(x))² over the ball, in nats² (arXiv 1911.06479, our reading)."""
-    y = jnp.maximum(labels, 0)
+    """E (ℓ(x+r) - ℓ(x))² over the ball, in nats² (arXiv 1911.06479, our reading).
+
+    ℓ is the cross-entropy, or label_free KL(p(x) ‖ p(x+r)).
+    """
+    y = None if label_free else labels
     return energy.mean_square(
         logits_fn, half.images, y, keys, eps=eps, norm=norm, num_samples=num_samples
-    )
-
-
-def energy_mean_square_label_free(
-    logits_fn: LogitsFn,
-    half: Half,
-    labels: Labels,
-    keys: Keys,
-    *,
-    eps: float,
-    norm: Norm = "linf",
-    num_samples: int = 1,
-) -> PerExample:
-    """E KL(p(x) ‖ p(x+r))² over the ball, in nats² (arXiv 1911.06479, our reading)."""
-    return energy.mean_square(
-        logits_fn, half.images, None, keys, eps=eps, norm=norm, num_samples=num_samples
     )
 
 
@@ -161,64 +212,39 @@ def energy_oscillation(
     norm: Norm = "linf",
     num_steps: int = 10,
     step_size: float | None = None,
+    label_free: bool = False,
 ) -> PerExample:
-    """(max ℓ - min ℓ)² over the ball, in nats² (arXiv 1911.06479, our reading)."""
-    y = jnp.maximum(labels, 0)
+    """(max ℓ - min ℓ)² over the ball, in nats² (arXiv 1911.06479, our reading).
+
+    ℓ is the cross-entropy, or label_free KL(p(x) ‖ p(x+r)), whose minimum is 0.
+    """
+    y = None if label_free else labels
     return energy.oscillation(
         logits_fn, half.images, y, keys,
         eps=eps, norm=norm, num_steps=num_steps, step_size=step_size,
     )  # fmt: skip
 
 
-def energy_oscillation_label_free(
-    logits_fn: LogitsFn,
-    half: Half,
-    labels: Labels,
-    keys: Keys,
-    *,
-    eps: float,
-    norm: Norm = "linf",
-    num_steps: int = 10,
-    step_size: float | None = None,
-) -> PerExample:
-    """max KL(p(x) ‖ p(x+r))² over the ball, in nats² (arXiv 1911.06479, our reading)."""
-    return energy.oscillation(
-        logits_fn, half.images, None, keys,
-        eps=eps, norm=norm, num_steps=num_steps, step_size=step_size,
-    )  # fmt: skip
-
-
-def kl(clean: Half, adversarial: Half, labels: Labels) -> PerExample:
-    """KL(p(x) ‖ p(x_adv)), TRADES' term (arXiv 1901.08573). Label-free."""
+def kl(clean: Half, adversarial: Half) -> PerExample:
+    """KL(p(x) ‖ p(x_adv)), TRADES' term (arXiv 1901.08573)."""
     return losses.kl(adversarial.logits, clean.logits)
 
 
 def weighted_kl(clean: Half, adversarial: Half, labels: Labels) -> PerExample:
     """KL(p(x) ‖ p(x_adv)) · (1 - p_y(x)), MART's term (ICLR 2020, eq. 9)."""
-    doubt = 1 - losses.confidence(clean.logits, jnp.maximum(labels, 0))
+    doubt = 1 - losses.confidence(clean.logits, labels)
     return losses.kl(adversarial.logits, clean.logits) * doubt
 
 
 REGULARIZERS: Mapping[str, Callable[..., PerExample]] = {
     "entropy": entropy,
     "complement_entropy": complement_entropy,
+    "kl": kl,
+    "weighted_kl": weighted_kl,
+    "vat": vat,
     "jacobian": jacobian,
     "input_gradient": input_gradient,
-    "vat": vat,
     "average_margin": average_margin,
     "energy_mean_square": energy_mean_square,
-    "energy_mean_square_label_free": energy_mean_square_label_free,
     "energy_oscillation": energy_oscillation,
-    "energy_oscillation_label_free": energy_oscillation_label_free,
 }
-PAIR_REGULARIZERS: Mapping[str, Callable[..., PerExample]] = {"kl": kl, "weighted_kl": weighted_kl}
-LABEL_FREE = frozenset(
-    {
-        "entropy",
-        "jacobian",
-        "vat",
-        "energy_mean_square_label_free",
-        "energy_oscillation_label_free",
-        "kl",
-    }
-)

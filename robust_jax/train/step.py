@@ -1,5 +1,6 @@
-"""One update on one device; parallel.py maps it over all of them."""
+"""One update on one device; devices/parallel.py maps it over all of them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import optax
 from jaxtyping import Array, Key
 
 from robust_jax import data
+from robust_jax.devices.parallel import AXIS
 from robust_jax.keys import fold_in_each
 from robust_jax.train import awp
 from robust_jax.train.objectives import Batch, Objective, Sums
@@ -17,32 +19,46 @@ from robust_jax.train.state import Average, TrainState
 TrainStep = Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Sums]]
 
 
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """How a step is taken.
+
+    crop_padding, flip: random augmentation; see `data.augment`.
+    ema_decay: of the averaged parameters that are evaluated; None: there are none.
+    weight_perturbation: AWP's γ; 0: none. Else the gradient, the sums and the batch statistics are
+        those at weights perturbed by that share, on the same adversarial examples: one more
+        gradient a step.
+    num_parts: in how many pieces, one after another, a device takes its rows, where their
+        activations do not fit. The gradient is that of all rows, but BatchNorm sees a piece.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+    ema_decay: float | None = None
+    weight_perturbation: float = 0.0
+    num_parts: int = 1
+
+
 def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    *,
-    axis_name: str,
-    crop_padding: int = 0,
-    flip: bool = False,
-    ema_decay: float | None = None,
-    weight_perturbation: float = 0.0,
-    num_parts: int = 1,
+    settings: StepSettings = StepSettings(),
 ) -> TrainStep:
-    """train_step(state, batch, key) -> (state, sums), per device, with collectives over axis_name.
+    """train_step(state, batch, key) -> (state, sums), per device, with collectives over AXIS.
 
     batch holds this device's rows of image, label and position; key is the run's, the same at
-    every step and on every device. sums are already summed over the devices. With
-    weight_perturbation above 0 the gradient, the sums and the batch statistics are those at weights
-    perturbed by that share (AWP): one more gradient a step, on the same adversarial examples.
-    num_parts: in how many pieces, one after another, a device takes its rows, where their
-    activations do not fit; the gradient is that of all rows, but BatchNorm sees a piece at a time.
+    every step and on every device. sums are already summed over the devices.
     """
+    num_parts = settings.num_parts
 
     def train_step(state, batch, key):
         key, augment_key = jax.random.split(jax.random.fold_in(key, state.step))
         augment_keys = fold_in_each(augment_key, batch["position"])
         images = data.augment(
-            data.to_pixels(batch["image"]), augment_keys, crop_padding=crop_padding, flip=flip
+            data.to_pixels(batch["image"]),
+            augment_keys,
+            crop_padding=settings.crop_padding,
+            flip=settings.flip,
         )
         batch = {**batch, "image": images}
         parts = jax.tree.map(lambda a: a.reshape(num_parts, -1, *a.shape[1:]), batch)
@@ -63,13 +79,13 @@ def make_train_step(
 
             batch_stats, (gradient, sums) = _summed(of_part, state.batch_stats, parts)
             gradient = jax.tree.map(lambda g: g / num_parts, gradient)
-            return jax.lax.pmean(gradient, axis_name), (batch_stats, sums)
+            return jax.lax.pmean(gradient, AXIS), (batch_stats, sums)
 
         params = state.params
-        if weight_perturbation:
-            params = awp.perturbed(params, mean_gradient(params)[0], weight_perturbation)
+        if gamma := settings.weight_perturbation:
+            params = awp.perturbed(params, mean_gradient(params)[0], gamma)
         gradient, (batch_stats, sums) = mean_gradient(params)
-        sums = jax.lax.psum(sums, axis_name)
+        sums = jax.lax.psum(sums, AXIS)
         one = jnp.ones(())
         sums["gradient_norm"] = (optax.tree.norm(gradient), one)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -80,14 +96,14 @@ def make_train_step(
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            average=_averaged(state, params, batch_stats, ema_decay),
+            average=_averaged(state, params, batch_stats, settings.ema_decay),
         )
         return state, sums
 
     return train_step
 
 
-def together(train_step: TrainStep) -> Callable:
+def vmap_train_step(train_step: TrainStep) -> Callable:
     """The step of several runs at once: tuples of states, batches and keys, by jax.vmap."""
 
     def train_steps(states, batches, keys):

@@ -1,0 +1,49 @@
+"""The library's docstrings: every public function has its sections, and their examples run."""
+
+import doctest
+import importlib
+import inspect
+import re
+
+import pytest
+
+MODULES = ("losses", "jacobian", "energy")
+NUMBER = r"-?\d+\.\d*(?:e[-+]?\d+)?"
+
+
+class ToThePrecisionWritten(doctest.OutputChecker):
+    """Numbers are compared to the digits that the docstring shows, spaces not at all."""
+
+    def check_output(self, want, got, optionflags):
+        want, got = (re.sub(r"\s", "", text) for text in (want, got))
+        if re.sub(NUMBER, "#", want) != re.sub(NUMBER, "#", got):
+            return False
+        shown, found = (re.findall(NUMBER, text) for text in (want, got))
+        return all(
+            abs(float(a) - float(b)) <= 10.0 ** -len(a.partition(".")[2])
+            for a, b in zip(shown, found, strict=True)
+        )
+
+
+def functions():
+    for name in MODULES:
+        module = importlib.import_module(f"robust_jax.{name}")
+        for label, value in vars(module).items():
+            is_own = getattr(value, "__module__", None) == module.__name__
+            if inspect.isfunction(value) and is_own and not label.startswith("_"):
+                yield pytest.param(value, id=f"{name}.{label}")
+
+
+@pytest.mark.parametrize("function", list(functions()))
+def test_example_runs_and_every_argument_is_described(function):
+    doc = inspect.getdoc(function)
+    for section in ("Args", "Returns", "Example"):
+        assert f"\n{section}:\n" in doc, section
+    described = re.search(r"\nArgs:\n(.*?)\n\n", doc, re.DOTALL)[1]
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"^    (\w+, )*{parameter}\b.*:", described, re.MULTILINE), parameter
+    (test,) = doctest.DocTestFinder(recurse=False).find(function, function.__qualname__, globs={})
+    runner = doctest.DocTestRunner(ToThePrecisionWritten(), verbose=False)
+    report: list[str] = []
+    runner.run(test, out=report.append, clear_globs=True)
+    assert runner.tries > 0 and runner.failures == 0, "".join(report)
