@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from robust_jax import data, losses
-from robust_jax.attacks import pgd
+from robust_jax.attacks import never, pgd
 
 EPS = 0.1
 
@@ -43,7 +43,7 @@ def trained(method="standard", seed=0, hidden=64, steps=400):
         frozen = functools.partial(network, jax.lax.stop_gradient(params))
         settings = {"eps": EPS, "num_steps": 5, "keep_best": False}
         if method == "trades":
-            x_adv = pgd(frozen, x, frozen(x), key, loss=losses.kl, **settings)
+            x_adv = pgd(frozen, x, frozen(x), key, loss=losses.kl, criterion=never, **settings)
             return (losses.cross_entropy(fn(x), y) + 4 * losses.kl(fn(x_adv), fn(x))).mean()
         return losses.cross_entropy(fn(pgd(frozen, x, y, key, **settings)), y).mean()
 

@@ -48,10 +48,14 @@ def setting():
 
 
 def adversary(**keywords):
+    against_clean_logits = keywords.get("loss") is losses.kl
+    if against_clean_logits:
+        keywords["criterion"] = attacks.never
+
     def attack(f, x, y, k):
         return attacks.pgd(f, x, y, k, eps=0.1, num_steps=3, **keywords)
 
-    return Adversary(attack, against_clean_logits=keywords.get("loss") is losses.kl)
+    return Adversary(attack, against_clean_logits)
 
 
 def run(setting, **keywords):

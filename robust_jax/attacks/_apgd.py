@@ -23,7 +23,7 @@ from robust_jax.attacks._best import (
     value_dtype,
 )
 from robust_jax.attacks._success import Criterion, misclassified
-from robust_jax.attacks.norms import Length, Norm, Scalar, ThreatModel, threat_model
+from robust_jax.attacks.norms import Length, Norm, Scalar, ThreatModel, largest_where, threat_model
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, LogitsFn, Reference
 
@@ -409,6 +409,6 @@ def _climb_sparsely(measure, x, found, start_key, key, settings: _Settings) -> B
 def _even_step(gradient, num_pixels) -> Float[Array, "..."]:
     """The signs of the pixels of largest gradient, that many or one (and ties), of l1 norm 1."""
     slope = jnp.abs(gradient)
-    least = jnp.sort(slope, axis=None)[gradient.size - jnp.maximum(num_pixels, 1)]
+    least = largest_where(lambda t: (slope >= t).sum() >= jnp.maximum(num_pixels, 1), slope)
     signs = jnp.where(slope >= least, jnp.sign(gradient), 0.0)
     return signs / jnp.maximum(jnp.abs(signs).sum(), 1.0)

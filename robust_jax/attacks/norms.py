@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 Perturbation = Float[Array, "..."]
@@ -192,11 +193,30 @@ def _summing(fn: Callable) -> Callable:
 @_summing
 def fill(amount: Length, priority: Perturbation, room: Perturbation) -> Perturbation:
     """The amount handed out in order of falling priority, to each pixel as much as it has room."""
-    places = jnp.arange(room.size)
-    _, places, sorted_room = jax.lax.sort((-priority.ravel(), places, room.ravel()), num_keys=1)
-    before = jnp.cumsum(sorted_room) - sorted_room
-    handed_out = jnp.clip(amount - before, 0.0, sorted_room)
-    return jax.lax.sort((places, handed_out), num_keys=1)[1].reshape(room.shape)
+    threshold = largest_where(lambda t: jnp.where(priority >= t, room, 0).sum() >= amount, room)
+    first = priority > threshold
+    rest = amount - jnp.where(first, room, 0).sum()
+    ties = jnp.where(priority == threshold, room, 0)
+    before = (jnp.cumsum(ties.ravel()) - ties.ravel()).reshape(ties.shape)
+    return jnp.where(first, room, jnp.clip(rest - before, 0, ties))
+
+
+def largest_where(holds: Callable[[Scalar], Array], like: Array) -> Scalar:
+    """The largest number of which holds(number) is true, and of each smaller one; 0 if of none.
+
+    It is found bit by bit, which takes a pass over the pixels for each: a sort takes several times
+    as long. like: an array of the number's type. Negative numbers are not looked at.
+    """
+    width = 8 * like.dtype.itemsize
+    unsigned = jnp.dtype(f"uint{width}")
+    masks = np.array([1 << bit for bit in range(width - 2, -1, -1)], unsigned)
+
+    def refine(found, mask):
+        number = jax.lax.bitcast_convert_type(found | mask, like.dtype)
+        return jnp.where(jnp.isfinite(number) & holds(number), found | mask, found), None
+
+    found, _ = jax.lax.scan(refine, jnp.zeros((), unsigned), masks)
+    return jax.lax.bitcast_convert_type(found, like.dtype)
 
 
 def boundary_step(unit: Callable[[Perturbation], Perturbation]) -> Callable:
@@ -292,21 +312,24 @@ def _shrunk(delta, eps, room):
     """The nearest perturbation of l1 norm at most eps in which no pixel exceeds its room.
 
     Pixel i keeps min(max(|δ_i| - λ, 0), room_i), for the λ ≥ 0 at which that is eps in all: a root
-    of a falling function made of straight pieces, found among their sorted ends (room of infinity:
-    Duchi et al. 2008).
+    of a falling function made of straight pieces (room of infinity: Duchi et al. 2008).
     """
-    wanted = jnp.abs(delta)
-    # A pixel begins to shrink at the one λ and is gone at the other.
-    ends = jnp.stack([jnp.maximum(wanted - room, 0), wanted]).ravel()
-    turns = jnp.repeat(jnp.array([1.0, -1.0], delta.dtype), wanted.size)
-    ends, turns = jax.lax.sort((ends, turns), num_keys=1)
-    shrinking = jnp.cumsum(turns)
-    lost = shrinking * jnp.diff(ends, append=ends[-1:])
-    # Added up from the end, where nothing is left, so that a small eps is met exactly.
-    kept = jnp.cumsum(lost[::-1])[::-1]
-    at = jnp.maximum((kept > eps).sum() - 1, 0)
-    root = ends[at] + (kept[at] - eps) / jnp.maximum(shrinking[at], 1)
-    root = jnp.where(kept[at] > eps, root, 0)
+    wanted = jnp.where(delta < 0, -delta, delta)
+    # A pixel begins to shrink at the one λ, and is gone at the other, |δ|.
+    begins = jnp.maximum(wanted - room, 0)
+
+    def over(root):
+        """Of the pixels that the λ has not reached, by how much: what is kept is the difference."""
+        gone, begun = (jnp.where(ends > root, ends - root, 0).sum() for ends in (wanted, begins))
+        return gone - begun - eps
+
+    root = largest_where(lambda root: over(root) > 0, wanted)
+    shrinking = (
+        jnp.where(wanted > root, jnp.ones_like(wanted), 0).sum()
+        - jnp.where(begins > root, jnp.ones_like(wanted), 0).sum()
+    )
+    excess = over(root)
+    root = jnp.where(excess > 0, root + excess / jnp.maximum(shrinking, 1), 0)
     shrunk = jnp.sign(delta) * jnp.clip(wanted - root, 0, room)
     within = eps * (1 - 4e-6)  # the size is a rounded sum of many pixels
     return shrunk * jnp.minimum(1.0, within / jnp.maximum(_total(shrunk), tiny(delta.dtype)))
