@@ -5,20 +5,30 @@ python launch.py --config=configs/studies/entm.py --workdir=runs/entm [--config.
 python launch.py … --distributed=10.0.0.1:1234,2,0     # and …,2,1 on the other of two hosts
 """
 
+import argparse
 import errno
 import logging as python_logging
 import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from robust_jax.app import stored
+from robust_jax.errors import CannotWrite, UserError
+
 FLAGS = flags.FLAGS
 # New attributes pass here and are refused, with the choices, by the config's own check.
 config_flags.DEFINE_config_file(
-    "config", None, "The config, a file in configs/.", lock_config=False, accept_new_attributes=True
+    "config",
+    None,
+    "The config, a file in configs/; where there is none, that of the run or study in workdir. "
+    "--config.field=value changes a field.",
+    lock_config=False,
+    accept_new_attributes=True,
 )
 flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, records, results, report.")
 flags.DEFINE_enum(
@@ -39,7 +49,7 @@ flags.DEFINE_string(
     "address:port,number of processes,number of this one. Under srun and mpirun: auto.",
 )
 flags.DEFINE_bool("profile", False, "Leave a trace of ten training steps in workdir/profile.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: list[str]) -> None:
@@ -54,7 +64,6 @@ def main(argv: list[str]) -> None:
     from configs import default
     from robust_jax.app import entries, report, run, study
     from robust_jax.devices import processes, speed
-    from robust_jax.errors import CannotWrite, UserError
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
@@ -69,15 +78,18 @@ def main(argv: list[str]) -> None:
         if study.is_study(config):
             if FLAGS.profile:
                 raise UserError("--profile is for one run: give it a run's config and folder")
+            typed: Any = FLAGS["config"]
+            config = study.settled(config, typed.override_values)
             study.check(config, default.get_config())
-            study.execute(config, workdir, FLAGS.mode, only=FLAGS.only)
+            said = study.execute(config, workdir, FLAGS.mode, only=FLAGS.only)
         else:
             if FLAGS.only:
                 raise UserError("--only is a study's; this config is that of one run")
             entries.check(config, default.get_config())
             results = run.execute(config, workdir, FLAGS.mode, profile=FLAGS.profile)
-            if processes.is_first():
-                print(report.table(results))
+            said = report.table(results)
+        if processes.is_first():
+            print(said)
     except CannotWrite as error:
         _exit_at_once(f"error: {error}")
     except UserError as error:
@@ -98,6 +110,7 @@ def _exit_at_once(line: str) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with one line for whatever is wrong with the flags or the config file."""
     try:
+        argv = with_stored_config(argv)
         rest = FLAGS(argv)
         FLAGS.config.keys()  # a config file that failed to load says so when it is first used
         return rest
@@ -105,6 +118,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, UserError):
+            sys.exit(f"error: {cause}")
         reason = str(cause.args[-1] if cause.args else type(cause).__name__)
         if "Traceback" in reason:  # ml_collections folds one into its message
             reason = reason.strip().splitlines()[-1]
@@ -114,6 +129,41 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {type(cause).__name__}{lines[-1] if lines else ''}: "
                  f"{' '.join(str(reason).split())} "
                  "(--help lists the flags, configs/default.py the fields)")  # fmt: skip
+
+
+def with_stored_config(argv: list[str]) -> list[str]:
+    """The arguments, with --config where the folder has it: that of its run or study."""
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--workdir", "-workdir")
+    given.add_argument("--config", "-config")
+    given.add_argument("--mode", "-mode", default="train")
+    known, rest = given.parse_known_args(argv[1:])
+    if any(arg.lstrip("-") in ("help", "h", "?", "helpshort", "helpfull") for arg in rest):
+        return argv
+    if known.config and not Path(known.config.partition(":")[0]).exists():
+        sys.exit(f"error: there is no config {known.config}; {configs_there_are()}")
+    if not known.workdir:
+        sys.exit("error: --workdir is missing: the folder of the run, as in --workdir=runs/demo"
+                 f"{'' if known.config else f'; {configs_there_are()}'}")  # fmt: skip
+    if known.config:
+        return argv
+    workdir = Path(known.workdir).absolute()
+    if stored.config_of(workdir) is None:
+        if known.mode != "train":
+            sys.exit(f"error: {workdir} holds no run; --mode={known.mode} needs a finished one")
+        sys.exit(f"error: --config is missing and {workdir} holds no run; {configs_there_are()}")
+    argv = [argv[0], f"--config={stored.__file__}:{workdir}", *argv[1:]]
+    sys.argv[:] = argv  # where ml_collections looks for the overrides
+    return argv
+
+
+def configs_there_are() -> str:
+    folder = Path(__file__).parent / "configs"
+    runs = sorted(path.stem for path in folder.glob("*.py"))
+    studies = sorted(path.stem for path in (folder / "studies").glob("*.py"))
+    studies.remove("common")
+    return (f"--config=configs/NAME.py for a run, NAME one of {', '.join(runs)}; "
+            f"--config=configs/studies/NAME.py for a study: {', '.join(studies)}")  # fmt: skip
 
 
 def _not_orbax(record: python_logging.LogRecord) -> bool:

@@ -369,20 +369,6 @@ def test_audit_mode_looks_again(demo, results, launch, tmp_path):
     assert report.verdict(again) in (workdir / "report.html").read_text()
 
 
-@pytest.mark.parametrize("mode", ["evaluate", "measure", "report", "audit", "verify"])
-def test_modes_need_a_finished_run(mode, tmp_path):
-    with pytest.raises(UserError, match="holds no run"):
-        execute(default.get_config(), tmp_path / "none", mode)
-    assert not (tmp_path / "none").exists()
-
-
-def test_a_folder_with_other_things_is_refused(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is not empty and holds no run"):
-        execute(default.get_config(), tmp_path, "train")
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-
-
 @pytest.mark.slow  # test_processes.py has four devices beside one, test_train.py a step on eight
 def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
     found = {}

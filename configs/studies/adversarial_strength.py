@@ -90,8 +90,8 @@ def get_config():
     }
     config.measures = (
         ("clean", "clean.accuracy"),
-        ("PGD at {trained:.3g}", "pgd@{trained}"),
-        ("AutoAttack at {trained:.3g}", "autoattack@{trained}"),
+        ("PGD at {trained}", "pgd@{trained}"),
+        ("AutoAttack at {trained}", "autoattack@{trained}"),
         ("singular value spread", "measurements.spectra.mean_standard_deviation"),
         ("feature change, random", "measurements.features.mean_random"),
         ("feature change, adversarial", "measurements.features.mean_adversarial"),
@@ -104,8 +104,8 @@ def get_config():
         ("loss gap", "measurements.gaps.cross_entropy"),
     )
     config.pairs = (
-        ("singular value spread", "AutoAttack at {trained:.3g}"),
-        ("feature change, adversarial", "AutoAttack at {trained:.3g}"),
+        ("singular value spread", "AutoAttack at {trained}"),
+        ("feature change, adversarial", "AutoAttack at {trained}"),
         ("mean margin", "clean"),
         ("mean confidence", "clean"),
     )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from absl import logging
 from ml_collections import ConfigDict
 
-from robust_jax.app import cards, report, runs
+from robust_jax.app import cards, report, runs, stored
 from robust_jax.app import config as config_lib
 from robust_jax.devices import processes
 from robust_jax.errors import UserError
@@ -24,29 +24,39 @@ _UNFINISHED = "unfinished"
 
 
 def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
-    """Makes workdir this config's, or checks that it is."""
-    path = workdir / "config.json"
-    new = config_lib.to_json(config)
-    if path.exists():
-        ignore = () if mode == "train" else config_lib.FIELDS_OF_NO_TRAINING
-        try:
-            old = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); take another --workdir") from error
-        if changed := config_lib.differences(old, new, ignore=ignore):
-            shown = "; ".join(changed[:3]) + ("; …" if len(changed) > 3 else "")
-            raise UserError(
-                f"{workdir} holds a run of another config ({shown}); take another --workdir or the "
-                "same config (other attacks: --mode=evaluate)"
-            )
+    """Makes workdir this run's, or checks that it is.
+
+    Raises UserError where it holds a run whose config differs, with every field, or anything else.
+    """
+    if stored.holds(workdir) != "a run":
+        _claim_new(workdir, stored.RUN, config, mode)
         return
+    old, new = (config_lib.to_json(c) for c in (stored.config_of(workdir), config) if c is not None)
+    ignore = () if mode == "train" else config_lib.FIELDS_OF_NO_TRAINING
+    if changed := config_lib.differences(old, new, ignore=ignore):
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(changed)}); take another "
+            "--workdir or the same config (other attacks: --mode=evaluate)"
+        )
+
+
+def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:
+    """Makes workdir this study's, or checks that it holds one; its runs check their configs."""
+    arms = workdir.is_dir() and {path.name for path in workdir.iterdir()} <= set(config.arms)
+    if stored.holds(workdir) != "a study" and not (arms and any(workdir.iterdir())):
+        _claim_new(workdir, stored.STUDY, config, mode)
+
+
+def _claim_new(workdir: Path, name: str, config: ConfigDict, mode: Mode) -> None:
+    kind = "run" if name == stored.RUN else "study"
+    found = stored.holds(workdir)
+    if found != "nothing":
+        raise UserError(f"{workdir} holds {found} and no {kind}; take another --workdir")
     if mode != "train":
-        raise UserError(f"{workdir} holds no run; --mode={mode} needs a finished one")
+        raise UserError(f"{workdir} holds no {kind}; --mode={mode} needs a finished one")
     try:
-        if workdir.exists() and any(workdir.iterdir()):
-            raise UserError(f"{workdir} is not empty and holds no run; take another --workdir")
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, new)
+        write_json(workdir / name, config_lib.to_json(config))
     except OSError as error:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
 

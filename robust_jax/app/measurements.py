@@ -253,6 +253,23 @@ MEASUREMENTS: Mapping[str, Callable[..., Found]] = {
     "jacobian_spectrum": jacobian_spectrum,
 }
 
+# The numbers of each, or patterns of their names: what a study may ask for.
+_SUMMARY = ("count", "not_finite", "minimum", "mean", "standard_deviation", "maximum", "q*")
+NUMBERS: Mapping[str, tuple[str, ...]] = {
+    "outputs": (
+        "mean_margin", "std_margin", "mean_confidence", "mean_entropy", "calibration_error"
+    ),
+    "margins": _SUMMARY,
+    "spectra": (
+        "standard_deviation/*", "maximum/*", "mean_standard_deviation", "mean_maximum"
+    ),
+    "features": ("random/*", "adversarial/*", "mean_random", "mean_adversarial"),
+    "clusters": ("silhouette", "distance_ratio"),
+    "energy": ("mean_square", "oscillation"),
+    "gaps": ("accuracy", "cross_entropy"),
+    "jacobian_spectrum": ("[0-9]*",),
+}  # fmt: skip
+
 
 def _examples(
     split: data.Split | data.Streamed, num_examples: int

@@ -5,35 +5,35 @@ the table, and the claims as tests on them. Nothing here is typed in: a verdict 
 intervals over seeds.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from scipy.special import stdtrit
 
+from robust_jax.app import (
+    claims,
+    entries,
+    folder,
+    measures,
+    run,
+    runs,
+    stored,
+    study_report,
+)
 from robust_jax.app import config as config_lib
-from robust_jax.app import entries, run, runs, study_report
 from robust_jax.app.config import choose
-from robust_jax.app.run import Mode
+from robust_jax.app.folder import Mode
 from robust_jax.devices import processes
 from robust_jax.errors import UserError
+from robust_jax.files import write_json
 
-Outcome = Literal["supported", "refuted", "inconclusive"]
 _FIELDS = ("title", "paper", "question", "scale", "seeds", "base", "scales", "arms", "measures",
            "pairs", "along_training", "claims", "published", "notes")  # fmt: skip
-
-
-class Interval(NamedTuple):
-    """A mean over seeds with its 95 % confidence interval by Student's t; NaN ends for one seed."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class Trial(NamedTuple):
@@ -53,39 +53,88 @@ def is_study(config: ConfigDict) -> bool:
     return "arms" in config
 
 
-def check(config: ConfigDict, schema: ConfigDict) -> None:
-    """Checks a study's config, and those of its runs against the one that holds every field.
+def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
+    """The study at its scale: what the scale changes is in the base, the arms and the seeds.
 
-    Raises UserError, naming the field, the value and the choices.
+    typed: the fields that the command line sets; they win over the scale's. Raises UserError for an
+    unknown field or scale, and for a typed field that no run of the study heeds.
     """
     for field in config:
         choose(_FIELDS, field, "a study's field")
     for field in _FIELDS:
         if field not in config:
             raise UserError(f"config.{field} is missing: a study has {', '.join(_FIELDS)}")
+    scale = config.scales[choose(config.scales, config.scale, "config.scale")]
+    result = ConfigDict({field: config[field] for field in _FIELDS})
+    typed = set(typed)
+    result.base = changed(config.base, scale.get("base", {}))
+    result.arms = ConfigDict(
+        {
+            arm: changed(ConfigDict(changes), scale.get("arms", {}).get(arm, {}))
+            for arm, changes in config.arms.items()
+        },
+        sort_keys=False,
+    )
+    for field in {"seeds", "published"} - typed:
+        result[field] = scale.get(field, config[field])
+    result.scales = {config.scale: {"radii": scale.get("radii", {})}}
+    for path in typed:
+        section, _, rest = path.partition(".")
+        if section in ("base", "arms") and rest:
+            _set(result, path, _get(config, path))
+        if section == "scales" and not rest.startswith(f"{config.scale}."):
+            raise UserError(f"config.{path} changes nothing: the scale is {config.scale}")
+    for path in typed:
+        section, _, field = path.partition(".")
+        if section == "base" and all(
+            _get(trial.config, field) != _get(config, path) for trial in trials(result)
+        ):
+            raise UserError(
+                f"config.{path} changes nothing: every run of the study has a {field} of its own; "
+                f"set that of an arm (config.arms.ARM.{field}) or config.seeds"
+            )
+    return result
+
+
+def check(config: ConfigDict, schema: ConfigDict) -> None:
+    """Checks a settled study, and its runs against the config that holds every field.
+
+    Raises UserError, naming the field, the value and the choices.
+    """
     for trial in trials(config):
         entries.check(trial.config, schema)
+    of_arm = {trial.arm: trial.config for trial in trials(config)}
+    radii = _radii(config)
     labels = [label for label, _ in config.measures]
+    for label, measure in config.measures:
+        path = f"config.measures, {label!r},"
+        measures.label_with_radii(label, radii, path)
+        for arm_config in of_arm.values():
+            measures.check(measures.with_radii(measure, radii, path), arm_config, path)
     for pair in config.pairs:
         for label in pair:
             choose(labels, label, "config.pairs' measure")
+    for name in config.along_training:
+        for arm_config in of_arm.values():
+            measures.check(f"training.last.{name}", arm_config, "config.along_training")
     for name, claim in config.claims.items():
         for test in claim.tests:
+            path = f"config.claims.{name}"
+            choose(claims.RELATIONS, test["relation"], f"{path}'s relation")
+            measure = measures.with_radii(test["measure"], radii, f"{path}'s measure")
             for arm in test["arms"]:
-                choose(config.arms, arm, f"config.claims.{name}'s arm")
-            relations = ("above", "below", "rises", "falls")
-            choose(relations, test["relation"], f"config.claims.{name}'s relation")
+                choose(config.arms, arm, f"{path}'s arm")
+                measures.check(measure, of_arm[arm], f"{path}'s measure")
 
 
-def execute(
-    config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: str = ""
-) -> dict[str, Any]:
+def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: str = "") -> str:
     """Trains and evaluates what is missing, then writes the study's results and report.
 
-    only: "arm" or "arm/seed" runs that part alone and writes no report, so that a scheduler can
-    spread a study over machines. Each run is an ordinary one in workdir/arm/seed, in the mode
-    given; mode "report" collects what there is and runs nothing. Returns what results.json holds.
-    Raises UserError for a mistaken config, an unknown arm or mode "verify", before anything runs.
+    config: settled and checked. only: "arm" or "arm/seed" runs that part alone and writes no
+    report, so that a scheduler can spread a study over machines. Each run is an ordinary one in
+    workdir/arm/seed, in the mode given; mode "report" collects what there is and runs nothing.
+    Returns what it came to, in lines. Raises UserError for an unknown arm, mode "verify", or a
+    folder that holds something else, before anything runs.
     """
     if mode == "verify":
         raise UserError(f"--mode={mode} is for one run: give it a run's config and folder")
@@ -97,6 +146,9 @@ def execute(
         if seed:
             choose(sorted({str(t.seed) for t in chosen}), seed, "--only's seed")
         chosen = [t for t in chosen if t.arm == arm and seed in ("", str(t.seed))]
+    if len(config.seeds) < claims.FEWEST_SEEDS:
+        logging.warning("%d seeds: no verdicts, an interval needs three", len(config.seeds))
+    processes.on_first(partial(folder.claim_study, workdir, config, mode))
     if mode == "train" and jax.default_backend() != "cpu":
         train_seeds_together(chosen, workdir)
     if mode != "report":
@@ -104,11 +156,12 @@ def execute(
             logging.info("%s: %s, seed %d (%d of %d)", config.title, trial.arm, trial.seed,
                          i + 1, len(chosen))  # fmt: skip
             run.execute(trial.config, workdir / trial.name, mode)
+    processes.on_first(partial(write_json, workdir / stored.STUDY, config_lib.to_json(config)))
     if only:
-        return {}
+        return f"{len(chosen)} runs of {config.title} are finished; --mode=report collects them"
     results = collect(config, chosen, workdir)
     processes.on_first(partial(_write, workdir, results))
-    return results
+    return study_report.text(results)
 
 
 def _write(workdir: Path, results: dict[str, Any]) -> None:
@@ -123,12 +176,10 @@ def _write(workdir: Path, results: dict[str, Any]) -> None:
 
 
 def trials(config: ConfigDict) -> Iterator[Trial]:
-    """The runs of a study at its scale, seed by seed, so that a part of it is a study too."""
-    scale = _scale(config)
-    base = changed(config.base, scale.get("base", {}))
-    for seed in scale.get("seeds", config.seeds):
+    """The runs of a settled study, seed by seed, so that a part of it is a study too."""
+    for seed in config.seeds:
         for arm, changes in config.arms.items():
-            own = changed(changed(base, changes), scale.get("arms", {}).get(arm, {}))
+            own = changed(config.base, changes)
             own.seed = seed
             yield Trial(arm, seed, own)
 
@@ -147,8 +198,24 @@ def train_seeds_together(chosen: Sequence[Trial], workdir: Path) -> None:
             run.train_together(configs, workdirs)
 
 
-def _scale(config: ConfigDict) -> ConfigDict:
-    return config.scales[choose(config.scales, config.scale, "config.scale")]
+def _radii(config: ConfigDict) -> dict[str, float]:
+    return config.scales[config.scale].radii.to_dict()
+
+
+def _get(config: ConfigDict, path: str) -> Any:
+    for field in path.split("."):
+        config = config.get(field) if isinstance(config, ConfigDict) else None
+    return config
+
+
+def _set(config: ConfigDict, path: str, value: Any) -> None:
+    *sections, field = path.split(".")
+    for section in sections:
+        if not isinstance(config.get(section), ConfigDict):
+            config[section] = ConfigDict()
+        config = config[section]
+    with config.ignore_type():
+        config[field] = value
 
 
 def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -169,21 +236,29 @@ def collect(config: ConfigDict, chosen: Sequence[Trial], workdir: Path) -> dict[
     found: dict[str, dict[int, dict]] = {arm: {} for arm in config.arms}
     missing = []
     for trial in chosen:
-        folder = workdir / trial.name
-        if (folder / "results.json").exists():
-            found[trial.arm][trial.seed] = runs.results(folder)
+        if (workdir / trial.name / "results.json").exists():
+            found[trial.arm][trial.seed] = runs.results(workdir / trial.name)
         else:
             missing.append(trial.name)
     if missing:
         logging.warning("%d of %d runs are not finished: %s", len(missing), len(chosen),
                         ", ".join(missing[:5]))  # fmt: skip
-    radii = _scale(config).get("radii", {})
-    measures = {label.format(**radii): m.format(**radii) for label, m in config.measures}
-    pairs = [[label.format(**radii) for label in pair] for pair in config.pairs]
+    radii = _radii(config)
+
+    def labelled(label):
+        return measures.label_with_radii(label, radii, "config.measures")
+
+    def measured(measure):
+        return measures.with_radii(measure, radii, "config.measures")
+
+    by_label = {labelled(label): measured(measure) for label, measure in config.measures}
     table = {
         arm: {
-            label: _summary({seed: value(r, measure) for seed, r in by_seed.items()})
-            for label, measure in measures.items()
+            label: _summary(
+                {seed: measures.value(r, measure) for seed, r in by_seed.items()},
+                measures.bounds(measure),
+            )
+            for label, measure in by_label.items()
         }
         for arm, by_seed in found.items()
     }
@@ -192,7 +267,10 @@ def collect(config: ConfigDict, chosen: Sequence[Trial], workdir: Path) -> dict[
         arm: {str(s): r["audit"]["verdict"] if r["audit"] else None for s, r in by_seed.items()}
         for arm, by_seed in found.items()
     }
-    claims = {name: judge(c.to_dict(), found, radii) for name, c in config.claims.items()}
+    judged = {}
+    for name, claim in config.claims.items():
+        tests = [{**test, "measure": measured(test["measure"])} for test in claim.tests]
+        judged[name] = claims.judge({"text": claim.text, "tests": tests}, found)
     return {
         "title": config.title,
         "paper": config.paper,
@@ -201,11 +279,11 @@ def collect(config: ConfigDict, chosen: Sequence[Trial], workdir: Path) -> dict[
         "scale": config.scale,
         "seeds": sorted({t.seed for t in chosen}),
         "missing": missing,
-        "measures": measures,
+        "measures": by_label,
         "table": table,
         "audits": audits,
         "curves": curves,
-        "pairs": pairs,
+        "pairs": [[labelled(label) for label in pair] for pair in config.pairs],
         "along_training": {
             name: {
                 arm: _history([workdir / arm / str(seed) for seed in by_seed], name)
@@ -213,124 +291,28 @@ def collect(config: ConfigDict, chosen: Sequence[Trial], workdir: Path) -> dict[
             }
             for name in config.along_training
         },
-        "claims": claims,
+        "claims": judged,
         "published": {
-            arm: {label.format(**radii): number for label, number in numbers.items()}
-            for arm, numbers in _scale(config).get("published", config.published)
+            arm: {labelled(label): number for label, number in numbers.items()}
+            for arm, numbers in config.published
         },
         "configs": {t.arm: config_lib.to_json(t.config) for t in chosen},
     }
 
 
-def judge(
-    claim: Mapping[str, Any],
-    found: Mapping[str, Mapping[int, dict]],
-    radii: Mapping[str, float] | None = None,
+def _summary(
+    values: Mapping[int, float | None], bounds: tuple[float, float] = (-np.inf, np.inf)
 ) -> dict[str, Any]:
-    """A claim with the outcome of each of its tests, and its verdict.
-
-    It is supported where every test is, refuted where one is, and else inconclusive. radii stand
-    for their names in braces, as in "pgd@{trained}".
-    """
-    tests = [{**t, "measure": t["measure"].format(**(radii or {}))} for t in claim["tests"]]
-    tests = [{**test, **_test(test, found)} for test in tests]
-    verdicts = {test["verdict"] for test in tests}
-    verdict = next((v for v in ("refuted", "inconclusive") if v in verdicts), "supported")
-    return {"text": claim["text"], "verdict": verdict, "tests": tests}
-
-
-def _test(test: Mapping[str, Any], found: Mapping[str, Mapping[int, dict]]) -> dict[str, Any]:
-    """The quantity that a test claims to be above zero: its mean and interval over seeds."""
-    shared = set.intersection(*(set(found[arm]) for arm in test["arms"]))
-    values = []
-    for seed in sorted(shared):
-        here = [_entries(found[arm][seed], test["measure"]) for arm in test["arms"]]
-        known = [v for v in here if v is not None]
-        if len(known) == len(here):
-            values.append(_margin(test, np.array(known)))
-    interval = mean_interval(values)
-    return {"values": values, **interval._asdict(), "verdict": outcome_of(interval)}
-
-
-def _entries(results: Mapping[str, Any], measure: str) -> list[float] | None:
-    """The number of a run, or all of "a.path/*" in the order of their names, for most of them."""
-    if not measure.endswith("/*"):
-        one = value(results, measure)
-        return None if one is None else [one]
-    path, _, start = measure[:-1].rpartition(".")
-    node = _node(results, path) or {}
-    return [float(v) for name, v in sorted(node.items()) if name.startswith(start)] or None
-
-
-def _margin(test: Mapping[str, Any], values: np.ndarray) -> float:
-    """How far one seed is on the claimed side; values [arms, entries].
-
-    "above"/"below" compare the first arm with the second, or with a level; "rises"/"falls" take the
-    change from the first arm to the last of a line fitted over the arms, against `at` (or their
-    numbers). Of several entries: the share on the claimed side, over one half.
-    """
-    relation = test["relation"]
-    if relation in ("rises", "falls"):
-        at = test.get("at", range(len(values)))
-        found = np.polyfit(at, values, 1)[0] * (at[-1] - at[0])
-    else:
-        found = values[0] - (values[1] if len(values) > 1 else test["level"])
-    if relation in ("falls", "below"):
-        found = -found
-    found = found - test.get("by", 0.0)
-    return float(found[0] if len(found) == 1 else np.mean(found > 0) - 0.5)
-
-
-def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """The mean over seeds and its two-sided confidence interval (Student's t)."""
-    array = np.asarray(values, float)
-    if not array.size:
-        return Interval(np.nan, np.nan, np.nan)
-    if array.size == 1:
-        return Interval(float(array[0]), np.nan, np.nan)
-    half = stdtrit(array.size - 1, (1 + level) / 2) * array.std(ddof=1) / np.sqrt(array.size)
-    return Interval(float(array.mean()), float(array.mean() - half), float(array.mean() + half))
-
-
-def outcome_of(interval: Interval) -> Outcome:
-    """supported where the whole interval is above zero, refuted where it is below."""
-    if interval.low > 0:
-        return "supported"
-    return "refuted" if interval.high < 0 else "inconclusive"
-
-
-def value(results: Mapping[str, Any], measure: str) -> float | None:
-    """A number of a run: "attack@eps" for a robust accuracy, else a dotted path in results.json.
-
-    "one - other" is the difference of two. None where the run has no such number.
-    """
-    if " - " in measure:
-        one, other = (value(results, part) for part in measure.split(" - "))
-        return None if one is None or other is None else one - other
-    if "@" in measure:
-        name, _, eps = measure.partition("@")
-        for entry in results["attacks"]:
-            if entry["name"] == name and np.isclose(entry["eps"], float(eps), rtol=1e-5):
-                return entry["robust_accuracy"]
-        return None
-    node = _node(results, measure)
-    return None if node is None else float(node)
-
-
-def _node(results: Mapping[str, Any], path: str) -> Any:
-    """What is at a dotted path, an entry of a list by its name; None where nothing is."""
-    node: Any = results
-    for part in path.split("."):
-        if isinstance(node, list):
-            node = {entry["name"]: entry for entry in node}
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
-
-
-def _summary(values: Mapping[int, float | None]) -> dict[str, Any]:
     known = {str(seed): v for seed, v in values.items() if v is not None}
-    interval = mean_interval(list(known.values()))
-    return {"values": known, **{k: _number(v) for k, v in interval._asdict().items()}}
+    return {"values": known, **_interval(list(known.values()), bounds)}
+
+
+def _interval(
+    values: Sequence[float], bounds: tuple[float, float] = (-np.inf, np.inf)
+) -> dict[str, float | None]:
+    """Mean, low and high; None where there is none."""
+    interval = claims.mean_interval(values, bounds=bounds)
+    return {k: float(v) if np.isfinite(v) else None for k, v in interval._asdict().items()}
 
 
 def _curves(results: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -341,30 +323,23 @@ def _curves(results: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, An
     for entry in results[0]["attacks"]:
         if entry["attack"] == "worst_case":
             measure = f"{entry['name']}@{entry['eps']!r}"
-            known = [v for v in (value(r, measure) for r in results) if v is not None]
-            interval = {k: _number(v) for k, v in mean_interval(known)._asdict().items()}
-            curves.setdefault(entry["norm"], []).append({"eps": entry["eps"], **interval})
-    for norm, points in curves.items():
-        clean = mean_interval([r["clean"]["accuracy"] for r in results])._asdict()
-        points.insert(0, {"eps": 0.0, **{k: _number(v) for k, v in clean.items()}})
-        curves[norm] = sorted(points, key=lambda point: point["eps"])
-    return curves
+            known = [v for v in (measures.value(r, measure) for r in results) if v is not None]
+            point = {"eps": entry["eps"], **_interval(known, (0.0, 1.0))}
+            curves.setdefault(entry["norm"], []).append(point)
+    clean = _interval([r["clean"]["accuracy"] for r in results], (0.0, 1.0))
+    return {
+        norm: sorted([{"eps": 0.0, **clean}, *points], key=lambda point: point["eps"])
+        for norm, points in curves.items()
+    }
 
 
-def _history(folders: Sequence[Path], name: str) -> list[dict[str, Any]]:
+def _history(workdirs: Sequence[Path], name: str) -> list[dict[str, Any]]:
     """A number of the validations against the epoch: mean and interval over seeds."""
     by_epoch: dict[float, list[float]] = {}
-    for folder in folders:
-        metrics = runs.load(folder).metrics
+    for workdir in workdirs:
+        metrics = runs.load(workdir).metrics
         steps_per_epoch = (metrics["step"] / metrics["epoch"]).dropna().iloc[0]
         for _, line in metrics.dropna(subset=[f"validation/{name}"]).iterrows():
             epoch = round(line["step"] / steps_per_epoch, 3)
             by_epoch.setdefault(epoch, []).append(line[f"validation/{name}"])
-    return [
-        {"epoch": epoch, **{k: _number(v) for k, v in mean_interval(values)._asdict().items()}}
-        for epoch, values in sorted(by_epoch.items())
-    ]
-
-
-def _number(x: float) -> float | None:
-    return float(x) if np.isfinite(x) else None
+    return [{"epoch": epoch, **_interval(values)} for epoch, values in sorted(by_epoch.items())]

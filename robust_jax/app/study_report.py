@@ -1,5 +1,6 @@
 """A study's folder as report.html and as README.md with its figures, for a repository."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from robust_jax.app import report
+from robust_jax.app import measures, report
+from robust_jax.app.wording import format_eps, words
 from robust_jax.files import write_atomically
-from robust_jax.plots import measures
+from robust_jax.plots import measures as measure_plots
 from robust_jax.plots import study as plots
 
 Results = Mapping[str, Any]
@@ -58,16 +60,16 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
         with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
             path = workdir / "figures" / f"{name}.svg"
             figure.savefig(path, metadata={"Date": None}, dpi=80)  # of what is pixels within it
-    claims, heads, rows = _claims(results), list(results["measures"]), _rows(results)
+    claims, arms, rows = _claims(results), _arms(results), _rows(results)
     page = report.template("study.html.j2").render(
         title=results["title"], question=results["question"], paper=results["paper"],
         scale=results["scale"], seeds=results["seeds"], missing=results["missing"],
-        claims=claims, caption=_CAPTION, heads=heads, rows=rows, figures=images,
+        claims=claims, caption=_CAPTION, arms=arms, rows=rows, figures=images,
         notes=results["notes"],
     )  # fmt: skip
     write_atomically(workdir / "report.html", page)
     captions = {name: alt for name, (_, alt) in figures.items()}
-    write_atomically(workdir / "README.md", _markdown(results, claims, heads, rows, captions))
+    write_atomically(workdir / "README.md", _markdown(results, claims, arms, rows, captions))
 
 
 def _measured(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
@@ -88,20 +90,20 @@ def _measured(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
         here = f"{measurement}/{array}"
         if array in _DISTRIBUTIONS:
             figures[f"{measurement}_{array}"] = (
-                measures.distributions(of(here), xlabel=_DISTRIBUTIONS[array]),
+                measure_plots.distributions(of(here), xlabel=_DISTRIBUTIONS[array]),
                 f"{measurement}, {_DISTRIBUTIONS[array]}: one seed.",
             )
         elif array == "projection":
             label = next(iter(of(f"{measurement}/label").values()))
             figures[measurement] = (
-                measures.latent_scatter(
+                measure_plots.latent_scatter(
                     {arm: points[:_DRAWN] for arm, points in of(here).items()}, label[:_DRAWN]
                 ),
                 "The last layer's input on its principal axes, a colour for each class: one seed.",
             )
         elif array == "singular_values":
             figures[measurement] = (
-                measures.singular_values(by_layer(f"{here}/")),
+                measure_plots.singular_values(by_layer(f"{here}/")),
                 "Singular values of each layer: one seed.",
             )
         elif array == "change_random":
@@ -110,27 +112,46 @@ def _measured(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
                 for kind in ("random", "adversarial")
             }
             figures[measurement] = (
-                measures.by_layer(changes, ylabel="‖h(x+δ) - h(x)‖ / ‖δ‖"),
+                measure_plots.by_layer(changes, ylabel="‖h(x+δ) - h(x)‖ / ‖δ‖"),
                 "The change in each layer over that of the image, median and middle half of the "
                 "examples: one seed.",
             )
     return figures
 
 
+def text(results: Results) -> str:
+    """The verdicts and the table as plain text of at most 80 columns."""
+    lines = []
+    for claim in results["claims"].values():
+        lines += textwrap.wrap(f"{claim['verdict']}: {claim['text']}", 80, subsequent_indent="  ")
+    lines += [""] if lines else []
+    arms, rows = _arms(results), _rows(results)
+    per_line = (80 - 30) // 12
+    for start in range(0, len(arms), per_line):
+        part = slice(start, start + per_line)
+        lines.append(" " * 30 + "".join(f"{arm[:11]:>12}" for arm in arms[part]))
+        for row in rows:
+            cells = "".join(f"{cell['mean']:>12}" for cell in row["cells"][part])
+            lines.append(f"{row['label'][:29]:<30}{cells}".rstrip())
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 _CAPTION = (
-    "Shares in percent: the mean over seeds with its 95 % interval by Student's t. An arm "
-    "whose audit fails in any seed is marked †: its robust accuracies are not to be trusted; one "
-    "that it warns of in any is marked ⚠. ‡: not audited."
+    "The mean over seeds, with its 95 % interval by Student's t, which needs three seeds to mean "
+    "anything. An arm whose audit fails in any seed is marked †: its robust accuracies are not to "
+    "be trusted; one that it warns of in any is marked ⚠. ‡: not audited."
 )
 
 
 def _claims(results: Results) -> list[dict[str, Any]]:
+    labels = {measure: label for label, measure in results["measures"].items()}
     return [
         {
             "verdict": claim["verdict"],
             "text": claim["text"],
             "lines": [
-                {"what": _describe(t), "found": _found(t), "verdict": t["verdict"]}
+                {"what": _describe(t, labels), "found": _found(t), "verdict": t["verdict"]}
                 for t in claim["tests"]
             ],
         }
@@ -138,68 +159,98 @@ def _claims(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _describe(test: Mapping[str, Any]) -> str:
+def _describe(test: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """The test as a sentence."""
     arms, by = list(test["arms"]), test.get("by", 0.0)
+    measure, unit = test["measure"], measures.unit(test["measure"])
+    what = _in_words(measure, labels)
     if test["relation"] in ("rises", "falls"):
-        what, relation = test["measure"], test["relation"]
-        if what.endswith("*"):
+        relation = test["relation"]
+        if measure.endswith("*"):
             what, relation = f"most of {what}", relation.removesuffix("s")
         return f"{what} {relation} from {arms[0]} to {arms[-1]}"
-    other = arms[1] if len(arms) > 1 else f"{test['level']:g}"
-    margin = f" by more than {by:g}" if by > 0 else f" or at most {-by:g} short of it" if by else ""
-    return f"{test['measure']}: {arms[0]} {test['relation']} {other}{margin}"
+    other = arms[1] if len(arms) > 1 else _number(test["level"], unit) + unit
+    size = _number(abs(by), unit) + (" points" if unit else "")
+    margin = f" by more than {size}" if by > 0 else f" or at most {size} short of it" if by else ""
+    return f"{what}: {arms[0]} {test['relation']} {other}{margin}"
+
+
+def _in_words(measure: str, labels: Mapping[str, str]) -> str:
+    """The label of a measure in the table, or what its name says."""
+    if measure in labels:
+        return labels[measure]
+    if " - " in measure:
+        one, other = (_in_words(part, labels) for part in measure.split(" - "))
+        return f"{one} minus {other}"
+    if "@" in measure:
+        name, _, eps = measure.partition("@")
+        return f"{words(name)} at {format_eps(float(eps))}"
+    parts = measure.removeprefix("measurements.").removesuffix("/*").split(".")
+    return ", ".join(part.replace("_", " ") for part in parts)
 
 
 def _found(test: Mapping[str, Any]) -> str:
-    if test["measure"].endswith("*") and test["values"]:
-        shares = ", ".join(f"{100 * (v + 0.5):.0f} %" for v in test["values"])
-        return f"{shares} of them, by seed"
-    values = ", ".join(f"{v:+.3g}" for v in test["values"])
     if not test["values"]:
         return "not measured"
-    if len(test["values"]) < 2:
-        return f"by {values} (one seed)"
-    return f"by {test['mean']:+.3g} [{test['low']:+.3g}, {test['high']:+.3g}], seeds {values}"
+    if test["measure"].endswith("*"):
+        shares = ", ".join(f"{100 * (v + 0.5):.0f} %" for v in test["values"])
+        return f"{shares} of them, by seed"
+    unit = measures.unit(test["measure"])
+
+    def signed(x):
+        return f"{100 * x:+.1f}" if unit else f"{x:+.3g}"
+
+    seeds = ", ".join(map(signed, test["values"]))
+    points = " points" if unit else ""
+    if test["low"] is None:
+        return f"by {seeds}{points} (one seed)"
+    interval = f"[{signed(test['low'])}, {signed(test['high'])}]"
+    return f"by {signed(test['mean'])}{points} {interval}, seeds {seeds}"
 
 
 # By the verdicts of an arm's audits, the worst first.
 _MARKS = {"fail": " †", "warn": " ⚠", "pass": ""}
 
 
-def _rows(results: Results) -> list[dict[str, Any]]:
-    rows = []
-    for arm, entries in results["table"].items():
-        found = set(results["audits"][arm].values())
+def _arms(results: Results) -> list[str]:
+    """The arms, marked by their audits."""
+    marked = []
+    for arm, verdicts in results["audits"].items():
+        found = set(verdicts.values())
         mark = next((mark for verdict, mark in _MARKS.items() if verdict in found), " ‡")
-        cells = []
-        for label, entry in entries.items():
-            share = (
-                results["measures"][label].endswith("accuracy")
-                or "@" in results["measures"][label]
-                or ".transfer." in results["measures"][label]
-            )
+        marked.append(f"{arm.replace('_', ' ')}{mark if found else ''}")
+    return marked
+
+
+def _rows(results: Results) -> list[dict[str, Any]]:
+    """A row for each measure, a cell for each arm."""
+    rows = []
+    for label, measure in results["measures"].items():
+        unit, cells = measures.unit(measure), []
+        for arm, entries in results["table"].items():
+            entry = entries[label]
             published = results["published"].get(arm, {}).get(label)
+            interval = "" if entry["low"] is None else (
+                f"{_number(entry['low'], unit)} to {_number(entry['high'], unit)}"
+            )  # fmt: skip
             cells.append(
                 {
-                    "mean": _number(entry["mean"], share),
-                    "interval": ""
-                    if entry["low"] is None
-                    else f"{_number(entry['low'], share)} to {_number(entry['high'], share)}",
+                    "mean": _number(entry["mean"], unit),
+                    "interval": interval,
                     "published": "" if published is None else f"{published:g}",
                 }
             )
-        rows.append({"arm": f"{arm}{mark}", "cells": cells})
+        rows.append({"label": f"{label}, %" if unit else label, "cells": cells})
     return rows
 
 
-def _number(x: float | None, share: bool) -> str:
+def _number(x: float | None, unit: str) -> str:
     if x is None:
         return "–"
-    return f"{100 * x:.1f}" if share else f"{x:.3g}"
+    return f"{100 * x:.1f}" if unit else f"{x:.3g}"
 
 
-def _markdown(results, claims, heads, rows, captions) -> str:
+def _markdown(results, claims, arms, rows, captions) -> str:
     missing = [f"Not finished: {', '.join(results['missing'])}.", ""] if results["missing"] else []
     lines = [
         f"# {results['title']}", "", results["question"], "",
@@ -209,14 +260,14 @@ def _markdown(results, claims, heads, rows, captions) -> str:
     for claim in claims:
         lines += [f"**{claim['verdict']}**: {claim['text']}", ""]
         lines += [f"- {t['what']}: {t['found']}, {t['verdict']}" for t in claim["lines"]] + [""]
-    lines += ["## Numbers", "", f"| arm | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
+    lines += ["## Numbers", "", f"| | {' | '.join(arms)} |", f"| --- |{' --- |' * len(arms)}"]
     for row in rows:
         cells = [
             c["mean"] + (f" ({c['interval']})" if c["interval"] else "")
             + (f", published {c['published']}" if c["published"] else "")
             for c in row["cells"]
         ]  # fmt: skip
-        lines.append(f"| {row['arm']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     lines += ["", _CAPTION, ""]
     for name, alt in captions.items():
         lines += [f"![{alt}](figures/{name}.svg)", "", alt, ""]

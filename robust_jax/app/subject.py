@@ -1,16 +1,14 @@
 """A finished run's network, ready to be looked at."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
-from ml_collections import ConfigDict
 
 from robust_jax import data
-from robust_jax.app import training
+from robust_jax.app import stored, training
 from robust_jax.app.training import Training
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
@@ -34,10 +32,9 @@ def load(workdir: Path | str) -> Subject:
     Raises UserError where workdir holds none.
     """
     workdir = Path(workdir).absolute()
-    try:
-        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{workdir} holds no run: {error}") from error
+    config = stored.config_of(workdir)
+    if config is None or stored.holds(workdir) != "a run":
+        raise UserError(f"{workdir} holds {stored.holds(workdir)} and no run")
     run = training.build(config)
     return subject_of(run, restore(run.plan, workdir))
 

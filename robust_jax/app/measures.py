@@ -1,0 +1,183 @@
+"""A number of a run by its name, as a study's config writes it, and whether a run will have it.
+
+"attack@eps" is a robust accuracy; a dotted path is looked up in results.json; "one - other" is the
+difference of two. Names in braces stand for the study's radii, as in "pgd@{trained}".
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from robust_jax.app import entries
+from robust_jax.app.config import choose
+from robust_jax.app.measurements import NUMBERS
+from robust_jax.app.wording import format_eps
+from robust_jax.errors import UserError
+
+Results = Mapping[str, Any]
+# What there may be below a name in results.json: names, or patterns of names that a run makes up.
+_Tree = Mapping[str, Any] | None
+_ANYTHING: _Tree = None
+_STATISTICS = dict.fromkeys(("mean", "median", "standard_error"))
+_JACOBIAN = dict.fromkeys(("frobenius", "spectral"), _STATISTICS)
+AUDIT_CHECKS = ("outputs", "randomness", "batch", "gradients", "steps", "radius", "losses",
+                "precision", "noise", "square", "transfer")  # fmt: skip
+_VALIDATION = ("clean_accuracy", "robust_accuracy", "cross_entropy")
+_MARGINS = ("minimum_margin", "average_margin", "margin_q10", "margin_q50", "margin_q90")
+
+
+def value(results: Results, measure: str) -> float | None:
+    """The number of a run; None where the run has no such number."""
+    if " - " in measure:
+        one, other = (value(results, part) for part in measure.split(" - "))
+        return None if one is None or other is None else one - other
+    if "@" in measure:
+        name, eps = _attack_and_eps(measure)
+        for entry in results["attacks"]:
+            if entry["name"] == name and np.isclose(entry["eps"], eps, rtol=1e-5):
+                return entry["robust_accuracy"]
+        return None
+    node = _node(results, measure)
+    return None if node is None else float(node)
+
+
+def values(results: Results, measure: str) -> list[float] | None:
+    """The number of a run, or all of "a.path/*" in the order of their names."""
+    if not measure.endswith("/*"):
+        one = value(results, measure)
+        return None if one is None else [one]
+    path, _, start = measure[:-1].rpartition(".")
+    node = _node(results, path) or {}
+    return [float(v) for name, v in sorted(node.items()) if name.startswith(start)] or None
+
+
+def is_share(measure: str) -> bool:
+    """Whether it is a share of the examples, or the difference of two."""
+    return all(
+        "@" in part or part.endswith("accuracy") or ".transfer." in part
+        for part in measure.split(" - ")
+    )
+
+
+def unit(measure: str) -> str:
+    """What its number, times 100 where it is a share, is in."""
+    return " %" if is_share(measure) else ""
+
+
+def bounds(measure: str) -> tuple[float, float]:
+    """Between which numbers the measure lies."""
+    if not is_share(measure):
+        return -np.inf, np.inf
+    return (
+        (-1.0, 1.0) if " - " in measure or measure.startswith("measurements.gaps") else (0.0, 1.0)
+    )
+
+
+def with_radii(measure: str, radii: Mapping[str, float], path: str) -> str:
+    """The measure with numbers for the names in braces. Raises UserError for an unknown name."""
+    return _filled(measure, {name: repr(float(eps)) for name, eps in radii.items()}, path)
+
+
+def label_with_radii(label: str, radii: Mapping[str, float], path: str) -> str:
+    """A label with the radii as people write them. Raises UserError for an unknown name."""
+    return _filled(label, {name: format_eps(eps) for name, eps in radii.items()}, path)
+
+
+def check(measure: str, config: ConfigDict, path: str) -> None:
+    """Checks that a run of the config will have the number.
+
+    Raises UserError with what there is instead.
+    """
+    for part in measure.split(" - "):
+        if "@" in part:
+            _check_attack(part, config, path)
+        else:
+            _check_path(part, _known(config), path)
+
+
+def _attack_and_eps(measure: str) -> tuple[str, float]:
+    name, _, eps = measure.partition("@")
+    return name, float(eps)
+
+
+def _filled(text: str, radii: Mapping[str, str], path: str) -> str:
+    try:
+        return text.format(**radii)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"{path} is {text!r}; in braces stand the radii of the scale: "
+            f"{', '.join(radii) or 'there is none'}"
+        ) from error
+
+
+def _check_attack(measure: str, config: ConfigDict, path: str) -> None:
+    try:
+        name, eps = _attack_and_eps(measure)
+    except ValueError:
+        raise UserError(f"{path} is {measure!r}; a radius stands after the @") from None
+    radii: dict[str, tuple[float, ...]] = {}
+    for label, entry in config.attacks.items():
+        grid = entries.attack_grid(label, entry)
+        radii[label] = grid.eps
+        worst = f"worst_case_{grid.norm}"
+        radii[worst] = radii.get(worst, ()) + grid.eps
+    choose(radii, name, f"{path}'s attack")
+    if not np.isclose(radii[name], eps, rtol=1e-5).any():
+        raise UserError(
+            f"{path} is {measure!r}, and {name} runs at "
+            f"{', '.join(f'{radius:g}' for radius in sorted(set(radii[name])))}"
+        )
+
+
+def _known(config: ConfigDict) -> _Tree:
+    """The numbers that the results of a run of the config will have."""
+    validation = dict.fromkeys((*_VALIDATION, *(_MARGINS if config.track_margins else ())))
+    numbers = {
+        label: dict.fromkeys(NUMBERS[entry.get("name", label)])
+        for label, entry in config.measurements.items()
+    }
+    # A check has the values that it made up.
+    check = {"verdict": _ANYTHING, "values": {"*": _ANYTHING}}
+    return {
+        "clean": dict.fromkeys(("accuracy", "cross_entropy", "count")),
+        "jacobian": {
+            "logits": {
+                **_JACOBIAN,
+                "frobenius_estimate": {**_STATISTICS, "mean_error_of_estimate": _ANYTHING},
+            },
+            "probabilities": _JACOBIAN,
+        },
+        "training": {"first": validation, "last": validation},
+        "measurements": numbers,
+        "audit": {"checks": dict.fromkeys(AUDIT_CHECKS, check), "num_examples": _ANYTHING},
+        "timings": {"*": _ANYTHING},
+    }
+
+
+def _check_path(measure: str, tree: _Tree, path: str) -> None:
+    names = measure.split(".")
+    for i, name in enumerate(names):
+        if tree is None:
+            raise UserError(f"{path} is {measure!r}; there is nothing below {'.'.join(names[:i])}")
+        # A name may be a pattern, and so may what the run makes up.
+        found = [known for known in tree if fnmatch(name, known) or fnmatch(known, name)]
+        if not found:
+            choose(tree, name, f"{path}, {measure!r}: {name!r}")
+        tree = tree[found[0]]
+    if tree is not None:
+        raise UserError(
+            f"{path} is {measure!r}, which is not a number; below are {', '.join(tree)}"
+        )
+
+
+def _node(results: Results, path: str) -> Any:
+    """What is at a dotted path, an entry of a list by its name; None where nothing is."""
+    node: Any = results
+    for part in path.split("."):
+        if isinstance(node, list):
+            node = {entry["name"]: entry for entry in node}
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node

@@ -1,0 +1,146 @@
+"""Folders know what they hold and whose they are; launch.py finds the config in them."""
+
+import importlib
+import json
+import re
+import sys
+
+import pytest
+
+import launch as launch_module
+from configs import default
+from robust_jax.app import config as config_lib
+from robust_jax.app import folder, runs, stored, study
+from robust_jax.app.run import execute
+from robust_jax.errors import UserError
+from tests.conftest import REPOSITORY
+
+
+def a_run(workdir):
+    folder.claim(workdir, default.get_config(), "train")
+
+
+def a_study(workdir):
+    folder.claim_study(workdir, settled(), "train")
+
+
+def an_evaluation(workdir):
+    workdir.mkdir()
+    runs.write_results(workdir, {"attacks": []})
+
+
+def other_files(workdir):
+    workdir.mkdir()
+    (workdir / "thesis.tex").write_text("years of work")
+
+
+def an_older_study(workdir):
+    workdir.mkdir()
+    runs.write_results(workdir, {"claims": {}})
+
+
+def settled():
+    return study.settled(importlib.import_module("configs.studies.entm").get_config())
+
+
+@pytest.mark.parametrize("other", [a_study, an_evaluation, other_files, an_older_study])
+def test_a_run_is_not_started_where_something_else_is(other, tmp_path):
+    other(tmp_path / "here")
+    before = {path: path.read_bytes() for path in (tmp_path / "here").iterdir()}
+    with pytest.raises(UserError, match="here holds (a study|an evaluation|other files) and no ru"):
+        folder.claim(tmp_path / "here", default.get_config(), "train")
+    assert {path: path.read_bytes() for path in (tmp_path / "here").iterdir()} == before
+
+
+@pytest.mark.parametrize("other", [a_run, an_evaluation, other_files])
+def test_a_study_is_not_started_where_something_else_is(other, tmp_path):
+    other(tmp_path / "here")
+    before = {path: path.read_bytes() for path in (tmp_path / "here").iterdir()}
+    with pytest.raises(UserError, match="here holds (a run|an evaluation|other files) and no stud"):
+        study.execute(settled(), tmp_path / "here")
+    assert {path: path.read_bytes() for path in (tmp_path / "here").iterdir()} == before
+
+
+def test_a_study_goes_on_in_its_own_folder_whoever_made_it(tmp_path):
+    a_study(tmp_path / "one")
+    a_study(tmp_path / "one")
+    an_older_study(tmp_path / "two")
+    a_study(tmp_path / "two")
+    a_run(tmp_path / "three" / "ce" / "0")  # as a study of a version before study.json
+    a_study(tmp_path / "three")
+    with pytest.raises(UserError, match="four holds no study; --mode=report needs a finished one"):
+        folder.claim_study(tmp_path / "four", settled(), "report")
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "measure", "report", "audit", "verify"])
+def test_modes_need_a_finished_run(mode, tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        execute(default.get_config(), tmp_path / "none", mode)
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_config_is_refused_with_every_field_that_differs(tmp_path):
+    a_run(tmp_path)
+    config = default.get_config()
+    config.update({"seed": 7, "batch_size": 64, "learning_rate": 0.1, "duration": "1 epoch"})
+    config.model.widths = (4, 4)
+    with pytest.raises(UserError, match="holds a run of another config") as error:
+        folder.claim(tmp_path, config, "train")
+    for field in ("seed: 0 → 7", "batch_size: 128 → 64", "learning_rate", "duration",
+                  r"model.widths: None → \[4, 4\]"):  # fmt: skip
+        assert re.search(f"config.{field}", str(error.value))
+
+
+@pytest.mark.parametrize("config", [default.get_config(), settled()])
+def test_a_folder_remembers_its_config(config, tmp_path):
+    claim = folder.claim_study if study.is_study(config) else folder.claim
+    claim(tmp_path, config, "train")
+    assert config_lib.to_json(stored.get_config(str(tmp_path))) == config_lib.to_json(config)
+
+
+def test_a_config_that_cannot_be_read_is_told_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json cannot be read .*; take another --workdir"):
+        folder.claim(tmp_path, default.get_config(), "train")
+
+
+CONFIGS = "--config=configs/NAME.py for a run, NAME one of .*default.*; --config=configs/studies/"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("", f"--workdir is missing.*; {CONFIGS}"),
+        ("--config=configs/default.py", "--workdir is missing: .* --workdir=runs/demo$"),
+        ("--workdir=none", f"--config is missing and .*none holds no run; {CONFIGS}"),
+        ("--workdir none --mode=audit", "none holds no run; --mode=audit needs a finished one$"),
+        ("--config=configs/defualt.py --workdir=none", f"no config configs/defualt.py; {CONFIGS}"),
+        ("--config configs/defualt.py:x --workdir=none", "no config configs/defualt.py:x; --conf"),
+    ],
+)
+def test_launch_says_in_one_line_what_is_missing(arguments, message, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit) as error:
+        launch_module.with_stored_config(["launch.py", *arguments.split()])
+    assert re.match(f"error: .*{message}", error.value.code)
+    assert "\n" not in error.value.code
+
+
+def test_launch_takes_the_config_that_is_in_the_folder(monkeypatch, tmp_path):
+    a_run(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["launch.py"])
+    arguments = ["launch.py", f"--workdir={tmp_path}", "--config.seed=3"]
+    found = launch_module.with_stored_config(arguments)
+    assert found == ["launch.py", f"--config={stored.__file__}:{tmp_path}", *arguments[1:]]
+    assert sys.argv == found
+    given = ["launch.py", "--config=configs/default.py", f"--workdir={tmp_path}"]
+    monkeypatch.chdir(REPOSITORY)
+    for untouched in (["launch.py", "--help"], given):
+        assert launch_module.with_stored_config(untouched) == untouched
+
+
+def test_json_is_a_config_again():
+    tree = {"a": [1, [2, 3]], "b": {"c": [], "d": None}, "arms": {"z": {}, "a": {"eps": [0.5]}}}
+    config = stored.from_json(json.loads(json.dumps(tree)))
+    assert config.a == (1, (2, 3)) and config.b.c == () and config.b.d is None
+    assert list(config.arms) == ["z", "a"] and config.arms.a.eps == (0.5,)
