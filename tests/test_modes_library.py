@@ -1,4 +1,4 @@
-"""Losses and Jacobians in every dtype of x and in JAX's stricter modes."""
+"""Losses, Jacobians and energies in every dtype of x and in JAX's stricter modes."""
 
 import functools
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import jacobian, losses
+from robust_jax import energy, jacobian, losses
 
 B, K = 4, 5
 SHAPE = (3, 2)  # neither an image nor a row: any rank will do
 RNG = np.random.default_rng(0)
-X = RNG.uniform(0.3, 0.7, (B, *SHAPE))
+X = RNG.integers(20, 44, (B, *SHAPE)) / 64  # which bfloat16 holds, and so a ball of 1/8
 WEIGHTS = RNG.normal(size=(6, K))
 LABELS = np.arange(B) % K
 OTHERS = (np.arange(B) + 1) % K
@@ -31,6 +31,15 @@ def of_logits(loss, *labels):
 
 def of_jacobian(fn, **keywords):
     return lambda x, key, count: fn(network, x, **keywords)
+
+
+def around(fn, labelled):
+    def call(x, key, count):
+        y = jnp.asarray(LABELS[: len(x)], jnp.int32) if labelled else None
+        number = {"num_samples" if fn is energy.mean_square else "num_steps": count}
+        return fn(network, x, y, key, eps=1 / 8, **number)
+
+    return call
 
 
 CALLS = {
@@ -66,11 +75,18 @@ CALLS = {
     "frobenius_norm_estimate": lambda x, key, count: (
         jacobian.frobenius_norm_estimate(network, x, key, num_projections=count).norm
     ),
+    "mean_square": around(energy.mean_square, True),
+    "oscillation": around(energy.oscillation, True),
+    "rise": around(energy.rise, True),
+    "mean_square_label_free": around(energy.mean_square, False),
+    "oscillation_label_free": around(energy.oscillation, False),
 }
-# The random ones, of so many samples, and how far two draws of them may be apart.
-DRAWN = {"squared_frobenius_samples": 0.2, "frobenius_norm_estimate": 0.1}
+# How far two draws may be apart: of the mean of many, or which end of a ball PGD finds.
 MANY = 400
-# Of the result, for x of so many bits.
+MEANS = {"squared_frobenius_samples": 0.2, "frobenius_norm_estimate": 0.1, "mean_square": 0.2,
+         "mean_square_label_free": 0.4}  # fmt: skip
+ENDS = {"oscillation_label_free": 0.7}
+# Of the result.
 PRECISION = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 
@@ -88,7 +104,7 @@ def reference(name, count):
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("name", CALLS)
 def test_any_dtype_gives_the_same_but_for_rounding(name, dtype):
-    count = MANY if name in DRAWN else 20
+    count = MANY if name in MEANS else 20
     with jax.enable_x64(dtype == "float64"):
         found = result(name, dtype, count)
     selects = name in ("jacobian", "complement", "correct")
@@ -97,7 +113,7 @@ def test_any_dtype_gives_the_same_but_for_rounding(name, dtype):
         expected = "float32"
     assert found.dtype == expected
     right = reference(name, count)
-    tolerance = PRECISION[dtype] + DRAWN.get(name, 0)
+    tolerance = PRECISION[dtype] + {**MEANS, **ENDS}.get(name, 0)
     np.testing.assert_allclose(
         np.asarray(found, np.float64), right, rtol=tolerance, atol=tolerance * np.abs(right).max()
     )
@@ -125,7 +141,7 @@ def test_every_mode_gives_the_same(name, mode):
 def test_every_public_function_is_called():
     public = {
         name
-        for module in (losses, jacobian)
+        for module in (losses, jacobian, energy)
         for name, value in vars(module).items()
         if callable(value) and getattr(value, "__module__", "") == module.__name__
         and not name.startswith("_") and not isinstance(value, type)
