@@ -108,6 +108,9 @@ def network(
     """fn as a network of examples like x; what usually keeps a function from being traced, told."""
     if not callable(fn):
         raise ValueError(f"{name} is {_short(fn)}; give a function from x [B,...] to logits [B,K]")
+    if any(base.__module__.startswith("torch.") for base in type(fn).__mro__):
+        raise ValueError(f"{name} is a PyTorch module; docs/attack_your_model.md has the few lines "
+                         "that make it a function of JAX")  # fmt: skip
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     try:
         return as_network(fn, x.shape[1:], dtype, is_randomised=is_randomised)
@@ -116,13 +119,30 @@ def network(
             f"{name} hands its input to numpy, which has no gradient: use jax.numpy, or "
             "jax.pure_callback and attacks.square, which needs none"
         ) from error
+    except jax.errors.TracerBoolConversionError as error:
+        raise ValueError(
+            f"{name} branches on the values of its input: use jnp.where or jax.lax.cond for if"
+        ) from error
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            f"{name} stores values in one call and uses them in the next, as Keras does with "
+            "training=True: build the model again, and call it so that it stores nothing"
+        ) from error
     except Exception as error:
-        if type(error).__name__ == "TraceContextError":  # of Flax NNX, which may not be installed
+        if type(error).__name__ in _IN_TRAINING:
             raise ValueError(
-                f"{name} changes its own state when it is called: call its eval() first, so that "
-                "dropout is off and BatchNorm takes its running statistics"
+                f"{name} is in training mode: call its eval() first (NNX), or pass train=False or "
+                "what it calls that, so that dropout is off and BatchNorm takes its running "
+                "statistics"
             ) from error
+        error.add_note(f"{name} was called with one example, {dtype} {[1, *x.shape[1:]]}")
         raise
+
+
+# Errors of Flax NNX, linen and Haiku, which may not be installed: changed state, a missing key.
+_IN_TRAINING = (
+    "TraceContextError", "ModifyScopeVariableError", "InvalidRngError", "MissingRNGError"
+)  # fmt: skip
 
 
 def num_classes(network: Network, name: str = "logits_fn") -> int:

@@ -22,13 +22,15 @@ def in_double(logits_fn: Callable, shape: tuple[int, ...]) -> Network:
     read, and its weights and its types are replaced by wider ones. Raises NotInDouble where neither
     is possible.
     """
+    single = as_network(logits_fn, shape, jnp.float32)
+    if single.program.outside:
+        raise NotInDouble(f"the network contains a {single.program.outside}, whose types are fixed")
     try:
         network = as_network(logits_fn, shape, jnp.float64)
         if network.program.outputs.dtype == jnp.float64:
             return network
-    except (TypeError, ValueError):  # weights in float32, which lax does not promote
+    except Exception:  # it ran in float32: weights that lax, or another framework, does not promote
         pass
-    single = as_network(logits_fn, shape, jnp.float32)
     arrays = tuple(map(_wide, single.arrays))
     closed = single.program.closed(arrays)
     return as_network(

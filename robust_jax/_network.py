@@ -42,6 +42,11 @@ class Program:
             self._description += tuple(map(_Itself, closed.consts))
         self._hash = hash(self._description)
 
+    @property
+    def outside(self) -> str | None:
+        """A primitive in it that leaves JAX, pure_callback for example."""
+        return _outside(self._jaxpr)
+
     def closed(self, arrays: Sequence[jax.Array]) -> core.ClosedJaxpr:
         """The program with its arrays."""
         return core.ClosedJaxpr(self._jaxpr, list(arrays))
@@ -107,13 +112,25 @@ def as_network(
     inputs = [jax.ShapeDtypeStruct((batch_size, *shape), dtype)]
     if is_randomised:
         inputs.append(jax.eval_shape(lambda: jax.random.key(0)))
-    # Not of fn itself: JAX would remember the trace, though what fn refers to may have changed.
-    closed, outputs = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*inputs)
+
+    def traced():
+        # Not of fn itself: JAX would remember the trace, though what fn refers to may have changed.
+        return jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*inputs)
+
+    closed, outputs = traced()
     if any(eqn.params["jaxpr"].consts for eqn in _jits(closed.jaxpr)):
         # A jitted function keeps what it closes over to itself.
         closed = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(*inputs)
-    is_plain = isinstance(fn, _Plain)
-    return Network(tuple(closed.consts), _known(Program(closed, outputs, fn, is_plain)))
+    program = Program(closed, outputs, fn, isinstance(fn, _Plain))
+    known = _known(program)
+    if known is program and _tracers(traced()[0]) - _tracers(closed):
+        _known.cache_clear()
+        raise jax.errors.UnexpectedTracerError("the second call uses a value of the first")
+    return Network(tuple(closed.consts), known)
+
+
+def _tracers(closed: core.ClosedJaxpr) -> set[int]:
+    return {id(const) for const in closed.consts if isinstance(const, jax.core.Tracer)}
 
 
 class _Plain:
@@ -155,7 +172,7 @@ def _known(program: Program) -> Program:
 
 def _can_be_lifted(closed: core.ClosedJaxpr) -> bool:
     batch = jax.ShapeDtypeStruct((2, *closed.in_avals[0].shape), closed.in_avals[0].dtype)
-    if not any(eqn.primitive.name in _LIFTED_BY_NOBODY for eqn in _all_equations(closed.jaxpr)):
+    if _outside(closed.jaxpr) is None:
         return True
     try:
         jax.eval_shape(jax.vmap(core.jaxpr_as_fun(closed)), batch)
@@ -164,8 +181,14 @@ def _can_be_lifted(closed: core.ClosedJaxpr) -> bool:
     return True
 
 
-# Primitives without a batching rule, or that may have none: only where one of them is, it is tried.
-_LIFTED_BY_NOBODY = ("call_exported", "pure_callback", "io_callback", "ffi_call", "call_tf")
+def _outside(jaxpr: core.Jaxpr) -> str | None:
+    """The first primitive in the program that leaves JAX."""
+    names = (eqn.primitive.name for eqn in _all_equations(jaxpr))
+    return next((name for name in names if name in _OUTSIDE), None)
+
+
+# Primitives that leave JAX: their types are fixed, and they may have no batching rule.
+_OUTSIDE = ("call_exported", "pure_callback", "io_callback", "ffi_call", "call_tf")
 
 
 def _on_the_whole_batch(fn: Callable) -> Callable:
