@@ -1,7 +1,9 @@
 """What half precision is too coarse for: sums over classes, pixels and examples."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from robust_jax.types import Array
 
 
 def wide(x: Float[Array, "..."]) -> Float[Array, "..."]:

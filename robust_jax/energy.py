@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from robust_jax import losses
 from robust_jax._front import compiled
 from robust_jax.attacks import Norm, never, pgd
 from robust_jax.attacks._best import check_counts, check_lengths
-from robust_jax.attacks.norms import threat_model
+from robust_jax.attacks.norms import Length, threat_model
 from robust_jax.keys import example_keys, fold_each
-from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn, PerExample
+from robust_jax.types import Array, Images, KeyOrKeys, Labels, LogitsFn, PerExample
 
 
 @compiled
@@ -28,7 +28,7 @@ def mean_square(
     y: Labels | None,
     key: KeyOrKeys,
     *,
-    eps: float,
+    eps: Length,
     norm: Norm = "linf",
     num_samples: int = 1,
 ) -> PerExample:
@@ -84,7 +84,7 @@ def oscillation(
     y: Labels | None,
     key: KeyOrKeys,
     *,
-    eps: float,
+    eps: Length,
     norm: Norm = "linf",
     num_steps: int = 10,
     step_size: float | None = None,
@@ -132,7 +132,7 @@ def rise(
     y: Labels | None,
     key: KeyOrKeys,
     *,
-    eps: float,
+    eps: Length,
     norm: Norm = "linf",
     num_steps: int = 10,
     step_size: float | None = None,

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from robust_jax._front import compiled
 from robust_jax._precision import wide
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
-from robust_jax.types import KeyOrKeys, PerExample
+from robust_jax.types import Array, KeyOrKeys, PerExample
 
 Inputs = Float[Array, "b ..."]
 Fn = Callable[[Inputs], Float[Array, "b k"]]

@@ -19,6 +19,6 @@ def fold_in_each(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
-def fold_each(keys: Key[Array, " b"], data: int) -> Key[Array, " b"]:
+def fold_each(keys: Key[Array, " b"], data: int | Int[Array, ""]) -> Key[Array, " b"]:
     """Each example's key folded with the same number: one for every use of randomness."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)

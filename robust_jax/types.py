@@ -2,7 +2,12 @@
 
 from collections.abc import Callable
 
-from jaxtyping import Array, Float, Int, Key
+import jax
+import numpy as np
+from jaxtyping import Float, Int, Key
+
+# What a caller may give; what comes back is JAX's.
+Array = jax.Array | np.ndarray
 
 # Images [B,H,W,C] as a rule; whatever does not say so takes examples of any shape.
 Images = Float[Array, "b ..."]
@@ -14,4 +19,4 @@ LogitsFn = Callable[[Images], Logits]
 # Labels [B] as a rule; logits [B,K] for a loss that compares two outputs, such as losses.kl.
 Reference = Labels | Logits
 # One key, folded with each example's place in the batch, or a key for each example.
-KeyOrKeys = Key[Array, ""] | Key[Array, " b"]
+KeyOrKeys = Key[jax.Array, ""] | Key[jax.Array, " b"]

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+import tests.typechecker  # noqa: F401 - jaxtyping's hook finds it as an attribute of the package
+
 # Small networks: the suite spends its time compiling, half of it with these.
 COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):  # which does not know it any more

@@ -1,7 +1,8 @@
 """Many measurements as a few numbers, by a sort or a pass over them: no network is called."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,7 +34,7 @@ def summary(
     }
 
 
-def gaps(train: Mapping[str, ArrayLike], test: Mapping[str, ArrayLike]) -> dict[str, float]:
+def gaps(train: Any, test: Any) -> dict[str, float]:
     """Generalisation gaps: the train mean minus the test mean of each measure that both hold.
 
     train, test: records of an evaluation, or any arrays [N] by name: loss, accuracy ("correct"),

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
 from robust_jax import losses
 from robust_jax._front import compiled
 from robust_jax.attacks.norms import Measure, measure
-from robust_jax.types import Images, Labels, Logits, LogitsFn, PerExample
+from robust_jax.types import Array, Images, Labels, Logits, LogitsFn, PerExample
 
 # criterion(logits [B,K], reference [B,...]) -> [B]: whether points with these logits succeed. The
 # reference is y, or the targets of an attack that has targets.

@@ -1,0 +1,5 @@
+"""What jaxtyping's hook checks annotations with while the tests run: see pyproject.toml."""
+
+from beartype import BeartypeConf, beartype
+
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
