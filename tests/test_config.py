@@ -70,7 +70,7 @@ MISTAKES = {
     "negative eps": ({"adversary__eps": -0.1}, "config.adversary: eps must not be negative"),
     "negative steps": ({"adversary__num_steps": -1}, "adversary: num_steps must be .* not -1"),
     "eps missing": ({"adversary__eps": REMOVED}, "config.adversary.eps is missing: pgd needs it"),
-    "unknown norm": ({"adversary__norm": "l3"}, "adversary.norm must be one of 'linf', 'l2'"),
+    "unknown norm": ({"adversary__norm": "l3"}, "norm is 'l3'; choices: linf, l2, l1"),
     "unknown attack loss": ({"adversary__loss": "x"}, "config.adversary.loss is 'x'; choices:"),
     "unknown regulariser": ({"regularizers__entrpy": {"weight": 1.0}}, "entrpy.*entropy"),
     "no weight": ({"regularizers__entropy": ConfigDict()}, "entropy.weight is missing"),
