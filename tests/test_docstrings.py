@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-MODULES = ("losses", "jacobian", "energy")
+MODULES = ("attacks", "energy", "jacobian", "losses", "margins")
 NUMBER = r"-?\d+\.\d*(?:e[-+]?\d+)?"
 
 
@@ -29,7 +29,7 @@ def functions():
     for name in MODULES:
         module = importlib.import_module(f"robust_jax.{name}")
         for label, value in vars(module).items():
-            is_own = getattr(value, "__module__", None) == module.__name__
+            is_own = getattr(value, "__module__", "").startswith(module.__name__)
             if inspect.isfunction(value) and is_own and not label.startswith("_"):
                 yield pytest.param(value, id=f"{name}.{label}")
 
@@ -41,7 +41,7 @@ def test_example_runs_and_every_argument_is_described(function):
         assert f"\n{section}:\n" in doc, section
     described = re.search(r"\nArgs:\n(.*?)\n\n", doc, re.DOTALL)[1]
     for parameter in inspect.signature(function).parameters:
-        assert re.search(rf"^    (\w+, )*{parameter}\b.*:", described, re.MULTILINE), parameter
+        assert re.search(rf"^    (\w+, |\*\*)*{parameter}\b.*:", described, re.MULTILINE), parameter
     (test,) = doctest.DocTestFinder(recurse=False).find(function, function.__qualname__, globs={})
     runner = doctest.DocTestRunner(ToThePrecisionWritten(), verbose=False)
     report: list[str] = []

@@ -17,19 +17,61 @@ Criterion = Callable[[Logits, Array], Bool[Array, " b"]]
 
 
 def misclassified(logits: Logits, y: Labels) -> Bool[Array, " b"]:
-    """Whether another class than the label wins, or logits are not finite: [B,K], [B] -> [B]."""
+    """Whether another class than the label wins, or logits are not finite.
+
+    Args:
+        logits: [B,K].
+        y: Labels [B].
+
+    Returns:
+        [B].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> attacks.misclassified(jnp.array([[2.0, 1.0], [2.0, 1.0]]), jnp.array([0, 1])).tolist()
+        [False, True]
+    """
     _check_labels(y)
     return losses.correct(logits, y) == 0
 
 
 def classified_as(logits: Logits, targets: Labels) -> Bool[Array, " b"]:
-    """Whether the target wins, [B,K], [B] -> [B]."""
+    """Whether the target wins.
+
+    Args:
+        logits: [B,K].
+        targets: Classes [B].
+
+    Returns:
+        [B].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> attacks.classified_as(jnp.array([[2.0, 1.0], [2.0, 1.0]]), jnp.array([0, 1])).tolist()
+        [True, False]
+    """
     _check_labels(targets)
     return losses.correct(logits, targets) == 1
 
 
 def never(logits: Logits, reference: Array) -> Bool[Array, " b"]:
-    """No point succeeds, [B,K], [B,...] -> [B]: for a loss that compares outputs, as losses.kl."""
+    """No point succeeds: for a loss that compares outputs, as losses.kl does.
+
+    Args:
+        logits: [B,K].
+        reference: [B,...].
+
+    Returns:
+        [B].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> attacks.never(jnp.zeros((1, 2)), jnp.zeros((1, 2))).tolist()
+        [False]
+    """
     return jnp.zeros(len(logits), bool)
 
 

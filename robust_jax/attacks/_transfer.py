@@ -45,7 +45,9 @@ def transfer(
         >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
         >>> other = lambda x: jnp.stack([x[:, 0], 0.4 - x[:, 0]], -1)
         >>> x, y = jnp.array([[0.25, 0.3]]), jnp.array([0])
-        >>> x_adv = attacks.transfer(logits_fn, x, y, jax.random.key(0), surrogate=other, eps=0.1)
+        >>> x_adv = attacks.transfer(
+        ...     logits_fn, x, y, jax.random.key(0), surrogate=other, attack=attacks.fgsm, eps=0.1
+        ... )
         >>> attacks.is_adversarial(logits_fn, x_adv, y).tolist()
         [True]
 
