@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax.attacks._success import Criterion, classified_as, misclassified
+from robust_jax.attacks.norms import wide
 
 
 class Best(NamedTuple):
@@ -32,7 +33,7 @@ class Best(NamedTuple):
 
 def value_dtype(x):
     """The dtype in which losses at points like x are compared: float32 at least."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return wide(x.dtype)
 
 
 class Objective(NamedTuple):

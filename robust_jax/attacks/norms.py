@@ -160,6 +160,11 @@ def tiny(dtype: Any) -> float:
     return max(1e-30, float(jnp.finfo(dtype).tiny))
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype, or float32 where it is narrower than that."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
 def add(x: Perturbation, delta: Perturbation) -> Perturbation:
     """x + delta within [0,1], each pixel rounded towards x, so that no norm of the change grows.
 
@@ -183,8 +188,7 @@ def _summing(fn: Callable) -> Callable:
     @wraps(fn)
     def call(*args, **keywords):
         dtype = args[-1].dtype
-        wide = jnp.promote_types(dtype, jnp.float32)
-        return fn(*(jnp.asarray(a, wide) for a in args), **keywords).astype(dtype)
+        return fn(*(jnp.asarray(a, wide(dtype)) for a in args), **keywords).astype(dtype)
 
     return call
 
