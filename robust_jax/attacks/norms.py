@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from robust_jax._precision import wide_dtype
+
 Perturbation = Float[Array, "..."]
 Scalar = Float[Array, ""]
 Length = float | Scalar
@@ -160,11 +162,6 @@ def tiny(dtype: Any) -> float:
     return max(1e-30, float(jnp.finfo(dtype).tiny))
 
 
-def wide(dtype: Any) -> Any:
-    """The dtype, or float32 where it is narrower than that."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
-
-
 def add(x: Perturbation, delta: Perturbation) -> Perturbation:
     """x + delta within [0,1], each pixel rounded towards x, so that no norm of the change grows.
 
@@ -188,7 +185,7 @@ def _summing(fn: Callable) -> Callable:
     @wraps(fn)
     def call(*args, **keywords):
         dtype = args[-1].dtype
-        return fn(*(jnp.asarray(a, wide(dtype)) for a in args), **keywords).astype(dtype)
+        return fn(*(jnp.asarray(a, wide_dtype(dtype)) for a in args), **keywords).astype(dtype)
 
     return call
 
