@@ -176,12 +176,11 @@ def _ends(values: jax.Array | np.ndarray) -> tuple[Any, Any]:
     """Minimum and maximum, NaN where there is one."""
     if isinstance(values, np.ndarray):
         return values.min(), values.max()
-    return jax.device_get(_ends_on_device(values))
+    low, high, has_nan = jax.device_get(_ends_on_device(values))
+    return (math.nan, math.nan) if has_nan else (low, high)
 
 
 @jax.jit
 def _ends_on_device(values):
-    low, high = values.min(), values.max()
-    if jnp.issubdtype(values.dtype, jnp.inexact):  # which XLA's minimum may pass over
-        low = jnp.where(jnp.isnan(values).any(), jnp.nan, low)
-    return low, high
+    """Minimum, maximum and whether there is a NaN, which XLA's minimum may pass over."""
+    return values.min(), values.max(), jnp.isnan(values).any()

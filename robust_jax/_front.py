@@ -42,7 +42,8 @@ def compiled(fn: Callable) -> Callable:
         if _checks.is_traced(given):
             return fn(**given)
         values = _checked(given, defaults)
-        if _checks.is_traced([values[n].arrays for n in _NETWORKS if n in values]):
+        within_a_trace = _checks.is_traced([values[n].arrays for n in _NETWORKS if n in values])
+        if within_a_trace or jax.config.jax_disable_jit:
             return fn(**given)
         return _run(fn, values)
 

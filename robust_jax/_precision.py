@@ -1,11 +1,18 @@
 """What half precision is too coarse for: sums over classes, pixels and examples."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from robust_jax.types import Array
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype, or float32 where it has 16 bits."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
 def wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x in float32 where it has 16 bits, else as it is."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))

@@ -345,7 +345,8 @@ def correct(logits: Logits, labels: Labels) -> PerExample:
         Array([1., 0.], dtype=float32)
     """
     finite = jnp.isfinite(logits).all(-1)
-    return ((jnp.argmax(logits, -1) == labels) & finite).astype(jnp.float32)
+    top = jnp.argmax(logits, -1).astype(labels.dtype)
+    return ((top == labels) & finite).astype(jnp.float32)
 
 
 def complement(logits: Logits, labels: Labels) -> Float[Array, "b k-1"]:

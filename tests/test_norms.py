@@ -58,13 +58,6 @@ def test_every_attack_stays_in_its_ball_and_ascents_reach_its_optimum(name):
         dual = np.abs((weights[0] - weights[1]) / WEIGHTS.ravel()).sum()
         drop = losses.margin(logits_fn(x), y) - losses.margin(logits_fn(x_adv), y)
         np.testing.assert_allclose(drop, np.full(6, EPS * dual), rtol=1e-3)
-    elif name == "square":  # it breaks what can be broken by 5,000 corners of so small a ball
-        reach = (
-            losses.margin(logits_fn(x), y)
-            < 0.9 * EPS * np.abs((weights[0] - weights[1]) / WEIGHTS.ravel()).sum()
-        )
-        broken = attacks.is_adversarial(logits_fn, x_adv, y)
-        assert (broken | ~reach).all() and broken.any()
 
 
 def test_square_breaks_what_its_ball_reaches():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from robust_jax._precision import wide_dtype
 from robust_jax.attacks._success import Criterion, classified_as, misclassified
 
 
@@ -32,7 +33,7 @@ class Best(NamedTuple):
 
 def value_dtype(x):
     """The dtype in which losses at points like x are compared: float32 at least."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return wide_dtype(x.dtype)
 
 
 class Objective(NamedTuple):

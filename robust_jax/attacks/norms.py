@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from robust_jax._precision import wide_dtype
+
 Perturbation = Float[Array, "..."]
 Scalar = Float[Array, ""]
 Length = float | Scalar
@@ -184,8 +186,7 @@ def _summing(fn: Callable) -> Callable:
     @wraps(fn)
     def call(*args, **keywords):
         dtype = args[-1].dtype
-        wide = jnp.promote_types(dtype, jnp.float32)
-        return fn(*(jnp.asarray(a, wide) for a in args), **keywords).astype(dtype)
+        return fn(*(jnp.asarray(a, wide_dtype(dtype)) for a in args), **keywords).astype(dtype)
 
     return call
 
