@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import attacks, energy, margins
-from robust_jax.analysis import features, surface
 from tests.linear import POINTWISE, WITH_NORMS
 
 KEY = jax.random.key(0)
