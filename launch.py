@@ -97,8 +97,10 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        _exit_at_once(f"error: {error.strerror}: {error.filename or workdir}; what was saved "
-                      "before is kept, and the same command goes on from there")  # fmt: skip
+        _exit_at_once(
+            f"error: {error.strerror}: {error.filename or workdir}; what was saved "
+            "before is kept, and the same command goes on from there"
+        )
 
 
 def _exit_at_once(line: str) -> None:
@@ -124,11 +126,16 @@ def parse_flags(argv: list[str]) -> list[str]:
         if "Traceback" in reason:  # ml_collections folds one into its message
             reason = reason.strip().splitlines()[-1]
         where = traceback.extract_tb(cause.__traceback__)
-        lines = [f" in {Path(f.filename).name}:{f.lineno}" for f in where if "config" in f.filename
-                 and "ml_collections" not in f.filename]  # fmt: skip
-        sys.exit(f"error: {type(cause).__name__}{lines[-1] if lines else ''}: "
-                 f"{' '.join(str(reason).split())} "
-                 "(--help lists the flags, configs/default.py the fields)")  # fmt: skip
+        lines = [
+            f" in {Path(f.filename).name}:{f.lineno}"
+            for f in where
+            if "config" in f.filename and "ml_collections" not in f.filename
+        ]
+        sys.exit(
+            f"error: {type(cause).__name__}{lines[-1] if lines else ''}: "
+            f"{' '.join(str(reason).split())} "
+            "(--help lists the flags, configs/default.py the fields)"
+        )
 
 
 def with_stored_config(argv: list[str]) -> list[str]:
@@ -143,8 +150,10 @@ def with_stored_config(argv: list[str]) -> list[str]:
     if known.config and not Path(known.config.partition(":")[0]).exists():
         sys.exit(f"error: there is no config {known.config}; {configs_there_are()}")
     if not known.workdir:
-        sys.exit("error: --workdir is missing: the folder of the run, as in --workdir=runs/demo"
-                 f"{'' if known.config else f'; {configs_there_are()}'}")  # fmt: skip
+        sys.exit(
+            "error: --workdir is missing: the folder of the run, as in --workdir=runs/demo"
+            f"{'' if known.config else f'; {configs_there_are()}'}"
+        )
     if known.config:
         return argv
     workdir = Path(known.workdir).absolute()
@@ -162,8 +171,10 @@ def configs_there_are() -> str:
     runs = sorted(path.stem for path in folder.glob("*.py"))
     studies = sorted(path.stem for path in (folder / "studies").glob("*.py"))
     studies.remove("common")
-    return (f"--config=configs/NAME.py for a run, NAME one of {', '.join(runs)}; "
-            f"--config=configs/studies/NAME.py for a study: {', '.join(studies)}")  # fmt: skip
+    return (
+        f"--config=configs/NAME.py for a run, NAME one of {', '.join(runs)}; "
+        f"--config=configs/studies/NAME.py for a study: {', '.join(studies)}"
+    )
 
 
 def _not_orbax(record: python_logging.LogRecord) -> bool:

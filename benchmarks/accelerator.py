@@ -47,10 +47,14 @@ def robust_network(flags) -> list[str]:
     eps, norm = config.adversary.eps, config.adversary.norm
     result = attacks.autoattack(
         experiment.evaluator.logits_fn(best.variables),
-        np.asarray(data.to_pixels(images)), labels, jax.random.key(0),
-        eps=eps, norm=norm, batch_size=flags.attack_batch_size,
+        np.asarray(data.to_pixels(images)),
+        labels,
+        jax.random.key(0),
+        eps=eps,
+        norm=norm,
+        batch_size=flags.attack_batch_size,
         overrides={"square": {"num_queries": flags.num_queries}},
-    )  # fmt: skip
+    )
     attacked = time.perf_counter()
     clean, *_, robust = (100 * share for share in result.robust_accuracy.values())
     columns = "config | training, min | clean, % | AutoAttack, % | examples | AutoAttack, min"

@@ -55,9 +55,15 @@ def from_reference(net: torch.nn.Module, budget: Budget, folder: str) -> Attacks
     def members(*names):
         def run(x, y, seed):
             ensemble = autoattack.AutoAttack(
-                net, norm=norm, eps=budget.eps, seed=seed, verbose=False, version="custom",
-                attacks_to_run=list(names), device="cpu",
-            )  # fmt: skip
+                net,
+                norm=norm,
+                eps=budget.eps,
+                seed=seed,
+                verbose=False,
+                version="custom",
+                attacks_to_run=list(names),
+                device="cpu",
+            )
             ensemble.apgd = APGDAttack(net, n_restarts=budget.num_restarts, **climb)
             ensemble.apgd_targeted = APGDAttack_targeted(
                 net, n_target_classes=budget.num_targets, **climb
@@ -149,9 +155,9 @@ def from_foolbox(net: torch.nn.Module, budget: Budget) -> Attacks:
 
     model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
     pgd = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[budget.norm]
-    deepfool = {
-        "linf": foolbox.attacks.LinfDeepFoolAttack, "l2": foolbox.attacks.L2DeepFoolAttack
-    }[budget.norm]  # fmt: skip
+    deepfool = {"linf": foolbox.attacks.LinfDeepFoolAttack, "l2": foolbox.attacks.L2DeepFoolAttack}[
+        budget.norm
+    ]
 
     def run(attack, eps):
         def call(x, y, seed):
@@ -175,16 +181,24 @@ def from_art(net: torch.nn.Module, budget: Budget) -> Attacks:
     from art.attacks import evasion
     from art.estimators.classification import PyTorchClassifier
 
-    common = {"norm": _ORDERS[budget.norm], "eps": budget.eps, "batch_size": budget.batch_size,
-              "verbose": False}  # fmt: skip
+    common = {
+        "norm": _ORDERS[budget.norm],
+        "eps": budget.eps,
+        "batch_size": budget.batch_size,
+        "verbose": False,
+    }
     auto_pgd = {"eps_step": 2 * budget.eps, "max_iter": budget.num_steps, "nb_random_init": 1}
 
     def run(attack, **keywords):
         def call(x, y, seed):
             classifier = PyTorchClassifier(
-                net, torch.nn.CrossEntropyLoss(), x.shape[1:], budget.num_classes,
-                clip_values=(0, 1), device_type="cpu",
-            )  # fmt: skip
+                net,
+                torch.nn.CrossEntropyLoss(),
+                x.shape[1:],
+                budget.num_classes,
+                clip_values=(0, 1),
+                device_type="cpu",
+            )
             np.random.seed(seed)  # noqa: NPY002, it draws from the global state
             torch.manual_seed(seed)
             x_adv = attack(classifier, **keywords, **common).generate(x.numpy(), y.numpy())
@@ -194,17 +208,17 @@ def from_art(net: torch.nn.Module, budget: Budget) -> Attacks:
 
     return {
         "pgd": run(
-            evasion.ProjectedGradientDescentPyTorch, eps_step=budget.step_size,
-            max_iter=budget.num_pgd_steps, num_random_init=1,
+            evasion.ProjectedGradientDescentPyTorch,
+            eps_step=budget.step_size,
+            max_iter=budget.num_pgd_steps,
+            num_random_init=1,
         ),
-        "apgd_ce": run(
-            evasion.AutoProjectedGradientDescent, loss_type="cross_entropy", **auto_pgd
-        ),
+        "apgd_ce": run(evasion.AutoProjectedGradientDescent, loss_type="cross_entropy", **auto_pgd),
         "apgd_dlr": run(
             evasion.AutoProjectedGradientDescent, loss_type="difference_logits_ratio", **auto_pgd
         ),
         "square": run(evasion.SquareAttack, max_iter=budget.num_queries),
-    }  # fmt: skip
+    }
 
 
 _ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}

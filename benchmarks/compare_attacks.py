@@ -107,10 +107,17 @@ def our_side(logits_fn: Callable, budget: Budget) -> Side:
     def ensemble(version):
         def run(x, y, keys, _):
             return attacks.autoattack(
-                logits_fn, x, y, keys,
-                eps=eps, norm=norm, version=version, batch_size=batch_size,
-                overrides=overrides, progress=False,
-            ).x_adv  # fmt: skip
+                logits_fn,
+                x,
+                y,
+                keys,
+                eps=eps,
+                norm=norm,
+                version=version,
+                batch_size=batch_size,
+                overrides=overrides,
+                progress=False,
+            ).x_adv
 
         return run
 
@@ -206,9 +213,12 @@ def bounded_row(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> list[str]
     broken, their_broken = (np.stack([o.broken for o in side]) for side in (ours, theirs))
     accuracy, their_accuracy = 100 * (1 - broken.mean(1)), 100 * (1 - their_broken.mean(1))
     return [
-        _over_seeds(accuracy), _over_seeds(their_accuracy), _over_seeds(accuracy - their_accuracy),
-        _over_seeds((broken & ~their_broken).sum(1)), _over_seeds((~broken & their_broken).sum(1)),
-    ]  # fmt: skip
+        _over_seeds(accuracy),
+        _over_seeds(their_accuracy),
+        _over_seeds(accuracy - their_accuracy),
+        _over_seeds((broken & ~their_broken).sum(1)),
+        _over_seeds((~broken & their_broken).sum(1)),
+    ]
 
 
 def nearest_row(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> list[str]:
@@ -234,11 +244,23 @@ def nearest_row(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> list[str]
 
 
 COLUMNS = {
-    bounded_row: ("robust accuracy, %: ours", "theirs", "difference", "only ours breaks",
-                  "only theirs breaks"),
-    nearest_row: ("found, %: ours", "theirs", "median distance: ours", "theirs", "median ratio",
-                  "ours nearer by 1 %, % of points", "theirs"),
-}  # fmt: skip
+    bounded_row: (
+        "robust accuracy, %: ours",
+        "theirs",
+        "difference",
+        "only ours breaks",
+        "only theirs breaks",
+    ),
+    nearest_row: (
+        "found, %: ours",
+        "theirs",
+        "median distance: ours",
+        "theirs",
+        "median ratio",
+        "ours nearer by 1 %, % of points",
+        "theirs",
+    ),
+}
 SECONDS = "seconds: ours", "theirs", "median ratio of batches", "range"
 
 
@@ -247,9 +269,11 @@ def seconds_row(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> list[str]
     taken, their_taken = (np.stack([o.seconds for o in side]) for side in (ours, theirs))
     ratio = taken / their_taken
     return [
-        f"{taken.sum(1).mean():.3g}", f"{their_taken.sum(1).mean():.3g}",
-        f"{np.median(ratio):.2f}", f"{ratio.min():.2f} to {ratio.max():.2f}",
-    ]  # fmt: skip
+        f"{taken.sum(1).mean():.3g}",
+        f"{their_taken.sum(1).mean():.3g}",
+        f"{np.median(ratio):.2f}",
+        f"{ratio.min():.2f} to {ratio.max():.2f}",
+    ]
 
 
 def disagreements(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> str:
@@ -305,9 +329,11 @@ def main() -> None:
         our_outcomes, *their_outcomes = zip(*by_seed, strict=True)
         for peer, outcomes in zip(able, their_outcomes, strict=True):
             _print_row(
-                attack, peer.name,
-                *row(our_outcomes, outcomes), *seconds_row(our_outcomes, outcomes),
-            )  # fmt: skip
+                attack,
+                peer.name,
+                *row(our_outcomes, outcomes),
+                *seconds_row(our_outcomes, outcomes),
+            )
             if note := disagreements(our_outcomes, outcomes):
                 notes.append(f"- {attack}, {peer.name}: {note}")
             for seed, (one, other) in enumerate(zip(our_outcomes, outcomes, strict=True)):

@@ -108,11 +108,15 @@ def cost_model(flags) -> None:
     flops = speed.flops(step, state, batch, key)
     work = Work(flops / flags.batch_per_device, reduced_values(state, sums))
     parameters = models.num_parameters(state.params)
-    print(f"{flags.model}: {parameters:,} parameters, "
-          f"{work.flops_per_example / 1e9:.3g} GFLOP an example and step\n")  # fmt: skip
+    print(
+        f"{flags.model}: {parameters:,} parameters, "
+        f"{work.flops_per_example / 1e9:.3g} GFLOP an example and step\n"
+    )
 
-    print("| devices | GFLOP | MB all-reduced: model | program | MB of state: model | program "
-          "| MB in use at most |")  # fmt: skip
+    print(
+        "| devices | GFLOP | MB all-reduced: model | program | MB of state: model | program "
+        "| MB in use at most |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for devices in (1, 2, 4, 8):
         step, arguments = step_and_inputs(flags, jax.devices()[:devices], flags.batch_per_device)
@@ -138,9 +142,11 @@ def cost_model(flags) -> None:
     for devices in (2**i for i in range(11)):
         compute, reduce = step_seconds(work, devices, flags.batch_per_device, rate, links)
         slowest = compute + reduce
-        print(f"| {devices} | {devices * flags.batch_per_device:,} | {1e3 * compute:.3g} "
-              f"| {1e3 * reduce:.3g} | {1e3 * max(compute, reduce):.3g} to {1e3 * slowest:.3g} "
-              f"| {compute / slowest:.0%} |")  # fmt: skip
+        print(
+            f"| {devices} | {devices * flags.batch_per_device:,} | {1e3 * compute:.3g} "
+            f"| {1e3 * reduce:.3g} | {1e3 * max(compute, reduce):.3g} to {1e3 * slowest:.3g} "
+            f"| {compute / slowest:.0%} |"
+        )
 
 
 def compiled_for_tpu(flags) -> None:

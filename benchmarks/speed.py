@@ -51,9 +51,11 @@ def steps(net: str, flags) -> Sides:
     """A training step of each side; each call makes one and waits for it."""
     make, make_torch, shape = NETS[net]
     ours = TrainingStep(
-        partial(make, dtype=flags.dtype), shape, batch_size=flags.batch_size,
+        partial(make, dtype=flags.dtype),
+        shape,
+        batch_size=flags.batch_size,
         num_steps=flags.num_steps,
-    )  # fmt: skip
+    )
     pixels, (_, y) = ours.pixels, images(shape, flags.batch_size)
     is_gpu = jax.default_backend() == "gpu"
     device = "cuda" if is_gpu else "cpu"

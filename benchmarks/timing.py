@@ -36,9 +36,14 @@ class TrainingStep:
     """
 
     def __init__(
-        self, make_model: Callable, shape: tuple[int, ...], *, batch_size: int, num_steps: int,
+        self,
+        make_model: Callable,
+        shape: tuple[int, ...],
+        *,
+        batch_size: int,
+        num_steps: int,
         num_seeds: int = 1,
-    ):  # fmt: skip
+    ):
         model = make_model(num_classes=10, axis_name=parallel.AXIS)
         x, y = images(shape, batch_size)
         self.pixels = (x * 255).astype(np.uint8)
@@ -46,9 +51,11 @@ class TrainingStep:
             attacks.pgd, keep_best=False, eps=EPS, step_size=STEP_SIZE, num_steps=num_steps
         )
         objective = make_objective(
-            apply_fn(model), loss=losses.cross_entropy, loss_on="adversarial",
+            apply_fn(model),
+            loss=losses.cross_entropy,
+            loss_on="adversarial",
             adversary=Adversary(pgd),
-        )  # fmt: skip
+        )
         tx = optax.sgd(LEARNING_RATE, MOMENTUM)
         step = make_train_step(objective, tx)
         self._step = parallel.map_step(step if num_seeds == 1 else vmap_train_step(step), "pmap")

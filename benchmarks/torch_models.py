@@ -16,8 +16,13 @@ from torch.nn import functional as F
 from robust_jax import data, models
 
 # What flax calls the arrays of a layer, and PyTorch; the axes of kernels, there and back.
-_PARTS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean",
-          "var": "running_var"}  # fmt: skip
+_PARTS = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 _TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 

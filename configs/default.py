@@ -61,13 +61,21 @@ def get_config() -> ConfigDict:
             "input_gradient": {"weight": 0.0},
             "average_margin": {"weight": 0.0, "tau": 0.1, "norm": "linf"},
             "energy_mean_square": {
-                "weight": 0.0, "eps": 0.15, "norm": "linf", "num_samples": 1, "label_free": False,
+                "weight": 0.0,
+                "eps": 0.15,
+                "norm": "linf",
+                "num_samples": 1,
+                "label_free": False,
             },
             "energy_oscillation": {
-                "weight": 0.0, "eps": 0.15, "norm": "linf", "num_steps": 10, "label_free": False,
+                "weight": 0.0,
+                "eps": 0.15,
+                "norm": "linf",
+                "num_steps": 10,
+                "label_free": False,
             },
         }
-    )  # fmt: skip
+    )
 
     # Optimisation. Durations are "20 epochs", "500 steps" or "1e6 examples".
     config.batch_size = 128  # over all devices

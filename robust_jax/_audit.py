@@ -180,9 +180,16 @@ class _Attack:
             return jax.lax.switch(which, self.losses, logits * scale, labels)
 
         x_adv = pgd(
-            logits_fn, rows["x"], rows["y"], _keys(rows, 0), eps=eps, norm=self.norm, loss=loss,
-            num_steps=self.num_steps, num_restarts=self.num_restarts,
-        )  # fmt: skip
+            logits_fn,
+            rows["x"],
+            rows["y"],
+            _keys(rows, 0),
+            eps=eps,
+            norm=self.norm,
+            loss=loss,
+            num_steps=self.num_steps,
+            num_restarts=self.num_restarts,
+        )
         return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
 
 
@@ -277,32 +284,36 @@ def _check_outputs(logits) -> Check:
     else:
         evidence = f"the outputs are logits, {_percent(finite)} of them finite"
     return Check(
-        "outputs", "fail" if probabilities or finite < 1 else "pass", evidence,
+        "outputs",
+        "fail" if probabilities or finite < 1 else "pass",
+        evidence,
         "return what goes into the softmax: its result saturates and takes the gradient with it",
         values,
-    )  # fmt: skip
+    )
 
 
 def _check_randomness(logits_fn, x) -> Check:
     random = is_random(logits_fn, x)
     word = "differ" if random else "agree"
     return Check(
-        "randomness", "fail" if random else "pass",
+        "randomness",
+        "fail" if random else "pass",
         f"two forward passes of the same {len(x)} images {word}",
         'average gradients over draws: autoattack(…, version="rand") with logits_fn(x, key)',
         {"differs": float(random)},
-    )  # fmt: skip
+    )
 
 
 def _check_batch(logits_fn, x) -> Check:
     change = change_with_the_batch(logits_fn, x)
     return Check(
-        "batch", "fail" if change > 1e-2 else "pass",
+        "batch",
+        "fail" if change > 1e-2 else "pass",
         f"an image's logits change by {change:.1g} of their size when it is alone in its batch",
         "use running statistics (train=False): a network that looks at the whole batch lets one "
         "example's attack move another's prediction",
         {"relative_change": change},
-    )  # fmt: skip
+    )
 
 
 def _check_gradients(lab: _Lab) -> Check:
@@ -319,7 +330,8 @@ def _check_gradients(lab: _Lab) -> Check:
     if verdict == "pass" and shares["vanishing"] > 0.1:
         verdict = "warn"
     return Check(
-        "gradients", verdict,
+        "gradients",
+        verdict,
         f"along the path of an attack {_percent(shares['zero'])} of cross-entropy's gradients are "
         f"zero, {_percent(shares['vanishing'])} below 1e-20, "
         f"{_percent(shares['not_finite'])} not finite; of the margin's "
@@ -327,20 +339,21 @@ def _check_gradients(lab: _Lab) -> Check:
         "attack the margin or DLR, replace what has no derivative by something that has (BPDA, "
         "arXiv 1802.00420), and trust Square more than PGD",
         shares,
-    )  # fmt: skip
+    )
 
 
 def _check_steps(lab: _Lab) -> Check:
     few, many, restarts = (lab.share(n) for n in ("few_steps", "cross_entropy", "restarts"))
     verdict = _worse(lab.grade(many - few, (0.02, 0.05)), lab.grade(few - restarts, (0.2, 0.4)))
     return Check(
-        "steps", verdict,
+        "steps",
+        verdict,
         f"{_percent(few)} hold against {_FEW_STEPS} steps, {_percent(many)} against {_MANY_STEPS}, "
         f"{_percent(restarts)} against {_RESTARTS} restarts of {_FEW_STEPS}",
         "more steps must not help the defence and restarts should not find much more: the loss is "
         "rugged, so quote AutoAttack with Square, not PGD",
         {"few_steps": few, "many_steps": many, "restarts": restarts},
-    )  # fmt: skip
+    )
 
 
 def _check_radius(lab: _Lab) -> Check:
@@ -353,11 +366,12 @@ def _check_radius(lab: _Lab) -> Check:
     verdict = _worse(lab.grade(rise, (0.02, 0.05)), lab.grade(found[-1], (0.02, 0.1)))
     listed = ", ".join(f"{_percent(share)} at {r}" for r, share in shares.items())
     return Check(
-        "radius", verdict,
+        "radius",
+        verdict,
         f"share that holds by radius: {listed}, which holds every image",
         "no network holds where every image is allowed: the attack fails, not the network yields",
         shares,
-    )  # fmt: skip
+    )
 
 
 def _check_losses(lab: _Lab) -> Check:
@@ -371,11 +385,13 @@ def _check_losses(lab: _Lab) -> Check:
         verdict = "warn"
         evidence += "; the loss it was trained with is the weak attack"
     return Check(
-        "losses", verdict, evidence,
+        "losses",
+        verdict,
+        evidence,
         "quote the lowest: cross-entropy saturates on confident logits (rescaled: their gap is 1), "
         "and a loss the network was trained to be flat in says nothing",
         shares,
-    )  # fmt: skip
+    )
 
 
 def _check_precision(lab: _Lab) -> Check:
@@ -386,10 +402,12 @@ def _check_precision(lab: _Lab) -> Check:
     except NotInDouble as reason:
         return Check("precision", "skipped", f"not compared with float64: {reason}", advice, {})
     return Check(
-        "precision", lab.grade(single - double, _UNLIKE),
+        "precision",
+        lab.grade(single - double, _UNLIKE),
         f"{_percent(single)} hold in float32, {_percent(double)} in float64",
-        advice, {"float32": single, "float64": double},
-    )  # fmt: skip
+        advice,
+        {"float32": single, "float64": double},
+    )
 
 
 def _check_noise(lab: _Lab) -> Check:
@@ -398,13 +416,14 @@ def _check_noise(lab: _Lab) -> Check:
     broken, standing = _broken(lab, lambda rows: run(rows, np.float32(lab.eps)))
     verdict = _worse(lab.grade(broken, _LEFT_OVER), lab.grade(faint, (0.05, 0.2)))
     return Check(
-        "noise", verdict,
+        "noise",
+        verdict,
         f"{_DRAWS} draws of uniform noise break {_percent(broken)} of the points that hold against "
         f"gradients ({standing} of {len(lab.logits)}); noise of eps/100 changes {_percent(faint)}",
         "an attack must beat noise, and predictions that faint noise changes have no useful "
         "gradient: use Square and smooth surrogates",
         {"broken": broken, "changed_by_faint_noise": faint},
-    )  # fmt: skip
+    )
 
 
 def _check_square(lab: _Lab, num_queries: int) -> Check:
@@ -415,11 +434,13 @@ def _check_square(lab: _Lab, num_queries: int) -> Check:
     attack = lab.map_examples(_Square(lab.norm, num_queries))
     broken, standing = _broken(lab, lambda rows: attack(rows, np.float32(lab.eps)))
     return Check(
-        "square", lab.grade(broken, _LEFT_OVER),
+        "square",
+        lab.grade(broken, _LEFT_OVER),
         f"{num_queries} queries of random search break {_percent(broken)} of the points that hold "
         f"against gradients ({standing} of {len(lab.logits)})",
-        advice, {"broken": broken},
-    )  # fmt: skip
+        advice,
+        {"broken": broken},
+    )
 
 
 def _check_transfer(lab: _Lab, surrogates: Mapping[str, Network]) -> Check:
@@ -433,16 +454,20 @@ def _check_transfer(lab: _Lab, surrogates: Mapping[str, Network]) -> Check:
         shares[name], _ = _broken(lab, held)
     if not shares:
         return Check(
-            "transfer", "skipped", "no surrogate was given",
-            "give the logits of an undefended network for the same task", {},
-        )  # fmt: skip
+            "transfer",
+            "skipped",
+            "no surrogate was given",
+            "give the logits of an undefended network for the same task",
+            {},
+        )
     return Check(
-        "transfer", lab.grade(max(shares.values()), _LEFT_OVER),
+        "transfer",
+        lab.grade(max(shares.values()), _LEFT_OVER),
         "of the points that hold against gradients, adversarials made on other networks break: "
         f"{_listed(shares)}",
         "another network's gradients beat its own, which mislead: attack it through surrogates",
         shares,
-    )  # fmt: skip
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -452,9 +477,14 @@ class _Square:
 
     def __call__(self, logits_fn, rows, eps):
         x_adv = square(
-            logits_fn, rows["x"], rows["y"], _keys(rows, 2),
-            eps=eps, norm=self.norm, num_queries=self.num_queries,
-        )  # fmt: skip
+            logits_fn,
+            rows["x"],
+            rows["y"],
+            _keys(rows, 2),
+            eps=eps,
+            norm=self.norm,
+            num_queries=self.num_queries,
+        )
         return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
 
 
@@ -464,9 +494,14 @@ class _Transfer:
 
     def __call__(self, logits_fn, rows, eps, surrogate):
         x_adv = mim(
-            surrogate, rows["x"], rows["y"], _keys(rows, 3),
-            eps=eps, norm=self.norm, num_steps=2 * _FEW_STEPS,
-        )  # fmt: skip
+            surrogate,
+            rows["x"],
+            rows["y"],
+            _keys(rows, 3),
+            eps=eps,
+            norm=self.norm,
+            num_steps=2 * _FEW_STEPS,
+        )
         return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
 
 

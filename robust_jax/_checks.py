@@ -28,8 +28,9 @@ def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.n
         hint = "; divide by 255" if jnp.issubdtype(x.dtype, jnp.integer) else ""
         raise ValueError(f"{name} is {x.dtype}; pixels are floats in [0, 1]{hint}")
     if x.ndim < 2 or x.size == 0:
-        raise ValueError(f"{name} has the shape {list(x.shape)}; give a batch, [B,...], of one "
-                         "example at least")  # fmt: skip
+        raise ValueError(
+            f"{name} has the shape {list(x.shape)}; give a batch, [B,...], of one example at least"
+        )
     low, high = (float(end) for end in _ends(x))
     if math.isnan(low) or math.isnan(high):
         raise ValueError(f"{name} holds NaN")
@@ -109,8 +110,10 @@ def network(
     if not callable(fn):
         raise ValueError(f"{name} is {_short(fn)}; give a function from x [B,...] to logits [B,K]")
     if any(base.__module__.startswith("torch.") for base in type(fn).__mro__):
-        raise ValueError(f"{name} is a PyTorch module; docs/attack_your_model.md has the few lines "
-                         "that make it a function of JAX")  # fmt: skip
+        raise ValueError(
+            f"{name} is a PyTorch module; docs/attack_your_model.md has the few lines "
+            "that make it a function of JAX"
+        )
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     try:
         return as_network(fn, x.shape[1:], dtype, is_randomised=is_randomised)
@@ -141,8 +144,11 @@ def network(
 
 # Errors of Flax NNX, linen and Haiku, which may not be installed: changed state, a missing key.
 _IN_TRAINING = (
-    "TraceContextError", "ModifyScopeVariableError", "InvalidRngError", "MissingRNGError"
-)  # fmt: skip
+    "TraceContextError",
+    "ModifyScopeVariableError",
+    "InvalidRngError",
+    "MissingRNGError",
+)
 
 
 def num_classes(network: Network, name: str = "logits_fn") -> int:
@@ -150,11 +156,14 @@ def num_classes(network: Network, name: str = "logits_fn") -> int:
     out = network.program.outputs
     if not isinstance(out, jax.ShapeDtypeStruct):
         what = type(out).__name__
-        raise ValueError(f"{name} returns a {what}, not an array; return the logits alone, as in "
-                         "lambda x: f(x)[0]")  # fmt: skip
+        raise ValueError(
+            f"{name} returns a {what}, not an array; return the logits alone, as in "
+            "lambda x: f(x)[0]"
+        )
     if len(out.shape) != 2 or out.shape[0] != 1:
-        raise ValueError(f"{name} returns the shape {list(out.shape)} for one example; logits are "
-                         "[1,K] then")  # fmt: skip
+        raise ValueError(
+            f"{name} returns the shape {list(out.shape)} for one example; logits are [1,K] then"
+        )
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(f"{name} returns {out.dtype}; logits are floats")
     if out.shape[1] == 1:

@@ -433,8 +433,12 @@ def _replaced_convolution(eqn: JaxprEqn) -> Callable[..., Array] | None:
     params = eqn.params
     lhs, rhs, out = params["dimension_numbers"]
     x: Any = eqn.invars[0].aval
-    ones = (*params["lhs_dilation"], *params["rhs_dilation"],
-            params["feature_group_count"], params["batch_group_count"])  # fmt: skip
+    ones = (
+        *params["lhs_dilation"],
+        *params["rhs_dilation"],
+        params["feature_group_count"],
+        params["batch_group_count"],
+    )
     is_wide = params["preferred_element_type"] in (None, x.dtype) and x.dtype.itemsize >= 4
     padding = tuple(params["padding"])
     if len(lhs) != 4 or set(ones) != {1} or not is_wide or min(min(pad) for pad in padding) < 0:

@@ -33,9 +33,7 @@ class Program:
         self._batch_size = closed.in_avals[0].shape[0]
         self.outputs = outputs
         self._is_plain = is_plain
-        self._description: tuple = (
-            is_plain, jax.tree.structure(outputs), _described(closed.jaxpr)
-        )  # fmt: skip
+        self._description: tuple = (is_plain, jax.tree.structure(outputs), _described(closed.jaxpr))
         # A function that vmap cannot lift is called as it is, with its arrays as constants.
         self._fn = None if _can_be_lifted(closed) else fn
         if self._fn is not None:
@@ -204,8 +202,10 @@ def _on_the_whole_batch(fn: Callable) -> Callable:
 
         @call.def_vmap
         def rule(size, is_batched, *args):
-            whole = [a if b else jnp.broadcast_to(a, (size, *a.shape))
-                     for a, b in zip(args, is_batched, strict=True)]  # fmt: skip
+            whole = [
+                a if b else jnp.broadcast_to(a, (size, *a.shape))
+                for a, b in zip(args, is_batched, strict=True)
+            ]
             return merged(call, *whole), True  # within another vmap perhaps
 
         return call

@@ -64,9 +64,14 @@ _F_4_3 = _Filtering(
 
 
 def _filtered(
-    x: Array, k: Array, *, inner: Callable[[Array, Array], Array], filtering: _Filtering,
-    axis: int, padding: Pair,
-) -> Array:  # fmt: skip
+    x: Array,
+    k: Array,
+    *,
+    inner: Callable[[Array, Array], Array],
+    filtering: _Filtering,
+    axis: int,
+    padding: Pair,
+) -> Array:
     """The convolution along one axis of x; inner does what is left of it, for each product."""
     m, size = len(filtering.results), x.shape[axis]
     length = size + sum(padding) - 2

@@ -120,8 +120,17 @@ def oscillation(
         >>> energy.oscillation(logits_fn, x, y, key, eps=0.1)  # (2·eps)²
         Array([0.04], dtype=float32)
     """
-    values = _ends(logits_fn, x, y, key, (1.0,) if y is None else (1.0, -1.0), eps=eps, norm=norm,
-                   num_steps=num_steps, step_size=step_size)  # fmt: skip
+    values = _ends(
+        logits_fn,
+        x,
+        y,
+        key,
+        (1.0,) if y is None else (1.0, -1.0),
+        eps=eps,
+        norm=norm,
+        num_steps=num_steps,
+        step_size=step_size,
+    )
     return (values.max(0) - values.min(0)) ** 2
 
 
@@ -166,26 +175,35 @@ def rise(
         >>> energy.rise(logits_fn, x, y, key, eps=0.1)  # eps²
         Array([0.01], dtype=float32)
     """
-    values = _ends(logits_fn, x, y, key, (1.0,), eps=eps, norm=norm, num_steps=num_steps,
-                   step_size=step_size)  # fmt: skip
+    values = _ends(
+        logits_fn, x, y, key, (1.0,), eps=eps, norm=norm, num_steps=num_steps, step_size=step_size
+    )
     return (values.max(0) - values[0]) ** 2
 
 
 def _ends(
-    logits_fn: LogitsFn, x: Images, y: Labels | None, key: KeyOrKeys, signs: tuple[float, ...],
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Labels | None,
+    key: KeyOrKeys,
+    signs: tuple[float, ...],
     **keywords,
-) -> Float[Array, "n b"]:  # fmt: skip
+) -> Float[Array, "n b"]:
     """ℓ at x itself, and where PGD ends that follows ℓ times each sign."""
     loss, reference = _loss_around(logits_fn, x, y)
     keys = example_keys(key, x.shape[0])
 
     def end(sign, salt):
         found = pgd(
-            logits_fn, x, reference, fold_each(keys, salt),
+            logits_fn,
+            x,
+            reference,
+            fold_each(keys, salt),
             loss=lambda logits, reference: sign * loss(logits, reference),
             # The loss alone counts: at its least, where nothing is misclassified, as well.
-            criterion=never, **keywords,
-        )  # fmt: skip
+            criterion=never,
+            **keywords,
+        )
         return jax.lax.stop_gradient(found)
 
     points = [x, *(end(sign, salt) for salt, sign in enumerate(signs))]

@@ -11,9 +11,17 @@ import numpy as np
 # What numpy.load raises, without unpickling, of an npz file that is damaged or something else;
 # NotImplementedError and RuntimeError are zipfile's, of a compression or a flag it does not know.
 UNREADABLE_NPZ = (
-    OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, NotImplementedError,
-    RuntimeError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def write_atomically(path: Path, text: str) -> Path:

@@ -108,9 +108,7 @@ def first_order(
     """
 
     def nearest(x, y):
-        return boundary_distances(
-            logits_fn, x, y, norm=norm, num_boundaries=num_boundaries
-        ).min(-1)  # fmt: skip
+        return boundary_distances(logits_fn, x, y, norm=norm, num_boundaries=num_boundaries).min(-1)
 
     if chunk_size is None:
         return nearest(x, y)

@@ -64,7 +64,11 @@ def launch():
         environment = environment_of(devices, as_users_do=as_users_do)
         return subprocess.run(
             [sys.executable, "launch.py", *flags],
-            cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
 
     return run

@@ -23,9 +23,12 @@ KEY = jax.random.key(0)
 def attacked(norm, logits_fn, x, y, *, num_steps=30, chunk_size=None):
     """minimum_norm with FAB."""
     measure = functools.partial(
-        margins.minimum_norm, logits_fn, norm=norm, chunk_size=chunk_size,
+        margins.minimum_norm,
+        logits_fn,
+        norm=norm,
+        chunk_size=chunk_size,
         attack=functools.partial(fab, num_steps=num_steps),
-    )  # fmt: skip
+    )
     return np.asarray(jax.jit(measure)(x, y, KEY))
 
 
@@ -79,11 +82,18 @@ def test_minimum_norm_of_a_misclassified_example_is_the_way_to_its_label():
         lead, gap = (weights[label] - weights)[others], (bias[label] - bias)[others]
         flat = image.astype(np.float64).ravel()
         best = optimize.minimize(
-            lambda d: d @ d, np.zeros(20), method="SLSQP", jac=lambda d: 2 * d,
-            bounds=[*zip(-flat, 1 - flat, strict=True)], options={"ftol": 1e-10},
-            constraints={"type": "ineq", "jac": lambda d, w=lead: w,
-                         "fun": lambda d, w=lead, b=gap, z=flat: w @ (z + d) + b},
-        )  # fmt: skip
+            lambda d: d @ d,
+            np.zeros(20),
+            method="SLSQP",
+            jac=lambda d: 2 * d,
+            bounds=[*zip(-flat, 1 - flat, strict=True)],
+            options={"ftol": 1e-10},
+            constraints={
+                "type": "ineq",
+                "jac": lambda d, w=lead: w,
+                "fun": lambda d, w=lead, b=gap, z=flat: w @ (z + d) + b,
+            },
+        )
         assert best.success
         in_corner += (lead @ (flat + best.x) + gap < 1e-4).sum() > 1
         assert np.sqrt(best.fun) * (1 - 1e-3) <= -margin <= np.sqrt(best.fun) * 1.05
@@ -121,9 +131,7 @@ def test_lipschitz_takes_in_what_the_input_is_divided_by():
     logits_fn = functools.partial(model.apply, variables)
     layers = spectra.layers(model, variables, x.shape[1:])
     lower = margins.lipschitz(logits_fn(x), y, layers, norm="linf", std=model.std)
-    np.testing.assert_allclose(
-        lower, margins.first_order(logits_fn, x, y, norm="linf"), rtol=1e-3
-    )  # fmt: skip
+    np.testing.assert_allclose(lower, margins.first_order(logits_fn, x, y, norm="linf"), rtol=1e-3)
 
 
 def test_margins_where_nothing_changes_the_class():
@@ -184,8 +192,11 @@ def test_captured_holds_the_layers_in_their_order():
     variables = model.init(KEY, x)
     found = features.captured(model, variables)(x)
     assert {name: value.shape for name, value in found.items()} == {
-        "dense1": (2, 8), "dense2": (2, 6), "features": (2, 6), "logits": (2, 3),
-    }  # fmt: skip
+        "dense1": (2, 8),
+        "dense2": (2, 6),
+        "features": (2, 6),
+        "logits": (2, 3),
+    }
     np.testing.assert_array_equal(found["logits"], model.apply(variables, x))
     head = variables["params"]["head"]
     np.testing.assert_allclose(
@@ -347,9 +358,15 @@ def test_surface_meets_the_image_the_attack_and_points_in_between():
     np.testing.assert_allclose(found[:, 1, 1], losses.cross_entropy(logits_fn(x), y), rtol=1e-4)
     np.testing.assert_allclose(found[:, 3, 1], losses.cross_entropy(logits_fn(x_adv), y), rtol=1e-4)
     margin = surface.loss_surface(
-        logits_fn, x, y, x_adv, direction,
-        along_adversarial=a, along_direction=b, loss=losses.margin,
-    )  # fmt: skip
+        logits_fn,
+        x,
+        y,
+        x_adv,
+        direction,
+        along_adversarial=a,
+        along_direction=b,
+        loss=losses.margin,
+    )
     for i, j in np.ndindex(4, 3):
         points = x + a[i] * (x_adv - x) + b[j] * direction
         expected = losses.margin(logits_fn(points), y)
@@ -367,22 +384,37 @@ def test_a_direction_from_an_attack_that_did_not_move_is_zero():
 def test_summary_leaves_out_and_counts_what_is_not_finite():
     values = [3.0, 1.0, np.inf, 2.0, -np.inf, 4.0, np.nan]
     assert summaries.summary(values, quantiles=(0.5, 0.025)) == {
-        "count": 4, "not_finite": 3, "minimum": 1, "mean": 2.5, "maximum": 4,
-        "standard_deviation": pytest.approx(np.sqrt(1.25)), "q50": 2.5,
+        "count": 4,
+        "not_finite": 3,
+        "minimum": 1,
+        "mean": 2.5,
+        "maximum": 4,
+        "standard_deviation": pytest.approx(np.sqrt(1.25)),
+        "q50": 2.5,
         "q2.5": pytest.approx(1.075),
-    }  # fmt: skip
+    }
     with pytest.raises(ValueError, match="none of 2 values is finite"):
         summaries.summary([np.nan, np.inf])
 
 
 def test_gaps_are_train_minus_test_of_what_both_measure():
-    train = pd.DataFrame({
-        "index": [0, 1], "label": [1, 1], "cross_entropy": [0.0, 0.2], "correct": [True, True],
-        "pgd_linf@0.1/held": [True, False], "margin": [1.0, 2.0],
-    })  # fmt: skip
-    test = {"index": [0, 1, 2, 3], "label": [1, 0, 1, 0], "cross_entropy": [0.5, 0.5, 0.5, 0.9],
-            "correct": [True, False, False, True],
-            "pgd_linf@0.1/held": [True, False, False, False]}  # fmt: skip
+    train = pd.DataFrame(
+        {
+            "index": [0, 1],
+            "label": [1, 1],
+            "cross_entropy": [0.0, 0.2],
+            "correct": [True, True],
+            "pgd_linf@0.1/held": [True, False],
+            "margin": [1.0, 2.0],
+        }
+    )
+    test = {
+        "index": [0, 1, 2, 3],
+        "label": [1, 0, 1, 0],
+        "cross_entropy": [0.5, 0.5, 0.5, 0.9],
+        "correct": [True, False, False, True],
+        "pgd_linf@0.1/held": [True, False, False, False],
+    }
     assert summaries.gaps(train, test) == pytest.approx(
         {"cross_entropy": -0.5, "correct": 0.5, "pgd_linf@0.1/held": 0.25}
     )

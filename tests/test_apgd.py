@@ -95,9 +95,10 @@ def compiled(name, norm, shape, num_classes):
 @pytest.mark.parametrize("name", ATTACKS)
 @settings(max_examples=16, deadline=None, derandomize=True)
 @given(
-    eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
+    eps=st.floats(0, 3, width=32),
+    seed=st.integers(0, 1000),
     shape_and_classes=st.sampled_from([((4, 5, 1), 6), ((1, 7, 2), 2)]),
-)  # fmt: skip
+)
 def test_stays_in_the_ball_and_the_box(name, norm, eps, seed, shape_and_classes):
     shape, num_classes = shape_and_classes
     key = jax.random.key(seed)
@@ -180,9 +181,14 @@ def test_returns_the_adversarial_and_not_the_point_of_largest_loss():
 
     # All starts lie within the ball; only those with s > 0.1 are misclassified.
     x_adv = apgd(
-        logits_fn, x, y, jax.random.key(1), eps=0.2, num_restarts=4,
+        logits_fn,
+        x,
+        y,
+        jax.random.key(1),
+        eps=0.2,
+        num_restarts=4,
         loss=lambda logits, y: -losses.cross_entropy(logits, y),
-    )  # fmt: skip
+    )
     found = (x_adv - x).sum((1, 2, 3))
     assert (jnp.argmax(logits_fn(x_adv), -1) == 1).sum() >= 2
     assert (found > 0.1).sum() >= 2
@@ -232,10 +238,23 @@ def test_a_randomised_network_is_attacked_through_its_average():
     x = jnp.full((16, 4, 4, 1), 0.5)
     y = jnp.zeros(16, jnp.int32)
     pushed = {
-        draws: float((apgd(logits_fn, x, y, KEY, eps=0.1, num_steps=20, eot_samples=draws,
-                           loss=losses.margin_loss) - x).mean())
+        draws: float(
+            (
+                apgd(
+                    logits_fn,
+                    x,
+                    y,
+                    KEY,
+                    eps=0.1,
+                    num_steps=20,
+                    eot_samples=draws,
+                    loss=losses.margin_loss,
+                )
+                - x
+            ).mean()
+        )
         for draws in (1, 200)
-    }  # fmt: skip
+    }
     assert pushed[200] > 0.03
     assert pushed[200] > pushed[1]
 
@@ -247,8 +266,13 @@ def test_zero_and_nan_gradients_are_survived(norm):
     for value in (0.0, jnp.nan):
         x_adv = apgd(
             lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
-            x, y, KEY, eps=0.1, norm=norm, num_steps=5,
-        )  # fmt: skip
+            x,
+            y,
+            KEY,
+            eps=0.1,
+            norm=norm,
+            num_steps=5,
+        )
         assert jnp.isfinite(x_adv).all()
         assert (sizes(x_adv, x, norm) <= 0.1 * (1 + 1e-6)).all()
 

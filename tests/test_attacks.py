@@ -29,8 +29,15 @@ from tests.linear import (
 KEY = jax.random.key(0)
 # FAB, DeepFool and Carlini-Wagner look for the nearest adversarial, Square stops at its first,
 # JSMA spends its budget on few pixels, noise has no aim: none goes on to the rim of the ball.
-OFF_THE_RIM = {"carlini_wagner", "deepfool", "fab", "gaussian_noise", "jsma", "square",
-               "uniform_noise"}  # fmt: skip
+OFF_THE_RIM = {
+    "carlini_wagner",
+    "deepfool",
+    "fab",
+    "gaussian_noise",
+    "jsma",
+    "square",
+    "uniform_noise",
+}
 QUICK = {"carlini_wagner": {"num_steps": 30, "num_searches": 5}}
 
 
@@ -81,9 +88,17 @@ def test_never_ends_below_its_start(norm, loss):
     loss_fn = losses.ATTACK_LOSSES[loss]
     # A huge step makes the last iterate often worse than the first.
     x_adv = attacks.pgd(
-        logits_fn, x, y, KEY, eps=0.3, norm=norm, step_size=5.0, num_steps=4,
-        random_start=False, loss=loss_fn,
-    )  # fmt: skip
+        logits_fn,
+        x,
+        y,
+        KEY,
+        eps=0.3,
+        norm=norm,
+        step_size=5.0,
+        num_steps=4,
+        random_start=False,
+        loss=loss_fn,
+    )
     wrong_before, wrong_after = (losses.correct(logits_fn(z), y) == 0 for z in (x, x_adv))
     assert (wrong_after | ~wrong_before).all()
     before, after = loss_fn(logits_fn(x), y), loss_fn(logits_fn(x_adv), y)
@@ -92,9 +107,13 @@ def test_never_ends_below_its_start(norm, loss):
 
 @pytest.mark.parametrize(
     ("name", "norm"),
-    [*{name: (name, norm) for name, norm in reversed(WITH_NORMS)}.values(),
-     ("apgd", "l1"), ("square", "l1"), ("fab", "l1")],
-)  # fmt: skip
+    [
+        *{name: (name, norm) for name, norm in reversed(WITH_NORMS)}.values(),
+        ("apgd", "l1"),
+        ("square", "l1"),
+        ("fab", "l1"),
+    ],
+)
 def test_result_is_independent_of_batch_size_and_company(name, norm):
     eps = {"linf": 0.2, "l2": 0.5, "l1": 1.0, "l0": 4.0}[norm]
     logits_fn = make_nonlinear(KEY)
@@ -130,8 +149,9 @@ def test_one_key_is_folded_with_the_place_in_the_batch():
     x_adv = attacks.pgd(logits_fn, x, y, KEY, eps=0.1, num_steps=1, step_size=0.0, keep_best=False)
     assert np.abs(x_adv[0] - x_adv[1]).max() > 1e-3  # different starts
     folded = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(3))
-    again = attacks.pgd(logits_fn, x, y, folded, eps=0.1, num_steps=1, step_size=0.0,
-                        keep_best=False)  # fmt: skip
+    again = attacks.pgd(
+        logits_fn, x, y, folded, eps=0.1, num_steps=1, step_size=0.0, keep_best=False
+    )
     np.testing.assert_array_equal(x_adv, again)
 
 
@@ -175,8 +195,12 @@ def test_zero_and_nan_gradients_leave_the_point_in_place(norm):
     for value in (0.0, jnp.nan):
         x_adv = attacks.bim(
             lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
-            x, y, KEY, eps=0.1, norm=norm,
-        )  # fmt: skip
+            x,
+            y,
+            KEY,
+            eps=0.1,
+            norm=norm,
+        )
         np.testing.assert_array_equal(x_adv, x)
 
 
@@ -194,8 +218,10 @@ def test_attacks_any_framework_through_logits_fn():
     net = nnx.Linear(36, 3, rngs=nnx.Rngs(0))
     plain, _, _ = make_linear(KEY, (6, 6, 1))
     for logits_fn in (
-        lambda x: linen.apply(variables, x), lambda x: net(x.reshape(x.shape[0], -1)), plain,
-    ):  # fmt: skip
+        lambda x: linen.apply(variables, x),
+        lambda x: net(x.reshape(x.shape[0], -1)),
+        plain,
+    ):
         before = losses.cross_entropy(logits_fn(x), y)
         x_adv = attacks.pgd(logits_fn, x, y, KEY, eps=0.1)
         assert (losses.cross_entropy(logits_fn(x_adv), y) > before).all()
@@ -280,9 +306,10 @@ project_l1_and_box = jax.jit(jax.vmap(L1.project_to_ball_and_box))
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    seed=st.integers(0, 1000), reach=st.sampled_from([0.1, 1.0, 10.0]),
+    seed=st.integers(0, 1000),
+    reach=st.sampled_from([0.1, 1.0, 10.0]),
     eps=st.sampled_from([0.0, 0.01, 0.5, 3.0, 30.0, 1000.0]),
-)  # fmt: skip
+)
 def test_projection_onto_the_l1_ball_and_the_box_is_the_nearest_point(seed, reach, eps):
     rng = np.random.default_rng(seed)
     x = rng.uniform(size=(2, 4, 5, 2)).round(1).astype(np.float32)  # some pixels at the walls

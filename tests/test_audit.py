@@ -21,10 +21,19 @@ def surrogate():
 def look(logits_fn, **keywords):
     x, y = test_points()
     return audit(
-        logits_fn, x, y, KEY,
-        **{"eps": EPS, "surrogates": {"undefended": surrogate()}, "num_queries": 300,
-           "batch_size": 200, "progress": False, **keywords},
-    )  # fmt: skip
+        logits_fn,
+        x,
+        y,
+        KEY,
+        **{
+            "eps": EPS,
+            "surrogates": {"undefended": surrogate()},
+            "num_queries": 300,
+            "batch_size": 200,
+            "progress": False,
+            **keywords,
+        },
+    )
 
 
 def quantised(x):
@@ -79,9 +88,14 @@ def test_masked_networks_are_flagged_by_the_right_check(name):
 
 @pytest.mark.parametrize(
     ("method", "norm", "eps"),
-    [("standard", "linf", EPS), ("adversarial", "linf", EPS), ("trades", "linf", EPS),
-     ("standard", "linf", EPS / 4), ("adversarial", "l2", 0.5)],
-)  # fmt: skip
+    [
+        ("standard", "linf", EPS),
+        ("adversarial", "linf", EPS),
+        ("trades", "linf", EPS),
+        ("standard", "linf", EPS / 4),
+        ("adversarial", "l2", 0.5),
+    ],
+)
 def test_honest_networks_pass(method, norm, eps):
     result = look(trained(method), norm=norm, eps=eps, training_loss=losses.cross_entropy)
     flagged = [check for check in result.checks if check.verdict != "pass"]

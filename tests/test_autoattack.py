@@ -59,8 +59,10 @@ def test_l1_has_budgets_of_its_own():
     ensemble = _autoattack.check_arguments(eps=1.0, norm="l1")
     assert {name: dict(component.keywords) for name, component in ensemble.items()} == {
         "apgd_ce": {"loss": losses.cross_entropy, "num_restarts": 5},
-        "apgd_t": {"num_targets": 5}, "fab_t": {}, "square": {},
-    }  # fmt: skip
+        "apgd_t": {"num_targets": 5},
+        "fab_t": {},
+        "square": {},
+    }
     logits_fn, x, y = problem()
     result = run(logits_fn, x, y, KEY, eps=0.4, norm="l1")
     assert 0 < result.robust.mean() < 0.7
@@ -147,15 +149,20 @@ def test_each_attack_sees_only_what_still_stands(monkeypatch):
             jax.debug.callback(lambda x: seen.setdefault(name, []).append(np.asarray(x)), x)
             # A move that breaks only the images whose first pixel says so.
             away = jnp.where(x[:, :1, :1, :1] < broken, 1.0, 0.0)
-            return x + away * eps * jnp.sign(jax.grad(lambda x: losses.cross_entropy(
-                logits_fn(x), y).sum())(x))  # fmt: skip
+            return x + away * eps * jnp.sign(
+                jax.grad(lambda x: losses.cross_entropy(logits_fn(x), y).sum())(x)
+            )
 
         return attack
 
-    monkeypatch.setattr(_autoattack, "COMPONENTS", {
-        "one": COMPONENTS["square"]._replace(attack=spy("one", 0.5)),
-        "two": COMPONENTS["square"]._replace(attack=spy("two", 1.1)),
-    })  # fmt: skip
+    monkeypatch.setattr(
+        _autoattack,
+        "COMPONENTS",
+        {
+            "one": COMPONENTS["square"]._replace(attack=spy("one", 0.5)),
+            "two": COMPONENTS["square"]._replace(attack=spy("two", 1.1)),
+        },
+    )
     result = autoattack(
         logits_fn, x, y, KEY, eps=0.4, version=("one", "two"), batch_size=8, progress=False
     )
@@ -331,9 +338,16 @@ def test_a_state_knows_a_partial_loss_by_what_it_says(tmp_path):
         overrides = {"apgd_ce": {"num_steps": 2, "loss": loss}}
         version = ("apgd_ce",)
         return autoattack(
-            logits_fn, x, y, KEY, eps=0.05, version=version, overrides=overrides,
-            state_path=path, progress=False,
-        )  # fmt: skip
+            logits_fn,
+            x,
+            y,
+            KEY,
+            eps=0.05,
+            version=version,
+            overrides=overrides,
+            state_path=path,
+            progress=False,
+        )
 
     np.testing.assert_array_equal(attack(0.1).x_adv, attack(0.1).x_adv)  # not refused
     with pytest.raises(ValueError, match="belongs to other examples, keys or settings"):
@@ -344,8 +358,9 @@ def test_one_example_alone():
     logits_fn, x, y = problem()
     expected = baseline()
     for i in (0, 20):  # wrong to begin with, and not
-        alone = run(logits_fn, x[i : i + 1], y[i : i + 1], jax.random.split(KEY, 40)[i : i + 1],
-                    eps=0.05)  # fmt: skip
+        alone = run(
+            logits_fn, x[i : i + 1], y[i : i + 1], jax.random.split(KEY, 40)[i : i + 1], eps=0.05
+        )
         assert alone.x_adv.shape == (1, 4, 5, 1)
         assert alone.robust_accuracy["clean"] == float(i == 20)
     keys = jax.vmap(lambda j: jax.random.fold_in(KEY, j))(jnp.arange(40))[20:21]
@@ -367,9 +382,14 @@ def test_shows_the_attack_and_how_many_still_stand(capsys):
 def test_few_classes_get_other_losses_and_say_so(num_classes, names):
     logits_fn, x, y = problem(num_classes)
     result = run(
-        logits_fn, x, y, KEY, eps=0.05,
-        version=("apgd_dlr", "apgd_t"), overrides={"apgd_dlr": QUICK["apgd_dlr"]},
-    )  # fmt: skip
+        logits_fn,
+        x,
+        y,
+        KEY,
+        eps=0.05,
+        version=("apgd_dlr", "apgd_t"),
+        overrides={"apgd_dlr": QUICK["apgd_dlr"]},
+    )
     assert {warning.split(" uses the margin")[0] for warning in result.warnings} == names
     assert result.robust.mean() < 0.7
 
@@ -379,9 +399,13 @@ def test_warns_of_probabilities_zero_gradients_and_masked_ones():
     given = run(lambda x: jax.nn.softmax(logits_fn(x)), x, y, KEY, eps=0.1, version=("apgd_ce",))
     assert any("probabilities" in warning for warning in given.warnings)
     masked = run(
-        lambda x: jax.lax.stop_gradient(logits_fn(x)), x, y, KEY, eps=0.05,
+        lambda x: jax.lax.stop_gradient(logits_fn(x)),
+        x,
+        y,
+        KEY,
+        eps=0.05,
         version=("apgd_ce", "square"),
-    )  # fmt: skip
+    )
     assert any("35 of 35 points have a zero gradient" in w for w in masked.warnings)
     assert any("square lowered the robust accuracy" in w for w in masked.warnings)
 
@@ -403,10 +427,19 @@ def test_randomised_networks_are_noticed_and_have_their_own_version():
 
     faster = {name: {"num_steps": 5, "eot_samples": 3} for name in ("apgd_ce", "apgd_dlr")}
     results = [
-        autoattack(keyed, x, y, KEY, eps=0.1, version="rand", batch_size=size,
-                   overrides=faster, progress=False)
+        autoattack(
+            keyed,
+            x,
+            y,
+            KEY,
+            eps=0.1,
+            version="rand",
+            batch_size=size,
+            overrides=faster,
+            progress=False,
+        )
         for size in (40, 9)
-    ]  # fmt: skip
+    ]
     assert list(results[0].robust_accuracy) == ["clean", "apgd_ce", "apgd_dlr"]
     assert 0 < results[0].robust_accuracy["apgd_dlr"] < results[0].robust_accuracy["clean"]
     np.testing.assert_array_equal(results[0].broken_by, results[1].broken_by)

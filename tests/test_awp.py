@@ -20,8 +20,11 @@ GAMMA, RATE = 0.1, 0.5
 
 
 def test_kernels_move_by_their_share_up_the_gradient(rng):
-    params = {"kernel": rng.normal(size=(3, 3, 2, 4)), "dense": rng.normal(size=(5, 2)),
-              "bias": rng.normal(size=4)}  # fmt: skip
+    params = {
+        "kernel": rng.normal(size=(3, 3, 2, 4)),
+        "dense": rng.normal(size=(5, 2)),
+        "bias": rng.normal(size=4),
+    }
     gradient = {name: rng.normal(size=a.shape) for name, a in params.items()}
     moved = awp.perturbed(*(jax.tree.map(jnp.float32, t) for t in (params, gradient)), GAMMA)
     np.testing.assert_array_equal(moved["bias"], jnp.float32(params["bias"]))

@@ -17,9 +17,11 @@ NETWORKS = {
     "lenet5": (models.LeNet5(num_classes=10, mean=(0.1,), std=(0.3,)), torch_models.LeNet5, 28, 1),
     "preact_resnet": (
         models.PreActResNet(num_classes=10, width=1 / 16, mean=(0.5, 0.4, 0.3), std=(0.2,)),
-        torch_models.PreActResNet, 32, 3,
+        torch_models.PreActResNet,
+        32,
+        3,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -106,10 +108,16 @@ def test_rows_count_over_seeds():
     assert row == ["37.5 ± 17.7", "50.0 ± 0.0", "-12.5 ± 17.7", "1.5 ± 0.7", "1.0 ± 0.0"]
     assert compare_attacks.disagreements(ours, theirs) == "only ours: 1; only theirs: 3"
     assert compare_attacks.nearest_row(ours[:1], theirs[:1])[:5] == [
-        "50.0", "50.0", "0.2000", "0.2000", "1.0000",
-    ]  # fmt: skip
-    faster = [one._replace(seconds=theirs[0].seconds * share) for one, share in
-              zip(ours, ([0.2, 0.3], [0.3, 1]), strict=True)]  # fmt: skip
+        "50.0",
+        "50.0",
+        "0.2000",
+        "0.2000",
+        "1.0000",
+    ]
+    faster = [
+        one._replace(seconds=theirs[0].seconds * share)
+        for one, share in zip(ours, ([0.2, 0.3], [0.3, 1]), strict=True)
+    ]
     theirs = [theirs[0], theirs[0]]
     assert compare_attacks.seconds_row(faster, theirs) == ["2.85", "5", "0.30", "0.20 to 1.00"]
 
@@ -123,8 +131,10 @@ def test_folder_belongs_to_one_comparison(tmp_path):
 
 @pytest.mark.slow
 def test_the_accelerators_script_with_small_sizes(tmp_path, monkeypatch, capsys):
-    arguments = "--nets=lenet5 --batch_size=8 --num_steps=1 --repeats=1 " \
-        "--config=configs/digits_cnn_fast_at.py --num_examples=20 --num_queries=20"  # fmt: skip
+    arguments = (
+        "--nets=lenet5 --batch_size=8 --num_steps=1 --repeats=1 "
+        "--config=configs/digits_cnn_fast_at.py --num_examples=20 --num_queries=20"
+    )
     monkeypatch.setattr(
         "sys.argv", ["accelerator", f"--workdir={tmp_path / 'run'}", *arguments.split()]
     )

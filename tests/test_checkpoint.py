@@ -37,10 +37,14 @@ def state_at(step, width=40):
     rng = np.random.default_rng(step)
     state = TrainState(
         step=jnp.asarray(step, jnp.int32),
-        params={"kernel": jnp.asarray(rng.normal(size=(width, 50)), jnp.float32),
-                "bias": jnp.asarray(rng.normal(size=width), jnp.float32)},
-        batch_stats={}, opt_state=(jnp.asarray(rng.normal(size=width), jnp.float32),), average=None,
-    )  # fmt: skip
+        params={
+            "kernel": jnp.asarray(rng.normal(size=(width, 50)), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=width), jnp.float32),
+        },
+        batch_stats={},
+        opt_state=(jnp.asarray(rng.normal(size=width), jnp.float32),),
+        average=None,
+    )
     return jax.device_put(state, parallel.replicated())
 
 
@@ -93,11 +97,20 @@ TARGETS = {
     "the step": "",
 }
 FILES = ("the arrays", "the state's manifest", "the state's metadata", "the notes")
-DAMAGE = {"cut": cut, "emptied": emptied, "removed": removed, "flipped early": flipped(0.1),
-          "flipped": flipped(0.5), "flipped late": flipped(0.9)}  # fmt: skip
+DAMAGE = {
+    "cut": cut,
+    "emptied": emptied,
+    "removed": removed,
+    "flipped early": flipped(0.1),
+    "flipped": flipped(0.5),
+    "flipped late": flipped(0.9),
+}
 CASES = [(target, name) for target in FILES for name in DAMAGE]
-CASES += [(target, name) for target in ("the state", "all notes", "the step")
-          for name in ("removed", "emptied folder")]  # fmt: skip
+CASES += [
+    (target, name)
+    for target in ("the state", "all notes", "the step")
+    for name in ("removed", "emptied folder")
+]
 
 
 @pytest.mark.parametrize(("target", "damage"), CASES)

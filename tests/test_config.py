@@ -77,7 +77,8 @@ MISTAKES = {
     "weight not a number": ({"regularizers__entropy__weight": "1"}, "weight must be a number"),
     "regulariser keyword": ({"regularizers__vat": {"weight": 1.0}}, "vat.eps is missing"),
     "regulariser on nothing": (
-        {"regularizers__entropy": {"weight": 1.0, "on": "x"}}, "entropy.on must be one of clean",
+        {"regularizers__entropy": {"weight": 1.0, "on": "x"}},
+        "entropy.on must be one of clean",
     ),
     "pair on one half": (
         {"regularizers__kl": {"weight": 1.0, "on": "clean"}},
@@ -89,7 +90,8 @@ MISTAKES = {
         "config.regularizers.jacobian: num_projections must be at least 1",
     ),
     "margin of no scale": (
-        {"regularizers__average_margin": {"weight": 1.0, "tau": 0.0}}, "tau must be above 0, not 0",
+        {"regularizers__average_margin": {"weight": 1.0, "tau": 0.0}},
+        "tau must be above 0, not 0",
     ),
     "energy of no sample": (
         {"regularizers__energy_mean_square": {"weight": 1.0, "eps": 0.1, "num_samples": 0}},
@@ -118,7 +120,7 @@ MISTAKES = {
     "labels": ({"num_labeled": 15}, "config.num_labeled is 15; it must be a multiple"),
     "projections": ({"evaluation__jacobian_projections": 1}, "jacobian_projections is 1.*least 2"),
     "mapping": ({"parallel": "xmap"}, "config.parallel is 'xmap'; .*choices: pmap, shard_map"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -149,14 +151,27 @@ def test_every_config_says_its_command_and_how_long_it_takes(name):
 
 
 EFFECTS = {
-    "seed": 1, "validation_size": 100, "num_labeled": 100, "augmentation.crop_padding": 1,
-    "augmentation.flip": True, "normalize": False, "dtype": "bfloat16", "loss_on": "clean",
-    "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip_norm": 0.01,
+    "seed": 1,
+    "validation_size": 100,
+    "num_labeled": 100,
+    "augmentation.crop_padding": 1,
+    "augmentation.flip": True,
+    "normalize": False,
+    "dtype": "bfloat16",
+    "loss_on": "clean",
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
+    "gradient_clip_norm": 0.01,
     "weight_perturbation": 0.1,
-    "model.hidden": (9,), "loss.name": "boosted_cross_entropy", "adversary.eps": 0.3,
-    "regularizers.entropy.weight": 1.0, "optimizer.name": "sgd", "schedule.name": "constant",
+    "model.hidden": (9,),
+    "loss.name": "boosted_cross_entropy",
+    "adversary.eps": 0.3,
+    "regularizers.entropy.weight": 1.0,
+    "optimizer.name": "sgd",
+    "schedule.name": "constant",
     "duration": "7 steps",
-}  # fmt: skip
+}
 
 
 def two_steps(field=None, value=None):
@@ -209,8 +224,12 @@ def test_every_field_is_read(monkeypatch):
     monkeypatch.setattr(ConfigDict, "__getattr__", getitem)
     build(config)
     sections = {"": config, "augmentation.": plain(config, "augmentation")}
-    unread = [prefix + field for prefix, section in sections.items() for field in section
-              if (id(section), field) not in read]  # fmt: skip
+    unread = [
+        prefix + field
+        for prefix, section in sections.items()
+        for field in section
+        if (id(section), field) not in read
+    ]
     assert unread == []
     # The section `evaluation` is taken whole, and its fields are the ones there are.
     assert set(plain(config, "evaluation")) == {*Settings._fields, "num_examples"}
@@ -241,8 +260,9 @@ def test_an_entry_is_named_by_its_label_unless_it_says_otherwise():
 
 
 def test_names_in_a_config_are_found_with_their_keywords():
-    loss = config_lib.bind(losses.LOSSES, ConfigDict({"name": "cross_entropy",
-                                                      "label_smoothing": 0.1}), "x")  # fmt: skip
+    loss = config_lib.bind(
+        losses.LOSSES, ConfigDict({"name": "cross_entropy", "label_smoothing": 0.1}), "x"
+    )
     assert loss.func is losses.cross_entropy
     assert loss.keywords == {"label_smoothing": 0.1}
 
@@ -261,9 +281,16 @@ def test_every_attack_can_be_evaluated_in_a_norm_of_its_own():
 
 @pytest.mark.parametrize(
     ("duration", "steps"),
-    [("500 steps", 500), ("1 step", 1), ("2 epochs", 16), ("0.5 epochs", 4), ("1e3 examples", 8),
-     ("129 examples", 2), (" 3 epochs ", 24)],
-)  # fmt: skip
+    [
+        ("500 steps", 500),
+        ("1 step", 1),
+        ("2 epochs", 16),
+        ("0.5 epochs", 4),
+        ("1e3 examples", 8),
+        ("129 examples", 2),
+        (" 3 epochs ", 24),
+    ],
+)
 def test_durations_in_steps(duration, steps):
     assert config_lib.num_steps(duration, "x", batch_size=128, num_examples=1000) == steps
 

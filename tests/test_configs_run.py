@@ -17,13 +17,26 @@ from tests.conftest import REPOSITORY
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 # Those whose program is like another's are traced, which is most of what can go wrong.
 TRACED = {
-    "cifar10_lenet5_fast_at", "cifar10_preact_resnet18_at",
-    "cifar10_preact_resnet18_one_cycle", "cifar10_wide_resnet34_trades",
-    "digits_cnn_at_entm", "digits_cnn_at_ls", "digits_cnn_cot", "digits_cnn_energy",
-    "digits_cnn_energy_label_free", "digits_cnn_energy_mean_square_label_free", "digits_cnn_entm",
-    "digits_cnn_fast_at", "digits_cnn_gce", "digits_cnn_gce_at", "digits_cnn_l2_at",
-    "digits_cnn_ls", "fashion_mnist_lenet5_at", "imagenet_resnet50_at", "mnist_madry_cnn_at",
-}  # fmt: skip
+    "cifar10_lenet5_fast_at",
+    "cifar10_preact_resnet18_at",
+    "cifar10_preact_resnet18_one_cycle",
+    "cifar10_wide_resnet34_trades",
+    "digits_cnn_at_entm",
+    "digits_cnn_at_ls",
+    "digits_cnn_cot",
+    "digits_cnn_energy",
+    "digits_cnn_energy_label_free",
+    "digits_cnn_energy_mean_square_label_free",
+    "digits_cnn_entm",
+    "digits_cnn_fast_at",
+    "digits_cnn_gce",
+    "digits_cnn_gce_at",
+    "digits_cnn_l2_at",
+    "digits_cnn_ls",
+    "fashion_mnist_lenet5_at",
+    "imagenet_resnet50_at",
+    "mnist_madry_cnn_at",
+}
 # Fields that make a network of the same class small.
 SMALL = {
     "cnn": {"widths": (4, 4), "hidden": 8},
@@ -38,13 +51,18 @@ def npz_files(tmp_path_factory):
     """Random images of 10 classes in the shapes of the data sets that the configs name."""
     folder = tmp_path_factory.mktemp("npz")
     rng = np.random.default_rng(0)
-    shapes = {"tfds:mnist": (28, 28, 1), "tfds:fashion_mnist": (28, 28, 1),
-              "tfds:cifar10": (32, 32, 3), "tfds:imagenet2012": (64, 64, 3)}  # fmt: skip
+    shapes = {
+        "tfds:mnist": (28, 28, 1),
+        "tfds:fashion_mnist": (28, 28, 1),
+        "tfds:cifar10": (32, 32, 3),
+        "tfds:imagenet2012": (64, 64, 3),
+    }
     files = {}
     for name, shape in shapes.items():
         path = folder / f"{name.removeprefix('tfds:')}.npz"
-        arrays = {f"x_{s}": rng.integers(0, 256, (40, *shape), dtype=np.uint8)
-                  for s in ("train", "test")}  # fmt: skip
+        arrays = {
+            f"x_{s}": rng.integers(0, 256, (40, *shape), dtype=np.uint8) for s in ("train", "test")
+        }
         np.savez(path, **arrays, y_train=np.arange(40) % 10, y_test=np.arange(40) % 10)
         files[name] = f"npz:{path}"
     return files

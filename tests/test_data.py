@@ -88,8 +88,9 @@ def test_semi_supervised_batches_hold_the_same_number_of_labels():
 
 
 def test_pixels_are_in_unit_range_from_either_dtype():
-    np.testing.assert_allclose(data.to_pixels(jnp.asarray([[0, 128, 255]], jnp.uint8)),
-                               [[0, 128 / 255, 1]])  # fmt: skip
+    np.testing.assert_allclose(
+        data.to_pixels(jnp.asarray([[0, 128, 255]], jnp.uint8)), [[0, 128 / 255, 1]]
+    )
     assert data.to_pixels(jnp.asarray([0.5], jnp.bfloat16)).dtype == jnp.float32
 
 
@@ -134,8 +135,13 @@ def test_npz_of_grey_images(tmp_path):
 
 def test_npz_of_float_colour_images(tmp_path):
     x = np.random.default_rng(0).random((12, 4, 4, 3))
-    source = save(tmp_path / "a.npz", x_train=x, y_train=np.arange(12) % 2, x_test=x[:4],
-                  y_test=np.arange(4) % 2)  # fmt: skip
+    source = save(
+        tmp_path / "a.npz",
+        x_train=x,
+        y_train=np.arange(12) % 2,
+        x_test=x[:4],
+        y_test=np.arange(4) % 2,
+    )
     dataset = data.load(source, validation_size=2)
     assert dataset.train.images.dtype == np.float32
     assert len(dataset.mean) == 3
@@ -240,12 +246,18 @@ def test_a_streamed_set_gives_the_batches_of_the_one_in_memory(small_mnist):
     np.testing.assert_array_equal(streamed.validation.images, whole.validation.images)
     np.testing.assert_allclose(streamed.mean, whole.mean)  # of all images where they are few
     in_turn = {
-        (name, start, rows): list(itertools.islice(
-            data.TrainBatches(split, batch_size=8, num_labeled_in_batch=8, seed=1,
-                              rows=slice(*rows)).starting_at(start), 9 - start))
+        (name, start, rows): list(
+            itertools.islice(
+                data.TrainBatches(
+                    split, batch_size=8, num_labeled_in_batch=8, seed=1, rows=slice(*rows)
+                ).starting_at(start),
+                9 - start,
+            )
+        )
         for name, split in (("whole", whole.train), ("streamed", streamed.train))
-        for start in (0, 4) for rows in ((0, 8), (4, 8))
-    }  # fmt: skip
+        for start in (0, 4)
+        for rows in ((0, 8), (4, 8))
+    }
     everything = in_turn["whole", 0, (0, 8)]
     for (_, start, rows), batches in in_turn.items():
         for batch, expected in zip(batches, everything[start:], strict=True):
@@ -257,8 +269,15 @@ def test_a_training_run_on_a_stream_ends_as_one_in_memory(small_mnist, tmp_path)
     found = {}
     for streaming in (False, True):
         config = default.get_config()
-        config.update(dataset="tfds:mnist", data_dir=small_mnist[1], validation_size=10,
-                      streaming=streaming, batch_size=8, duration="4 steps", seed=0)  # fmt: skip
+        config.update(
+            dataset="tfds:mnist",
+            data_dir=small_mnist[1],
+            validation_size=10,
+            streaming=streaming,
+            batch_size=8,
+            duration="4 steps",
+            seed=0,
+        )
         config.model.update(widths=(4,), hidden=8)
         config.adversary.num_steps = 1
         config.attacks = ConfigDict()

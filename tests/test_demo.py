@@ -25,10 +25,12 @@ TINY = (
     "--config.audit.num_examples=0",
 )
 AUTOATTACK = {
-    "name": "autoattack", "eps": (0.05, 0.1), "version": ("apgd_ce", "square"),
+    "name": "autoattack",
+    "eps": (0.05, 0.1),
+    "version": ("apgd_ce", "square"),
     "num_examples": 100,
     "overrides": {"apgd_ce": {"num_steps": 5}, "square": {"num_queries": 50}},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,9 @@ def copied(finished, tmp_path):
 def untrained(launch, tmp_path_factory):
     """Results of a clean objective that learns nothing."""
     workdir = tmp_path_factory.mktemp("untrained") / "run"
-    result = launch(*TINY, f"--workdir={workdir}", "--config.learning_rate=1e-9",
-                    "--config.loss_on=clean")  # fmt: skip
+    result = launch(
+        *TINY, f"--workdir={workdir}", "--config.learning_rate=1e-9", "--config.loss_on=clean"
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads((workdir / "results.json").read_text())
 
@@ -75,8 +78,9 @@ def results(demo):
 
 
 def accuracy(results, name, eps):
-    return next(a["robust_accuracy"] for a in results["attacks"]
-                if a["name"] == name and a["eps"] == eps)  # fmt: skip
+    return next(
+        a["robust_accuracy"] for a in results["attacks"] if a["name"] == name and a["eps"] == eps
+    )
 
 
 def test_learns_and_is_robust_beyond_what_chance_and_standard_training_reach(results):
@@ -171,8 +175,11 @@ def test_autoattack_and_the_audit_end_the_demo(demo, results):
 
 def test_best_is_the_step_of_the_highest_robust_validation_accuracy(demo, results):
     lines = [json.loads(line) for line in (demo[1] / "metrics.jsonl").read_text().splitlines()]
-    accuracies = {line["step"]: line["validation/robust_accuracy"] for line in lines
-                  if "validation/robust_accuracy" in line}  # fmt: skip
+    accuracies = {
+        line["step"]: line["validation/robust_accuracy"]
+        for line in lines
+        if "validation/robust_accuracy" in line
+    }
     best = max(accuracies.values())
     assert results["best"]["step"] == min(s for s, a in accuracies.items() if a == best)
     assert results["last"]["step"] == max(accuracies)
@@ -239,10 +246,22 @@ def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_sa
 ):
     workdir = tmp_path / "copied"
     shutil.copytree(demo[1], workdir)
-    attacks = {"pgd_linf": {"name": "pgd", "norm": "linf", "eps": (0.05, 0.1, 0.12),
-                            "num_steps": 20, "num_restarts": 3}}  # fmt: skip
-    result = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=evaluate",
-                    f"--config.attacks={attacks!r}", as_users_do=True)  # fmt: skip
+    attacks = {
+        "pgd_linf": {
+            "name": "pgd",
+            "norm": "linf",
+            "eps": (0.05, 0.1, 0.12),
+            "num_steps": 20,
+            "num_restarts": 3,
+        }
+    }
+    result = launch(
+        "--config=configs/default.py",
+        f"--workdir={workdir}",
+        "--mode=evaluate",
+        f"--config.attacks={attacks!r}",
+        as_users_do=True,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     again = json.loads((workdir / "results.json").read_text())
     assert {a["name"] for a in again["attacks"]} >= {"pgd_linf", "worst_case_linf"}
@@ -352,14 +371,23 @@ def test_audit_mode_looks_again(demo, results, launch, tmp_path):
     workdir = tmp_path / "copied"
     shutil.copytree(demo[1], workdir)
     before = (workdir / "results.json").read_bytes()
-    wrong = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=audit",
-                   "--config.audit.surrogate=nowhere")  # fmt: skip
+    wrong = launch(
+        "--config=configs/default.py",
+        f"--workdir={workdir}",
+        "--mode=audit",
+        "--config.audit.surrogate=nowhere",
+    )
     assert wrong.returncode == 1
     assert "config.audit.surrogate is 'nowhere', which holds no run" in wrong.stderr
     assert (workdir / "results.json").read_bytes() == before
-    result = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=audit",
-                    "--config.audit.num_examples=60", "--config.audit.num_queries=50",
-                    f"--config.audit.surrogate={demo[1]}")  # fmt: skip
+    result = launch(
+        "--config=configs/default.py",
+        f"--workdir={workdir}",
+        "--mode=audit",
+        "--config.audit.num_examples=60",
+        "--config.audit.num_queries=50",
+        f"--config.audit.surrogate={demo[1]}",
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     again = json.loads((workdir / "results.json").read_text())
     assert again["audit"]["num_examples"] <= 60
@@ -374,8 +402,9 @@ def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
     found = {}
     for devices, mapping in ((1, "pmap"), (8, "pmap"), (8, "shard_map")):
         workdir = tmp_path / f"{devices}_{mapping}"
-        result = launch(*TINY, f"--workdir={workdir}", f"--config.parallel={mapping}",
-                        devices=devices)  # fmt: skip
+        result = launch(
+            *TINY, f"--workdir={workdir}", f"--config.parallel={mapping}", devices=devices
+        )
         assert result.returncode == 0, result.stderr[-3000:]
         found[devices, mapping] = json.loads((workdir / "results.json").read_text())
     # A run goes on, or is measured again, on another number of devices.
@@ -387,12 +416,14 @@ def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
         # Sign steps turn rounding into a few different pixels, hence a few different examples.
         np.testing.assert_allclose(other["clean"]["accuracy"], one["clean"]["accuracy"], atol=0.02)
         for eps in (0.1, 0.2):
-            np.testing.assert_allclose(accuracy(other, "pgd_linf", eps),
-                                       accuracy(one, "pgd_linf", eps), atol=0.03)  # fmt: skip
+            np.testing.assert_allclose(
+                accuracy(other, "pgd_linf", eps), accuracy(one, "pgd_linf", eps), atol=0.03
+            )
         np.testing.assert_allclose(
             other["jacobian"]["logits"]["frobenius"]["mean"],
-            one["jacobian"]["logits"]["frobenius"]["mean"], rtol=0.02,
-        )  # fmt: skip
+            one["jacobian"]["logits"]["frobenius"]["mean"],
+            rtol=0.02,
+        )
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (REPOSITORY / "notebooks").glob("*.ipynb")))

@@ -58,8 +58,10 @@ def test_the_example_data_set_loads(blocks, tmp_path, monkeypatch):
     x_train, x_test = (rng.integers(0, 256, (20, 5, 5), dtype=np.uint8) for _ in range(2))
     y_train = y_test = np.arange(20) % 2
     monkeypatch.chdir(tmp_path)
-    exec(next(b for b in blocks if "mine.npz" in b), {"np": np, "x_train": x_train,
-         "x_test": x_test, "y_train": y_train, "y_test": y_test})  # fmt: skip
+    exec(
+        next(b for b in blocks if "mine.npz" in b),
+        {"np": np, "x_train": x_train, "x_test": x_test, "y_train": y_train, "y_test": y_test},
+    )
     assert data.load("npz:mine.npz", validation_size=4).num_classes == 2
 
 

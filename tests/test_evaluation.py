@@ -15,9 +15,13 @@ from tests.digits import EPS, test_points, trained
 
 KEY = jax.random.key(0)
 SETTINGS = {
-    "eps": EPS, "version": ("apgd_ce", "square"), "num_audited": 20, "num_queries": 10,
-    "overrides": {"apgd_ce": {"num_steps": 5}, "square": {"num_queries": 10}}, "progress": False,
-}  # fmt: skip
+    "eps": EPS,
+    "version": ("apgd_ce", "square"),
+    "num_audited": 20,
+    "num_queries": 10,
+    "overrides": {"apgd_ce": {"num_steps": 5}, "square": {"num_queries": 10}},
+    "progress": False,
+}
 
 
 def points():
@@ -61,8 +65,11 @@ def test_its_numbers_are_those_of_its_parts(found):
 def test_it_leaves_records_a_card_and_a_page(found):
     result, folder = found
     assert sorted(path.name for path in folder.iterdir()) == [
-        "card.json", "records", "report.html", "results.json"
-    ]  # fmt: skip
+        "card.json",
+        "records",
+        "report.html",
+        "results.json",
+    ]
     records = pd.read_csv(folder / "records" / "best.csv", dtype={"key": str})
     by = f"autoattack_linf@{EPS:g}/broken_by"
     records[by] = records[by].fillna("")
@@ -100,8 +107,9 @@ def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, mo
 
 def test_a_network_that_is_always_wrong_has_no_audit_and_says_so():
     x, y = points()
-    result = robust_jax.evaluate(lambda x: trained()(x)[:, ::-1] * 0 - jnp.arange(10.0), x[y > 0],
-                                 y[y > 0], KEY, **SETTINGS)  # fmt: skip
+    result = robust_jax.evaluate(
+        lambda x: trained()(x)[:, ::-1] * 0 - jnp.arange(10.0), x[y > 0], y[y > 0], KEY, **SETTINGS
+    )
     assert result.clean_accuracy == result.robust_accuracy == 0 and result.audit is None
     assert any("classified correctly" in warning for warning in result.warnings)
 

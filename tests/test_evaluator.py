@@ -43,9 +43,13 @@ def test_an_attack_at_many_radii_is_compiled_for_few_sizes_of_batch():
 
     eps = tuple(np.linspace(0.01, 0.3, 12))
     evaluator = Evaluator(
-        network, split(), {"fgsm": AttackGrid("fgsm", attack, "linf", eps)},
-        SETTINGS._replace(batch_size=64), jax.random.key(0), "pmap",
-    )  # fmt: skip
+        network,
+        split(),
+        {"fgsm": AttackGrid("fgsm", attack, "linf", eps)},
+        SETTINGS._replace(batch_size=64),
+        jax.random.key(0),
+        "pmap",
+    )
     found = evaluator.records(trained().args[0], "evaluate")
     standing = {found[f"fgsm@{e:g}/held"].sum() for e in eps}
     assert len(standing) > 4 and len(set(traced)) > 1

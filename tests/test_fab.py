@@ -41,9 +41,10 @@ def compiled(norm, shape, num_classes):
 @pytest.mark.parametrize("norm", NORMS)
 @settings(max_examples=16, deadline=None, derandomize=True)
 @given(
-    eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
+    eps=st.floats(0, 3, width=32),
+    seed=st.integers(0, 1000),
     shape_and_classes=st.sampled_from([((4, 5, 1), 6), ((1, 7, 2), 2)]),
-)  # fmt: skip
+)
 def test_is_inside_ball_and_box_or_unchanged(norm, eps, seed, shape_and_classes):
     key = jax.random.key(seed)
     shape, num_classes = shape_and_classes
@@ -71,9 +72,10 @@ def test_projection_is_the_nearest_point_of_the_plane_in_the_box(norm, seed):
     value = -rng.uniform(0.3, 0.95) * reach
     as_image = functools.partial(jnp.reshape, shape=(2, 3, 1))
     delta = NORMS[norm].to_boundary(
-        as_image(jnp.asarray(x, jnp.float32)), jnp.float32(value),
+        as_image(jnp.asarray(x, jnp.float32)),
+        jnp.float32(value),
         as_image(jnp.asarray(w, jnp.float32)),
-    )  # fmt: skip
+    )
     delta = np.asarray(delta, np.float64).ravel()
     np.testing.assert_allclose(value + w @ delta, 0, atol=1e-5)
     assert (x + delta > -1e-6).all()
@@ -81,9 +83,13 @@ def test_projection_is_the_nearest_point_of_the_plane_in_the_box(norm, seed):
     if norm == "linf":  # minimise t with -t <= delta <= t
         tied = np.vstack([np.c_[np.eye(6), -np.ones(6)], np.c_[-np.eye(6), -np.ones(6)]])
         best = optimize.linprog(
-            [0] * 6 + [1], tied, np.zeros(12), [[*w, 0]], [-value],
+            [0] * 6 + [1],
+            tied,
+            np.zeros(12),
+            [[*w, 0]],
+            [-value],
             [*zip(-x, 1 - x, strict=True), (0, None)],
-        ).fun  # fmt: skip
+        ).fun
         np.testing.assert_allclose(np.abs(delta).max(), best, rtol=1e-4)
     elif norm == "l1":  # minimise the sum of what goes up and what goes down
         best = optimize.linprog(
@@ -92,10 +98,13 @@ def test_projection_is_the_nearest_point_of_the_plane_in_the_box(norm, seed):
         np.testing.assert_allclose(np.abs(delta).sum(), best, rtol=1e-4)
     else:
         best = optimize.minimize(
-            lambda d: d @ d, np.zeros(6), method="SLSQP", bounds=[*zip(-x, 1 - x, strict=True)],
+            lambda d: d @ d,
+            np.zeros(6),
+            method="SLSQP",
+            bounds=[*zip(-x, 1 - x, strict=True)],
             constraints={"type": "eq", "fun": lambda d: value + w @ d},
             options={"ftol": 1e-12, "maxiter": 500},
-        ).fun  # fmt: skip
+        ).fun
         np.testing.assert_allclose(delta @ delta, best, rtol=1e-3)
 
 

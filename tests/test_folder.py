@@ -86,8 +86,13 @@ def test_another_config_is_refused_with_every_field_that_differs(tmp_path):
     config.model.widths = (4, 4)
     with pytest.raises(UserError, match="holds a run of another config") as error:
         folder.claim(tmp_path, config, "train")
-    for field in ("seed: 0 → 7", "batch_size: 128 → 64", "learning_rate", "duration",
-                  r"model.widths: None → \[4, 4\]"):  # fmt: skip
+    for field in (
+        "seed: 0 → 7",
+        "batch_size: 128 → 64",
+        "learning_rate",
+        "duration",
+        r"model.widths: None → \[4, 4\]",
+    ):
         assert re.search(f"config.{field}", str(error.value))
 
 

@@ -22,12 +22,17 @@ KEY = jax.random.key(0)
 SHAPE = (3, 4, 1)
 EPS = {"jsma": 2.0, "deepfool": 0.5, "carlini_wagner": 0.5}
 FEW = {
-    "pgd": {"num_steps": 2}, "bim": {"num_steps": 2}, "mim": {"num_steps": 2},
-    "apgd": {"num_steps": 3}, "apgd_targeted": {"num_steps": 3, "num_targets": 2},
-    "fab": {"num_steps": 2, "num_targets": 2}, "square": {"num_queries": 5},
-    "carlini_wagner": {"num_steps": 3, "num_searches": 2}, "deepfool": {"num_steps": 2},
+    "pgd": {"num_steps": 2},
+    "bim": {"num_steps": 2},
+    "mim": {"num_steps": 2},
+    "apgd": {"num_steps": 3},
+    "apgd_targeted": {"num_steps": 3, "num_targets": 2},
+    "fab": {"num_steps": 2, "num_targets": 2},
+    "square": {"num_queries": 5},
+    "carlini_wagner": {"num_steps": 3, "num_searches": 2},
+    "deepfool": {"num_steps": 2},
     "multi_targeted": {"num_steps": 2, "num_targets": 2},
-}  # fmt: skip
+}
 # Attacks that compute their adversarials on the device, from a call of its own.
 ATTACKS = [name for name in attacks.ATTACKS if name != "autoattack"]
 
@@ -63,10 +68,12 @@ WITH_LABELS = [*WITH_EPS, "margin"]
 AUTOATTACK = {
     "version": ("apgd_ce", "apgd_t", "fab_t", "square"),
     "overrides": {
-        "apgd_ce": {"num_steps": 3}, "apgd_t": {"num_steps": 3, "num_targets": 2},
-        "fab_t": {"num_steps": 2, "num_targets": 2}, "square": {"num_queries": 5},
+        "apgd_ce": {"num_steps": 3},
+        "apgd_t": {"num_steps": 3, "num_targets": 2},
+        "fab_t": {"num_steps": 2, "num_targets": 2},
+        "square": {"num_queries": 5},
     },
-}  # fmt: skip
+}
 
 
 def autoattack(f, x, y, k, eps=0.05):
@@ -260,9 +267,7 @@ NETWORKS = {
     "lambda": lambda seed: network(weights_of(seed)),
     "jitted": lambda seed: jax.jit(network(weights_of(seed))),
     "a lambda around a jitted one": lambda seed: around(jax.jit(network(weights_of(seed)))),
-    "Partial": lambda seed: jax.tree_util.Partial(
-        lambda w, x: network(w)(x), weights_of(seed)
-    ),
+    "Partial": lambda seed: jax.tree_util.Partial(lambda w, x: network(w)(x), weights_of(seed)),
     "linen": linen,
     "nnx": flax_nnx,
     "equinox": equinox,
@@ -271,7 +276,7 @@ NETWORKS = {
     "scan": lambda seed: repeated(network(weights_of(seed))),
     "custom_vjp": lambda seed: around(network(weights_of(seed)), straight_through),
     "numpy weights": lambda seed: network(tuple(map(np.asarray, weights_of(seed)))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -285,9 +290,7 @@ def test_a_network_is_compiled_once_however_it_is_written(name):
         second = attacks.pgd(other, x, y, KEY, eps=0.1, num_steps=2)
         again = attacks.pgd(make(0), x, y, KEY, eps=0.1, num_steps=2)
         made = len(seen)
-    expected = jax.jit(
-        lambda x, y: attacks.pgd(other, x, y, KEY, eps=0.1, num_steps=2)
-    )(x, y)  # fmt: skip
+    expected = jax.jit(lambda x, y: attacks.pgd(other, x, y, KEY, eps=0.1, num_steps=2))(x, y)
     np.testing.assert_allclose(second, expected, atol=1e-5)
     np.testing.assert_array_equal(first, again)
     assert (first != second).any()
@@ -381,13 +384,15 @@ def mistakes():
         "an int as key": ({"key": 0}, r"key is 0; give a key such as jax.random.key\(0\)"),
         "two keys": ({"key": jax.random.split(KEY, 2)}, r"key has the shape \[2\]; give one key"),
         "one logit": (
-            {"logits_fn": lambda x: f(x)[:, :1]}, "one number an example; .* jnp.concatenate"),
+            {"logits_fn": lambda x: f(x)[:, :1]},
+            "one number an example; .* jnp.concatenate",
+        ),
         "no classes": ({"logits_fn": lambda x: f(x)[:, 0]}, r"returns the shape \[1\] for one"),
         "with aux": ({"logits_fn": lambda x: (f(x), x)}, r"a tuple, .*lambda x: f\(x\)\[0\]"),
         "numpy": ({"logits_fn": lambda x: np.asarray(x)}, "hands its input to numpy"),
         "no function": ({"logits_fn": 3}, "logits_fn is 3; give a function"),
         "NNX without eval": ({"logits_fn": Nnx(nnx.Rngs(0))}, r"call its eval\(\) first"),
-    }  # fmt: skip
+    }
 
 
 RADII = {
@@ -457,16 +462,33 @@ def test_a_batch_too_large_for_memory_is_halved_with_a_warning(monkeypatch):
 
         return limited
 
-    expected = attacks.autoattack(network(weights_of(0)), x, y, KEY, eps=0.05, batch_size=32,
-                                  version=("apgd_ce",), progress=False)  # fmt: skip
+    expected = attacks.autoattack(
+        network(weights_of(0)),
+        x,
+        y,
+        KEY,
+        eps=0.05,
+        batch_size=32,
+        version=("apgd_ce",),
+        progress=False,
+    )
     monkeypatch.setattr(_front, "_rows_program", small)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = attacks.autoattack(network(weights_of(0)), x, y, KEY, eps=0.05, batch_size=32,
-                                   version=("apgd_ce",), progress=False)  # fmt: skip
+        found = attacks.autoattack(
+            network(weights_of(0)),
+            x,
+            y,
+            KEY,
+            eps=0.05,
+            batch_size=32,
+            version=("apgd_ce",),
+            progress=False,
+        )
     np.testing.assert_array_equal(found.broken_by, expected.broken_by)
     told = [str(warning.message) for warning in caught]
     assert [text.partition(";")[2] for text in told] == [
-        " continuing with 16", " continuing with 8"
-    ]  # fmt: skip
+        " continuing with 16",
+        " continuing with 8",
+    ]
     assert sizes[-1] == 8

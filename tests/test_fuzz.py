@@ -41,19 +41,53 @@ NUMBERS = st.one_of(
     st.floats(-2, 2),
 )
 WORDS = st.sampled_from(
-    ["", "pgd", "linf", "l2", "apgd", "fab", "square", "autoattack", "cnn", "lenet5", "adam", "sgd",
-     "constant", "cosine", "cross_entropy", "kl", "dlr", "both", "clean", "digits", "pmap",
-     "bfloat16", "2 epochs", "0 steps", "-1 epochs", "3", "1e9 epochs", "nonsense", "é\n"]
-)  # fmt: skip
+    [
+        "",
+        "pgd",
+        "linf",
+        "l2",
+        "apgd",
+        "fab",
+        "square",
+        "autoattack",
+        "cnn",
+        "lenet5",
+        "adam",
+        "sgd",
+        "constant",
+        "cosine",
+        "cross_entropy",
+        "kl",
+        "dlr",
+        "both",
+        "clean",
+        "digits",
+        "pmap",
+        "bfloat16",
+        "2 epochs",
+        "0 steps",
+        "-1 epochs",
+        "3",
+        "1e9 epochs",
+        "nonsense",
+        "é\n",
+    ]
+)
 ENTRIES = st.dictionaries(
     st.sampled_from(["name", "eps", "norm", "num_steps", "weight", "loss", "widths", "on", "x"]),
     st.one_of(NUMBERS, WORDS, st.tuples(NUMBERS, NUMBERS)),
     max_size=4,
 )
 VALUES = st.one_of(
-    NUMBERS, WORDS, st.booleans(), st.none(), st.just(()), st.tuples(NUMBERS), ENTRIES,
+    NUMBERS,
+    WORDS,
+    st.booleans(),
+    st.none(),
+    st.just(()),
+    st.tuples(NUMBERS),
+    ENTRIES,
     st.tuples(NUMBERS, NUMBERS),
-)  # fmt: skip
+)
 
 
 def an_experiment_or_one_line(overrides):
@@ -133,16 +167,19 @@ def a_data_set_or_one_line(path):
 
 @settings(max_examples=200, derandomize=True, **common)
 @given(
-    images=st.tuples(IMAGES, IMAGES), labels=st.tuples(LABELS, LABELS),
+    images=st.tuples(IMAGES, IMAGES),
+    labels=st.tuples(LABELS, LABELS),
     missing=st.sampled_from(["", "", "", "x_train", "y_test"]),
-)  # fmt: skip
+)
 def test_any_arrays_in_an_npz_file_give_a_data_set_or_one_line(
     images, labels, missing, tmp_path_factory
 ):
     arrays = {
-        "x_train": images_of(*images[0]), "y_train": labels_of(*labels[0]),
-        "x_test": images_of(*images[1]), "y_test": labels_of(*labels[1]),
-    }  # fmt: skip
+        "x_train": images_of(*images[0]),
+        "y_train": labels_of(*labels[0]),
+        "x_test": images_of(*images[1]),
+        "y_test": labels_of(*labels[1]),
+    }
     arrays.pop(missing, None)
     path = tmp_path_factory.mktemp("npz") / "arrays.npz"
     np.savez(path, **arrays)
@@ -150,8 +187,10 @@ def test_any_arrays_in_an_npz_file_give_a_data_set_or_one_line(
 
 
 @settings(max_examples=200, derandomize=True, **common)
-@given(damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
-       kept=st.floats(0, 1))  # fmt: skip
+@given(
+    damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+    kept=st.floats(0, 1),
+)
 def test_any_bytes_of_an_npz_file_give_a_data_set_or_one_line(damage, kept, tmp_path_factory):
     file = io.BytesIO()
     labels = np.arange(12) % 3
@@ -169,12 +208,25 @@ LOGITS_FN, *_ = make_linear(jax.random.key(0))
 X = jax.random.uniform(jax.random.key(1), (2, 4, 5, 1))
 KEYWORDS = st.dictionaries(
     st.sampled_from(
-        ["num_steps", "num_restarts", "num_queries", "num_targets", "step_size", "momentum",
-         "p_init", "overshoot", "theta", "rho", "alpha", "learning_rate", "random_start"]
+        [
+            "num_steps",
+            "num_restarts",
+            "num_queries",
+            "num_targets",
+            "step_size",
+            "momentum",
+            "p_init",
+            "overshoot",
+            "theta",
+            "rho",
+            "alpha",
+            "learning_rate",
+            "random_start",
+        ]
     ),
     st.one_of(st.integers(-1, 5), st.sampled_from([0.0, 0.1, 1.0, -0.5, 1e30, float("nan"), "x"])),
     max_size=2,
-)  # fmt: skip
+)
 RADII = st.sampled_from([0, 1e-7, 1 / 255, 0.1, 0.5, 1, 3.0, 40, -0.1, float("nan"), float("inf")])
 
 
@@ -208,8 +260,9 @@ def an_adversarial_or_one_line(name, norm, eps, keywords):
 attacked = given(
     name=st.sampled_from(sorted(POINTWISE)),
     norm=st.sampled_from(["linf", "l2", "l1", "its own", "l7"]),
-    eps=RADII, keywords=KEYWORDS,
-)  # fmt: skip
+    eps=RADII,
+    keywords=KEYWORDS,
+)
 
 
 @settings(max_examples=25, derandomize=True, **common)

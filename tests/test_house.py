@@ -62,11 +62,14 @@ def test_the_application_alone_knows_configs():
             assert not any(one.startswith("ml_collections") for one in imported), name
 
 
-@pytest.mark.parametrize("module, without", [
-    ("robust_jax", ("jax", "numpy")),
-    ("robust_jax.app.report", ("jax",)),
-    ("robust_jax.attacks", ("flax", "matplotlib", "pandas", "sklearn", "orbax")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, without",
+    [
+        ("robust_jax", ("jax", "numpy")),
+        ("robust_jax.app.report", ("jax",)),
+        ("robust_jax.attacks", ("flax", "matplotlib", "pandas", "sklearn", "orbax")),
+    ],
+)
 def test_an_import_brings_nothing_heavy(module, without):
     code = f"import sys, {module}; sys.exit(' '.join({set(without)} & set(sys.modules)) or 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -47,8 +47,9 @@ def test_network_matches_finite_differences_and_svd():
     )
     np.testing.assert_allclose(
         jacobian.spectral_norm(fn, x, KEY, num_iterations=100),
-        np.linalg.norm(reference, 2, axis=(1, 2)), rtol=5e-3,
-    )  # fmt: skip
+        np.linalg.norm(reference, 2, axis=(1, 2)),
+        rtol=5e-3,
+    )
 
 
 def test_probabilities_jacobian_is_softmax_after_logits():

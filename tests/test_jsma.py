@@ -83,10 +83,14 @@ def test_takes_the_path_of_the_algorithm_on_a_linear_model(theta, num_classes, t
         x_adv = np.asarray(attack(eps), np.float64)
         for i in range(10):
             expected = walk(
-                np.asarray(weights, np.float64), np.asarray(bias, np.float64),
-                np.asarray(x[i], np.float64).ravel(), int(y[i]),
-                int(targets[i]) if targeted else None, eps, theta,
-            )  # fmt: skip
+                np.asarray(weights, np.float64),
+                np.asarray(bias, np.float64),
+                np.asarray(x[i], np.float64).ravel(),
+                int(y[i]),
+                int(targets[i]) if targeted else None,
+                eps,
+                theta,
+            )
             np.testing.assert_array_equal(x_adv[i].ravel(), expected)
         changed = distances(x, jnp.asarray(x_adv, jnp.float32), norm="l0")
         assert (changed <= eps).all()
@@ -152,8 +156,11 @@ def test_zero_and_nan_gradients_leave_the_point_in_place():
     for value in (0.0, jnp.nan):
         x_adv = jsma(
             lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
-            x, y, KEY, eps=10,
-        )  # fmt: skip
+            x,
+            y,
+            KEY,
+            eps=10,
+        )
         np.testing.assert_array_equal(x_adv, x)
 
 

@@ -88,9 +88,13 @@ def test_value_is_the_float64_formula(name, batch):
 def test_gradient_is_the_numerical_one(name, batch):
     logits, labels = batch
     check_grads(
-        lambda z: CASES[name][0](z, jnp.asarray(labels[:8])), (jnp.float32(logits[:8]),),
-        order=1, modes=("rev", "fwd"), atol=2e-2, rtol=2e-2,
-    )  # fmt: skip
+        lambda z: CASES[name][0](z, jnp.asarray(labels[:8])),
+        (jnp.float32(logits[:8]),),
+        order=1,
+        modes=("rev", "fwd"),
+        atol=2e-2,
+        rtol=2e-2,
+    )
 
 
 def test_entropy_and_kl(batch):
@@ -111,8 +115,9 @@ def test_optax_agrees(batch):
     smoothed = optax.smooth_labels(jax.nn.one_hot(labels, K), 0.2)
     np.testing.assert_allclose(
         losses.cross_entropy(logits, labels, label_smoothing=0.2),
-        optax.softmax_cross_entropy(logits, smoothed), rtol=1e-5,
-    )  # fmt: skip
+        optax.softmax_cross_entropy(logits, smoothed),
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,8 +149,9 @@ def test_bounds_and_symmetries(logits, labels):
     assert (entropy <= np.log(K) + 1e-5).all()
     assert (losses.kl(logits, logits[::-1]) >= -1e-5).all()
     # A shift of the logits changes no probability.
-    np.testing.assert_allclose(losses.cross_entropy(logits + 3.0, labels),
-                               losses.cross_entropy(logits, labels), atol=1e-4)  # fmt: skip
+    np.testing.assert_allclose(
+        losses.cross_entropy(logits + 3.0, labels), losses.cross_entropy(logits, labels), atol=1e-4
+    )
     # correct() is the sign of the margin, wherever it is not a tie.
     margin = np.asarray(losses.margin(logits, labels))
     untied = margin != 0

@@ -102,10 +102,13 @@ def test_carlini_wagner_reaches_walls_that_are_on_the_way():
         return jnp.stack([-s, s], -1)
 
     best = optimize.minimize(
-        lambda d: d @ d, np.zeros(4), method="SLSQP", bounds=[*zip(-x, 1 - x, strict=True)],
+        lambda d: d @ d,
+        np.zeros(4),
+        method="SLSQP",
+        bounds=[*zip(-x, 1 - x, strict=True)],
         constraints={"type": "ineq", "fun": lambda d: weights @ (x + d) - 10},
         options={"ftol": 1e-12, "maxiter": 500},
-    )  # fmt: skip
+    )
     image = jnp.asarray(x, jnp.float32).reshape(1, 2, 2, 1)
     found = nearest_carlini_wagner(
         logits_fn, image, jnp.array([0]), KEY, num_steps=400, num_searches=14
@@ -147,12 +150,18 @@ def test_carlini_wagner_goes_to_its_targets():
         gaps = np.asarray(weights[target] - weights, np.float64)
         gaps_at_0 = np.asarray(bias[target] - bias, np.float64)
         best = optimize.minimize(
-            lambda d: d @ d, np.full(20, 1e-3), jac=lambda d: 2 * d, method="SLSQP",
+            lambda d: d @ d,
+            np.full(20, 1e-3),
+            jac=lambda d: 2 * d,
+            method="SLSQP",
             bounds=[*zip(-point, 1 - point, strict=True)],
-            constraints={"type": "ineq", "jac": lambda d, g=gaps: g,
-                         "fun": lambda d, p=point, g=gaps, b=gaps_at_0: g @ (p + d) + b},
+            constraints={
+                "type": "ineq",
+                "jac": lambda d, g=gaps: g,
+                "fun": lambda d, p=point, g=gaps, b=gaps_at_0: g @ (p + d) + b,
+            },
             options={"ftol": 1e-12, "maxiter": 500},
-        )  # fmt: skip
+        )
         np.testing.assert_allclose(distance, np.sqrt(best.fun), rtol=0.01)
     # An example already there is its own nearest, whatever its label.
     there = nearest_carlini_wagner(logits_fn, x, targets, KEY, targets=y, num_steps=5)

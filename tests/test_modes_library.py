@@ -83,8 +83,12 @@ CALLS = {
 }
 # How far two draws may be apart: of the mean of many, or which end of a ball PGD finds.
 MANY = 400
-MEANS = {"squared_frobenius_samples": 0.2, "frobenius_norm_estimate": 0.1, "mean_square": 0.2,
-         "mean_square_label_free": 0.4}  # fmt: skip
+MEANS = {
+    "squared_frobenius_samples": 0.2,
+    "frobenius_norm_estimate": 0.1,
+    "mean_square": 0.2,
+    "mean_square_label_free": 0.4,
+}
 ENDS = {"oscillation_label_free": 0.7}
 # Of the result.
 PRECISION = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
@@ -143,7 +147,9 @@ def test_every_public_function_is_called():
         name
         for module in (losses, jacobian, energy)
         for name, value in vars(module).items()
-        if callable(value) and getattr(value, "__module__", "") == module.__name__
-        and not name.startswith("_") and not isinstance(value, type)
-    }  # fmt: skip
+        if callable(value)
+        and getattr(value, "__module__", "") == module.__name__
+        and not name.startswith("_")
+        and not isinstance(value, type)
+    }
     assert public - {"probabilities"} <= set(CALLS)

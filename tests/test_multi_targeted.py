@@ -60,8 +60,12 @@ def test_zero_and_nan_gradients_are_survived():
     for value in (0.0, jnp.nan):
         x_adv = multi_targeted(
             lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
-            x, y, KEY, eps=0.1, num_steps=2,
-        )  # fmt: skip
+            x,
+            y,
+            KEY,
+            eps=0.1,
+            num_steps=2,
+        )
         assert (np.abs(x_adv - x) <= 0.1 + 1e-6).all()
 
 

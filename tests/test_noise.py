@@ -66,9 +66,14 @@ def test_more_draws_find_more_and_the_misclassified_one_is_returned(noise):
         assert (loss[few] <= loss[many] + 1e-5)[wrong[few] == wrong[many]].all()
     # A loss that pulls away from where the label is lost does not hide the hits.
     against = NOISES[noise](
-        logits_fn, x, y, KEY, eps=0.3, num_samples=40,
+        logits_fn,
+        x,
+        y,
+        KEY,
+        eps=0.3,
+        num_samples=40,
         loss=lambda logits, y: -losses.cross_entropy(logits, y),
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(jnp.argmax(logits_fn(against), -1) != y, wrong[40])
 
 

@@ -70,8 +70,9 @@ def test_clean_loss_is_the_loss_of_the_training_mode_network(setting):
     values, new_stats, sums = run(setting, loss_on="clean")
     logits, expected_stats = apply(params, stats, batch["image"], True)
     np.testing.assert_allclose(values, losses.cross_entropy(logits, batch["label"]), rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), new_stats,
-                 expected_stats)  # fmt: skip
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), new_stats, expected_stats
+    )
     np.testing.assert_allclose(sums["loss"][0], values.sum(), rtol=1e-5)
     assert sums["loss"][1] == 8
     assert set(sums) == {"loss", "supervised_loss", "clean_accuracy"}
@@ -120,9 +121,12 @@ def test_unlabelled_examples_are_attacked_away_from_their_prediction(setting):
         return x
 
     objective = make_objective(
-        apply, loss=losses.cross_entropy, loss_on="adversarial", adversary=Adversary(spy),
+        apply,
+        loss=losses.cross_entropy,
+        loss_on="adversarial",
+        adversary=Adversary(spy),
         labeled_fraction=0.5,
-    )  # fmt: skip
+    )
     labels = jnp.where(jnp.arange(8) < 4, batch["label"], -1)
     objective(params, stats, {**batch, "label": labels}, KEY)
     predictions = jnp.argmax(apply(params, stats, batch["image"], False)[0], -1)
@@ -194,8 +198,9 @@ def test_weighted_kl_is_mart(setting):
     doubt = 1 - losses.confidence(clean.logits, batch["label"])
     np.testing.assert_allclose(
         regularizers.weighted_kl(clean, other, batch["label"]),
-        losses.kl(other.logits, clean.logits) * doubt, rtol=1e-5,
-    )  # fmt: skip
+        losses.kl(other.logits, clean.logits) * doubt,
+        rtol=1e-5,
+    )
 
 
 def test_unlabelled_examples_enter_label_free_terms_only(setting):
@@ -260,9 +265,10 @@ def test_a_term_of_the_parameters_counts_once_for_every_example(setting):
     values, _, sums = run(setting, loss_on="clean", terms={"decay": term})
     np.testing.assert_allclose(values - plain, np.full(8, 0.1 * squared_norm(params)), rtol=1e-4)
     np.testing.assert_allclose(
-        sums["regularizers/decay"][0] / sums["regularizers/decay"][1], squared_norm(params),
+        sums["regularizers/decay"][0] / sums["regularizers/decay"][1],
+        squared_norm(params),
         rtol=1e-5,
-    )  # fmt: skip
+    )
     assert term.halves == () and not term.needs_labels
 
 
@@ -296,8 +302,9 @@ def test_parameters_are_pulled_in_the_direction_that_lowers_the_term(name, on, s
     params, stats, batch = setting
     term = Term(EVERY[name], 5.0, on)
     shifted = Adversary(lambda f, x, y, k: jnp.clip(x + 0.1, 0, 1))
-    objective = make_objective(apply, loss=losses.cross_entropy, loss_on=on, adversary=shifted,
-                               terms={name: term})  # fmt: skip
+    objective = make_objective(
+        apply, loss=losses.cross_entropy, loss_on=on, adversary=shifted, terms={name: term}
+    )
 
     @jax.jit
     @jax.value_and_grad
@@ -351,8 +358,9 @@ def test_input_gradient_term_is_the_squared_norm(setting):
         def loss(image, i=i):
             return losses.cross_entropy(logits_fn(image[None]), batch["label"][i : i + 1])[0]
 
-        np.testing.assert_allclose(values[i], (jax.grad(loss)(batch["image"][i]) ** 2).sum(),
-                                   rtol=1e-4)  # fmt: skip
+        np.testing.assert_allclose(
+            values[i], (jax.grad(loss)(batch["image"][i]) ** 2).sum(), rtol=1e-4
+        )
 
 
 def test_vat_direction_is_the_top_eigenvector_of_the_fisher_metric(setting):

@@ -105,10 +105,21 @@ def wheel(tmp_path_factory) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(REPOSITORY / "robust_jax", source / "robust_jax", ignore=ignore)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-         "--disable-pip-version-check", "--wheel-dir", out, source],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--disable-pip-version-check",
+            "--wheel-dir",
+            out,
+            source,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     (path,) = out.glob("*.whl")
     return path
 
@@ -118,10 +129,20 @@ def environment(folder: Path, wheel: Path, *pip: str) -> tuple[Path, Path]:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet",
-         "--disable-pip-version-check", *pip, wheel],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            *pip,
+            wheel,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     paths = {"base": str(folder), "platbase": str(folder)}
     return python, Path(sysconfig.get_path("purelib", vars=paths))
 

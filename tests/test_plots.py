@@ -81,8 +81,9 @@ def test_by_layer_joins_medians_with_the_middle_half(rng):
 
 def test_reliability_diagram_says_the_error(rng):
     p = rng.random(500)
-    curves = {arm: calibration.reliability(p, rng.random(500) < p**i)
-              for i, arm in enumerate(ARMS, 1)}  # fmt: skip
+    curves = {
+        arm: calibration.reliability(p, rng.random(500) < p**i) for i, arm in enumerate(ARMS, 1)
+    }
     figure = plots.reliability_diagram(curves)
     top, bottom = figure.axes
     assert top.get_ylabel() and bottom.get_xlabel() and bottom.get_ylabel()
@@ -101,8 +102,10 @@ def test_latent_scatter_writes_each_class_where_it_lies(rng):
         assert ax.get_title() == arm and ax.get_xlabel() and ax.get_ylabel()
         assert [text.get_text() for text in ax.texts] == list("01234567")
         np.testing.assert_allclose(ax.texts[3].get_position(), np.median(xy[15:20], axis=0))
-        styles = {(to_hex(c.get_facecolor()[0]), c.get_paths()[0].vertices.shape, i % 5)
-                  for i, c in enumerate(ax.collections)}  # fmt: skip
+        styles = {
+            (to_hex(c.get_facecolor()[0]), c.get_paths()[0].vertices.shape, i % 5)
+            for i, c in enumerate(ax.collections)
+        }
         assert len(styles) == 8
 
 

@@ -20,8 +20,12 @@ from tests.conftest import REPOSITORY, environment_of
 from tests.test_demo import AUTOATTACK, TINY
 
 ATTACKS = {"pgd_linf": {"name": "pgd", "eps": (0.05,), "num_steps": 3}, "autoattack": AUTOATTACK}
-FLAGS = (*TINY, f"--config.attacks={ATTACKS!r}", "--config.checkpoint_every=5 steps",
-         "--config.duration=6 epochs")  # fmt: skip
+FLAGS = (
+    *TINY,
+    f"--config.attacks={ATTACKS!r}",
+    "--config.checkpoint_every=5 steps",
+    "--config.duration=6 epochs",
+)
 
 
 def start(workdir, num_processes, num_devices, *flags):
@@ -32,13 +36,22 @@ def start(workdir, num_processes, num_devices, *flags):
     joined = [f"--distributed={address},{num_processes},{i}" for i in range(num_processes)]
     return [
         subprocess.Popen(
-            [sys.executable, "launch.py", *FLAGS, f"--workdir={workdir}", *flags,
-             *([one] if num_processes > 1 else [])],
-            cwd=REPOSITORY, env=environment_of(num_devices),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                "launch.py",
+                *FLAGS,
+                f"--workdir={workdir}",
+                *flags,
+                *([one] if num_processes > 1 else []),
+            ],
+            cwd=REPOSITORY,
+            env=environment_of(num_devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for one in joined
-    ]  # fmt: skip
+    ]
 
 
 def finish(started, code=0):

@@ -33,18 +33,25 @@ def make_records(seed: int, norms=("linf", "l2"), num: int = 120) -> pd.DataFram
     correct = margin > 0
     confidence = 1 / (1 + np.exp(-margin))
     error = 0.1 * frobenius
-    records = pd.DataFrame({
-        "index": np.arange(num), "label": label, "key": [f"{i:016x}" for i in range(num)],
-        "prediction": np.where(correct, label, (label + 1) % 10), "correct": correct,
-        "cross_entropy": -np.log(confidence), "margin": margin, "confidence": confidence,
-        "entropy": confidence * (1 - confidence),
-        "frobenius_logits": frobenius,
-        "frobenius_probabilities": frobenius * confidence * (1 - confidence),
-        "frobenius_estimate_logits": frobenius + error * rng.normal(size=num),
-        "frobenius_estimate_error_logits": error,
-        "spectral_logits": 0.7 * frobenius,
-        "spectral_probabilities": 0.7 * frobenius * confidence * (1 - confidence),
-    })  # fmt: skip
+    records = pd.DataFrame(
+        {
+            "index": np.arange(num),
+            "label": label,
+            "key": [f"{i:016x}" for i in range(num)],
+            "prediction": np.where(correct, label, (label + 1) % 10),
+            "correct": correct,
+            "cross_entropy": -np.log(confidence),
+            "margin": margin,
+            "confidence": confidence,
+            "entropy": confidence * (1 - confidence),
+            "frobenius_logits": frobenius,
+            "frobenius_probabilities": frobenius * confidence * (1 - confidence),
+            "frobenius_estimate_logits": frobenius + error * rng.normal(size=num),
+            "frobenius_estimate_error_logits": error,
+            "spectral_logits": 0.7 * frobenius,
+            "spectral_probabilities": 0.7 * frobenius * confidence * (1 - confidence),
+        }
+    )
     columns = {}
     for norm in norms:
         reach = np.where(correct, margin / frobenius, 0) * (0.2 if norm == "linf" else 1.2)
@@ -65,24 +72,36 @@ def summarize(records: pd.DataFrame, step: int, norms=("linf", "l2")) -> dict:
             for eps in EPS[norm]:
                 names = ATTACKS if kind == "worst_case" else [kind]
                 held = [records[f"{n}_{norm}@{eps:g}/held"] for n in names]
-                attacks.append({
-                    "name": f"{kind}_{norm}", "attack": kind, "norm": norm, "eps": eps,
-                    "robust_accuracy": float(np.all(held, axis=0).mean()), "count": len(records),
-                    "mean_distance": None,
-                })  # fmt: skip
+                attacks.append(
+                    {
+                        "name": f"{kind}_{norm}",
+                        "attack": kind,
+                        "norm": norm,
+                        "eps": eps,
+                        "robust_accuracy": float(np.all(held, axis=0).mean()),
+                        "count": len(records),
+                        "mean_distance": None,
+                    }
+                )
 
     def statistics(column):
         values = records[column]
         return {"mean": values.mean(), "median": values.median(), "standard_error": values.sem()}
 
-    jacobian = {fn: {norm: statistics(f"{norm}_{fn}") for norm in ("frobenius", "spectral")}
-                for fn in ("logits", "probabilities")}  # fmt: skip
+    jacobian = {
+        fn: {norm: statistics(f"{norm}_{fn}") for norm in ("frobenius", "spectral")}
+        for fn in ("logits", "probabilities")
+    }
     error = records["frobenius_estimate_error_logits"].mean()
     jacobian["logits"]["frobenius_estimate"] = {
-        **statistics("frobenius_estimate_logits"), "mean_error_of_estimate": error,
-    }  # fmt: skip
-    clean = {"accuracy": float(records["correct"].mean()), "count": len(records),
-             "cross_entropy": float(records["cross_entropy"].mean())}  # fmt: skip
+        **statistics("frobenius_estimate_logits"),
+        "mean_error_of_estimate": error,
+    }
+    clean = {
+        "accuracy": float(records["correct"].mean()),
+        "count": len(records),
+        "cross_entropy": float(records["cross_entropy"].mean()),
+    }
     return {"step": step, "clean": clean, "attacks": attacks, "jacobian": jacobian}
 
 
@@ -90,20 +109,28 @@ def make_metrics(steps: int, best: int) -> list[dict]:
     lines = []
     for step in range(10, steps + 1, 10):
         progress = step / steps
-        lines.append({
-            "step": step, "epoch": step / 9, "train/loss": 2.3 * np.exp(-3 * progress),
-            "train/supervised_loss": 2 * np.exp(-3 * progress),
-            "train/adversarial_accuracy": 0.9 - 0.8 * np.exp(-4 * progress),
-            "train/regularizers/entropy": -1 + progress,
-            "train/learning_rate": 1e-3 * (1 - progress),
-            "train/gradient_norm": 1 + progress if step > 10 else None,
-        })  # fmt: skip
+        lines.append(
+            {
+                "step": step,
+                "epoch": step / 9,
+                "train/loss": 2.3 * np.exp(-3 * progress),
+                "train/supervised_loss": 2 * np.exp(-3 * progress),
+                "train/adversarial_accuracy": 0.9 - 0.8 * np.exp(-4 * progress),
+                "train/regularizers/entropy": -1 + progress,
+                "train/learning_rate": 1e-3 * (1 - progress),
+                "train/gradient_norm": 1 + progress if step > 10 else None,
+            }
+        )
         if step % 50 == 0:
             robust = 0.7 - 0.5 * abs(step - best) / steps
-            lines.append({
-                "step": step, "validation/clean_accuracy": 0.95 - 0.4 / step,
-                "validation/robust_accuracy": robust, "validation/cross_entropy": 0.2 + 5 / step,
-            })  # fmt: skip
+            lines.append(
+                {
+                    "step": step,
+                    "validation/clean_accuracy": 0.95 - 0.4 / step,
+                    "validation/robust_accuracy": robust,
+                    "validation/cross_entropy": 0.2 + 5 / step,
+                }
+            )
     return lines
 
 
@@ -122,23 +149,46 @@ def make_run(
     (workdir / "records").mkdir(parents=True)
     for name, table in tables.items():
         table.to_csv(workdir / "records" / f"{name}.csv", index=False)
-    summaries = {"best": summarize(tables["best"], best, norms),
-                 "last": summarize(tables["last"], 300, norms)}  # fmt: skip
+    summaries = {
+        "best": summarize(tables["best"], best, norms),
+        "last": summarize(tables["last"], 300, norms),
+    }
     entry = {"name": "pgd", "norm": "linf", "eps": 0.1, "num_steps": 10} if adversary else None
     results = {
-        "config": {"seed": 0, "dataset": "digits", "model": {"name": "cnn"}, "adversary": entry,
-                   "loss": {"name": "cross_entropy"}, "regularizers": {"entropy": {"weight": 2.0}},
-                   "loss_on": "adversarial" if adversary else "clean", **config},
+        "config": {
+            "seed": 0,
+            "dataset": "digits",
+            "model": {"name": "cnn"},
+            "adversary": entry,
+            "loss": {"name": "cross_entropy"},
+            "regularizers": {"entropy": {"weight": 2.0}},
+            "loss_on": "adversarial" if adversary else "clean",
+            **config,
+        },
         "versions": {"robust_jax": "0.1.0", "python": "3.12.0", "numpy": "2.0.0"},
-        "seed": 0, "device": {"platform": "cpu", "kind": "cpu", "count": 1},
-        "data": {"name": "digits", "train": 1100, "validation": 197, "test": 120,
-                 "num_classes": 10, "image_shape": [8, 8, channels]},
+        "seed": 0,
+        "device": {"platform": "cpu", "kind": "cpu", "count": 1},
+        "data": {
+            "name": "digits",
+            "train": 1100,
+            "validation": 197,
+            "test": 120,
+            "num_classes": 10,
+            "image_shape": [8, 8, channels],
+        },
         "model": {"name": "cnn", "parameters": 12345},
-        "timings": {"train_seconds": 61.2, "compile_seconds": 4.5, "evaluate_seconds": 20.25,
-                    "examples_per_second": 1234.5},
+        "timings": {
+            "train_seconds": 61.2,
+            "compile_seconds": 4.5,
+            "evaluate_seconds": 20.25,
+            "examples_per_second": 1234.5,
+        },
         "trained_against": entry and {"norm": entry["norm"], "eps": entry["eps"]},
-        "checkpoint": "best", **summaries["best"], **summaries, "audit": audit,
-    }  # fmt: skip
+        "checkpoint": "best",
+        **summaries["best"],
+        **summaries,
+        "audit": audit,
+    }
     runs.write_results(workdir, results)
     lines = map(json.dumps, make_metrics(300, best))
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -151,27 +201,48 @@ def make_images(channels: int, num: int = 10) -> dict[str, np.ndarray]:
     label = rng.integers(0, 10, num)
     clean = rng.random((num, 8, 8, channels)).astype(np.float32)
     noise = 0.1 * np.sign(rng.normal(size=clean.shape))
-    return {"clean": clean, "adversarial": np.clip(clean + noise, 0, 1).astype(np.float32),
-            "label": label, "clean_prediction": label,
-            "adversarial_prediction": (label + rng.integers(0, 2, num)) % 10}  # fmt: skip
+    return {
+        "clean": clean,
+        "adversarial": np.clip(clean + noise, 0, 1).astype(np.float32),
+        "label": label,
+        "clean_prediction": label,
+        "adversarial_prediction": (label + rng.integers(0, 2, num)) % 10,
+    }
 
 
 def test_the_smallest_eps_that_breaks_is_that_of_the_attack_that_got_there_first():
-    records = pd.DataFrame({
-        "pgd@0.1/held": [True, False, True], "pgd@0.2/held": [False, False, True],
-        "fgsm@0.1/held": [False, True, True], "other@0.05/held": [False, False, False],
-    })  # fmt: skip
+    records = pd.DataFrame(
+        {
+            "pgd@0.1/held": [True, False, True],
+            "pgd@0.2/held": [False, False, True],
+            "fgsm@0.1/held": [False, True, True],
+            "other@0.05/held": [False, False, False],
+        }
+    )
     assert list(breaking_eps(records, ("pgd", "fgsm"))) == [0.1, 0.1, np.inf]
     assert list(breaking_eps(records, ("pgd",))) == [0.2, 0.1, np.inf]
 
 
 def make_audit(**verdicts) -> dict:
-    checks = [{"name": name, "verdict": verdict, "evidence": f"evidence of {name}",
-               "advice": f"advice on {name}", "values": {}}
-              for name, verdict in verdicts.items()]  # fmt: skip
+    checks = [
+        {
+            "name": name,
+            "verdict": verdict,
+            "evidence": f"evidence of {name}",
+            "advice": f"advice on {name}",
+            "values": {},
+        }
+        for name, verdict in verdicts.items()
+    ]
     order = ["skipped", "pass", "warn", "fail"]
-    return {"verdict": max(verdicts.values(), key=order.index), "checks": checks,
-            "norm": "linf", "eps": 0.1, "num_examples": 100, "seconds": 1.0}  # fmt: skip
+    return {
+        "verdict": max(verdicts.values(), key=order.index),
+        "checks": checks,
+        "norm": "linf",
+        "eps": 0.1,
+        "num_examples": 100,
+        "seconds": 1.0,
+    }
 
 
 class Page(HTMLParser):
@@ -243,8 +314,10 @@ def test_the_page_and_the_table_hold_the_results(run):
     results, html = run
     text, plain = Page(html).text, report.table(results)
     for name in ("best", "last"):
-        for share in (results[name]["clean"]["accuracy"],
-                      *(a["robust_accuracy"] for a in results[name]["attacks"])):  # fmt: skip
+        for share in (
+            results[name]["clean"]["accuracy"],
+            *(a["robust_accuracy"] for a in results[name]["attacks"]),
+        ):
             assert f"{100 * share:.1f}" in text
             assert f"{100 * share:.1f}" in plain
         for norms in results[name]["jacobian"].values():
@@ -261,19 +334,25 @@ def test_each_accuracy_is_in_its_own_row_and_column(run):
     assert lines[start].split()[-3:] == ["0.05", "0.1", "0.2"]
     for i, kind in enumerate(("fgsm", "pgd", "worst_case")):
         for j, name in enumerate(("best", "last")):
-            expected = [f"{100 * a['robust_accuracy']:.1f}" for a in results[name]["attacks"]
-                        if a["name"] == f"{kind}_linf"]  # fmt: skip
+            expected = [
+                f"{100 * a['robust_accuracy']:.1f}"
+                for a in results[name]["attacks"]
+                if a["name"] == f"{kind}_linf"
+            ]
             assert lines[start + 1 + 2 * i + j].split()[-4:] == [name, *expected]
 
 
 def test_the_headline_is_about_the_trained_radius(run):
     results, html = run
-    worst = next(a for a in results["attacks"]
-                 if a["name"] == "worst_case_linf" and a["eps"] == 0.1)  # fmt: skip
+    worst = next(
+        a for a in results["attacks"] if a["name"] == "worst_case_linf" and a["eps"] == 0.1
+    )
     low, high = wilson_interval(worst["robust_accuracy"], worst["count"])
     sentence = report.headline(results)
-    assert (f"{100 * worst['robust_accuracy']:.1f} % (95 % interval {100 * low:.1f} to "
-            f"{100 * high:.1f} %)") in sentence  # fmt: skip
+    assert (
+        f"{100 * worst['robust_accuracy']:.1f} % (95 % interval {100 * low:.1f} to "
+        f"{100 * high:.1f} %)"
+    ) in sentence
     assert sentence in Page(html).text
     assert "ε = 0.1, the size it was trained against" in sentence
 
@@ -304,11 +383,20 @@ def test_the_first_attack_to_break_each_image_is_counted(run):
     results, html = run
     records = make_records(0)
     found = evidence(records, {"fgsm_linf", "pgd_linf"}, 0.1)
-    assert set(found["broken_by"]) <= {"", "clean", "fgsm_linf@0.05", "pgd_linf@0.05",
-                                       "fgsm_linf@0.1", "pgd_linf@0.1"}  # fmt: skip
+    assert set(found["broken_by"]) <= {
+        "",
+        "clean",
+        "fgsm_linf@0.05",
+        "pgd_linf@0.05",
+        "fgsm_linf@0.1",
+        "pgd_linf@0.1",
+    }
     held = found["broken_by"] == ""
-    assert held.mean() == next(a["robust_accuracy"] for a in results["attacks"]
-                               if a["name"] == "worst_case_linf" and a["eps"] == 0.1)  # fmt: skip
+    assert held.mean() == next(
+        a["robust_accuracy"]
+        for a in results["attacks"]
+        if a["name"] == "worst_case_linf" and a["eps"] == 0.1
+    )
     assert found["distance"].isna().equals(held)
     np.testing.assert_allclose(found.loc[held, "margin"], records.loc[held, "margin"] / 2)
     assert (found.loc[~held & records["correct"], "margin"] == -0.1).all()
@@ -328,8 +416,11 @@ def test_no_adversary_no_metrics_and_no_images(tmp_path):
     assert len(page.all("img")) == 5
     sizes = [line.split()[-1] for line in report.table(results).splitlines() if "at ε" in line]
     assert sizes == ["0.2"]
-    largest = max(a["eps"] for a in results["attacks"]
-                  if a["attack"] == "worst_case" and a["robust_accuracy"] > 0.1)  # fmt: skip
+    largest = max(
+        a["eps"]
+        for a in results["attacks"]
+        if a["attack"] == "worst_case" and a["robust_accuracy"] > 0.1
+    )
     assert report.reference_radius(results) == ("linf", largest, False)
 
 
@@ -360,8 +451,11 @@ def test_the_table_fits_eighty_columns(tmp_path, monkeypatch):
 
 def test_attacks_that_differ_in_the_norm_they_are_named_after_only_stay_apart(run):
     results, _ = run
-    clash = [{**a, "name": "pgd", "robust_accuracy": 0.123} for a in results["attacks"]
-             if a["name"] == "pgd_linf"]  # fmt: skip
+    clash = [
+        {**a, "name": "pgd", "robust_accuracy": 0.123}
+        for a in results["attacks"]
+        if a["name"] == "pgd_linf"
+    ]
     entry = {**results["best"], "attacks": [*clash, *results["attacks"]]}
     plain = report.table({**results, **entry, "best": entry})
     assert re.search(r"^pgd +best +12\.3 +12\.3 +12\.3$", plain, re.MULTILINE)
@@ -370,8 +464,12 @@ def test_attacks_that_differ_in_the_norm_they_are_named_after_only_stay_apart(ru
 
 def test_wilson_interval_against_published_values():
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
-    for successes, count, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
-                                        (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:  # fmt: skip
+    for successes, count, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
         assert wilson_interval(successes / count, count) == pytest.approx((low, high), abs=5e-5)
 
 
@@ -386,12 +484,14 @@ def test_the_report_needs_no_jax():
 
 
 def test_fates_follow_every_radius_up_to_eps():
-    records = pd.DataFrame({
-        "correct": [False, True, True, True],
-        "pgd_linf@0.0313725/held": [False, False, True, True],
-        "pgd_linf@0.1/held": [False, True, False, True],
-        "pgd_l2@0.01/held": [False, False, False, False],
-    })  # fmt: skip
+    records = pd.DataFrame(
+        {
+            "correct": [False, True, True, True],
+            "pgd_linf@0.0313725/held": [False, False, True, True],
+            "pgd_linf@0.1/held": [False, True, False, True],
+            "pgd_l2@0.01/held": [False, False, False, False],
+        }
+    )
     fate = list(fates(records, ["pgd_linf"], 8 / 255))
     assert fate == ["misclassified", "broken", "held", "held"]
     fate = list(fates(records, ["pgd_linf"], 0.1))
@@ -406,10 +506,15 @@ def check_labels(figure, num_panels: int) -> list:
 
 def test_accuracy_against_eps_draws_each_attack_from_the_clean_accuracy():
     table = pd.DataFrame(
-        [(c, n, a, e, 0.9 - e / 4) for c in ("best", "last") for n in EPS
-         for a in (*ATTACKS, plots.WORST_CASE) for e in EPS[n]],
+        [
+            (c, n, a, e, 0.9 - e / 4)
+            for c in ("best", "last")
+            for n in EPS
+            for a in (*ATTACKS, plots.WORST_CASE)
+            for e in EPS[n]
+        ],
         columns=["checkpoint", "norm", "attack", "eps", "accuracy"],
-    )  # fmt: skip
+    )
     figure = plots.accuracy_against_eps(
         table, {"best": 0.95, "last": 0.9}, chance=0.1, trained=("linf", 0.1)
     )
@@ -469,9 +574,13 @@ def test_fates_are_drawn_and_counted():
 def test_image_grid_says_what_is_seen(channels):
     images = make_images(channels, num=7)
     figure = plots.image_grid(
-        images["clean"], images["adversarial"], images["label"], images["clean_prediction"],
-        images["adversarial_prediction"], columns=4,
-    )  # fmt: skip
+        images["clean"],
+        images["adversarial"],
+        images["label"],
+        images["clean_prediction"],
+        images["adversarial_prediction"],
+        columns=4,
+    )
     shown = [ax for ax in figure.axes if ax.images]
     assert len(figure.axes) == 24
     assert len(shown) == 21
@@ -483,12 +592,14 @@ def test_image_grid_says_what_is_seen(channels):
 
 def test_records_read_as_they_were_written_and_older_ones_too(tmp_path):
     """held has three values: an example that was not attacked neither held nor broke."""
-    records = pd.DataFrame({
-        "key": ["00000000000012e4", "0000000000000001", "0000000000000002"],
-        "correct": [True, True, True],
-        "all@0.1/held": pd.array([True, False, True], dtype="boolean"),
-        "some@0.1/held": pd.array([True, False, None], dtype="boolean"),
-    })  # fmt: skip
+    records = pd.DataFrame(
+        {
+            "key": ["00000000000012e4", "0000000000000001", "0000000000000002"],
+            "correct": [True, True, True],
+            "all@0.1/held": pd.array([True, False, True], dtype="boolean"),
+            "some@0.1/held": pd.array([True, False, None], dtype="boolean"),
+        }
+    )
     path = tmp_path / "records.csv"
     records.to_csv(path, index=False)
     pd.testing.assert_frame_equal(read(path), records, check_dtype=False)

@@ -109,8 +109,10 @@ def test_layers_of_a_network_are_the_maps_it_applies():
     outputs = {"Conv_0": "conv1", "Dense_0": "dense1", "head": "logits"}
     for name, before in inputs.items():
         after = np.asarray(before).reshape(2, -1) @ spectra.matrix(layers[name]).T
-        after += np.tile(variables["params"][name]["bias"], after.shape[1] // len(
-            variables["params"][name]["bias"]))  # fmt: skip
+        after += np.tile(
+            variables["params"][name]["bias"],
+            after.shape[1] // len(variables["params"][name]["bias"]),
+        )
         after = after if name == "head" else np.maximum(after, 0)
         np.testing.assert_allclose(
             after, np.asarray(hidden[outputs[name]]).reshape(2, -1), rtol=1e-4, atol=1e-5

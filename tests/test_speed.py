@@ -56,18 +56,26 @@ def test_a_training_step_counts_what_all_devices_do(method):
     state = jax.eval_shape(plan.init)
     step = speed.flops(plan.train_step, state, plan.batches[0], plan.key)
     model = models.CNN(num_classes=10, widths=(4, 4), hidden=8)
-    forward = speed.flops(model.apply, model.init(jax.random.key(0), array(1, 8, 8, 1)),
-                          array(64, 8, 8, 1))  # fmt: skip
+    forward = speed.flops(
+        model.apply, model.init(jax.random.key(0), array(1, 8, 8, 1)), array(64, 8, 8, 1)
+    )
     # Two steps of PGD, each there and back to the image, and the parameters' gradient.
     assert 6 * forward < step < 12 * forward
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12),
-     ("NVIDIA L99", None), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12),
-     ("cpu", None)],
-)  # fmt: skip
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L99", None),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+    ],
+)
 def test_peaks_are_found_by_the_longest_name(kind, expected):
     assert speed.peak(kind) == expected
 

@@ -30,9 +30,10 @@ def compiled(norm, shape):
 @pytest.mark.parametrize("norm", NORMS)
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000),
+    eps=st.floats(0, 3, width=32),
+    seed=st.integers(0, 1000),
     shape=st.sampled_from([(4, 5, 1), (1, 7, 2), (12, 7, 3)]),
-)  # fmt: skip
+)
 def test_stays_in_the_ball_and_the_box(norm, eps, seed, shape):
     key = jax.random.key(seed)
     x = jax.random.uniform(key, (4, *shape))

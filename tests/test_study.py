@@ -88,9 +88,7 @@ def test_margins_levels_and_trends():
 
 
 def test_most_of_several_numbers():
-    spectra = {
-        "weak": [(3, 2, 1), (3, 2, 5)] * 2, "strong": [(2, 1.5, 4)] * 4
-    }  # fmt: skip
+    spectra = {"weak": [(3, 2, 1), (3, 2, 5)] * 2, "strong": [(2, 1.5, 4)] * 4}
     runs = {
         arm: {
             seed: {
@@ -100,8 +98,11 @@ def test_most_of_several_numbers():
         }
         for arm, by_seed in spectra.items()
     }
-    falls = {"measure": "measurements.spectra.spread/*", "arms": ("weak", "strong"),
-             "relation": "falls"}  # fmt: skip
+    falls = {
+        "measure": "measurements.spectra.spread/*",
+        "arms": ("weak", "strong"),
+        "relation": "falls",
+    }
     judged = claims.judge(claim(falls), runs)
     assert judged["verdict"] == "supported"
     np.testing.assert_allclose(judged["tests"][0]["values"], [1 / 6, 1 / 2] * 2)
@@ -116,23 +117,36 @@ def test_a_seed_that_one_arm_lacks_is_left_out():
 
 
 def test_value_reads_attacks_paths_and_differences():
-    results = {**result(0.9, 0.4), "measurements": {"spectra": {"mean": 3}},
-               "audit": {"checks": [{"name": "one", "values": {"share": 0.25}}]}}  # fmt: skip
+    results = {
+        **result(0.9, 0.4),
+        "measurements": {"spectra": {"mean": 3}},
+        "audit": {"checks": [{"name": "one", "values": {"share": 0.25}}]},
+    }
     assert measures.value(results, "pgd@0.1") == 0.4
     assert measures.value(results, "pgd@0.10000000001") == 0.4
     assert measures.value(results, "clean.accuracy") == 0.9
     assert measures.value(results, "measurements.spectra.mean") == 3.0
     assert measures.value(results, "audit.checks.one.values.share") == 0.25
     np.testing.assert_allclose(measures.value(results, "clean.accuracy - pgd@0.1"), 0.5)
-    for missing in ("pgd@0.2", "measurements.energy.mean", "clean.accuracy - pgd@0.2",
-                    "audit.checks.two.values.share"):  # fmt: skip
+    for missing in (
+        "pgd@0.2",
+        "measurements.energy.mean",
+        "clean.accuracy - pgd@0.2",
+        "audit.checks.two.values.share",
+    ):
         assert measures.value(results, missing) is None
 
 
 def test_changes_merge_sections_and_replace_entries():
     base = default.get_config()
-    new = study.changed(base, {"adversary": {"eps": 0.3}, "model": {"name": "lenet5"},
-                               "attacks": {"pgd": {"name": "pgd", "eps": 0.1}}})  # fmt: skip
+    new = study.changed(
+        base,
+        {
+            "adversary": {"eps": 0.3},
+            "model": {"name": "lenet5"},
+            "attacks": {"pgd": {"name": "pgd", "eps": 0.1}},
+        },
+    )
     assert new.adversary.eps == 0.3 and new.adversary.num_steps == 10
     assert new.model.to_dict() == {"name": "lenet5"}
     assert list(new.attacks) == ["pgd"]
@@ -172,8 +186,14 @@ def test_every_study_is_whole_at_every_scale(name, scale):
 
 
 def test_what_is_typed_wins_over_the_scale_or_is_refused():
-    typed = {"seeds": (0,), "scale": "smoke", "base.duration": "3 steps", "arms.ls.seed": 1,
-             "arms.at.duration": "4 steps", "base.model.hidden": 9}  # fmt: skip
+    typed = {
+        "seeds": (0,),
+        "scale": "smoke",
+        "base.duration": "3 steps",
+        "arms.ls.seed": 1,
+        "arms.at.duration": "4 steps",
+        "base.model.hidden": 9,
+    }
     config = config_of("entm", {"scale": "smoke", **typed})
     trials = {trial.arm: trial for trial in study.trials(config)}
     assert len(list(study.trials(config))) == len(config.arms)
@@ -205,7 +225,7 @@ WRONG = {
     "label of a radius": ({"measures": (("at {x}", "clean.accuracy"),)}, "radii of the scale: fai"),
     "pair": ({"pairs": (("clean", "dirty"),)}, "pairs' measure is 'dirty'"),
     "along training": ({"along_training": ("margin",)}, "along_training.*'margin'.*average_margin"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -302,8 +322,11 @@ def test_a_seed_of_each_study_runs_at_smoke(name, arm, tmp_path):
 
 
 def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path):
-    flags = ("--config=configs/studies/guided_complement_entropy.py", "--config.scale=smoke",
-             f"--workdir={tmp_path}")  # fmt: skip
+    flags = (
+        "--config=configs/studies/guided_complement_entropy.py",
+        "--config.scale=smoke",
+        f"--workdir={tmp_path}",
+    )
     for part in ("ce/1", "gce"):
         alone = launch(*flags, f"--only={part}")
         assert alone.returncode == 0, alone.stderr[-3000:]
@@ -312,8 +335,12 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path):
     assert collected.returncode == 0, collected.stderr[-3000:]
     assert "7 of 10 runs are not finished: ce/0, cot/0, at/0, gce_at/0" in collected.stderr
     before = run_files.results(tmp_path / "ce" / "1")
-    again = launch(f"--workdir={tmp_path}", "--only=ce/1", "--mode=measure",
-                   "--config.base.measurements.clusters.num_examples=50")  # fmt: skip
+    again = launch(
+        f"--workdir={tmp_path}",
+        "--only=ce/1",
+        "--mode=measure",
+        "--config.base.measurements.clusters.num_examples=50",
+    )
     assert again.returncode == 0, again.stderr[-3000:]
     after = run_files.results(tmp_path / "ce" / "1")
     assert after.pop("measurements") != before.pop("measurements")

@@ -27,8 +27,13 @@ from tests.test_demo import AUTOATTACK, TINY
 
 NUM_STOPS = 20
 ATTACKS = {"pgd_linf": {"name": "pgd", "eps": (0.1,), "num_steps": 3}, "autoattack": AUTOATTACK}
-FLAGS = (*TINY, "--config.duration=150 steps", "--config.checkpoint_every=5 steps",
-         "--config.validate_every=10 steps", f"--config.attacks={ATTACKS!r}")  # fmt: skip
+FLAGS = (
+    *TINY,
+    "--config.duration=150 steps",
+    "--config.checkpoint_every=5 steps",
+    "--config.validate_every=10 steps",
+    f"--config.attacks={ATTACKS!r}",
+)
 
 
 def touched(workdir: Path, pattern: str, since: float) -> bool:
@@ -46,18 +51,23 @@ def touched(workdir: Path, pattern: str, since: float) -> bool:
 WORK: Mapping[str, tuple[Callable[[Path, float], bool], float]] = {
     "anywhere": (lambda workdir, since: True, 1.0),
     "training": (lambda workdir, since: touched(workdir, "checkpoints/last/*", since), 0.3),
-    "writing a checkpoint": (lambda workdir, since: touched(workdir, "checkpoints/*/*tmp*", since),
-                             0.005),
+    "writing a checkpoint": (
+        lambda workdir, since: touched(workdir, "checkpoints/*/*tmp*", since),
+        0.005,
+    ),
     "evaluation": (lambda workdir, since: touched(workdir, "unfinished/*", since), 0.2),
-}  # fmt: skip
+}
 
 
 def start(workdir):
     return subprocess.Popen(
         [sys.executable, "launch.py", *FLAGS, f"--workdir={workdir}"],
-        cwd=REPOSITORY, env=environment_of(1, as_users_do=True),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        env=environment_of(1, as_users_do=True),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(workdir):
@@ -73,8 +83,10 @@ def left_in(workdir):
     """Everything that must be the same: numbers, metrics, records, best and last parameters."""
     results = json.loads((workdir / "results.json").read_text())
     del results["timings"]
-    files = {name: (workdir / name).read_text()
-             for name in ("metrics.jsonl", "records/best.csv", "records/last.csv")}  # fmt: skip
+    files = {
+        name: (workdir / name).read_text()
+        for name in ("metrics.jsonl", "records/best.csv", "records/last.csv")
+    }
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     trained = restore(training.build(config).plan, workdir)
     return results, files, jax.device_get((trained.best, trained.last))

@@ -93,8 +93,9 @@ def on_one_device(wide_resnet_step):
     return train_three_steps(wide_resnet_step, "pmap", 1)
 
 
-@pytest.mark.parametrize(("method", "num_devices"), [("pmap", 8), ("shard_map", 1),
-                                                     ("shard_map", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "num_devices"), [("pmap", 8), ("shard_map", 1), ("shard_map", 2)]
+)
 def test_any_number_of_devices_gives_the_same_step(
     wide_resnet_step, on_one_device, method, num_devices
 ):
@@ -116,8 +117,9 @@ def test_average_is_the_exponential_one_with_its_warm_up(wide_resnet_step):
         keep = min(0.9, (t + 1) / (t + 10))
         expected = jax.tree.map(
             lambda old, new, keep=keep: keep * old + (1 - keep) * new,
-            expected, jax.device_get((state.params, state.batch_stats)),
-        )  # fmt: skip
+            expected,
+            jax.device_get((state.params, state.batch_stats)),
+        )
     chex.assert_trees_all_close(
         (state.average.params, state.average.batch_stats), expected, rtol=1e-4, atol=1e-6
     )
@@ -133,9 +135,14 @@ def test_validation_attacks_and_counts_an_example_once():
         return variables["scale"] * x.reshape(x.shape[0], 2)
 
     validate = make_validation(
-        network, functools.partial(pgd, eps=0.1), split, batch_size=3, key=KEY, method="pmap",
+        network,
+        functools.partial(pgd, eps=0.1),
+        split,
+        batch_size=3,
+        key=KEY,
+        method="pmap",
         margins_of=split,
-    )  # fmt: skip
+    )
     values = validate({"scale": np.float32(3)})
     # Right: the first three. Held at 0.1, which moves the gap by 0.2: the first and the third.
     assert values["clean_accuracy"] == 0.75
@@ -160,9 +167,14 @@ def test_validation_leaves_flat_examples_out_of_the_margins():
         return jnp.where(pixels[:, :1] > variables["from"], pixels, jnp.array([1.0, 0.0]))
 
     validate = make_validation(
-        network, lambda f, x, y, k: x, split, batch_size=3, key=KEY, method="pmap",
+        network,
+        lambda f, x, y, k: x,
+        split,
+        batch_size=3,
+        key=KEY,
+        method="pmap",
         margins_of=split,
-    )  # fmt: skip
+    )
     some = validate({"from": np.float32(0.5)})
     np.testing.assert_allclose(some["average_margin"], (0.8 + 0.5) / 2 / np.sqrt(2), rtol=1e-5)
     assert some["minimum_margin"] == pytest.approx(0.5 / np.sqrt(2), rel=1e-5)
@@ -183,8 +195,10 @@ def test_loop_writes_what_it_says(undisturbed):
     assert [line["step"] for line in lines] == [5, 6, 10, 12, 12]
     assert "train/adversarial_accuracy" in lines[0]
     assert "validation/robust_accuracy" in lines[1]
-    best = max((line for line in lines if "validation/robust_accuracy" in line),
-               key=lambda line: line["validation/robust_accuracy"])  # fmt: skip
+    best = max(
+        (line for line in lines if "validation/robust_accuracy" in line),
+        key=lambda line: line["validation/robust_accuracy"],
+    )
     assert int(trained.best.step) == best["step"]
     assert list(workdir.glob("tensorboard/events.*"))
 
@@ -382,8 +396,10 @@ def test_metrics_drop_lines_after_the_resumed_step_and_half_lines(tmp_path):
 def test_decay_spares_biases_and_norms():
     model = MODELS["wide_resnet"](num_classes=10, depth=10, width=1)
     params = jax.eval_shape(model.init, KEY, jnp.zeros((1, 8, 8, 1)))["params"]
-    flat = {jax.tree_util.keystr(path): value for path, value in
-            jax.tree_util.tree_leaves_with_path(optimizer.decayed(params))}  # fmt: skip
+    flat = {
+        jax.tree_util.keystr(path): value
+        for path, value in jax.tree_util.tree_leaves_with_path(optimizer.decayed(params))
+    }
     assert all(value == ("kernel" in path) for path, value in flat.items())
     assert 0 < sum(flat.values()) < len(flat)
 

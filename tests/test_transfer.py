@@ -45,8 +45,11 @@ def test_a_network_is_its_own_best_surrogate():
     x = jax.random.uniform(KEY, (100, 4, 5, 1))
     y = jnp.argmax(network(x), -1)
     held = {
-        name: float(losses.correct(network(
-            transfer(network, x, y, KEY, surrogate=surrogate, eps=0.1)), y).mean())
+        name: float(
+            losses.correct(
+                network(transfer(network, x, y, KEY, surrogate=surrogate, eps=0.1)), y
+            ).mean()
+        )
         for name, surrogate in (("itself", network), ("other", other))
-    }  # fmt: skip
+    }
     assert held["itself"] < held["other"]

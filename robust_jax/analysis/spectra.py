@@ -79,9 +79,12 @@ def circular(layer: Layer) -> Values:
     (s, t), (height, width, inputs, outputs) = layer.strides, layer.kernel.shape
     rows, columns = -(-layer.image[0] // s), -(-layer.image[1] // t)
     transfer = np.einsum(
-        "ap,bq,pqio->abio", _waves(s * rows, height), _waves(t * columns, width), layer.kernel,
+        "ap,bq,pqio->abio",
+        _waves(s * rows, height),
+        _waves(t * columns, width),
+        layer.kernel,
         optimize=True,
-    )  # fmt: skip
+    )
     blocks = transfer.reshape(s, rows, t, columns, inputs, outputs).transpose(1, 3, 0, 2, 4, 5)
     blocks = blocks.reshape(rows, columns, s * t * inputs, outputs) / np.sqrt(s * t)
     # A real kernel has the same singular values at opposite frequencies: half of them will do.
@@ -147,9 +150,11 @@ def operator_norm(layer: Layer, norm: Norm) -> float:
 
 def _l2_gain(layer: Layer) -> float:
     height, width = layer.image
-    return circular(layer._replace(
-        image=(height + layer.kernel.shape[0] - 1, width + layer.kernel.shape[1] - 1)
-    )).max()  # fmt: skip
+    return circular(
+        layer._replace(
+            image=(height + layer.kernel.shape[0] - 1, width + layer.kernel.shape[1] - 1)
+        )
+    ).max()
 
 
 def _linf_gain(layer: Layer) -> float:

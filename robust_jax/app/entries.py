@@ -26,8 +26,13 @@ from robust_jax.train.regularizers import REGULARIZERS, Term
 ATTACKS_IN_A_STEP = {name: attack for name, attack in ATTACKS.items() if name != "autoattack"}
 NOT_FOR_CONFIGS = ("targets", "criterion")
 _SET_BY_THE_EVALUATION = (
-    *NOT_FOR_CONFIGS, "eps", "batch_size", "map_examples", "state_path", "progress"
-)  # fmt: skip
+    *NOT_FOR_CONFIGS,
+    "eps",
+    "batch_size",
+    "map_examples",
+    "state_path",
+    "progress",
+)
 # The loss of an adversary that leaves the clean logits, not the label: TRADES' and MART's.
 _AGAINST_CLEAN_LOGITS = {"kl": losses.kl}
 

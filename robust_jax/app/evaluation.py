@@ -125,9 +125,18 @@ def evaluate(
         state = folder / "unfinished" / "autoattack.npz"
         state.parent.mkdir(parents=True, exist_ok=True)
     found = autoattack(
-        logits_fn, x, y, fold_in_each(key, jnp.arange(len(x))), eps=eps, norm=norm, version=version,
-        overrides=overrides, batch_size=batch_size, state_path=state, progress=progress,
-    )  # fmt: skip
+        logits_fn,
+        x,
+        y,
+        fold_in_each(key, jnp.arange(len(x))),
+        eps=eps,
+        norm=norm,
+        version=version,
+        overrides=overrides,
+        batch_size=batch_size,
+        state_path=state,
+        progress=progress,
+    )
     mapping = Mapper(network, batch_size)
     columns = mapping(Measurement(_settings(batch_size)))(
         rows, np.asarray(jax.random.key_data(key))
@@ -146,10 +155,18 @@ def evaluate(
     warnings = list(found.warnings)
     try:
         audited: Audit | None = _audit.audit(
-            logits_fn, x[:num_audited], y[:num_audited], jax.random.fold_in(key, len(x)),
-            eps=eps, norm=norm, training_loss=training_loss, surrogates=surrogates,
-            num_queries=num_queries, batch_size=batch_size, progress=progress,
-        )  # fmt: skip
+            logits_fn,
+            x[:num_audited],
+            y[:num_audited],
+            jax.random.fold_in(key, len(x)),
+            eps=eps,
+            norm=norm,
+            training_loss=training_loss,
+            surrogates=surrogates,
+            num_queries=num_queries,
+            batch_size=batch_size,
+            progress=progress,
+        )
     except NothingToAudit as error:
         audited = None
         warnings.append(f"no audit: {error}")
@@ -164,13 +181,17 @@ def evaluate(
         "warnings": warnings,
         "trained_against": None,
         "config": {"attacks": {attack: {"version": version, "overrides": overrides}}},
-        "data": {"name": dataset, "test": len(x), "num_classes": num_classes,
-                 "image_shape": list(x.shape[1:])},
+        "data": {
+            "name": dataset,
+            "test": len(x),
+            "num_classes": num_classes,
+            "image_shape": list(x.shape[1:]),
+        },
         "model": {"name": name, "parameters": sum(np.size(a) for a in network.arrays)},
         "device": device(),
         "versions": versions("jax", "jaxlib", "numpy"),
         "timings": {"evaluate_seconds": time.perf_counter() - start},
-    }  # fmt: skip
+    }
     card = cards.card(results)
     if folder is not None:
         (folder / "records").mkdir(exist_ok=True)
@@ -194,6 +215,9 @@ class _InputMargin:
 
 def _settings(batch_size: int) -> Settings:
     return Settings(
-        batch_size=batch_size, jacobian_chunk=batch_size, jacobian_projections=16,
-        spectral_iterations=20, num_images=0,
-    )  # fmt: skip
+        batch_size=batch_size,
+        jacobian_chunk=batch_size,
+        jacobian_projections=16,
+        spectral_iterations=20,
+        num_images=0,
+    )

@@ -26,9 +26,7 @@ from robust_jax.keys import fold_in_each
 Found = dict[str, float | np.ndarray]
 _BATCH_SIZE = 250
 # Networks of one layer after another, which margins by Lipschitz constants are for.
-_CHAINS = (
-    models.Linear, models.MLP, models.CNN, models.LeNet5, models.MadryCNN, models.SmallCNN
-)  # fmt: skip
+_CHAINS = (models.Linear, models.MLP, models.CNN, models.LeNet5, models.MadryCNN, models.SmallCNN)
 
 
 def outputs(
@@ -82,9 +80,7 @@ def input_margins(
 
         def measure(fn, rows):
             keys = fold_in_each(jax.random.fold_in(subject.key, 2), rows["index"])
-            return margins.minimum_norm(
-                fn, rows["x"], rows["y"], keys, norm=norm, attack=nearest
-            )  # fmt: skip
+            return margins.minimum_norm(fn, rows["x"], rows["y"], keys, norm=norm, attack=nearest)
 
         found = _over(subject, measure, x, y)
     else:
@@ -257,18 +253,20 @@ MEASUREMENTS: Mapping[str, Callable[..., Found]] = {
 _SUMMARY = ("count", "not_finite", "minimum", "mean", "standard_deviation", "maximum", "q*")
 NUMBERS: Mapping[str, tuple[str, ...]] = {
     "outputs": (
-        "mean_margin", "std_margin", "mean_confidence", "mean_entropy", "calibration_error"
+        "mean_margin",
+        "std_margin",
+        "mean_confidence",
+        "mean_entropy",
+        "calibration_error",
     ),
     "margins": _SUMMARY,
-    "spectra": (
-        "standard_deviation/*", "maximum/*", "mean_standard_deviation", "mean_maximum"
-    ),
+    "spectra": ("standard_deviation/*", "maximum/*", "mean_standard_deviation", "mean_maximum"),
     "features": ("random/*", "adversarial/*", "mean_random", "mean_adversarial"),
     "clusters": ("silhouette", "distance_ratio"),
     "energy": ("mean_square", "oscillation"),
     "gaps": ("accuracy", "cross_entropy"),
     "jacobian_spectrum": ("[0-9]*",),
-}  # fmt: skip
+}
 
 
 def _examples(

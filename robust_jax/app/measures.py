@@ -23,8 +23,19 @@ _Tree = Mapping[str, Any] | None
 _ANYTHING: _Tree = None
 _STATISTICS = dict.fromkeys(("mean", "median", "standard_error"))
 _JACOBIAN = dict.fromkeys(("frobenius", "spectral"), _STATISTICS)
-AUDIT_CHECKS = ("outputs", "randomness", "batch", "gradients", "steps", "radius", "losses",
-                "precision", "noise", "square", "transfer")  # fmt: skip
+AUDIT_CHECKS = (
+    "outputs",
+    "randomness",
+    "batch",
+    "gradients",
+    "steps",
+    "radius",
+    "losses",
+    "precision",
+    "noise",
+    "square",
+    "transfer",
+)
 _VALIDATION = ("clean_accuracy", "robust_accuracy", "cross_entropy")
 _MARGINS = ("minimum_margin", "average_margin", "margin_q10", "margin_q50", "margin_q90")
 

@@ -108,8 +108,9 @@ def disagreements(stored: pd.DataFrame, fresh: pd.DataFrame) -> dict[str, int]:
         one, other = stored[label], fresh[label]
         if pd.api.types.is_numeric_dtype(one) and pd.api.types.is_numeric_dtype(other):
             slack = 1e-5 if label.endswith("/distance") else 1e-2
-            differs = ~np.isclose(one.astype(float), other.astype(float), rtol=1e-2, atol=slack,
-                                  equal_nan=True)  # fmt: skip
+            differs = ~np.isclose(
+                one.astype(float), other.astype(float), rtol=1e-2, atol=slack, equal_nan=True
+            )
         else:
             differs = one.fillna("").astype(str) != other.fillna("").astype(str)
         if differs.any():

@@ -116,20 +116,26 @@ def title(results: Results) -> str:
 def headline(results: Results) -> str:
     """Clean and worst-case accuracy of the best checkpoint, with 95 % intervals, as a sentence."""
     clean = results["clean"]
-    text = (f"Of {clean['count']:,} test images, the best checkpoint classifies "
-            f"{with_interval(clean['accuracy'], clean['count'])} right")  # fmt: skip
+    text = (
+        f"Of {clean['count']:,} test images, the best checkpoint classifies "
+        f"{with_interval(clean['accuracy'], clean['count'])} right"
+    )
     radius = reference_radius(results)
     if radius is None:
         return f"{text}. No attack was evaluated."
     entry = _worst_case(results, radius)
     trained = "the size" if radius.trained else "not a size"
-    text = (f"{text}, and {with_interval(entry['robust_accuracy'], entry['count'])} still under "
-            f"the worst of all {threat(radius.norm, radius.eps, 'attacks at ')}, "
-            f"{trained} it was trained against.")  # fmt: skip
+    text = (
+        f"{text}, and {with_interval(entry['robust_accuracy'], entry['count'])} still under "
+        f"the worst of all {threat(radius.norm, radius.eps, 'attacks at ')}, "
+        f"{trained} it was trained against."
+    )
     for entry in results["attacks"]:
         if entry["attack"] == "autoattack" and entry["norm"] == radius.norm:
-            text += (f" AutoAttack at ε = {format_eps(entry['eps'])} leaves "
-                     f"{percent(entry['robust_accuracy'])} % of {entry['count']:,}.")  # fmt: skip
+            text += (
+                f" AutoAttack at ε = {format_eps(entry['eps'])} leaves "
+                f"{percent(entry['robust_accuracy'])} % of {entry['count']:,}."
+            )
     return text
 
 
@@ -139,8 +145,10 @@ def verdict(results: Results) -> str:
     if audit is None:
         return "Not audited: nothing says that these attacks were not misled by masked gradients."
     at = f"{threat(audit['norm'], audit['eps'])}, {audit['num_examples']} images"
-    flagged = {word: [c["name"] for c in audit["checks"] if c["verdict"] == word]
-               for word in ("fail", "warn", "skipped", "pass")}  # fmt: skip
+    flagged = {
+        word: [c["name"] for c in audit["checks"] if c["verdict"] == word]
+        for word in ("fail", "warn", "skipped", "pass")
+    }
     if flagged["fail"]:
         text = f"Audit failed ({at}): {', '.join(flagged['fail'])}. Do not trust robust accuracies"
         text += " here: gradients are masked."
@@ -179,8 +187,11 @@ def _trained(results: Results) -> tuple[str, float] | None:
 
 
 def _worst_case(results: Results, radius: Radius) -> Mapping[str, Any]:
-    return next(a for a in results["attacks"] if a["attack"] == "worst_case"
-                and (a["norm"], a["eps"]) == (radius.norm, radius.eps))  # fmt: skip
+    return next(
+        a
+        for a in results["attacks"]
+        if a["attack"] == "worst_case" and (a["norm"], a["eps"]) == (radius.norm, radius.eps)
+    )
 
 
 def _attack_table(results: Results) -> pd.DataFrame:
@@ -190,10 +201,14 @@ def _attack_table(results: Results) -> pd.DataFrame:
     called and coloured alike in each norm, unless two of one norm would then have the same name.
     """
     radius = reference_radius(results)
-    rows = [{"checkpoint": name, **a} for name in checkpoint_names(results)
-            for a in results[name]["attacks"]]  # fmt: skip
-    table = pd.DataFrame(rows, columns=["checkpoint", "name", "attack", "norm", "eps",
-                                        "robust_accuracy", "count"])  # fmt: skip
+    rows = [
+        {"checkpoint": name, **a}
+        for name in checkpoint_names(results)
+        for a in results[name]["attacks"]
+    ]
+    table = pd.DataFrame(
+        rows, columns=["checkpoint", "name", "attack", "norm", "eps", "robust_accuracy", "count"]
+    )
     names = zip(table["name"], table["norm"], strict=True)
     short = pd.Series([name.removesuffix(f"_{norm}") for name, norm in names], dtype=object)
     clashes = table["name"].groupby([table["norm"], short]).transform("nunique") > 1
@@ -216,10 +231,12 @@ def _summary(results: Results) -> list[tuple[str, list[str]]]:
     for fn, norms in entries[0]["jacobian"].items():
         for norm in norms:
             values = [e["jacobian"][fn][norm] for e in entries]
-            rows.append((
-                f"{_JACOBIAN_WORDS.get(norm, norm)}, {fn}",
-                [f"{v['mean']:.3g} ± {v['standard_error']:.1g}" for v in values],
-            ))  # fmt: skip
+            rows.append(
+                (
+                    f"{_JACOBIAN_WORDS.get(norm, norm)}, {fn}",
+                    [f"{v['mean']:.3g} ± {v['standard_error']:.1g}" for v in values],
+                )
+            )
     return rows
 
 
@@ -273,8 +290,13 @@ def _first_to_break(results: Results, best: pd.DataFrame) -> list[dict[str, str]
     rows = []
     for name, part in found.groupby("broken_by", sort=False):
         if name and name != "clean":
-            rows.append({"attack": str(name), "images": f"{len(part):,}",
-                         "distance": f"{part['distance'].median():.3g}"})  # fmt: skip
+            rows.append(
+                {
+                    "attack": str(name),
+                    "images": f"{len(part):,}",
+                    "distance": f"{part['distance'].median():.3g}",
+                }
+            )
     held = found[found["broken_by"] == ""]
     if len(held):
         rows.append({"attack": "none", "images": f"{len(held):,}", "distance": "–"})
@@ -291,14 +313,16 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     data, device, timings = results["data"], results["device"], results["timings"]
     shape = "×".join(map(str, data["image_shape"]))
     return [
-        ("data", f"{data['name']}: {_counts(data)} images of {shape}, "
-                 f"{data['num_classes']} classes"),
+        (
+            "data",
+            f"{data['name']}: {_counts(data)} images of {shape}, {data['num_classes']} classes",
+        ),
         ("model", f"{results['model']['name']}, {results['model']['parameters']:,} parameters"),
         ("device", f"{device['count']} × {device['kind']} ({device['platform']})"),
         *([("seed", str(results["seed"]))] if "seed" in results else []),
         *((words(k), f"{v:,.0f}" if v >= 100 else f"{v:.3g}") for k, v in timings.items()),
         ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),
-    ]  # fmt: skip
+    ]
 
 
 # Figures: each an image with its text, by name, where the run holds what it needs.
@@ -334,35 +358,42 @@ def _figures(
     if "frobenius_estimate_logits" in best:
         figures["estimate"] = image(
             plots.estimate_against_exact(
-                best["frobenius_logits"], best["frobenius_estimate_logits"],
+                best["frobenius_logits"],
+                best["frobenius_estimate_logits"],
                 best["frobenius_estimate_error_logits"],
             ),
             "Scatter of the estimated against the exact Frobenius norm, with the diagonal.",
-        )  # fmt: skip
+        )
     if radius is not None:
         of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
         fate = fates(best, of_norm, radius.eps)
         at = threat(radius.norm, radius.eps)
         figures["fate"] = image(
             plots.fate_histograms(best, fate),
-            f"Histograms of margin and confidence by what the worst case at {at} does.", at=at,
-        )  # fmt: skip
+            f"Histograms of margin and confidence by what the worst case at {at} does.",
+            at=at,
+        )
         figures["jacobian_fate"] = image(
             plots.jacobian_by_fate(best, fate),
             f"Box plots of Jacobian norms by what the worst case at {at} does.",
-            at=at, medians=_median_sentence(best, fate),
-        )  # fmt: skip
+            at=at,
+            medians=_median_sentence(best, fate),
+        )
     if examples is not None:
         figures["images"] = image(
             plots.image_grid(
-                examples["clean"], examples["adversarial"], examples["label"],
-                examples["clean_prediction"], examples["adversarial_prediction"],
+                examples["clean"],
+                examples["adversarial"],
+                examples["label"],
+                examples["clean_prediction"],
+                examples["adversarial_prediction"],
             ),
             "Clean images, adversarial images and their differences, with labels and predictions.",
-            attack=str(examples["attack"]), eps=format_eps(float(examples["eps"])),
+            attack=str(examples["attack"]),
+            eps=format_eps(float(examples["eps"])),
             scale=f"{plots.difference_scale(examples['clean'], examples['adversarial']):.3g}",
             is_gray=examples["clean"].shape[-1] != 3,
-        )  # fmt: skip
+        )
     return figures
 
 
@@ -370,8 +401,10 @@ def _median_sentence(records: pd.DataFrame, fate: pd.Series) -> str:
     medians = records["frobenius_logits"].groupby(fate).median()
     if not {"held", "broken"} <= set(medians.index):
         return ""
-    return (f"The median Frobenius norm of the logits is {medians['held']:.3g} where the label "
-            f"held and {medians['broken']:.3g} where it was broken.")  # fmt: skip
+    return (
+        f"The median Frobenius norm of the logits is {medians['held']:.3g} where the label "
+        f"held and {medians['broken']:.3g} where it was broken."
+    )
 
 
 def image(figure: Figure, alt: str, **about: Any) -> dict[str, Any]:

@@ -53,9 +53,7 @@ def execute(
         return _run(experiment, workdir, mode, profile)
 
 
-def _run(
-    experiment: Experiment, workdir: Path, mode: Mode, profile: bool
-) -> dict[str, Any]:  # fmt: skip
+def _run(experiment: Experiment, workdir: Path, mode: Mode, profile: bool) -> dict[str, Any]:
     if (
         mode == "train"
         and (workdir / "results.json").exists()

@@ -32,8 +32,22 @@ from robust_jax.devices import processes
 from robust_jax.errors import UserError
 from robust_jax.files import write_json
 
-_FIELDS = ("title", "paper", "question", "scale", "seeds", "base", "scales", "arms", "measures",
-           "pairs", "along_training", "claims", "published", "notes")  # fmt: skip
+_FIELDS = (
+    "title",
+    "paper",
+    "question",
+    "scale",
+    "seeds",
+    "base",
+    "scales",
+    "arms",
+    "measures",
+    "pairs",
+    "along_training",
+    "claims",
+    "published",
+    "notes",
+)
 
 
 class Trial(NamedTuple):
@@ -153,8 +167,14 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: st
         train_seeds_together(chosen, workdir)
     if mode != "report":
         for i, trial in enumerate(chosen):
-            logging.info("%s: %s, seed %d (%d of %d)", config.title, trial.arm, trial.seed,
-                         i + 1, len(chosen))  # fmt: skip
+            logging.info(
+                "%s: %s, seed %d (%d of %d)",
+                config.title,
+                trial.arm,
+                trial.seed,
+                i + 1,
+                len(chosen),
+            )
             run.execute(trial.config, workdir / trial.name, mode)
     processes.on_first(partial(write_json, workdir / stored.STUDY, config_lib.to_json(config)))
     if only:
@@ -241,8 +261,9 @@ def collect(config: ConfigDict, chosen: Sequence[Trial], workdir: Path) -> dict[
         else:
             missing.append(trial.name)
     if missing:
-        logging.warning("%d of %d runs are not finished: %s", len(missing), len(chosen),
-                        ", ".join(missing[:5]))  # fmt: skip
+        logging.warning(
+            "%d of %d runs are not finished: %s", len(missing), len(chosen), ", ".join(missing[:5])
+        )
     radii = _radii(config)
 
     def labelled(label):

@@ -62,11 +62,19 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
             figure.savefig(path, metadata={"Date": None}, dpi=80)  # of what is pixels within it
     claims, arms, rows = _claims(results), _arms(results), _rows(results)
     page = report.template("study.html.j2").render(
-        title=results["title"], question=results["question"], paper=results["paper"],
-        scale=results["scale"], seeds=results["seeds"], missing=results["missing"],
-        claims=claims, caption=_CAPTION, arms=arms, rows=rows, figures=images,
+        title=results["title"],
+        question=results["question"],
+        paper=results["paper"],
+        scale=results["scale"],
+        seeds=results["seeds"],
+        missing=results["missing"],
+        claims=claims,
+        caption=_CAPTION,
+        arms=arms,
+        rows=rows,
+        figures=images,
         notes=results["notes"],
-    )  # fmt: skip
+    )
     write_atomically(workdir / "report.html", page)
     captions = {name: alt for name, (_, alt) in figures.items()}
     write_atomically(workdir / "README.md", _markdown(results, claims, arms, rows, captions))
@@ -230,9 +238,11 @@ def _rows(results: Results) -> list[dict[str, Any]]:
         for arm, entries in results["table"].items():
             entry = entries[label]
             published = results["published"].get(arm, {}).get(label)
-            interval = "" if entry["low"] is None else (
-                f"{_number(entry['low'], unit)} to {_number(entry['high'], unit)}"
-            )  # fmt: skip
+            interval = (
+                ""
+                if entry["low"] is None
+                else (f"{_number(entry['low'], unit)} to {_number(entry['high'], unit)}")
+            )
             cells.append(
                 {
                     "mean": _number(entry["mean"], unit),
@@ -253,20 +263,27 @@ def _number(x: float | None, unit: str) -> str:
 def _markdown(results, claims, arms, rows, captions) -> str:
     missing = [f"Not finished: {', '.join(results['missing'])}.", ""] if results["missing"] else []
     lines = [
-        f"# {results['title']}", "", results["question"], "",
+        f"# {results['title']}",
+        "",
+        results["question"],
+        "",
         f"{results['paper']}. Scale `{results['scale']}`, {len(results['seeds'])} seeds.",
-        "", *missing, "## What is claimed, and what came out", "",
-    ]  # fmt: skip
+        "",
+        *missing,
+        "## What is claimed, and what came out",
+        "",
+    ]
     for claim in claims:
         lines += [f"**{claim['verdict']}**: {claim['text']}", ""]
         lines += [f"- {t['what']}: {t['found']}, {t['verdict']}" for t in claim["lines"]] + [""]
     lines += ["## Numbers", "", f"| | {' | '.join(arms)} |", f"| --- |{' --- |' * len(arms)}"]
     for row in rows:
         cells = [
-            c["mean"] + (f" ({c['interval']})" if c["interval"] else "")
+            c["mean"]
+            + (f" ({c['interval']})" if c["interval"] else "")
             + (f", published {c['published']}" if c["published"] else "")
             for c in row["cells"]
-        ]  # fmt: skip
+        ]
         lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     lines += ["", _CAPTION, ""]
     for name, alt in captions.items():

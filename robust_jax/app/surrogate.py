@@ -15,9 +15,17 @@ from robust_jax.types import LogitsFn
 
 # What describes the data and the machine, and how many examples fit on it.
 SHARED = (
-    "dataset", "data_dir", "test_split", "image_size", "streaming", "validation_size", "normalize",
-    "batch_size", "parallel", "evaluation",
-)  # fmt: skip
+    "dataset",
+    "data_dir",
+    "test_split",
+    "image_size",
+    "streaming",
+    "validation_size",
+    "normalize",
+    "batch_size",
+    "parallel",
+    "evaluation",
+)
 
 
 def networks(experiment: Experiment, workdir: Path) -> dict[str, LogitsFn]:

@@ -45,9 +45,11 @@ def compare(
 def _alike(one: Any, other: Any) -> bool:
     """Equal but for the last digits of numbers, which a CSV file rounds."""
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(
-            _alike(one[k], other[k]) for k in one
-        )  # fmt: skip
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(_alike(one[k], other[k]) for k in one)
+        )
     if isinstance(one, list):
         return len(one) == len(other) and all(map(_alike, one, other))
     if isinstance(one, float) and isinstance(other, float):

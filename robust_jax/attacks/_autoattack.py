@@ -332,9 +332,15 @@ class _Attempt:
     def __call__(self, logits_fn, rows, eps, ranks, salt):
         targets = {} if ranks is None else {"ranks": ranks}
         return self.attack(
-            logits_fn, rows["x"], rows["y"], _keys(rows, salt),
-            eps=eps, norm=self.norm, **targets, **dict(self.keywords),
-        )  # fmt: skip
+            logits_fn,
+            rows["x"],
+            rows["y"],
+            _keys(rows, salt),
+            eps=eps,
+            norm=self.norm,
+            **targets,
+            **dict(self.keywords),
+        )
 
 
 def _frozen(keywords: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -438,9 +444,12 @@ def _load(path: Path, inputs: str, logits: np.ndarray, dtype: np.dtype) -> _Stat
             # numpy reads the types that it does not know, such as bfloat16, as mere bytes.
             x_adv = saved["x_adv"].view(dtype)
             state = _State(
-                x_adv, saved["broken_by"], saved["margin"], int(saved["passes_done"]),
+                x_adv,
+                saved["broken_by"],
+                saved["margin"],
+                int(saved["passes_done"]),
                 json.loads(str(saved["robust_accuracy"])),
-            )  # fmt: skip
+            )
             same_inputs = str(saved["inputs"]) == inputs
             same_network = same_inputs and np.allclose(
                 saved["logits"], logits, rtol=1e-3, atol=1e-3, equal_nan=True

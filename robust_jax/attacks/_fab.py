@@ -108,9 +108,17 @@ def fab(
     x, y = jnp.asarray(x), jnp.asarray(y)
     threat = threat_model(norm, needs="to_boundary")
     settings = _Settings(
-        threat, eps, num_steps, num_targets, ranks, num_restarts, random_start,
-        alpha_max, eta, beta,
-    ).checked(x.dtype)  # fmt: skip
+        threat,
+        eps,
+        num_steps,
+        num_targets,
+        ranks,
+        num_restarts,
+        random_start,
+        alpha_max,
+        eta,
+        beta,
+    ).checked(x.dtype)
 
     def search_one(x, y, key, target):
         return _search_one(lambda x: logits_fn(x[None])[0], x, y, key, target, settings)

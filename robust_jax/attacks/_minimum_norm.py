@@ -130,7 +130,7 @@ def carlini_wagner(
     x, y = jnp.asarray(x), jnp.asarray(y)
     settings = _CarliniWagner(
         eps, num_steps, num_searches, learning_rate, initial_c, kappa
-    ).checked(x.dtype)  # fmt: skip
+    ).checked(x.dtype)
     objective = Objective(losses.margin_loss, targets)
 
     def judge(x_adv, reference):

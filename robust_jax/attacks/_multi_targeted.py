@@ -68,11 +68,17 @@ def multi_targeted(
         def run(best, target_and_rank):
             target, rank = target_and_rank
             x_adv = pgd(
-                logits_fn, x[None], y[None], jax.random.fold_in(key, rank)[None],
-                eps=eps, norm=norm, num_steps=num_steps, step_size=step_size,
+                logits_fn,
+                x[None],
+                y[None],
+                jax.random.fold_in(key, rank)[None],
+                eps=eps,
+                norm=norm,
+                num_steps=num_steps,
+                step_size=step_size,
                 num_restarts=num_restarts,
                 loss=lambda logits, y: losses.targeted_margin(logits, y, target[None]),
-            )  # fmt: skip
+            )
             logits = logits_fn(x_adv)
             value = -losses.margin(logits, y[None])[0].astype(value_dtype(x))
             return best.updated(x_adv[0], value, misclassified(logits, y[None])[0]), None

@@ -104,9 +104,15 @@ def pgd(
         check_counts(num_steps=num_steps)
         step_size = 2.5 * eps / num_steps
     settings = _Settings(
-        threat_model(norm), eps, step_size, num_steps, num_restarts, random_start, momentum,
+        threat_model(norm),
+        eps,
+        step_size,
+        num_steps,
+        num_restarts,
+        random_start,
+        momentum,
         keep_best,
-    )  # fmt: skip
+    )
     return _climb(logits_fn, x, y, key, settings, Objective(loss, targets, criterion))
 
 

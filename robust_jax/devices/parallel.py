@@ -163,9 +163,11 @@ class Placement:
         in_specs = [PartitionSpec()] * len(inspect.signature(run).parameters)
         in_specs[rows_at] = shares
         # Nothing is summed over devices, so there is nothing to check.
-        return jax.jit(jax.shard_map(
-            run, mesh=self.mesh, in_specs=tuple(in_specs), out_specs=shares, check_vma=False
-        ))  # fmt: skip
+        return jax.jit(
+            jax.shard_map(
+                run, mesh=self.mesh, in_specs=tuple(in_specs), out_specs=shares, check_vma=False
+            )
+        )
 
     def _put(self, tree: Any, spec: PartitionSpec) -> Any:
         return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, spec))

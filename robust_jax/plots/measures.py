@@ -48,8 +48,15 @@ def distributions(values: Mapping[str, ArrayLike], *, xlabel: str) -> Figure:
         if missing := np.size(values[arm]) - len(v):
             label += f" ({missing} of {np.size(values[arm])} not finite)"
         weights = np.full(len(v), 100 / len(v))
-        ax.hist(np.clip(v, bins[0], bins[-1]), bins=bins, weights=weights, histtype="step", lw=1.6,
-                label=label, **style)  # fmt: skip
+        ax.hist(
+            np.clip(v, bins[0], bins[-1]),
+            bins=bins,
+            weights=weights,
+            histtype="step",
+            lw=1.6,
+            label=label,
+            **style,
+        )
         ax.axvline(v.mean(), lw=1, alpha=0.8, **style)
         ax.plot(max(v.min(), bins[0]), 0, "^", color=style["color"], ms=8, clip_on=False, zorder=4)
     ax.set(xlabel=xlabel, ylabel="share of the examples, %", xscale="log" if is_log else "linear")
@@ -92,9 +99,16 @@ def by_layer(values: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]], *, yla
     middle half of the examples. The axis is logarithmic where the values spread far.
     """
     figure = Figure(figsize=(WIDTH, 3.7))
-    is_log = bins_of(np.concatenate([
-        finite(v) for arms in values.values() for layers in arms.values() for v in layers.values()
-    ]))[1]  # fmt: skip
+    is_log = bins_of(
+        np.concatenate(
+            [
+                finite(v)
+                for arms in values.values()
+                for layers in arms.values()
+                for v in layers.values()
+            ]
+        )
+    )[1]
     panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
     for ax, (title, arms) in zip(panels, values.items(), strict=True):
         names = list(dict.fromkeys(name for layers in arms.values() for name in layers))
@@ -105,9 +119,18 @@ def by_layer(values: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]], *, yla
             ).T
             # Side by side, so that no bar hides another.
             at = np.array([names.index(name) for name in here]) + 0.12 * (i - (len(arms) - 1) / 2)
-            ax.errorbar(at, middle, yerr=[middle - low, high - middle], label=arm, capsize=2,
-                        marker=MARKERS[i % len(MARKERS)], ms=5, lw=1.3, elinewidth=1, **_arm(i)
-                        )  # fmt: skip
+            ax.errorbar(
+                at,
+                middle,
+                yerr=[middle - low, high - middle],
+                label=arm,
+                capsize=2,
+                marker=MARKERS[i % len(MARKERS)],
+                ms=5,
+                lw=1.3,
+                elinewidth=1,
+                **_arm(i),
+            )
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
         ax.set_title(title)
     if is_log:
@@ -133,9 +156,15 @@ def reliability_diagram(curves: Mapping[str, Reliability]) -> Figure:
     for i, (arm, curve) in enumerate(curves.items()):
         error = 100 * expected_calibration_error(curve)
         filled = curve.examples > 0
-        top.plot(100 * curve.confidence[filled], 100 * curve.accuracy[filled], lw=1.5, ms=4,
-                 marker=MARKERS[i % len(MARKERS)], label=f"{arm}, ECE {error:.1f} %", **_arm(i)
-                 )  # fmt: skip
+        top.plot(
+            100 * curve.confidence[filled],
+            100 * curve.accuracy[filled],
+            lw=1.5,
+            ms=4,
+            marker=MARKERS[i % len(MARKERS)],
+            label=f"{arm}, ECE {error:.1f} %",
+            **_arm(i),
+        )
         bottom.stairs(
             100 * curve.examples / curve.examples.sum(), 100 * curve.edges, lw=1.5, **_arm(i)
         )
@@ -160,11 +189,27 @@ def latent_scatter(points: Mapping[str, ArrayLike], labels: ArrayLike) -> Figure
         xy = np.asarray(xy, float)
         for i, c in enumerate(classes):
             here = xy[labels == c]
-            ax.scatter(here[:, 0], here[:, 1], s=9, alpha=0.6, color=COLORS[i % len(COLORS)],
-                       linewidths=0, marker=MARKERS[i % len(MARKERS)], zorder=1)  # fmt: skip
+            ax.scatter(
+                here[:, 0],
+                here[:, 1],
+                s=9,
+                alpha=0.6,
+                color=COLORS[i % len(COLORS)],
+                linewidths=0,
+                marker=MARKERS[i % len(MARKERS)],
+                zorder=1,
+            )
             at_x, at_y = np.median(here, axis=0)
-            ax.text(at_x, at_y, str(c), weight="bold", ha="center", va="center",
-                    fontsize=11, path_effects=outline)  # fmt: skip
+            ax.text(
+                at_x,
+                at_y,
+                str(c),
+                weight="bold",
+                ha="center",
+                va="center",
+                fontsize=11,
+                path_effects=outline,
+            )
         ax.set(title=_wrapped(arm, 38), xlabel="first component", ylabel="second component")
         ax.set_aspect("equal", adjustable="datalim")
         ax.set_rasterization_zorder(1.1)  # all points of a panel as one picture
@@ -195,8 +240,11 @@ def loss_surfaces(
         style: dict[str, Any] = dict(ls="", marker="o", ms=8, mec="black", clip_on=False, zorder=3)
         ax.plot(0, 0, mfc="white", label="clean", **style)
         ax.plot(1, 0, mfc=VERMILLION, label="adversarial", **style | dict(marker="D"))
-        ax.set(title=_wrapped(arm, 32), xlabel="along the adversarial direction",
-               ylabel="along the random one")  # fmt: skip
+        ax.set(
+            title=_wrapped(arm, 32),
+            xlabel="along the adversarial direction",
+            ylabel="along the random one",
+        )
     figure.colorbar(filled, ax=list(panels), label=label)
     legend_below(figure, panels)
     return figure

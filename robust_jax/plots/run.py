@@ -105,7 +105,8 @@ def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> F
             "train/loss": ("train, total", dict(color=BLUE)),
             **(supervised if terms else {}),
             "validation/cross_entropy": (
-                "validation, cross-entropy", _VALIDATION | dict(color=PURPLE)
+                "validation, cross-entropy",
+                _VALIDATION | dict(color=PURPLE),
             ),
         },
         "accuracy, %": {
@@ -113,7 +114,8 @@ def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> F
             "train/adversarial_accuracy": ("train, adversarial", dict(color=ORANGE)),
             "validation/clean_accuracy": ("validation, clean", _VALIDATION | dict(color=BLUE)),
             "validation/robust_accuracy": (
-                "validation, robust", _VALIDATION | dict(color=VERMILLION)
+                "validation, robust",
+                _VALIDATION | dict(color=VERMILLION),
             ),
         },
         "regulariser": {
@@ -122,7 +124,7 @@ def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> F
         },
         "learning rate": {"train/learning_rate": (None, dict(color=BLUE))},
         "gradient norm": {"train/gradient_norm": (None, dict(color=BLUE))},
-    }  # fmt: skip
+    }
     plans = {title: lines for title, lines in plans.items() if set(lines) & set(metrics.columns)}
     figure = Figure(figsize=(WIDTH, 2.6 * ((len(plans) + 1) // 2)))
     axes: dict[str, Axes] = figure.subplot_mosaic(two_columns(list(plans)))
@@ -176,9 +178,19 @@ def estimate_against_exact(exact: ArrayLike, estimate: ArrayLike, error: ArrayLi
     exact = np.asarray(exact, float)
     figure = Figure(figsize=(0.62 * WIDTH, 0.55 * WIDTH))
     ax = figure.subplots()
-    ax.errorbar(exact, estimate, yerr=error, fmt="o", ms=3, color=BLUE, ecolor=SKY, elinewidth=0.6,
-                alpha=float(np.clip(200 / len(exact), 0.15, 0.8)), rasterized=True,
-                label="examples, ±1 standard error")  # fmt: skip
+    ax.errorbar(
+        exact,
+        estimate,
+        yerr=error,
+        fmt="o",
+        ms=3,
+        color=BLUE,
+        ecolor=SKY,
+        elinewidth=0.6,
+        alpha=float(np.clip(200 / len(exact), 0.15, 0.8)),
+        rasterized=True,
+        label="examples, ±1 standard error",
+    )
     ends = [exact.min(), exact.max()]
     ax.plot(ends, ends, color="black", lw=1, label="estimate = exact", zorder=3)
     ax.set(xlabel="exact Frobenius norm, logits", ylabel="estimate")
@@ -201,8 +213,9 @@ def fate_histograms(records: pd.DataFrame, fate: pd.Series) -> Figure:
                 weights = np.full(len(values), 100 / len(values))
                 style = dict(bins=bins, weights=weights, color=color, histtype="stepfilled")
                 ax.hist(values, alpha=0.3, **style)
-                ax.hist(values, label=f"{name} ({len(values)})",
-                        **style | dict(histtype="step", lw=1.6))  # fmt: skip
+                ax.hist(
+                    values, label=f"{name} ({len(values)})", **style | dict(histtype="step", lw=1.6)
+                )
         ax.set(xlabel=label, ylabel="share of the group, %")
     legend_below(figure, panels)
     return figure
@@ -221,8 +234,14 @@ def jacobian_by_fate(records: pd.DataFrame, fate: pd.Series) -> Figure:
     for column in columns:
         ax = axes[column]
         groups = [finite(records.loc[fate == name, column]) for name in names]
-        boxes = ax.boxplot(groups, whis=(5, 95), showfliers=False, widths=0.55, patch_artist=True,
-                           medianprops=dict(color="black", lw=1.5))  # fmt: skip
+        boxes = ax.boxplot(
+            groups,
+            whis=(5, 95),
+            showfliers=False,
+            widths=0.55,
+            patch_artist=True,
+            medianprops=dict(color="black", lw=1.5),
+        )
         for box, name in zip(boxes["boxes"], names, strict=True):
             box.set(facecolor=FATE_COLORS[name], alpha=0.6)
         ticks = [f"{n}\nmedian {np.median(g):.3g}" for n, g in zip(names, groups, strict=True)]
@@ -265,16 +284,25 @@ def image_grid(
             _show(ax, image, cmap="gray", vmin=0, vmax=1)
             wrong = prediction != labels[i]
             start = f"label {labels[i]}: " if offset == 0 else ""
-            ax.set_title(f"{start}says {prediction}", fontsize=9,
-                         color=VERMILLION if wrong else "black")  # fmt: skip
+            ax.set_title(
+                f"{start}says {prediction}", fontsize=9, color=VERMILLION if wrong else "black"
+            )
         difference = adversarial[i] - clean[i]
         if difference.shape[-1] == 3:
             difference = 0.5 + difference / (2 * scale)
         _show(grid[row + 2, column], difference, cmap="RdBu_r", vmin=-scale, vmax=scale)
     for row, name in enumerate(["clean", "adversarial", f"difference\n±{scale:.3g}"] * bands):
         # The axes are off, and a label of an axes that is off is not drawn.
-        grid[row, 0].text(-0.08, 0.5, name, transform=grid[row, 0].transAxes, rotation=90,
-                          ha="right", va="center", fontsize=9)  # fmt: skip
+        grid[row, 0].text(
+            -0.08,
+            0.5,
+            name,
+            transform=grid[row, 0].transAxes,
+            rotation=90,
+            ha="right",
+            va="center",
+            fontsize=9,
+        )
     return figure
 
 
@@ -284,5 +312,8 @@ def difference_scale(clean: np.ndarray, adversarial: np.ndarray) -> float:
 
 
 def _show(ax: Axes, image: np.ndarray, **style) -> None:
-    ax.imshow(np.clip(image, 0, 1) if image.shape[-1] == 3 else image[..., 0],
-              interpolation="nearest", **style)  # fmt: skip
+    ax.imshow(
+        np.clip(image, 0, 1) if image.shape[-1] == 3 else image[..., 0],
+        interpolation="nearest",
+        **style,
+    )

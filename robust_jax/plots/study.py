@@ -29,15 +29,24 @@ def accuracy_by_arm(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
         ):
             points = by_norm.get(norm, [])
             eps = [point["eps"] for point in points]
-            ax.plot(eps, [100 * p["mean"] for p in points], color=color, marker=marker, ms=4,
-                    lw=1.4, label=arm)  # fmt: skip
+            ax.plot(
+                eps,
+                [100 * p["mean"] for p in points],
+                color=color,
+                marker=marker,
+                ms=4,
+                lw=1.4,
+                label=arm,
+            )
             band = [p for p in points if p["low"] is not None]
             ax.fill_between(
                 [p["eps"] for p in band],
                 [100 * max(p["low"], 0) for p in band],
                 [100 * min(p["high"], 1) for p in band],
-                color=color, alpha=0.15, lw=0,
-            )  # fmt: skip
+                color=color,
+                alpha=0.15,
+                lw=0,
+            )
         ax.set(title=norm_symbol(norm), xlabel="ε", ylim=(-2, 102))
         ax.set_xlim(left=0)
     panels[0].set_ylabel("accuracy under the worst case, %")
@@ -53,9 +62,10 @@ def measures_by_arm(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Fig
     """
     arms = list(table)
     measures = [
-        name for name in dict.fromkeys(m for row in table.values() for m in row)
+        name
+        for name in dict.fromkeys(m for row in table.values() for m in row)
         if any(table[arm][name]["mean"] is not None for arm in arms)
-    ]  # fmt: skip
+    ]
     columns = 3
     rows = max(1, -(-len(measures) // columns))
     figure = Figure(figsize=(WIDTH, rows * (0.6 + 0.24 * len(arms)) + 0.3))
@@ -96,8 +106,16 @@ def measures_against_each_other(
         ):
             seeds = row[across]["values"].keys() & row[up]["values"].keys()
             points = [(row[across]["values"][s], row[up]["values"][s]) for s in sorted(seeds)]
-            ax.plot([x for x, _ in points], [y for _, y in points], ls="", marker=marker,
-                    color=color, ms=5, alpha=0.8, label=arm)  # fmt: skip
+            ax.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                ls="",
+                marker=marker,
+                color=color,
+                ms=5,
+                alpha=0.8,
+                label=arm,
+            )
         if _spread_far(v for row in table.values() for v in row[across]["values"].values()):
             ax.set_xscale("log")
         ax.set(xlabel=across, ylabel=up)
@@ -117,11 +135,24 @@ def along_training(history: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
             by_arm.items(), cycle(_COLORS), cycle(_MARKERS), strict=False
         ):
             epochs = [point["epoch"] for point in points]
-            ax.plot(epochs, [point["mean"] for point in points], color=color, marker=marker, ms=4,
-                    lw=1.4, label=arm)  # fmt: skip
+            ax.plot(
+                epochs,
+                [point["mean"] for point in points],
+                color=color,
+                marker=marker,
+                ms=4,
+                lw=1.4,
+                label=arm,
+            )
             band = [p for p in points if p["low"] is not None]
-            ax.fill_between([p["epoch"] for p in band], [p["low"] for p in band],
-                            [p["high"] for p in band], color=color, alpha=0.15, lw=0)  # fmt: skip
+            ax.fill_between(
+                [p["epoch"] for p in band],
+                [p["low"] for p in band],
+                [p["high"] for p in band],
+                color=color,
+                alpha=0.15,
+                lw=0,
+            )
         ax.set(title=name.replace("_", " "), xlabel="epoch")
     legend_below(figure, panels)
     return figure

@@ -15,8 +15,13 @@ from numpy.typing import ArrayLike
 WIDTH = 7.2  # inches; the fonts below are readable where a figure is shown about this wide
 # Okabe and Ito's colours, which stay apart for colour-blind readers; black is the worst case's.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
-)  # fmt: skip
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 STYLE = {
     "font.size": 10,
@@ -46,10 +51,14 @@ def norm_symbol(name: str) -> str:
 
 def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
     """One legend for all panels, each label once."""
-    entries = {label: handle for ax in panels
-               for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}  # fmt: skip
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center",
-                  ncols=min(len(entries), 5))  # fmt: skip
+    entries = {
+        label: handle
+        for ax in panels
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), 5)
+    )
 
 
 def two_columns(names: list[str]) -> list[list[str]]:

@@ -174,9 +174,14 @@ def _train(plan: Plan, workdir: Path, terminated: "_Terminated", *, shown: bool)
 
 
 def _run(
-    plan: Plan, workdir: Path, checkpoints: Checkpoints, state: TrainState, notes: Notes,
-    terminated: "_Terminated", shown: bool,
-) -> _Steps:  # fmt: skip
+    plan: Plan,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    notes: Notes,
+    terminated: "_Terminated",
+    shown: bool,
+) -> _Steps:
     """Returns the last state, its notes and whether it was asked to stop there."""
     start = int(state.step)
     if start:

@@ -220,9 +220,15 @@ def energy_oscillation(
     """
     y = None if label_free else labels
     return energy.oscillation(
-        logits_fn, half.images, y, keys,
-        eps=eps, norm=norm, num_steps=num_steps, step_size=step_size,
-    )  # fmt: skip
+        logits_fn,
+        half.images,
+        y,
+        keys,
+        eps=eps,
+        norm=norm,
+        num_steps=num_steps,
+        step_size=step_size,
+    )
 
 
 def kl(clean: Half, adversarial: Half) -> PerExample:
