@@ -163,6 +163,7 @@ class Mapper:
         program = _rows_program(fn, self._network.program, where)
         count, take = counted(rows)
         sizes = list(batches(count, self._batch_size, multiple_of=where.count, num_sizes=NUM_SIZES))
+        scalars = where.replicated(scalars)  # another network may be among them
         parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]
         return joined(jax.device_get(parts), [real for _, real in sizes])
 

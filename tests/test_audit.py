@@ -120,3 +120,15 @@ def test_a_loss_it_was_trained_to_be_flat_in_is_named():
     check = next(check for check in result.checks if check.name == "losses")
     assert check.verdict == "warn"
     assert "the loss it was trained with is the weak attack" in check.evidence
+
+
+def test_networks_may_lie_on_one_device_where_there_are_several():
+    here = jax.device_put(jax.random.normal(KEY, (64, 10)), jax.devices()[0])
+    result = look(
+        lambda x: x.reshape(len(x), -1) @ here,
+        surrogates={"the same": lambda x: x.reshape(len(x), -1) @ (2 * here)},
+        eps=0.01,
+        num_queries=10,
+    )
+    assert jax.device_count() == 8
+    assert {c.name: c.verdict for c in result.checks}["transfer"] != "skipped"
