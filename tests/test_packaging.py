@@ -69,7 +69,7 @@ def imported(*paths: str) -> set[str]:
                     modules |= {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
                     modules.add(node.module.split(".")[0])
-    modules -= sys.stdlib_module_names | {"robust_jax", "configs", "tests", "benchmarks"}
+    modules -= sys.stdlib_module_names | {"robust_jax", "configs", "launch", "tests", "benchmarks"}
     homes = packages_distributions()
     return {normalized(home) for name in modules for home in homes.get(name, [name])}
 
