@@ -457,7 +457,7 @@ def test_randomised_networks_are_noticed_and_have_their_own_version():
         ({"norm": "l0"}, "norm must be one of linf, l2, l1, not 'l0'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
         ({"x": np.full((40, 4, 5, 1), 7.0)}, r"x ranges over \[7, 7\]; pixels must be in"),
-        ({"x": np.zeros((40, 20))}, r"x has the shape \[40, 20\]; Square's patches need images"),
+        ({"x": np.zeros((40, 20))}, r"on images \[B,H,W,C\], and x is \[B, 20\]; .*version=\("),
         ({"y": np.zeros(3, int)}, r"y has the shape \[3\]; one label for each of the 40 examples"),
         ({"y": np.full(40, 9)}, "y has the label 9; the network has 4 classes"),
     ],
