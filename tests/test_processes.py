@@ -130,7 +130,7 @@ def test_a_mistake_of_one_is_told_by_all(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for _, errors in finish(start(tmp_path, 2, 1), code=1):
         line = [line for line in errors.splitlines() if line.startswith("error")]
-        assert line == [f"error: {tmp_path} is not empty and holds no run; take another --workdir"]
+        assert line == [f"error: {tmp_path} holds other files and no run; take another --workdir"]
 
 
 @pytest.mark.parametrize("where", ["nowhere", "host:1,two,0", "host:1,2"])
