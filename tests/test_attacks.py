@@ -1,6 +1,7 @@
 """Gradient attacks: optimal on linear models, inside ball and box, independent of the batch."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,53 @@ def test_kl_attack_leaves_the_clean_prediction():
     clean = logits_fn(x)
     x_adv = attacks.pgd(logits_fn, x, clean, KEY, eps=0.1, loss=losses.kl, criterion=attacks.never)
     assert (losses.kl(logits_fn(x_adv), clean) > 1e-4).all()
+
+
+TAKE_A_CRITERION = sorted(
+    name
+    for name, attack in POINTWISE.items()
+    if "criterion" in inspect.signature(attack).parameters
+)
+
+
+@pytest.mark.parametrize("name", TAKE_A_CRITERION)
+def test_a_criterion_says_what_counts_before_the_loss(name):
+    """The loss pulls away from where the label is lost; the default keeps such points anyway."""
+    logits_fn = make_nonlinear(KEY)
+    x = jax.random.uniform(KEY, (40, 4, 5, 1))
+    y = jnp.argmax(logits_fn(x), -1)
+    keywords = {"num_queries": 30} if name == "square" else {}
+    keywords |= {"num_samples": 5} if "noise" in name else {}
+
+    def found(**criterion):
+        x_adv = POINTWISE[name](
+            logits_fn, x, y, KEY, eps=0.3, **keywords, **criterion,
+            loss=lambda logits, y: -losses.cross_entropy(logits, y),
+        )  # fmt: skip
+        logits = logits_fn(x_adv)
+        return losses.cross_entropy(logits, y), attacks.is_adversarial(logits_fn, x_adv, y), logits
+
+    loss, wrong, _ = found(criterion=attacks.never)
+    default_loss, default_wrong, _ = found()
+    assert (default_wrong | ~wrong).all()
+    if name != "square":  # which stops at the first success
+        assert (loss <= default_loss + 1e-5).all()
+    if name not in ("fgsm", "bim", "mim"):  # they start at x, where the loss is low already
+        assert default_wrong.sum() > wrong.sum()
+
+    # Any function of outputs and labels will do: here, that class 0 wins by 1/2.
+    def by_half(logits, y):
+        return losses.margin(logits, 0 * y) > 0.5
+
+    assert by_half(found(criterion=by_half)[2], y).sum() >= by_half(found()[2], y).sum()
+
+
+def test_a_loss_that_compares_outputs_needs_a_criterion_without_labels():
+    logits_fn = make_nonlinear(KEY)
+    x = interior_images(KEY, 2)
+    attack = functools.partial(attacks.pgd, logits_fn, eps=0.1, loss=losses.kl)
+    with pytest.raises(ValueError, match=r"labels \[B\], not of float32 \[1, 3\]; .*attacks.never"):
+        jax.eval_shape(attack, x, logits_fn(x), KEY)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -7,7 +7,11 @@ import re
 
 import pytest
 
-MODULES = ("attacks", "energy", "jacobian", "losses", "margins")
+MODULES = (
+    "attacks", "energy", "jacobian", "losses", "margins",
+    *(f"analysis.{name}" for name in ("calibration", "features", "latent", "spectra", "summaries",
+                                      "surface")),
+)  # fmt: skip
 NUMBER = r"-?\d+\.\d*(?:e[-+]?\d+)?"
 
 
@@ -29,6 +33,7 @@ def functions():
     for name in MODULES:
         module = importlib.import_module(f"robust_jax.{name}")
         for label, value in vars(module).items():
+            # The modules of a package are private.
             is_own = getattr(value, "__module__", "").startswith(module.__name__)
             if inspect.isfunction(value) and is_own and not label.startswith("_"):
                 yield pytest.param(value, id=f"{name}.{label}")
@@ -41,7 +46,7 @@ def test_example_runs_and_every_argument_is_described(function):
         assert f"\n{section}:\n" in doc, section
     described = re.search(r"\nArgs:\n(.*?)\n\n", doc, re.DOTALL)[1]
     for parameter in inspect.signature(function).parameters:
-        assert re.search(rf"^    (\w+, |\*\*)*{parameter}\b.*:", described, re.MULTILINE), parameter
+        assert re.search(rf"^    (\w+, )*{parameter}\b.*:", described, re.MULTILINE), parameter
     (test,) = doctest.DocTestFinder(recurse=False).find(function, function.__qualname__, globs={})
     runner = doctest.DocTestRunner(ToThePrecisionWritten(), verbose=False)
     report: list[str] = []

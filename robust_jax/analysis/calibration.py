@@ -23,9 +23,21 @@ class Reliability(NamedTuple):
 
 
 def outcomes(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
-    """What the softmax says of each example, [B], named as in an evaluation's records.
+    """What the softmax says of each example, named as in an evaluation's records.
 
-    correct; top_probability, max_k p_k; confidence, p_y; entropy in nats.
+    Args:
+        logits: [B,K].
+        y: Labels [B].
+
+    Returns:
+        Arrays [B]: correct; top_probability, max_k p_k; confidence, p_y; entropy in nats.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_jax.analysis import calibration
+        >>> found = calibration.outcomes(np.log([[0.9, 0.1], [0.9, 0.1]]), np.array([0, 1]))
+        >>> found["confidence"]
+        array([0.9, 0.1])
     """
     logits = np.asarray(logits, np.float64)
     log_p = logits - logits.max(-1, keepdims=True)
@@ -42,9 +54,26 @@ def outcomes(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> dict
 def reliability(
     top_probability: ArrayLike, correct: ArrayLike, *, num_bins: int = 15
 ) -> Reliability:
-    """Accuracy against top probability, in num_bins equal bins (l, r] of [0,1] (arXiv 1706.04599).
+    """Accuracy against top probability, in num_bins equal bins (l, r] of [0,1].
 
-    Raises ValueError for num_bins below 1, or a probability outside [0,1].
+    Args:
+        top_probability: max_k p_k of each example, [B].
+        correct: Whether it is classified correctly, [B].
+        num_bins: How many bins.
+
+    Returns:
+        The bins' edges, and of each bin how many examples, mean top probability and accuracy.
+
+    Raises:
+        ValueError: num_bins is below 1, or a probability outside [0,1].
+
+    Example:
+        >>> from robust_jax.analysis import calibration
+        >>> calibration.reliability([0.6, 0.7, 0.9], [1, 0, 1], num_bins=2).accuracy
+        array([nan, 0.667])
+
+    Reference:
+        Guo et al. 2017, arXiv 1706.04599.
     """
     p, correct = np.asarray(top_probability, float), np.asarray(correct, float)
     if num_bins < 1:
@@ -61,6 +90,22 @@ def reliability(
 
 
 def expected_calibration_error(curve: Reliability) -> float:
-    """Σ of a bin's share · `|accuracy - confidence|`, in [0,1] (arXiv 1706.04599, eq. 3)."""
+    """Σ of a bin's share · `|accuracy - confidence|`.
+
+    Args:
+        curve: Of `reliability`.
+
+    Returns:
+        In [0,1].
+
+    Example:
+        >>> from robust_jax.analysis import calibration
+        >>> curve = calibration.reliability([0.6, 0.9], [1, 1], num_bins=2)
+        >>> calibration.expected_calibration_error(curve)
+        0.25
+
+    Reference:
+        Guo et al. 2017, arXiv 1706.04599, equation 3.
+    """
     gaps = np.abs(curve.accuracy - curve.confidence)
     return float(np.nansum(curve.examples * gaps) / curve.examples.sum())

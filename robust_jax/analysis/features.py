@@ -1,6 +1,7 @@
 """What a change of the image does to each layer of a network.
 
-A features_fn maps images [B,H,W,C] to a dict of arrays [B,…], one a layer, each example on its own.
+A features_fn maps examples [B,...] to a dict of arrays [B,...], one a layer, each example on its
+own.
 `captured` makes one of a linen network; for any other write one.
 """
 
@@ -25,9 +26,27 @@ def captured(model: Any, variables: Any, *, every_module: bool = False) -> Featu
     """The features_fn of a linen network: what it sows as "intermediates", then its logits.
 
     The networks of `models` sow their hidden layers after the activation, and "features", the
-    input of the last layer. every_module: the outputs of all submodules too, under their paths,
-    for a network that sows nothing. Something sown several times is numbered. A call costs one
-    forward pass and holds every layer's values of the whole batch.
+    input of the last layer. Something sown several times is numbered. A call costs one forward pass
+    and holds every layer's values of the whole batch.
+
+    Args:
+        model: The linen network.
+        variables: Its variables.
+        every_module: Whether the outputs of all submodules count too, under their paths, for a
+            network that sows nothing.
+
+    Returns:
+        features_fn(x), [B,...] -> arrays [B,...] by layer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import models
+        >>> from robust_jax.analysis import features
+        >>> x = jnp.zeros((1, 2, 2, 1))
+        >>> model = models.MLP(num_classes=3, hidden=(4,))
+        >>> features_fn = features.captured(model, model.init(jax.random.key(0), x))
+        >>> features_fn(x)["logits"].shape
+        (1, 3)
     """
     from flax.traverse_util import flatten_dict
 
@@ -50,13 +69,29 @@ def captured(model: Any, variables: Any, *, every_module: bool = False) -> Featu
 def change(
     features_fn: FeaturesFn, x: Images, x_moved: Images, *, chunk_size: int | None = None
 ) -> dict[str, Float[Array, " b"]]:
-    """‖h(x_moved) - h(x)‖₂ / ‖x_moved - x‖₂ of each layer h, [B], in its units per pixel unit.
+    """‖h(x_moved) - h(x)‖₂ / ‖x_moved - x‖₂ of each layer h.
 
-    After arXiv 2011.07478. x_moved: adversarial points from any attack, or `random_neighbour`.
-    NaN where x did not move. Costs two forward passes an example; chunk_size bounds how many
-    examples are in memory.
+    Costs two forward passes an example.
+
+    Args:
+        features_fn: As `captured` makes it, [B,...] -> arrays [B,...] by layer.
+        x: Examples [B,...].
+        x_moved: As many points, adversarial ones from any attack, or `random_neighbour`.
+        chunk_size: How many examples are in memory at a time; None for all.
+
+    Returns:
+        By layer [B], in its units per pixel unit; NaN where x did not move.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax.analysis import features
+        >>> x = jnp.array([[0.2, 0.4]])
+        >>> features.change(lambda x: {"doubled": 2 * x}, x, x + 0.1)
+        {'doubled': Array([2.], dtype=float32)}
+
+    Reference:
+        Wen, Li & Jia 2020, arXiv 2011.07478.
     """
-
     changes = _change(features_fn, x, x_moved, chunk_size=chunk_size)
     return {name: changes[name] for name in features_fn(x[:1])}  # in the order of the layers
 
@@ -75,7 +110,27 @@ def random_neighbour(x: Images, key: KeyOrKeys, *, eps: float, norm: Norm = "lin
     """A random point at distance eps from each x, clipped to [0,1].
 
     The random counterpart of an adversarial point, at the cost of the draw: no network is called.
-    Raises ValueError for a negative eps or an unknown norm.
+
+    Args:
+        x: Examples [B,...], pixels in [0,1].
+        key: One key, or one for each example [B].
+        eps: The distance, in pixel units.
+        norm: A name or a record.
+
+    Returns:
+        [B,...].
+
+    Raises:
+        ValueError: eps is negative or the norm unknown.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> from robust_jax.analysis import features
+        >>> x = jnp.full((1, 3), 0.5)
+        >>> moved = features.random_neighbour(x, jax.random.key(0), eps=0.1, norm="l2")
+        >>> attacks.distances(x, moved, norm="l2")
+        Array([0.1], dtype=float32)
     """
     check_lengths(eps=eps)
     threat = threat_model(norm)

@@ -24,6 +24,19 @@ def projection(latents: Latents, *, num_components: int = 2) -> Projection:
     """The latents on their principal axes, to look at: distances are shrunk, never stretched.
 
     Costs an SVD of [N,D].
+
+    Args:
+        latents: [N,...].
+        num_components: How many axes.
+
+    Returns:
+        The points, and the share of the variance along each axis.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_jax.analysis import latent
+        >>> latent.projection(np.eye(4)[:, :3], num_components=2).points.shape
+        (4, 2)
     """
     from sklearn.decomposition import PCA  # seconds that most runs can do without
 
@@ -32,11 +45,27 @@ def projection(latents: Latents, *, num_components: int = 2) -> Projection:
 
 
 def silhouette(latents: Latents, labels: Labels) -> float:
-    """Mean silhouette in [-1, 1]: higher where classes are tighter and further apart.
+    """Mean silhouette: higher where classes are tighter and further apart.
 
     (b - a) / max(a, b), a the mean l2 distance to the others of one's class, b to those of the
-    nearest other class (Rousseeuw 1987). Costs N² distances in D dimensions, of which scikit-learn
-    holds 1 GiB at a time.
+    nearest other class. Costs N² distances in D dimensions, of which scikit-learn holds 1 GiB at a
+    time.
+
+    Args:
+        latents: [N,...].
+        labels: [N].
+
+    Returns:
+        In [-1, 1].
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_jax.analysis import latent
+        >>> latent.silhouette(np.array([[0.0], [1.0], [9.0], [10.0]]), np.array([0, 0, 1, 1]))
+        0.889
+
+    Reference:
+        Rousseeuw 1987.
     """
     from sklearn.metrics import silhouette_score
 
@@ -48,6 +77,19 @@ def distance_ratio(latents: Latents, labels: Labels) -> float:
 
     Our reading of intra- over inter-class distance. Invariant to scale. Costs N distances and, of K
     classes, K² between centres.
+
+    Args:
+        latents: [N,...].
+        labels: [N].
+
+    Returns:
+        At least 0.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_jax.analysis import latent
+        >>> latent.distance_ratio(np.array([[0.0], [1.0], [9.0], [10.0]]), np.array([0, 0, 1, 1]))
+        0.0556
     """
     latents, labels = _flat(latents), np.asarray(labels)
     classes, index = np.unique(labels, return_inverse=True)

@@ -14,10 +14,24 @@ _NAMES = frozenset({"index", "label", "prediction"})
 def summary(
     values: ArrayLike, quantiles: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95)
 ) -> dict[str, float]:
-    """Count, minimum, mean, standard deviation, maximum and quantiles ("q5", …) of [N] values.
+    """Count, minimum, mean, standard deviation, maximum and quantiles of some values.
 
-    Those that are not finite, such as a margin nothing was found for, are left out and counted as
-    "not_finite". Raises ValueError where no value is finite.
+    Args:
+        values: [N]. Those that are not finite, such as a margin that an attack did not find, are
+            left out.
+        quantiles: Which ones, in [0,1].
+
+    Returns:
+        By name, a quantile as "q5"; "not_finite" is how many were left out.
+
+    Raises:
+        ValueError: No value is finite.
+
+    Example:
+        >>> from robust_jax.analysis import summaries
+        >>> found = summaries.summary([1.0, 2.0, 3.0, float("inf")], quantiles=(0.5,))
+        >>> found["mean"], found["q50"], found["not_finite"]
+        (2.0, 2.0, 1)
     """
     values = np.asarray(values, float).ravel()
     finite = values[np.isfinite(values)]
@@ -37,9 +51,18 @@ def summary(
 def gaps(train: Any, test: Any) -> dict[str, float]:
     """Generalisation gaps: the train mean minus the test mean of each measure that both hold.
 
-    train, test: records of an evaluation, or any arrays [N] by name: loss, accuracy ("correct"),
-    robust accuracy ("name@eps/held"), margins and so on, each gap in its own units; NaN where a
-    value is.
+    Args:
+        train: Records of an evaluation, or any arrays [N] by name: loss, accuracy ("correct"),
+            robust accuracy ("name@eps/held"), margins and so on.
+        test: The same of the test set.
+
+    Returns:
+        By name, each in its own units; NaN where a value is.
+
+    Example:
+        >>> from robust_jax.analysis import summaries
+        >>> summaries.gaps({"correct": [1, 1]}, {"correct": [1, 0]})
+        {'correct': 0.5}
     """
     names = [name for name in train if name in test and name not in _NAMES]
     train_mean, test_mean = (
@@ -49,7 +72,24 @@ def gaps(train: Any, test: Any) -> dict[str, float]:
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share of count independent examples."""
+    """Wilson's score interval of a share of some independent examples.
+
+    Args:
+        share: In [0,1].
+        count: Of how many examples.
+        z: How many standard deviations; 1.96 for 95 %.
+
+    Returns:
+        Its ends, in [0,1].
+
+    Example:
+        >>> from robust_jax.analysis import summaries
+        >>> summaries.wilson_interval(0.5, 100)
+        (0.404, 0.596)
+
+    Reference:
+        Wilson 1927.
+    """
     center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return max(0.0, center - half), min(1.0, center + half)

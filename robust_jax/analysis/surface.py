@@ -14,9 +14,24 @@ from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 
 def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:
-    """A random direction at right angles to x_adv - x and as long in l2, [B,H,W,C].
+    """A random direction at right angles to x_adv - x and as long in l2.
 
     Costs the draw alone: no network is called.
+
+    Args:
+        x: Examples [B,...].
+        x_adv: As many points.
+        key: One key, or one for each example [B].
+
+    Returns:
+        [B,...], in pixel units.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax.analysis import surface
+        >>> x, x_adv = jnp.zeros((1, 2)), jnp.array([[0.5, 0.0]])
+        >>> jnp.abs(surface.random_direction(x, x_adv, jax.random.key(0)))
+        Array([[0. , 0.5]], dtype=float32)
     """
 
     def direction_one(move, key):
@@ -41,11 +56,37 @@ def loss_surface(
     loss: losses.Loss = losses.cross_entropy,
     chunk_size: int | None = None,
 ) -> Float[Array, "b n m"]:
-    """loss(x + a·(x_adv - x) + b·direction) for each a and b, [B,n,m], in units of the loss.
+    """loss(x + a·(x_adv - x) + b·direction) for each a and b.
 
     x is at (0, 0) and x_adv at (1, 0). The plane is not cut at the walls of [0,1]. Costs n·m
-    forward passes an example; chunk_size bounds how many examples are in memory, with n images of
-    each at a time.
+    forward passes an example.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K].
+        x: Examples [B,...].
+        y: Labels [B].
+        x_adv: As many points.
+        direction: The other axis [B,...], such as `random_direction`.
+        along_adversarial: The values of a, [n].
+        along_direction: The values of b, [m].
+        loss: loss(logits, y) -> [B].
+        chunk_size: How many examples are in memory at a time, with n points of each; None for all.
+
+    Returns:
+        [B,n,m], in units of the loss.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> from robust_jax.analysis import surface
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 0 * x.sum(-1)], -1)
+        >>> x, y = jnp.array([[0.5, 0.5]]), jnp.array([0])
+        >>> surface.loss_surface(
+        ...     logits_fn, x, y, x - 0.5, x, loss=losses.margin_loss,
+        ...     along_adversarial=(0.0, 1.0), along_direction=(0.0, 1.0),
+        ... )
+        Array([[[-1., -2.],
+                [ 0., -1.]]], dtype=float32)
     """
     a, b = jnp.asarray(along_adversarial, x.dtype), jnp.asarray(along_direction, x.dtype)
 

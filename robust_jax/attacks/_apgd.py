@@ -409,6 +409,7 @@ def _climb_sparsely(measure, x, found, start_key, key, settings: _Settings) -> B
 def _even_step(gradient, num_pixels) -> Float[Array, "..."]:
     """The signs of the pixels of largest gradient, that many or one (and ties), of l1 norm 1."""
     slope = jnp.abs(gradient)
-    least = largest_where(lambda t: (slope >= t).sum() >= jnp.maximum(num_pixels, 1), slope)
+    wanted = jnp.maximum(num_pixels, 1)
+    least = largest_where(lambda t: (slope >= t).sum(dtype=jnp.int32) >= wanted, slope)
     signs = jnp.where(slope >= least, jnp.sign(gradient), 0.0)
     return signs / jnp.maximum(jnp.abs(signs).sum(), 1.0)

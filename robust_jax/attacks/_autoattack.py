@@ -119,7 +119,8 @@ def autoattack(
         key: One key, or one for each example [N].
         eps: The radius of the ball, in pixel units.
         norm: A name or a `norms.ThreatModel`.
-        version: "standard", "plus" or "rand", or a tuple of the names in COMPONENTS.
+        version: "standard", "plus" or "rand", or a tuple of attacks: "apgd_ce", "apgd_dlr",
+            "apgd_t", "fab", "fab_t", "square".
         batch_size: How many examples are attacked at a time.
         overrides: Keywords for attacks by name, as in {"square": {"num_queries": 1000}}.
         state_path: An .npz file written after each pass, from which a run with the same arguments
@@ -441,10 +442,8 @@ def _save(path: Path, state: _State, inputs: str, logits: np.ndarray) -> None:
 def _load(path: Path, inputs: str, logits: np.ndarray, dtype: np.dtype) -> _State:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-            # numpy reads the types that it does not know, such as bfloat16, as mere bytes.
-            x_adv = saved["x_adv"].view(dtype)
             state = _State(
-                x_adv,
+                _typed(saved["x_adv"], dtype),
                 saved["broken_by"],
                 saved["margin"],
                 int(saved["passes_done"]),
@@ -452,7 +451,7 @@ def _load(path: Path, inputs: str, logits: np.ndarray, dtype: np.dtype) -> _Stat
             )
             same_inputs = str(saved["inputs"]) == inputs
             same_network = same_inputs and np.allclose(
-                saved["logits"], logits, rtol=1e-3, atol=1e-3, equal_nan=True
+                _typed(saved["logits"], logits.dtype), logits, rtol=1e-3, atol=1e-3, equal_nan=True
             )
     except UNREADABLE_NPZ as error:
         raise UnusableState(f"{path} is not a state of AutoAttack: {error}") from error
@@ -460,6 +459,11 @@ def _load(path: Path, inputs: str, logits: np.ndarray, dtype: np.dtype) -> _Stat
         other = "another network" if same_inputs else "other examples, keys or settings"
         raise UnusableState(f"{path} belongs to {other}; give another state_path or delete it")
     return state
+
+
+def _typed(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array where numpy reads a type that it does not know, such as bfloat16, as mere bytes."""
+    return array.view(dtype) if array.dtype.kind == "V" else array
 
 
 def _result(state: _State, x, norm, warnings) -> AutoAttackResult:

@@ -99,8 +99,8 @@ def fab(
         >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
         >>> x, y = jnp.array([[0.3, 0.4]]), jnp.array([0])
         >>> x_adv = attacks.fab(logits_fn, x, y, jax.random.key(0), norm="l2")
-        >>> attacks.distances(x, x_adv, norm="l2").round(2).tolist()
-        [0.14000000059604645]
+        >>> attacks.distances(x, x_adv, norm="l2")
+        Array([0.14], dtype=float32)
 
     Reference:
         Croce & Hein 2020, arXiv 1907.02044.

@@ -62,8 +62,8 @@ def jsma(
         >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 3 - x.sum(-1)], -1)
         >>> x, y = jnp.array([[0.2, 0.4, 0.3, 0.1]]), jnp.array([1])
         >>> x_adv = attacks.jsma(logits_fn, x, y, jax.random.key(0), eps=2)
-        >>> attacks.distances(x, x_adv, norm="l0").tolist()
-        [2.0]
+        >>> attacks.distances(x, x_adv, norm="l0")
+        Array([2.], dtype=float32)
 
     Reference:
         Papernot et al. 2016, arXiv 1511.07528, alg. 3.

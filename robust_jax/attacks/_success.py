@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from robust_jax import losses
 from robust_jax._front import compiled
 from robust_jax.attacks.norms import Measure, measure
-from robust_jax.types import Array, Images, Labels, Logits, LogitsFn, PerExample
+from robust_jax.types import Images, Labels, Logits, LogitsFn, PerExample
 
 # criterion(logits [B,K], reference [B,...]) -> [B]: whether points with these logits succeed. The
 # reference is y, or the targets of an attack that has targets.
@@ -17,60 +17,70 @@ Criterion = Callable[[Logits, Array], Bool[Array, " b"]]
 
 
 def misclassified(logits: Logits, y: Labels) -> Bool[Array, " b"]:
-    """Whether another class than the label wins, or logits are not finite.
+    """Whether another class than the label wins: the criterion of an attack without targets.
 
     Args:
         logits: [B,K].
         y: Labels [B].
 
     Returns:
-        [B].
+        [B]. Logits that are not all finite count as misclassified.
+
+    Raises:
+        ValueError: y holds no labels.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from robust_jax import attacks
-        >>> attacks.misclassified(jnp.array([[2.0, 1.0], [2.0, 1.0]]), jnp.array([0, 1])).tolist()
-        [False, True]
+        >>> attacks.misclassified(jnp.array([[2.0, 1.0], [0.0, 1.0]]), jnp.array([0, 0]))
+        Array([False,  True], dtype=bool)
     """
     _check_labels(y)
     return losses.correct(logits, y) == 0
 
 
 def classified_as(logits: Logits, targets: Labels) -> Bool[Array, " b"]:
-    """Whether the target wins.
+    """Whether the target wins: the criterion of an attack with targets.
 
     Args:
         logits: [B,K].
         targets: Classes [B].
 
     Returns:
-        [B].
+        [B]. Logits that are not all finite reach no target.
+
+    Raises:
+        ValueError: targets holds no labels.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from robust_jax import attacks
-        >>> attacks.classified_as(jnp.array([[2.0, 1.0], [2.0, 1.0]]), jnp.array([0, 1])).tolist()
-        [True, False]
+        >>> attacks.classified_as(jnp.array([[2.0, 1.0], [0.0, 1.0]]), jnp.array([1, 1]))
+        Array([False,  True], dtype=bool)
     """
     _check_labels(targets)
     return losses.correct(logits, targets) == 1
 
 
 def never(logits: Logits, reference: Array) -> Bool[Array, " b"]:
-    """No point succeeds: for a loss that compares outputs, as losses.kl does.
+    """No point succeeds: the criterion for a loss that compares outputs, such as losses.kl.
 
     Args:
         logits: [B,K].
-        reference: [B,...].
+        reference: What the loss compares them with, [B,...].
 
     Returns:
-        [B].
+        [B], False.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from robust_jax import attacks
-        >>> attacks.never(jnp.zeros((1, 2)), jnp.zeros((1, 2))).tolist()
-        [False]
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks, losses
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> x = jnp.array([[0.2, 0.4]])
+        >>> x_adv = attacks.pgd(logits_fn, x, logits_fn(x), jax.random.key(0), eps=0.1,
+        ...                     loss=losses.kl, criterion=attacks.never)  # TRADES' adversary
+        >>> bool(losses.kl(logits_fn(x_adv), logits_fn(x))[0] > 0.01)
+        True
     """
     return jnp.zeros(len(logits), bool)
 
@@ -122,8 +132,8 @@ def distances(x: Images, x_adv: Images, *, norm: str | Measure = "linf") -> PerE
     Example:
         >>> import jax.numpy as jnp
         >>> from robust_jax import attacks
-        >>> attacks.distances(jnp.zeros((1, 2)), jnp.array([[0.3, 0.4]]), norm="l2").tolist()
-        [0.5]
+        >>> attacks.distances(jnp.zeros((1, 2)), jnp.array([[0.3, 0.4]]), norm="l2")
+        Array([0.5], dtype=float32)
     """
     return jax.vmap(measure(norm).size)(jnp.asarray(x_adv) - jnp.asarray(x))
 

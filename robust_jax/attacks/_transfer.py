@@ -30,7 +30,7 @@ def transfer(
         x, y, key, eps: As in `pgd`.
         surrogate: The network that is attacked instead.
         attack: One of ATTACKS, or called like them.
-        **keywords: Its other keywords: norm, num_steps and so on.
+        keywords: Its other keywords: norm, num_steps and so on.
 
     Returns:
         [B,...]: x itself where logits_fn is wrong already, so that no such point is put right by
