@@ -138,7 +138,7 @@ def distances(x: Images, x_adv: Images, *, norm: str | Measure = "linf") -> PerE
     return jax.vmap(measure(norm).size)(jnp.asarray(x_adv) - jnp.asarray(x))
 
 
-def _check_labels(y: Array) -> None:
+def _check_labels(y: Labels) -> None:
     if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
         raise ValueError(
             f"whether an attack succeeds is a matter of labels [B], not of {y.dtype} "
