@@ -3,7 +3,6 @@
 import gc
 import inspect
 import warnings
-from contextlib import contextmanager
 
 import equinox as eqx
 import jax
@@ -14,74 +13,21 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import robust_jax
 from robust_jax import attacks, energy, jacobian, losses, margins
 from robust_jax._network import as_network
+from tests.calls import (
+    ALL,
+    EPS,
+    FUNCTIONS,
+    WITH_EPS,
+    WITH_LABELS,
+    WITHOUT_KEY,
+    autoattack,
+    lowerings,
+)
 
 KEY = jax.random.key(0)
 SHAPE = (3, 4, 1)
-EPS = {"jsma": 2.0, "deepfool": 0.5, "carlini_wagner": 0.5}
-FEW = {
-    "pgd": {"num_steps": 2},
-    "bim": {"num_steps": 2},
-    "mim": {"num_steps": 2},
-    "apgd": {"num_steps": 3},
-    "apgd_targeted": {"num_steps": 3, "num_targets": 2},
-    "fab": {"num_steps": 2, "num_targets": 2},
-    "square": {"num_queries": 5},
-    "carlini_wagner": {"num_steps": 3, "num_searches": 2},
-    "deepfool": {"num_steps": 2},
-    "multi_targeted": {"num_steps": 2, "num_targets": 2},
-}
-# Attacks that compute their adversarials on the device, from a call of its own.
-ATTACKS = [name for name in attacks.ATTACKS if name != "autoattack"]
-
-
-def attack(name):
-    """The attack with few steps, as fn(logits_fn, x, y, key)."""
-    usual = EPS.get(name, 0.1)
-
-    def call(logits_fn, x, y, key, eps=usual):
-        return attacks.ATTACKS[name](logits_fn, x, y, key, eps=eps, **FEW.get(name, {}))
-
-    return call
-
-
-FUNCTIONS = {
-    **{name: attack(name) for name in ATTACKS},
-    "transfer": lambda f, x, y, k, eps=0.1: attacks.transfer(
-        f, x, y, k, surrogate=f, eps=eps, num_steps=2
-    ),
-    "jacobian": lambda f, x, y, k: jacobian.jacobian(f, x),
-    "frobenius_norm": lambda f, x, y, k: jacobian.frobenius_norm(f, x, chunk_size=2),
-    "singular_values": lambda f, x, y, k: jacobian.singular_values(f, x),
-    "frobenius_norm_estimate": lambda f, x, y, k: jacobian.frobenius_norm_estimate(
-        f, x, k, num_projections=2
-    ),
-    "spectral_norm": lambda f, x, y, k: jacobian.spectral_norm(f, x, k, num_iterations=2),
-    "margin": lambda f, x, y, k: margins.first_order(f, x, y),
-    "mean_square": lambda f, x, y, k, eps=0.1: energy.mean_square(f, x, y, k, eps=eps),
-    "oscillation": lambda f, x, y, k, eps=0.1: energy.oscillation(f, x, y, k, eps=eps, num_steps=2),
-}
-WITH_EPS = [n for n, fn in FUNCTIONS.items() if "eps" in inspect.signature(fn).parameters]
-WITH_LABELS = [*WITH_EPS, "margin"]
-AUTOATTACK = {
-    "version": ("apgd_ce", "apgd_t", "fab_t", "square"),
-    "overrides": {
-        "apgd_ce": {"num_steps": 3},
-        "apgd_t": {"num_steps": 3, "num_targets": 2},
-        "fab_t": {"num_steps": 2, "num_targets": 2},
-        "square": {"num_queries": 5},
-    },
-}
-
-
-def autoattack(f, x, y, k, eps=0.05):
-    return attacks.autoattack(f, x, y, k, eps=eps, progress=False, **AUTOATTACK)
-
-
-def audit(f, x, y, k, eps=0.05):
-    return robust_jax.audit(f, x, y, k, eps=eps, num_queries=5, progress=False)
 
 
 def weights_of(seed, num_classes=4):
@@ -99,25 +45,19 @@ def examples(seed=0, count=6):
     return x, jnp.argmax(network(weights_of(0))(x), -1)
 
 
-@contextmanager
-def lowerings():
-    """How many programs JAX lowered within, as a list to look at."""
-    seen = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-            seen.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+def is_compiled(fn):
+    return hasattr(fn, "__wrapped__") and fn.__globals__["__name__"] == "robust_jax._front"
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "autoattack", "audit"])
+def test_every_function_behind_the_front_door_is_called_here():
+    modules = (attacks, energy, jacobian, margins)
+    found = {n for module in modules for n in vars(module) if is_compiled(getattr(module, n))}
+    assert found == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
-    fn = FUNCTIONS.get(name) or {"autoattack": autoattack, "audit": audit}[name]
+    fn = ALL[name]
     calls = [
         (network(weights_of(seed)), *examples(seed), jax.random.key(seed)) for seed in (0, 1, 2)
     ]
@@ -401,7 +341,6 @@ RADII = {
     "None": (None, "eps is None; give a number"),
     "NaN": (float("nan"), "eps must not be negative, not nan"),
 }
-ALL = {**FUNCTIONS, "autoattack": autoattack, "audit": audit}
 
 
 @pytest.mark.parametrize("mistake", mistakes())
@@ -410,7 +349,7 @@ def test_a_mistake_is_told_in_one_line(mistake):
     x, y = examples()
     for name in (*WITH_LABELS, "autoattack", "audit"):
         arguments = {"logits_fn": network(weights_of(0)), "x": x, "y": y, "key": KEY, **changes}
-        if name == "margin" and "key" in changes:
+        if name in WITHOUT_KEY and "key" in changes:
             continue
         with pytest.raises(ValueError, match=message) as caught:
             ALL[name](*arguments.values())
