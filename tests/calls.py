@@ -22,7 +22,7 @@ FEW = {
     "deepfool": {"num_steps": 2},
     "multi_targeted": {"num_steps": 2, "num_targets": 2},
 }
-NEAREST = functools.partial(attacks.fab, num_steps=2)
+NEAREST = functools.partial(attacks.deepfool, num_steps=2)
 # Attacks that compute their adversarials on the device, from a call of its own.
 ATTACKS = [name for name in attacks.ATTACKS if name != "autoattack"]
 

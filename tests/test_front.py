@@ -1,7 +1,6 @@
 """The front door: each public function is compiled once, takes any input, and tells mistakes."""
 
 import gc
-import inspect
 import warnings
 
 import equinox as eqx
@@ -161,10 +160,10 @@ def straight_through(x):
 straight_through.defvjp(lambda x: (straight_through(x), None), lambda _, g: (g,))
 
 
-def linen(seed):
+def linen(seed, train=False):
     model = Linen()
     variables = model.init(jax.random.key(seed), jnp.ones((1, *SHAPE)))
-    return lambda x: model.apply(variables, x)
+    return lambda x: model.apply(variables, x, train)
 
 
 def equinox(seed):
@@ -275,6 +274,17 @@ def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
     chex_close(found, FUNCTIONS[name](network(weights_of(0)), x, y, KEY))
 
 
+def test_a_network_outside_jax_is_attacked_by_its_outputs_alone():
+    x, y = examples()
+    chex_close(
+        FUNCTIONS["square"](outside(), x, y, KEY),
+        FUNCTIONS["square"](network(weights_of(0)), x, y, KEY),
+    )
+    for name in ("pgd", "frobenius_norm", "first_order", "autoattack", "audit"):
+        with pytest.raises(ValueError, match="has no gradient there: attacks.square needs none"):
+            ALL[name](outside(), x, y, KEY)
+
+
 # Sharded inputs.
 
 
@@ -305,18 +315,49 @@ def test_every_local_device_takes_its_share_and_the_result_is_on_one():
 # Mistakes.
 
 
+class Module:
+    """What it looks like; PyTorch need not be installed."""
+
+    __module__ = "torch.nn.modules.module"
+
+    def __call__(self, x):
+        return x
+
+
+def remembering():
+    """A network with a running mean of its own, in training mode, as Keras has."""
+    weights, state = weights_of(0), [jnp.zeros(4)]
+
+    def logits_fn(x):
+        logits = network(weights)(x)
+        state[0] = (state[0] + logits.mean(0)) / 2
+        return logits - state[0]
+
+    return logits_fn
+
+
+def outside():
+    """A network outside JAX, without a gradient."""
+    first, second = map(np.asarray, weights_of(0))
+
+    def logits(x):
+        return np.maximum(np.asarray(x).reshape(len(x), -1) @ first, 0) @ second
+
+    return lambda x: jax.pure_callback(logits, jax.ShapeDtypeStruct((len(x), 4), jnp.float32), x)
+
+
 def mistakes():
     x, y = (np.asarray(a) for a in examples())
     nan = x.copy()
     nan[0, 0, 0, 0] = np.nan
     f = network(weights_of(0))
     return {
-        "uint8": ({"x": (255 * x).astype(np.uint8)}, "x is uint8; pixels are floats .* by 255"),
-        "0 to 255": ({"x": 255 * x}, r"x ranges over .*; pixels must be in \[0, 1\]"),
-        "-1 to 1": ({"x": 2 * x - 1}, r"x ranges over .*; pixels must be in \[0, 1\]"),
-        "NaN": ({"x": nan}, "x holds NaN"),
+        "uint8": ({"x": (255 * x).astype(np.uint8)}, r"x\w* is uint8; pixels are floats .* by 255"),
+        "0 to 255": ({"x": 255 * x}, r"x\w* ranges over .*; pixels must be in \[0, 1\]"),
+        "-1 to 1": ({"x": 2 * x - 1}, r"x\w* ranges over .*; pixels must be in \[0, 1\]"),
+        "NaN": ({"x": nan}, r"x\w* holds NaN"),
         "one image": ({"x": x[0], "y": y[0]}, r"y has the shape \[\].*batch axis"),
-        "no image": ({"x": x[:0], "y": y[:0]}, r"x has the shape \[0, 3, 4, 1\]; give a batch"),
+        "no image": ({"x": x[:0], "y": y[:0]}, r"x\w* has the shape \[0, 3, 4, 1\]; give a batch"),
         "one-hot": ({"y": np.eye(4)[y]}, r"y has the shape \[6, 4\]; labels are integers \[B\]"),
         "float labels": ({"y": y * 1.0}, "y is float.*; labels are integers from 0 to 3"),
         "from 1": ({"y": y * 0 + 4}, "y has the label 4; the network has 4 classes"),
@@ -331,7 +372,11 @@ def mistakes():
         "with aux": ({"logits_fn": lambda x: (f(x), x)}, r"a tuple, .*lambda x: f\(x\)\[0\]"),
         "numpy": ({"logits_fn": lambda x: np.asarray(x)}, "hands its input to numpy"),
         "no function": ({"logits_fn": 3}, "logits_fn is 3; give a function"),
+        "a branch": ({"logits_fn": lambda x: f(x) if x.sum() > 0 else x}, "use jnp.where or"),
+        "state": ({"logits_fn": remembering()}, "stores values in one call and uses them in the"),
+        "PyTorch": ({"logits_fn": Module()}, "a PyTorch module; docs/attack_your_model.md has"),
         "NNX without eval": ({"logits_fn": Nnx(nnx.Rngs(0))}, r"call its eval\(\) first"),
+        "linen in training": ({"logits_fn": linen(0, train=True)}, "or pass train=False"),
     }
 
 
