@@ -1,6 +1,6 @@
 """What a call of each public function costs, as a markdown table.
 
-    python -m benchmarks.front_door [--repeats=20] [--only=pgd,autoattack] [--nets=mlp,cnn]
+    python -m benchmarks.front_door [--repeats=20] [--only=pgd,autoattack] [--nets=mlp,cnn,jitted_cnn]
 
 Few steps on small networks, so that the call shows beside the work. Each call has another batch,
 another key and the network's function written anew, as in a user's loop: the first call compiles,
@@ -53,12 +53,18 @@ def mlp() -> tuple[Callable, list[jax.Array]]:
 
 
 def cnn() -> tuple[Callable, dict]:
-    """The same of a network in Flax."""
+    """The same of a network in Flax, which Python traces at every call."""
     model = CNN()
     return model.apply, model.init(jax.random.key(0), jnp.ones((1, *SHAPE)))
 
 
-NETS = {"mlp": mlp, "cnn": cnn}
+def jitted_cnn() -> tuple[Callable, dict]:
+    """The same with jax.jit around its apply, whose trace JAX keeps."""
+    apply, variables = cnn()
+    return jax.jit(apply), variables
+
+
+NETS = {"mlp": mlp, "cnn": cnn, "jitted_cnn": jitted_cnn}
 
 
 def measure(name: str, net: str, repeats: int) -> str:
