@@ -1,11 +1,12 @@
 """What a call of each public function costs, as a markdown table.
 
-    python -m benchmarks.front_door [--repeats=20] [--only=pgd,autoattack] [--nets=mlp,cnn,jitted_cnn]
+    python -m benchmarks.front_door [--repeats=20] [--only=pgd,autoattack] [--nets=mlp,cnn]
 
 Few steps on small networks, so that the call shows beside the work. Each call has another batch,
 another key and the network's function written anew, as in a user's loop: the first call compiles,
 the second should not. Beside it stands jax.jit of the same call with the weights as arguments; the
-two take turns. AutoAttack and the audit are loops on the host, which cannot be jitted.
+two take turns. AutoAttack and the audit are loops on the host, which cannot be jitted, and get the
+same batch again: the sizes of what they compile follow from how many points hold.
 """
 
 import argparse
@@ -72,7 +73,11 @@ def measure(name: str, net: str, repeats: int) -> str:
     apply, weights = NETS[net]()
     call = ALL[name]
     predict = jax.jit(lambda x: apply(weights, x).argmax(-1))
-    batches = [jax.random.uniform(jax.random.key(i), (BATCH_SIZE, *SHAPE)) for i in range(4)]
+    is_jitted = name in FUNCTIONS
+    batches = [
+        jax.random.uniform(jax.random.key(i), (BATCH_SIZE, *SHAPE))
+        for i in range(4 if is_jitted else 1)
+    ]
     inputs = [(x, predict(x), jax.random.key(i)) for i, x in enumerate(batches)]
     count = iter(range(10**9))
 
@@ -91,7 +96,7 @@ def measure(name: str, net: str, repeats: int) -> str:
     first = time.perf_counter() - start
     with lowerings() as seen:
         plain()
-    sides = {"plain": plain} | ({"jitted": under_jit} if name in FUNCTIONS else {})
+    sides = {"plain": plain} | ({"jitted": under_jit} if is_jitted else {})
     milliseconds = 1e3 * turns(sides, repeats)
     second, *rest = np.median(milliseconds, axis=0)
     cells = [name, net, f"{first:.2f}", f"{second:.2f}"]
