@@ -214,8 +214,17 @@ def _on_the_whole_batch(fn: Callable) -> Callable:
     def call(x):
         return lifted(fn)(x)
 
+    def gradient(x, cotangent):
+        try:
+            return jax.vjp(fn, x)[1](cotangent)[0]
+        except ValueError as error:
+            raise ValueError(
+                "the network leaves JAX and has no gradient there: attacks.square needs none, "
+                "jax.custom_vjp gives a callback one, vjp_order=1 an exported function"
+            ) from error
+
     def pull(x, cotangent):
-        return lifted(lambda x, cotangent: jax.vjp(fn, x)[1](cotangent)[0])(x, cotangent)
+        return lifted(gradient)(x, cotangent)
 
     call.defvjp(lambda x: (call(x), x), lambda x, cotangent: (pull(x, cotangent),))
     return call

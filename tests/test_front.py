@@ -1,9 +1,7 @@
 """The front door: each public function is compiled once, takes any input, and tells mistakes."""
 
 import gc
-import inspect
 import warnings
-from contextlib import contextmanager
 
 import equinox as eqx
 import jax
@@ -14,74 +12,21 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import robust_jax
 from robust_jax import attacks, energy, jacobian, losses, margins
 from robust_jax._network import as_network
+from tests.calls import (
+    ALL,
+    EPS,
+    FUNCTIONS,
+    WITH_EPS,
+    WITH_LABELS,
+    WITHOUT_KEY,
+    autoattack,
+    lowerings,
+)
 
 KEY = jax.random.key(0)
 SHAPE = (3, 4, 1)
-EPS = {"jsma": 2.0, "deepfool": 0.5, "carlini_wagner": 0.5}
-FEW = {
-    "pgd": {"num_steps": 2},
-    "bim": {"num_steps": 2},
-    "mim": {"num_steps": 2},
-    "apgd": {"num_steps": 3},
-    "apgd_targeted": {"num_steps": 3, "num_targets": 2},
-    "fab": {"num_steps": 2, "num_targets": 2},
-    "square": {"num_queries": 5},
-    "carlini_wagner": {"num_steps": 3, "num_searches": 2},
-    "deepfool": {"num_steps": 2},
-    "multi_targeted": {"num_steps": 2, "num_targets": 2},
-}
-# Attacks that compute their adversarials on the device, from a call of its own.
-ATTACKS = [name for name in attacks.ATTACKS if name != "autoattack"]
-
-
-def attack(name):
-    """The attack with few steps, as fn(logits_fn, x, y, key)."""
-    usual = EPS.get(name, 0.1)
-
-    def call(logits_fn, x, y, key, eps=usual):
-        return attacks.ATTACKS[name](logits_fn, x, y, key, eps=eps, **FEW.get(name, {}))
-
-    return call
-
-
-FUNCTIONS = {
-    **{name: attack(name) for name in ATTACKS},
-    "transfer": lambda f, x, y, k, eps=0.1: attacks.transfer(
-        f, x, y, k, surrogate=f, eps=eps, num_steps=2
-    ),
-    "jacobian": lambda f, x, y, k: jacobian.jacobian(f, x),
-    "frobenius_norm": lambda f, x, y, k: jacobian.frobenius_norm(f, x, chunk_size=2),
-    "singular_values": lambda f, x, y, k: jacobian.singular_values(f, x),
-    "frobenius_norm_estimate": lambda f, x, y, k: jacobian.frobenius_norm_estimate(
-        f, x, k, num_projections=2
-    ),
-    "spectral_norm": lambda f, x, y, k: jacobian.spectral_norm(f, x, k, num_iterations=2),
-    "margin": lambda f, x, y, k: margins.first_order(f, x, y),
-    "mean_square": lambda f, x, y, k, eps=0.1: energy.mean_square(f, x, y, k, eps=eps),
-    "oscillation": lambda f, x, y, k, eps=0.1: energy.oscillation(f, x, y, k, eps=eps, num_steps=2),
-}
-WITH_EPS = [n for n, fn in FUNCTIONS.items() if "eps" in inspect.signature(fn).parameters]
-WITH_LABELS = [*WITH_EPS, "margin"]
-AUTOATTACK = {
-    "version": ("apgd_ce", "apgd_t", "fab_t", "square"),
-    "overrides": {
-        "apgd_ce": {"num_steps": 3},
-        "apgd_t": {"num_steps": 3, "num_targets": 2},
-        "fab_t": {"num_steps": 2, "num_targets": 2},
-        "square": {"num_queries": 5},
-    },
-}
-
-
-def autoattack(f, x, y, k, eps=0.05):
-    return attacks.autoattack(f, x, y, k, eps=eps, progress=False, **AUTOATTACK)
-
-
-def audit(f, x, y, k, eps=0.05):
-    return robust_jax.audit(f, x, y, k, eps=eps, num_queries=5, progress=False)
 
 
 def weights_of(seed, num_classes=4):
@@ -99,25 +44,19 @@ def examples(seed=0, count=6):
     return x, jnp.argmax(network(weights_of(0))(x), -1)
 
 
-@contextmanager
-def lowerings():
-    """How many programs JAX lowered within, as a list to look at."""
-    seen = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-            seen.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+def is_compiled(fn):
+    return hasattr(fn, "__wrapped__") and fn.__globals__["__name__"] == "robust_jax._front"
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "autoattack", "audit"])
+def test_every_function_behind_the_front_door_is_called_here():
+    modules = (attacks, energy, jacobian, margins)
+    found = {n for module in modules for n in vars(module) if is_compiled(getattr(module, n))}
+    assert found == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
-    fn = FUNCTIONS.get(name) or {"autoattack": autoattack, "audit": audit}[name]
+    fn = ALL[name]
     calls = [
         (network(weights_of(seed)), *examples(seed), jax.random.key(seed)) for seed in (0, 1, 2)
     ]
@@ -221,10 +160,10 @@ def straight_through(x):
 straight_through.defvjp(lambda x: (straight_through(x), None), lambda _, g: (g,))
 
 
-def linen(seed):
+def linen(seed, train=False):
     model = Linen()
     variables = model.init(jax.random.key(seed), jnp.ones((1, *SHAPE)))
-    return lambda x: model.apply(variables, x)
+    return lambda x: model.apply(variables, x, train)
 
 
 def equinox(seed):
@@ -335,6 +274,17 @@ def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
     chex_close(found, FUNCTIONS[name](network(weights_of(0)), x, y, KEY))
 
 
+def test_a_network_outside_jax_is_attacked_by_its_outputs_alone():
+    x, y = examples()
+    chex_close(
+        FUNCTIONS["square"](outside(), x, y, KEY),
+        FUNCTIONS["square"](network(weights_of(0)), x, y, KEY),
+    )
+    for name in ("pgd", "frobenius_norm", "first_order", "autoattack", "audit"):
+        with pytest.raises(ValueError, match="has no gradient there: attacks.square needs none"):
+            ALL[name](outside(), x, y, KEY)
+
+
 # Sharded inputs.
 
 
@@ -365,18 +315,49 @@ def test_every_local_device_takes_its_share_and_the_result_is_on_one():
 # Mistakes.
 
 
+class Module:
+    """What it looks like; PyTorch need not be installed."""
+
+    __module__ = "torch.nn.modules.module"
+
+    def __call__(self, x):
+        return x
+
+
+def remembering():
+    """A network with a running mean of its own, in training mode, as Keras has."""
+    weights, state = weights_of(0), [jnp.zeros(4)]
+
+    def logits_fn(x):
+        logits = network(weights)(x)
+        state[0] = (state[0] + logits.mean(0)) / 2
+        return logits - state[0]
+
+    return logits_fn
+
+
+def outside():
+    """A network outside JAX, without a gradient."""
+    first, second = map(np.asarray, weights_of(0))
+
+    def logits(x):
+        return np.maximum(np.asarray(x).reshape(len(x), -1) @ first, 0) @ second
+
+    return lambda x: jax.pure_callback(logits, jax.ShapeDtypeStruct((len(x), 4), jnp.float32), x)
+
+
 def mistakes():
     x, y = (np.asarray(a) for a in examples())
     nan = x.copy()
     nan[0, 0, 0, 0] = np.nan
     f = network(weights_of(0))
     return {
-        "uint8": ({"x": (255 * x).astype(np.uint8)}, "x is uint8; pixels are floats .* by 255"),
-        "0 to 255": ({"x": 255 * x}, r"x ranges over .*; pixels must be in \[0, 1\]"),
-        "-1 to 1": ({"x": 2 * x - 1}, r"x ranges over .*; pixels must be in \[0, 1\]"),
-        "NaN": ({"x": nan}, "x holds NaN"),
+        "uint8": ({"x": (255 * x).astype(np.uint8)}, r"x\w* is uint8; pixels are floats .* by 255"),
+        "0 to 255": ({"x": 255 * x}, r"x\w* ranges over .*; pixels must be in \[0, 1\]"),
+        "-1 to 1": ({"x": 2 * x - 1}, r"x\w* ranges over .*; pixels must be in \[0, 1\]"),
+        "NaN": ({"x": nan}, r"x\w* holds NaN"),
         "one image": ({"x": x[0], "y": y[0]}, r"y has the shape \[\].*batch axis"),
-        "no image": ({"x": x[:0], "y": y[:0]}, r"x has the shape \[0, 3, 4, 1\]; give a batch"),
+        "no image": ({"x": x[:0], "y": y[:0]}, r"x\w* has the shape \[0, 3, 4, 1\]; give a batch"),
         "one-hot": ({"y": np.eye(4)[y]}, r"y has the shape \[6, 4\]; labels are integers \[B\]"),
         "float labels": ({"y": y * 1.0}, "y is float.*; labels are integers from 0 to 3"),
         "from 1": ({"y": y * 0 + 4}, "y has the label 4; the network has 4 classes"),
@@ -391,7 +372,11 @@ def mistakes():
         "with aux": ({"logits_fn": lambda x: (f(x), x)}, r"a tuple, .*lambda x: f\(x\)\[0\]"),
         "numpy": ({"logits_fn": lambda x: np.asarray(x)}, "hands its input to numpy"),
         "no function": ({"logits_fn": 3}, "logits_fn is 3; give a function"),
+        "a branch": ({"logits_fn": lambda x: f(x) if x.sum() > 0 else x}, "use jnp.where or"),
+        "state": ({"logits_fn": remembering()}, "stores values in one call and uses them in the"),
+        "PyTorch": ({"logits_fn": Module()}, "a PyTorch module; docs/attack_your_model.md has"),
         "NNX without eval": ({"logits_fn": Nnx(nnx.Rngs(0))}, r"call its eval\(\) first"),
+        "linen in training": ({"logits_fn": linen(0, train=True)}, "or pass train=False"),
     }
 
 
@@ -401,7 +386,6 @@ RADII = {
     "None": (None, "eps is None; give a number"),
     "NaN": (float("nan"), "eps must not be negative, not nan"),
 }
-ALL = {**FUNCTIONS, "autoattack": autoattack, "audit": audit}
 
 
 @pytest.mark.parametrize("mistake", mistakes())
@@ -410,7 +394,7 @@ def test_a_mistake_is_told_in_one_line(mistake):
     x, y = examples()
     for name in (*WITH_LABELS, "autoattack", "audit"):
         arguments = {"logits_fn": network(weights_of(0)), "x": x, "y": y, "key": KEY, **changes}
-        if name == "margin" and "key" in changes:
+        if name in WITHOUT_KEY and "key" in changes:
             continue
         with pytest.raises(ValueError, match=message) as caught:
             ALL[name](*arguments.values())

@@ -1,0 +1,142 @@
+"""Networks of other frameworks, as docs/attack_your_model.md writes them."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import robust_jax
+from robust_jax import attacks, jacobian
+from robust_jax._network import as_network
+from tests.calls import lowerings
+from tests.pages import code, missing
+
+# What each function of the page computes, by its own framework, of images [N,8,8,1].
+SECTIONS = {
+    "linen_fn": lambda page, x: page["linen"].apply(page["variables"], x),
+    "nnx_fn": lambda page, x: page["nnx_fn"](x),
+    "equinox_fn": lambda page, x: [page["equinox"](image.transpose(2, 0, 1)) for image in x],
+    "haiku_fn": lambda page, x: page["haiku"].apply(page["params"], page["state"], x)[0],
+    "keras_fn": lambda page, x: page["keras_model"].predict(x, verbose=0),
+    "torchax_fn": lambda page, x: page["module"](channels_first(page, x)).numpy(),
+    "torch_fn": lambda page, x: page["module"](channels_first(page, x)).numpy(),
+    "converted_fn": lambda page, x: page["module"](channels_first(page, x)).numpy(),
+    "black_box": lambda page, x: page["numpy_model"](x),
+}
+WITHOUT_GRADIENT = ("black_box",)
+FEW = {"apgd_ce": {"num_steps": 3}, "square": {"num_queries": 5}}
+EPS = 0.05
+
+
+def channels_first(page, x):
+    return page["torch"].tensor(x).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def page() -> dict:
+    """The names that the page defines, up to its sections on other inputs; x is shorter."""
+    names: dict = {}
+    for block in code("docs/attack_your_model.md"):
+        if not missing(block):
+            exec(block, names)
+        if "black_box" in names:
+            return names
+    raise AssertionError("the page has no black box")
+
+
+def network(name):
+    """(The function, 20 images, what the framework itself says of them), or a skip."""
+    if name not in page():
+        pytest.skip(f"the package for {name} is not installed")
+    x = page()["x"][:20]
+    return page()[name], x, np.asarray(SECTIONS[name](page(), x))
+
+
+def calls(logits_fn, x, y, key):
+    """What a user does with a network: each returns arrays."""
+
+    def autoattack(version):
+        return attacks.autoattack(
+            logits_fn,
+            x,
+            y,
+            key,
+            eps=EPS,
+            version=version,
+            overrides={name: FEW[name] for name in version},
+            progress=False,
+        )
+
+    def audit():
+        report = robust_jax.audit(logits_fn, x, y, key, eps=EPS, num_queries=5, progress=False)
+        return {check.name: check.verdict for check in report.checks}
+
+    return {
+        "pgd": lambda: attacks.pgd(logits_fn, x, y, key, eps=EPS, num_steps=3),
+        "frobenius_norm": lambda: jacobian.frobenius_norm(logits_fn, x),
+        "audit": audit,
+        "autoattack": lambda: autoattack(("apgd_ce", "square")).robust,
+        "square": lambda: autoattack(("square",)).robust,
+    }
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_logits_are_the_frameworks_own(name):
+    logits_fn, x, own = network(name)
+    traced = jax.jit(as_network(logits_fn, x.shape[1:], x.dtype))
+    assert np.ptp(own) > 0.1
+    np.testing.assert_allclose(traced(x), own, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_attacks_audit_and_norms_work_and_compile_once(name):
+    logits_fn, x, own = network(name)
+    y, key = own.argmax(-1), jax.random.key(1)
+    for call, fn in calls(logits_fn, x, y, key).items():
+        if name in WITHOUT_GRADIENT and call != "square":
+            continue
+        first = fn()
+        if call == "pgd":
+            assert 0 < np.abs(first - x).max() <= EPS + 1e-6
+        if call == "audit":
+            assert {first[check] for check in ("outputs", "randomness", "batch")} == {"pass"}
+            continue  # PyTorch takes ten seconds for it
+        with lowerings() as seen:
+            again = fn()
+        assert not seen, f"{call} compiled {len(seen)} programs again"
+        np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize("name", [name for name in SECTIONS if name not in WITHOUT_GRADIENT])
+def test_gradients_are_the_frameworks_own(name):
+    logits_fn, x, own = network(name)
+    images = x[:2]
+    if name in ("torchax_fn", "torch_fn", "converted_fn"):
+        torch = page()["torch"]
+        image = torch.tensor(images, requires_grad=True)
+        logits = page()["module"](image.permute(0, 3, 1, 2))
+        rows = [
+            torch.autograd.grad(logits[:, k].sum(), image, retain_graph=True)[0].numpy()
+            for k in range(10)
+        ]
+        expected = np.stack(rows, 1)
+    else:
+        expected = jax.vmap(jax.jacrev(lambda image: logits_fn(image[None])[0]))(images)
+    found = jacobian.jacobian(logits_fn, images)
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_published_order_of_tfds_is_found(tmp_path):
+    from tensorflow_datasets.core.shuffle import Shuffler
+
+    (block,) = (block for block in code("docs/attack_your_model.md") if "Hasher" in block)
+    names = {"np": np}
+    exec(block, names)
+    shuffler = Shuffler(tmp_path, "test")
+    for i in range(50):
+        shuffler.add(i, str(i).encode())
+    rows = np.array([int(data) for _, data in shuffler])
+    assert (rows != np.arange(50)).any()
+    np.testing.assert_array_equal(rows[names["published_order"]("test", 50)], np.arange(50))
