@@ -9,6 +9,7 @@ import argparse
 import errno
 import logging as python_logging
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -110,7 +111,8 @@ def _exit_at_once(line: str) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with one line for whatever is wrong with the flags or the config file."""
     try:
-        argv = with_stored_config(argv)
+        argv = with_fractions(with_stored_config(argv))
+        sys.argv[:] = argv  # where ml_collections looks for the overrides
         rest = FLAGS(argv)
         FLAGS.config.keys()  # a config file that failed to load says so when it is first used
         return rest
@@ -152,9 +154,20 @@ def with_stored_config(argv: list[str]) -> list[str]:
         if known.mode != "train":
             sys.exit(f"error: {workdir} holds no run; --mode={known.mode} needs a finished one")
         sys.exit(f"error: --config is missing and {workdir} holds no run; {configs_there_are()}")
-    argv = [argv[0], f"--config={stored.__file__}:{workdir}", *argv[1:]]
-    sys.argv[:] = argv  # where ml_collections looks for the overrides
-    return argv
+    return [argv[0], f"--config={stored.__file__}:{workdir}", *argv[1:]]
+
+
+def with_fractions(argv: list[str]) -> list[str]:
+    """The arguments with 8/255 as a number in every --config.….eps."""
+
+    def decimal(match):
+        return repr(float(match[1]) / float(match[2]))
+
+    return [
+        re.sub(r"(\d+(?:\.\d*)?)\s*/\s*(\d+(?:\.\d*)?)", decimal, arg)
+        if re.match(r"--?config\.[^=]*eps=", arg) else arg
+        for arg in argv
+    ]  # fmt: skip
 
 
 def configs_there_are() -> str:

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import sys
 
 import pytest
 
@@ -128,11 +127,9 @@ def test_launch_says_in_one_line_what_is_missing(arguments, message, monkeypatch
 
 def test_launch_takes_the_config_that_is_in_the_folder(monkeypatch, tmp_path):
     a_run(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["launch.py"])
     arguments = ["launch.py", f"--workdir={tmp_path}", "--config.seed=3"]
     found = launch_module.with_stored_config(arguments)
     assert found == ["launch.py", f"--config={stored.__file__}:{tmp_path}", *arguments[1:]]
-    assert sys.argv == found
     given = ["launch.py", "--config=configs/default.py", f"--workdir={tmp_path}"]
     monkeypatch.chdir(REPOSITORY)
     for untouched in (["launch.py", "--help"], given):
@@ -144,3 +141,15 @@ def test_json_is_a_config_again():
     config = stored.from_json(json.loads(json.dumps(tree)))
     assert config.a == (1, (2, 3)) and config.b.c == () and config.b.d is None
     assert list(config.arms) == ["z", "a"] and config.arms.a.eps == (0.5,)
+
+
+def test_a_fraction_of_255_levels_is_a_radius_on_the_command_line_too():
+    given = [
+        "--config.threat.eps=8/255",
+        "--config.attacks.pgd.eps=(4 / 255, 0.1)",
+        "--workdir=8/2",
+    ]
+    eps, several, other = launch_module.with_fractions(given)
+    assert float(eps.partition("=")[2]) == 8 / 255
+    assert eval(several.partition("=")[2]) == (4 / 255, 0.1)
+    assert other == given[2]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from absl import logging
 from ml_collections import ConfigDict
 
-from robust_jax.app import cards, report, runs, stored
+from robust_jax.app import cards, report, runs, stored, threat
 from robust_jax.app import config as config_lib
 from robust_jax.devices import processes
 from robust_jax.errors import UserError
@@ -31,13 +31,29 @@ def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
     if stored.holds(workdir) != "a run":
         _claim_new(workdir, stored.RUN, config, mode)
         return
-    old, new = (config_lib.to_json(c) for c in (stored.config_of(workdir), config) if c is not None)
-    ignore = () if mode == "train" else config_lib.FIELDS_OF_NO_TRAINING
-    if changed := config_lib.differences(old, new, ignore=ignore):
+    if changed := _differences(workdir, config, mode):
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}); take another "
             "--workdir or the same config (other attacks: --mode=evaluate)"
         )
+
+
+def _differences(workdir: Path, config: ConfigDict, mode: Mode) -> list[str]:
+    """The fields that differ and must not, in this mode.
+
+    What follows the threat model may also be given in full; once it is trained, it was trained
+    against the old one.
+    """
+    old = stored.config_of(workdir)
+    assert old is not None
+    ignore = ("checkpoint_every", *(() if mode == "train" else config_lib.FIELDS_OF_NO_TRAINING))
+    pairs = [(threat.complete(old), threat.complete(config))]
+    if mode != "train":
+        pairs.append((old, config))
+    found = [
+        config_lib.differences(*map(config_lib.to_json, pair), ignore=ignore) for pair in pairs
+    ]
+    return min(found, key=len)
 
 
 def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:

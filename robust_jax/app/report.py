@@ -152,30 +152,33 @@ def verdict(results: Results) -> str:
 
 
 def reference_radius(results: Results) -> Radius | None:
-    """The norm and ε of the adversary where it was evaluated, or else one that tells most.
+    """The threat model's norm and ε where it was evaluated, or else what tells most.
 
-    That is the largest ε, ℓ∞ before other norms, at which the worst case is above chance, or the
-    smallest there is. None without attacks.
+    That is the adversary's, or the largest ε, ℓ∞ before other norms, at which the worst case is
+    above chance, or the smallest there is. None without attacks.
     """
     worst = [a for a in results["attacks"] if a["attack"] == "worst_case"]
-    if (trained := _trained(results)) is not None:
+    trained, threat = _trained(results), _pair(results.get("threat"))
+    for pair in (threat, trained):
         for a in worst:
-            if a["norm"] == trained[0] and isclose(a["eps"], trained[1], rel_tol=1e-6):
-                return Radius(a["norm"], a["eps"], trained=True)
+            if pair and a["norm"] == pair[0] and isclose(a["eps"], pair[1], rel_tol=1e-6):
+                return Radius(a["norm"], a["eps"], trained=pair == trained)
     if not worst:
         return None
     norms = {a["norm"] for a in worst}
-    norm = (
-        trained[0] if trained and trained[0] in norms else "linf" if "linf" in norms else min(norms)
-    )
+    preferred = (threat or trained or ("linf",))[0]
+    norm = preferred if preferred in norms else "linf" if "linf" in norms else min(norms)
     worst = [a for a in worst if a["norm"] == norm]
     above = [a["eps"] for a in worst if a["robust_accuracy"] > 1 / results["data"]["num_classes"]]
     return Radius(norm, max(above, default=min(a["eps"] for a in worst)), trained=False)
 
 
 def _trained(results: Results) -> tuple[str, float] | None:
-    against = results["trained_against"]
-    return (against["norm"], against["eps"]) if against else None
+    return _pair(results["trained_against"])
+
+
+def _pair(threat: Mapping[str, Any] | None) -> tuple[str, float] | None:
+    return (threat["norm"], threat["eps"]) if threat else None
 
 
 def _worst_case(results: Results, radius: Radius) -> Mapping[str, Any]:

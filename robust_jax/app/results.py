@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
+from ml_collections import ConfigDict
 
 from robust_jax import __version__
 from robust_jax._audit import Audit
 from robust_jax.app import config as config_lib
 from robust_jax.app import records as records_lib
-from robust_jax.app import runs
+from robust_jax.app import runs, threat
 from robust_jax.app.evaluator import AttackGrid
 from robust_jax.app.experiment import Experiment
 from robust_jax.app.records import column, worst_case
@@ -52,6 +53,7 @@ def compose(
             "name": experiment.config.model.name,
             "parameters": num_parameters(trained.last.params),
         },
+        "threat": threat_of(experiment.config),
         "trained_against": trained_against(experiment),
     }
 
@@ -87,8 +89,13 @@ def trained_against(experiment: Experiment) -> dict[str, Any] | None:
     """The adversary's norm and eps, where training looked at what it made."""
     if not experiment.uses_adversary:
         return None
-    adversary = experiment.config.adversary
-    return {"norm": adversary.get("norm", "linf"), "eps": adversary.eps}
+    adversary = threat.complete(experiment.config).adversary
+    return {"norm": adversary.norm, "eps": adversary.eps}
+
+
+def threat_of(config: ConfigDict) -> dict[str, Any]:
+    """The norm and eps that it is judged at."""
+    return threat.complete(config).threat.to_dict()
 
 
 def validations(workdir: Path) -> dict[str, dict[str, float]]:

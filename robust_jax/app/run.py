@@ -17,7 +17,7 @@ from robust_jax.app import config as config_lib
 from robust_jax.app import folder, runs, surrogate, verify
 from robust_jax.app.experiment import Experiment, build
 from robust_jax.app.folder import Mode
-from robust_jax.app.results import audit_to_json, compose, trained_against, validations
+from robust_jax.app.results import audit_to_json, compose, threat_of, validations
 from robust_jax.app.subject import subject_of
 from robust_jax.devices import processes, speed
 from robust_jax.errors import NothingToAudit, UserError
@@ -191,15 +191,15 @@ def _audit(experiment: Experiment, trained: Trained, workdir: Path) -> dict[str,
 
 
 def _images(experiment: Experiment, trained: Trained) -> dict[str, np.ndarray]:
-    """The image grid: the last attack in the adversary's norm, at its eps; else the last of all.
+    """The image grid: the last attack in the threat model's norm, at its eps; else the last of all.
 
     AutoAttack has no batch to look at: none for it alone.
     """
     grids = {name: grid for name, grid in experiment.grids.items() if not grid.members}
     if not grids:
         return {}
-    against = trained_against(experiment) or {}
-    of_norm = [name for name, grid in grids.items() if grid.norm == against.get("norm")]
+    threat = threat_of(experiment.config)
+    of_norm = [name for name, grid in grids.items() if grid.norm == threat["norm"]]
     name = (of_norm or list(grids))[-1]
-    eps = against["eps"] if of_norm else max(grids[name].eps)
+    eps = threat["eps"] if of_norm else max(grids[name].eps)
     return experiment.evaluator.images(trained.best.variables, name, float(eps))

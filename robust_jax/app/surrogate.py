@@ -16,7 +16,7 @@ from robust_jax.types import LogitsFn
 # What describes the data and the machine, and how many examples fit on it.
 SHARED = (
     "dataset", "data_dir", "test_split", "image_size", "streaming", "validation_size", "normalize",
-    "batch_size", "parallel", "evaluation",
+    "batch_size", "parallel", "evaluation", "threat",
 )  # fmt: skip
 
 
