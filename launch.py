@@ -10,6 +10,7 @@ import errno
 import logging as python_logging
 import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -63,8 +64,8 @@ def main(argv: list[str]) -> None:
     import jax
 
     from configs import default
-    from robust_jax.app import entries, report, run, study
-    from robust_jax.devices import processes, speed
+    from robust_jax.app import entries, run, study
+    from robust_jax.devices import processes, speed, stopping
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
@@ -76,19 +77,19 @@ def main(argv: list[str]) -> None:
         speed.keep_freed_memory()
         if not processes.is_first():
             logging.set_verbosity(logging.ERROR)
-        if study.is_study(config):
-            if FLAGS.profile:
-                raise UserError("--profile is for one run: give it a run's config and folder")
-            typed: Any = FLAGS["config"]
-            config = study.settled(config, typed.override_values)
-            study.check(config, default.get_config())
-            said = study.execute(config, workdir, FLAGS.mode, only=FLAGS.only)
-        else:
-            if FLAGS.only:
-                raise UserError("--only is a study's; this config is that of one run")
-            entries.check(config, default.get_config())
-            results = run.execute(config, workdir, FLAGS.mode, profile=FLAGS.profile)
-            said = report.table(results)
+        with stopping.watched():
+            if study.is_study(config):
+                if FLAGS.profile:
+                    raise UserError("--profile is for one run: give it a run's config and folder")
+                typed: Any = FLAGS["config"]
+                config = study.settled(config, typed.override_values)
+                study.check(config, default.get_config())
+                said = study.execute(config, workdir, FLAGS.mode, only=FLAGS.only)
+            else:
+                if FLAGS.only:
+                    raise UserError("--only is a study's; this config is that of one run")
+                entries.check(config, default.get_config())
+                said = run.execute(config, workdir, FLAGS.mode, profile=FLAGS.profile)
         if processes.is_first():
             print(said)
     except CannotWrite as error:
@@ -185,4 +186,5 @@ def _not_orbax(record: python_logging.LogRecord) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save: no traceback
     app.run(main, flags_parser=parse_flags)

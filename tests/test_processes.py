@@ -15,7 +15,6 @@ import pytest
 
 from robust_jax.devices import parallel, processes, speed
 from robust_jax.errors import UserError
-from robust_jax.train.loop import EXIT_TERMINATED
 from tests.conftest import REPOSITORY, environment_of
 from tests.test_demo import AUTOATTACK, TINY
 
@@ -86,9 +85,9 @@ def terminated(tmp_path_factory):
     while not list((workdir / "checkpoints" / "last").glob("[0-9]*")):
         assert time.monotonic() < deadline and started[0].poll() is None, started[0].communicate()
     started[1].send_signal(signal.SIGTERM)
-    (_, told), (_, silent) = finish(started, EXIT_TERMINATED)
-    assert "terminated: saved step" in told
-    assert "terminated" not in silent  # the first process speaks for all
+    (_, told), (_, silent) = finish(started, 128 + signal.SIGTERM)
+    assert "stopped at step" in told and "saving at the end of this step" in told
+    assert "stopped" not in silent and "saving" not in silent  # the first process speaks for all
     assert not (workdir / "results.json").exists()
     return workdir
 
@@ -98,7 +97,7 @@ def test_two_processes_go_on_and_end_as_one_would(method, terminated, undisturbe
     workdir = tmp_path / "run"
     shutil.copytree(terminated, workdir)
     (printed, told), (nothing, _) = finish(start(workdir, 2, 2, f"--config.parallel={method}"))
-    assert "resuming at step" in told
+    assert "continuing from step" in told
     assert "clean accuracy" in printed and "clean accuracy" not in nothing
     found = left_in(workdir)
     assert found[0]["device"]["count"] == 4
@@ -117,7 +116,7 @@ def test_a_mistake_of_one_is_told_by_all(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for _, errors in finish(start(tmp_path, 2, 1), code=1):
         line = [line for line in errors.splitlines() if line.startswith("error")]
-        assert line == [f"error: {tmp_path} is not empty and holds no run; take another --workdir"]
+        assert line == [f"error: {tmp_path} holds other files and no run; take another --workdir"]
 
 
 @pytest.mark.parametrize("where", ["nowhere", "host:1,two,0", "host:1,2"])

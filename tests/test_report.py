@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from robust_jax import plots
 from robust_jax.analysis.summaries import wilson_interval
-from robust_jax.app import report, runs
+from robust_jax.app import pages, report, runs
 from robust_jax.app.records import breaking_eps, evidence, fates, held, read
 from robust_jax.app.wording import format_eps
 from robust_jax.errors import UserError
@@ -216,7 +216,7 @@ def run(tmp_path_factory):
 def test_a_figure_is_a_picture_of_pixels_only_where_it_is_large(rows, kind):
     figure = Figure()
     figure.subplots().scatter(*np.random.default_rng(0).random((2, rows)))
-    source = report.image(figure, "dots")["src"]
+    source = pages.image(figure, "dots")["src"]
     assert source.startswith(f"data:image/{kind};base64,")
     assert len(source) < 250_000
 
