@@ -164,7 +164,7 @@ def _numbers(run: Compared) -> dict[str, str]:
     }
     for entry in results["attacks"]:
         if entry["attack"] in ("worst_case", "autoattack"):
-            norm = plots.NORMS.get(entry["norm"], entry["norm"])
+            norm = plots.norm_symbol(entry["norm"])
             what = "worst case" if entry["attack"] == "worst_case" else entry["name"]
             label = f"{what}, {norm} {format_eps(entry['eps'])}, %"
             part = entry["count"] < results["clean"]["count"]

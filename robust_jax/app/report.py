@@ -259,7 +259,9 @@ def _blocks(results: Results) -> list[dict[str, Any]]:
             for attack, rows in of_norm.groupby("attack", sort=False)
         ]
         heads = [format_eps(eps) for eps in sizes]
-        blocks.append({"norm": plots.norm_symbol(norm), "eps": heads, "rows": rows})
+        partial = bool((of_norm["count"] < results["clean"]["count"]).any())
+        symbol = plots.norm_symbol(norm)
+        blocks.append({"norm": symbol, "eps": heads, "rows": rows, "partial": partial})
     return blocks
 
 
