@@ -2,22 +2,23 @@
 
 python launch.py --config=configs/default.py --workdir=runs/demo [--config.field=value …]
 python launch.py --config=configs/studies/entm.py --workdir=runs/entm [--config.scale=smoke]
+python launch.py --workdir=runs/demo --mode=report     # or evaluate, measure, audit, verify
+python launch.py --mode=compare --workdir=runs/both runs/demo runs/other
 python launch.py … --distributed=10.0.0.1:1234,2,0     # and …,2,1 on the other of two hosts
 """
 
-import argparse
 import errno
 import logging as python_logging
 import os
+import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from robust_jax.app import stored
+from robust_jax.app import command_line
 from robust_jax.errors import CannotWrite, UserError
 
 FLAGS = flags.FLAGS
@@ -34,10 +35,12 @@ flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, records, re
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "measure", "audit", "verify", "report"],
-    "train: all of it. Of a finished run, evaluate: all again but training; measure, audit, "
-    "report: that part alone; verify: every adversarial made anew from the checkpoint and compared "
-    "with the records.",
+    ["train", "evaluate", "measure", "audit", "verify", "report", "compare"],
+    "train: train, evaluate, audit and report. The others are for finished runs and need no "
+    "--config. evaluate: attack and measure again, added to what there is; measure: only "
+    "config.measurements; audit: only the audit; verify: attack again from the checkpoint and "
+    "compare with the records; report: only the page; compare: a page of several runs, "
+    "--mode=compare --workdir=OUT RUN RUN …",
 )
 flags.DEFINE_string(
     "only", "", "Of a study: an arm, or arm/seed, to run alone; --mode=report collects them."
@@ -53,42 +56,11 @@ flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; flags look like --config.seed=1")
     logging.set_verbosity(logging.INFO)
     python_logging.getLogger("jax").setLevel(python_logging.WARNING)
     python_logging.getLogger("absl").addFilter(_not_orbax)
-
-    import jax
-
-    from configs import default
-    from robust_jax.app import entries, report, run, study
-    from robust_jax.devices import processes, speed
-
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
-    # By default programs that compile within a second are not kept: a run has hundreds of those.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    config, workdir = FLAGS.config, Path(FLAGS.workdir)
     try:
-        processes.initialize(FLAGS.distributed)
-        speed.keep_freed_memory()
-        if not processes.is_first():
-            logging.set_verbosity(logging.ERROR)
-        if study.is_study(config):
-            if FLAGS.profile:
-                raise UserError("--profile is for one run: give it a run's config and folder")
-            typed: Any = FLAGS["config"]
-            config = study.settled(config, typed.override_values)
-            study.check(config, default.get_config())
-            said = study.execute(config, workdir, FLAGS.mode, only=FLAGS.only)
-        else:
-            if FLAGS.only:
-                raise UserError("--only is a study's; this config is that of one run")
-            entries.check(config, default.get_config())
-            results = run.execute(config, workdir, FLAGS.mode, profile=FLAGS.profile)
-            said = report.table(results)
-        if processes.is_first():
+        if said := carry_out(argv[1:]):
             print(said)
     except CannotWrite as error:
         _exit_at_once(f"error: {error}")
@@ -98,9 +70,50 @@ def main(argv: list[str]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         _exit_at_once(
-            f"error: {error.strerror}: {error.filename or workdir}; what was saved "
-            "before is kept, and the same command goes on from there"
+            f"error: {error.strerror}: {error.filename or FLAGS.workdir}; what was saved before is "
+            "kept, and the same command continues from there"
         )
+
+
+def carry_out(arguments: list[str]) -> str:
+    """Does what the flags say; returns what the first process has to tell people."""
+    workdir = Path(FLAGS.workdir)
+    if FLAGS.mode == "compare":
+        from robust_jax.app import compare
+
+        return compare.write(arguments, workdir)
+    if arguments:
+        raise UserError(f"unexpected argument {arguments[0]!r}; flags look like --config.seed=1")
+
+    import jax
+
+    from configs import default
+    from robust_jax.app import entries, run, study
+    from robust_jax.devices import processes, speed, stopping
+
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+    # By default programs that compile within a second are not kept: a run has hundreds of those.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    processes.initialize(FLAGS.distributed)
+    speed.keep_freed_memory()
+    if not processes.is_first():
+        logging.set_verbosity(logging.ERROR)
+    config, schema = FLAGS.config, default.get_config()
+    with stopping.watched():
+        if study.is_study(config):
+            if FLAGS.profile:
+                raise UserError("--profile is for one run: give it a run's config and folder")
+            flag: Any = FLAGS["config"]
+            config = study.settled(config, flag.override_values)
+            study.check(config, schema)
+            said = study.execute(config, workdir, FLAGS.mode, only=FLAGS.only)
+        else:
+            if FLAGS.only:
+                raise UserError("--only is a study's; this config is that of one run")
+            entries.check(config, schema)
+            said = run.execute(config, workdir, FLAGS.mode, profile=FLAGS.profile)
+    return said if processes.is_first() else ""
 
 
 def _exit_at_once(line: str) -> None:
@@ -112,69 +125,13 @@ def _exit_at_once(line: str) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with one line for whatever is wrong with the flags or the config file."""
     try:
-        argv = with_stored_config(argv)
-        rest = FLAGS(argv)
-        FLAGS.config.keys()  # a config file that failed to load says so when it is first used
+        sys.argv[:] = command_line.completed(argv, Path(__file__).parent / "configs")
+        rest = FLAGS(sys.argv)
+        if FLAGS.config is not None:
+            FLAGS.config.keys()  # a config file that failed to load says so when it is first used
         return rest
-    except Exception as error:  # a config file is code and may raise anything
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, UserError):
-            sys.exit(f"error: {cause}")
-        reason = str(cause.args[-1] if cause.args else type(cause).__name__)
-        if "Traceback" in reason:  # ml_collections folds one into its message
-            reason = reason.strip().splitlines()[-1]
-        where = traceback.extract_tb(cause.__traceback__)
-        lines = [
-            f" in {Path(f.filename).name}:{f.lineno}"
-            for f in where
-            if "config" in f.filename and "ml_collections" not in f.filename
-        ]
-        sys.exit(
-            f"error: {type(cause).__name__}{lines[-1] if lines else ''}: "
-            f"{' '.join(str(reason).split())} "
-            "(--help lists the flags, configs/default.py the fields)"
-        )
-
-
-def with_stored_config(argv: list[str]) -> list[str]:
-    """The arguments, with --config where the folder has it: that of its run or study."""
-    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    given.add_argument("--workdir", "-workdir")
-    given.add_argument("--config", "-config")
-    given.add_argument("--mode", "-mode", default="train")
-    known, rest = given.parse_known_args(argv[1:])
-    if any(arg.lstrip("-") in ("help", "h", "?", "helpshort", "helpfull") for arg in rest):
-        return argv
-    if known.config and not Path(known.config.partition(":")[0]).exists():
-        sys.exit(f"error: there is no config {known.config}; {configs_there_are()}")
-    if not known.workdir:
-        sys.exit(
-            "error: --workdir is missing: the folder of the run, as in --workdir=runs/demo"
-            f"{'' if known.config else f'; {configs_there_are()}'}"
-        )
-    if known.config:
-        return argv
-    workdir = Path(known.workdir).absolute()
-    if stored.config_of(workdir) is None:
-        if known.mode != "train":
-            sys.exit(f"error: {workdir} holds no run; --mode={known.mode} needs a finished one")
-        sys.exit(f"error: --config is missing and {workdir} holds no run; {configs_there_are()}")
-    argv = [argv[0], f"--config={stored.__file__}:{workdir}", *argv[1:]]
-    sys.argv[:] = argv  # where ml_collections looks for the overrides
-    return argv
-
-
-def configs_there_are() -> str:
-    folder = Path(__file__).parent / "configs"
-    runs = sorted(path.stem for path in folder.glob("*.py"))
-    studies = sorted(path.stem for path in (folder / "studies").glob("*.py"))
-    studies.remove("common")
-    return (
-        f"--config=configs/NAME.py for a run, NAME one of {', '.join(runs)}; "
-        f"--config=configs/studies/NAME.py for a study: {', '.join(studies)}"
-    )
+    except Exception as error:
+        sys.exit(f"error: {command_line.mistake(error)}")
 
 
 def _not_orbax(record: python_logging.LogRecord) -> bool:
@@ -183,4 +140,5 @@ def _not_orbax(record: python_logging.LogRecord) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save: no traceback
     app.run(main, flags_parser=parse_flags)

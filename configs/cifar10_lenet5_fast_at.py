@@ -14,7 +14,7 @@ def get_config():
     default.cifar10_linf(config)
     config.model = {"name": "lenet5"}
     config.adversary.num_steps = 1
-    config.adversary.step_size = 10 / 255
+    config.adversary.relative_step_size = 1.25
     config.duration = "8 epochs"
     config.learning_rate = 2e-3
     config.schedule = {"name": "one_cycle"}

@@ -14,7 +14,7 @@ def get_config():
     default.cifar10_linf(config)
     config.model = {"name": "preact_resnet", "depth": 18}
     config.dtype = "bfloat16"
-    config.adversary.step_size = 2 / 255
+    config.adversary.relative_step_size = 1 / 4
     config.optimizer = {"name": "sgd", "momentum": 0.9}
     config.learning_rate = 0.1
     config.weight_decay = 5e-4

@@ -15,7 +15,7 @@ def get_config():
     config.model = {"name": "wide_resnet", "depth": 34, "width": 10}
     config.dtype = "bfloat16"
     config.loss_on = "clean"
-    config.adversary.step_size = 2 / 255
+    config.adversary.relative_step_size = 1 / 4
     config.adversary.loss = "kl"
     config.regularizers.kl.weight = 6.0
     config.optimizer = {"name": "sgd", "momentum": 0.9}

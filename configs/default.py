@@ -31,6 +31,12 @@ def get_config() -> ConfigDict:
     config.normalize = True  # by the training pixels' mean and deviation, inside the model
     config.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
 
+    # Threat model: the perturbations that it is trained, chosen, judged and audited against, a norm
+    # and a radius in pixel units ("8/255" is a number, too). Where adversary, validation_attack,
+    # audit, an attack, a regulariser or a measurement takes both and is not given them, these are
+    # they. relative_step_size, in an attack, is its step_size in units of its radius.
+    config.threat = ConfigDict({"norm": "linf", "eps": 0.15})
+
     # Objective: a loss on the clean half of the batch, the adversarial half or both, plus weighted
     # regularisers. A name in robust_jax.losses.LOSSES and its keywords.
     config.loss = ConfigDict({"name": "cross_entropy"})
@@ -40,8 +46,6 @@ def get_config() -> ConfigDict:
     config.adversary = ConfigDict(
         {
             "name": "pgd",
-            "norm": "linf",
-            "eps": 0.15,
             "num_steps": 10,
             "keep_best": False,
             "loss": "cross_entropy",
@@ -60,20 +64,8 @@ def get_config() -> ConfigDict:
             "jacobian": {"weight": 0.0, "num_projections": 1},
             "input_gradient": {"weight": 0.0},
             "average_margin": {"weight": 0.0, "tau": 0.1, "norm": "linf"},
-            "energy_mean_square": {
-                "weight": 0.0,
-                "eps": 0.15,
-                "norm": "linf",
-                "num_samples": 1,
-                "label_free": False,
-            },
-            "energy_oscillation": {
-                "weight": 0.0,
-                "eps": 0.15,
-                "norm": "linf",
-                "num_steps": 10,
-                "label_free": False,
-            },
+            "energy_mean_square": {"weight": 0.0, "num_samples": 1, "label_free": False},
+            "energy_oscillation": {"weight": 0.0, "num_steps": 10, "label_free": False},
         }
     )
 
@@ -95,7 +87,7 @@ def get_config() -> ConfigDict:
     config.log_every = "10 steps"
     config.validate_every = "2 epochs"
     config.checkpoint_every = "10 epochs"
-    config.validation_attack = ConfigDict({"name": "pgd", "norm": "linf", "eps": 0.15})
+    config.validation_attack = ConfigDict({"name": "pgd"})
     # Of how many training examples the l2 margins are logged, too: their minimum, average and
     # quantiles, as minimum_margin, average_margin, margin_q10, margin_q50 and margin_q90.
     config.track_margins = 0
@@ -107,7 +99,7 @@ def get_config() -> ConfigDict:
     config.attacks = attack_grid(
         linf=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
         l2=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
-        autoattack={"linf": 0.15},
+        autoattack=("linf",),
     )
     config.evaluation = ConfigDict(
         {
@@ -127,8 +119,8 @@ def get_config() -> ConfigDict:
     # Is the robustness real? The checks of robust_jax.audit on the best checkpoint.
     config.audit = ConfigDict(
         {
-            "norm": "linf",
-            "eps": 0.15,
+            "norm": None,  # None: those of threat
+            "eps": None,
             "num_examples": 200,  # the first of the test set; 0: no audit
             "num_queries": 1000,  # of random search
             # Whose adversarials are tried: "train" trains an undefended CNN; else the folder of a
@@ -145,12 +137,13 @@ def attack_grid(
     linf: tuple[float, ...] = (),
     l2: tuple[float, ...] = (),
     *,
-    autoattack: dict[str, float] | None = None,
+    autoattack: tuple[str, ...] = (),
     num_examples: int = 0,
 ) -> ConfigDict:
     """FGSM, BIM, MIM and PGD with restarts in each norm, at the radii given for it.
 
-    autoattack: a radius for each norm in which it runs, on the first num_examples (0: all).
+    autoattack: the norms in which it runs, at the threat model's radius, on the first num_examples
+    (0: all).
     """
     grid = {
         f"{name}_{norm}": {"name": name, "norm": norm, "eps": eps, **keywords}
@@ -163,8 +156,8 @@ def attack_grid(
             ("pgd", {"num_steps": 20, "num_restarts": 3}),
         )
     }
-    for norm, eps in (autoattack or {}).items():
-        entry = {"name": "autoattack", "norm": norm, "eps": (eps,), "num_examples": num_examples}
+    for norm in autoattack:
+        entry = {"name": "autoattack", "norm": norm, "num_examples": num_examples}
         grid[f"autoattack_{norm}"] = entry
     return ConfigDict(grid)
 
@@ -178,11 +171,7 @@ def cifar10_linf(config: ConfigDict) -> None:
     config.validate_every = "1 epoch"
     config.checkpoint_every = "1 epoch"
 
-    config.adversary.eps = 8 / 255
-    config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 8 / 255}
+    config.threat.eps = 8 / 255
     config.attacks = attack_grid(
-        linf=(2 / 255, 4 / 255, 8 / 255, 12 / 255),
-        l2=(0.25, 0.5, 1.0),
-        autoattack={"linf": 8 / 255},
+        linf=(2 / 255, 4 / 255, 8 / 255, 12 / 255), l2=(0.25, 0.5, 1.0), autoattack=("linf",)
     )
-    config.audit.eps = 8 / 255

@@ -12,5 +12,5 @@ def get_config():
     config = default.get_config()
     config.loss_on = "clean"
     config.adversary = None
-    config.regularizers.energy_mean_square.update(weight=100.0, eps=0.15)
+    config.regularizers.energy_mean_square.update(weight=100.0)
     return config

@@ -13,5 +13,5 @@ def get_config():
     config.num_labeled = 100
     config.loss_on = "clean"
     config.adversary = None
-    config.regularizers.energy_oscillation.update(weight=10.0, eps=0.15, label_free=True)
+    config.regularizers.energy_oscillation.update(weight=10.0, label_free=True)
     return config

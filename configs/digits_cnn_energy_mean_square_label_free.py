@@ -14,5 +14,5 @@ def get_config():
     config.num_labeled = 100
     config.loss_on = "clean"
     config.adversary = None
-    config.regularizers.energy_mean_square.update(weight=100.0, eps=0.15, label_free=True)
+    config.regularizers.energy_mean_square.update(weight=100.0, label_free=True)
     return config

@@ -12,5 +12,5 @@ def get_config():
     config = default.get_config()
     config.loss_on = "clean"
     config.adversary = None
-    config.regularizers.energy_oscillation.update(weight=1.0, eps=0.15)
+    config.regularizers.energy_oscillation.update(weight=1.0)
     return config

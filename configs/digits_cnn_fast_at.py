@@ -11,5 +11,5 @@ from configs import default
 def get_config():
     config = default.get_config()
     config.adversary.num_steps = 1
-    config.adversary.step_size = 1.25 * config.adversary.eps
+    config.adversary.relative_step_size = 1.25
     return config

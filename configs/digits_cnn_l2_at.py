@@ -10,10 +10,8 @@ from configs import default
 
 def get_config():
     config = default.get_config()
-    config.adversary.update(norm="l2", eps=1.0)
-    config.validation_attack.update(norm="l2", eps=1.0)
+    config.threat = {"norm": "l2", "eps": 1.0}
     config.attacks = default.attack_grid(
-        linf=(0.05, 0.1, 0.15), l2=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0), autoattack={"l2": 1.0}
+        linf=(0.05, 0.1, 0.15), l2=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0), autoattack=("l2",)
     )
-    config.audit.update(norm="l2", eps=1.0)
     return config

@@ -14,7 +14,7 @@ def get_config():
     config.validation_size = 1000
     config.augmentation.flip = True
     config.model = {"name": "lenet5"}
-    config.adversary.eps = 0.1
+    config.threat.eps = 0.1
 
     config.duration = "4 epochs"
     config.learning_rate = 2e-3
@@ -23,9 +23,7 @@ def get_config():
     config.validate_every = "0.5 epochs"
     config.checkpoint_every = "0.5 epochs"
 
-    config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.1}
     config.attacks = default.attack_grid(
-        linf=(0.05, 0.1, 0.15), l2=(0.5, 1.0, 1.5), autoattack={"linf": 0.1}, num_examples=200
+        linf=(0.05, 0.1, 0.15), l2=(0.5, 1.0, 1.5), autoattack=("linf",), num_examples=200
     )
-    config.audit.eps = 0.1
     return config

@@ -22,9 +22,9 @@ def get_config():
     config.model = {"name": "resnet50"}
     config.dtype = "bfloat16"
 
-    config.adversary.eps = 4 / 255
+    config.threat.eps = 4 / 255
     config.adversary.num_steps = 3
-    config.adversary.step_size = 2 / 255
+    config.adversary.relative_step_size = 1 / 2
 
     config.batch_size = 512
     config.duration = "90 epochs"
@@ -35,13 +35,9 @@ def get_config():
     config.validate_every = "5 epochs"
     config.checkpoint_every = "1 epoch"
 
-    config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 4 / 255}
     config.evaluation.num_examples = 5000
     config.evaluation.batch_size = 256
     config.evaluation.jacobian_chunk = 1
-    config.attacks = default.attack_grid(
-        linf=(1 / 255, 2 / 255, 4 / 255), autoattack={"linf": 4 / 255}
-    )
-    config.audit.eps = 4 / 255
+    config.attacks = default.attack_grid(linf=(1 / 255, 2 / 255, 4 / 255), autoattack=("linf",))
     config.audit.num_examples = 100
     return config

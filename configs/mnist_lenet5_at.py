@@ -14,7 +14,7 @@ def get_config():
     config.dataset = "tfds:mnist"
     config.validation_size = 1000
     config.model = {"name": "lenet5"}
-    config.adversary.eps = 0.2
+    config.threat.eps = 0.2
 
     config.duration = "4 epochs"
     config.learning_rate = 2e-3
@@ -23,9 +23,7 @@ def get_config():
     config.validate_every = "0.5 epochs"
     config.checkpoint_every = "0.5 epochs"
 
-    config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.2}
     config.attacks = default.attack_grid(
-        linf=(0.1, 0.2, 0.3), l2=(1.0, 2.0, 3.0), autoattack={"linf": 0.2}, num_examples=200
+        linf=(0.1, 0.2, 0.3), l2=(1.0, 2.0, 3.0), autoattack=("linf",), num_examples=200
     )
-    config.audit.eps = 0.2
     return config

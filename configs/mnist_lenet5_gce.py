@@ -23,6 +23,7 @@ def get_config():
     config.loss = {"name": "guided_complement_entropy", "alpha": 1 / 3}
     config.loss_on = "clean"
     config.adversary = None
+    config.threat.eps = 0.2
 
     config.batch_size = 64
     config.duration = "20 epochs"
@@ -35,7 +36,7 @@ def get_config():
     config.log_every = "100 steps"
 
     eps = (0.1, 0.2, 0.3)
-    config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.1}
+    config.validation_attack = {"name": "pgd", "eps": 0.1}
     config.attacks = ConfigDict(
         {
             "fgsm_linf": {"name": "fgsm", "eps": eps},

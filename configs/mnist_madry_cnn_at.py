@@ -14,8 +14,9 @@ def get_config():
     config.validation_size = 1000
     config.model = {"name": "madry_cnn"}
     config.normalize = False
-    config.adversary.update(eps=0.3, num_steps=40)
-    config.adversary.step_size = 0.01
+    config.threat.eps = 0.3
+    config.adversary.num_steps = 40
+    config.adversary.relative_step_size = 1 / 30
 
     config.duration = "100 epochs"
     config.learning_rate = 1e-4
@@ -25,9 +26,8 @@ def get_config():
     config.validate_every = "1 epoch"
     config.checkpoint_every = "1 epoch"
 
-    config.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.3, "num_steps": 40}
+    config.validation_attack.num_steps = 40
     config.attacks = default.attack_grid(
-        linf=(0.1, 0.2, 0.3, 0.35), l2=(1.0, 2.0, 3.0), autoattack={"linf": 0.3}
+        linf=(0.1, 0.2, 0.3, 0.35), l2=(1.0, 2.0, 3.0), autoattack=("linf",)
     )
-    config.audit.eps = 0.3
     return config

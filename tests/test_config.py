@@ -1,5 +1,6 @@
 """What bad input gets: one line that names the field, the value and the choices."""
 
+import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 from configs import default
 from robust_jax import losses
 from robust_jax.app import config as config_lib
-from robust_jax.app import entries
+from robust_jax.app import entries, threat
 from robust_jax.app.evaluator import Settings, _attempt
 from robust_jax.app.experiment import build
 from robust_jax.app.surrogate import SHARED, surrogate_config
@@ -69,7 +70,23 @@ MISTAKES = {
     "unknown adversary": ({"adversary__name": "apgdx"}, "config.adversary.name is 'apgdx'"),
     "negative eps": ({"adversary__eps": -0.1}, "config.adversary: eps must not be negative"),
     "negative steps": ({"adversary__num_steps": -1}, "adversary: num_steps must be .* not -1"),
-    "eps missing": ({"adversary__eps": REMOVED}, "config.adversary.eps is missing: pgd needs it"),
+    "eps missing": ({"adversary__norm": "l2"}, "adversary.eps is missing: its norm is l2, and"),
+    "eps of one of 255 levels": ({"threat__eps": 8.0}, "eps is 8; pixels are in .*255 levels are"),
+    "eps of an attack too large": ({"attacks__pgd_l2__eps": (1.0, 9.0)}, "no two images are furth"),
+    "eps of the audit too large": ({"audit__eps": "2/1"}, "config.audit.eps is 2; pixels are in"),
+    "eps no fraction": ({"threat__eps": "8/255/2"}, "'8/255/2'; a radius is a number or a fracti"),
+    "eps by zero": ({"threat__eps": "8/0"}, "'8/0'; a radius is a number or a fraction"),
+    "unknown threat": ({"threat__norm": "l7"}, "config.threat.norm is 'l7'; .*choices: linf, l2"),
+    "two step sizes": (
+        {"adversary__step_size": 0.1, "adversary__relative_step_size": 1.0},
+        "give it or step_size",
+    ),
+    "step of an attack without": (
+        {"attacks__fgsm_linf__relative_step_size": 1.0},
+        "relative_step_size: fgsm takes no step_s",
+    ),
+    "step backwards": ({"adversary__relative_step_size": -1.0}, "step_size is -1.0; it must be ab"),
+    "batch larger than the data": ({"batch_size": 1104}, "1104, and the training set holds 1100"),
     "unknown norm": ({"adversary__norm": "l3"}, "norm is 'l3'; choices: linf, l2, l1"),
     "unknown attack loss": ({"adversary__loss": "x"}, "config.adversary.loss is 'x'; choices:"),
     "unknown regulariser": ({"regularizers__entrpy": {"weight": 1.0}}, "entrpy.*entropy"),
@@ -100,7 +117,7 @@ MISTAKES = {
     "attack without radii": ({"attacks__pgd_linf__eps": ()}, "attacks.pgd_linf.eps is empty"),
     "attack with negative radius": ({"attacks__pgd_linf__eps": (-1.0,)}, "eps must not be neg"),
     "its last radius infinite": ({"attacks__pgd_linf__eps": (0.1, np.inf)}, "eps must be finite"),
-    "attack with a word for a radius": ({"attacks__pgd_linf__eps": (0.1, "x")}, "eps must be"),
+    "attack with a word for a radius": ({"attacks__pgd_linf__eps": (0.1, "x")}, "'x'; a radius is"),
     "name that is a list": ({"model__name": ["cnn"]}, "config.model.name is"),
     "measurement not an entry": ({"measurements__spectra": 3}, "spectra must be an entry like"),
     "attack not an entry": ({"attacks__pgd": "pgd"}, "config.attacks.pgd must be an entry"),
@@ -218,8 +235,8 @@ def test_every_field_is_read(monkeypatch):
         read.add((id(self), key))
         return plain(self, key)
 
-    config = default.get_config()
-    config.num_labeled = 100
+    config = threat.complete(changed(num_labeled=100))
+    monkeypatch.setattr(threat, "complete", lambda config: config)  # it makes a copy
     monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
     monkeypatch.setattr(ConfigDict, "__getattr__", getitem)
     build(config)
@@ -248,6 +265,44 @@ def test_the_surrogate_is_an_undefended_cnn_of_the_same_recipe_whatever_the_run(
     assert found.seed == config.seed + 1 and found.audit.num_examples == 0
 
 
+def test_what_has_no_norm_and_radius_of_its_own_follows_the_threat_model():
+    attacks = {"pgd": {}, "l2": {"name": "pgd", "norm": "l2", "eps": 0.5}, "jsma": {"eps": 3}}
+    found = threat.complete(
+        changed(
+            threat={"norm": "l1", "eps": "2/4"},
+            attacks=ConfigDict(attacks),
+            measurements=ConfigDict({"energy": {}, "margins": {}}),
+            regularizers__vat={"weight": 1.0, "eps": 0.25},
+        )
+    )
+    followers = (
+        found.adversary,
+        found.validation_attack,
+        found.audit,
+        found.attacks.pgd,
+        found.measurements.energy,
+        found.regularizers.energy_oscillation,
+    )
+    assert all((entry.norm, entry.eps) == ("l1", 0.5) for entry in followers)
+    assert found.attacks.l2.to_dict() == attacks["l2"]
+    assert found.attacks.jsma.to_dict() == attacks["jsma"]
+    assert "norm" not in found.measurements.margins and found.regularizers.vat.eps == 0.25
+    assert threat.complete(found) == found
+
+
+def test_one_override_moves_all_that_follow():
+    """The validation attack, the audit and AutoAttack, and a step in units of the radius."""
+    built = build(changed(threat__eps="8/255", adversary__relative_step_size=0.25))
+    assert built.audit.eps == 8 / 255
+    assert built.grids["autoattack_linf"].eps == (8 / 255,)
+    entry = threat.complete(changed(threat__eps=0.2, adversary__relative_step_size=0.25)).adversary
+    assert entries.adversary(entry).attack.keywords["step_size"] == 0.05
+    grid = entries.attack_grid("pgd", ConfigDict({"eps": (0.1, 0.4), "relative_step_size": 0.5}))
+    assert grid.attack.relative == 0.5
+    step = dataclasses.replace(grid.attack, attack=lambda *_, **keywords: keywords)
+    assert step(eps=0.4) == {"eps": 0.4, "step_size": 0.2}
+
+
 def test_an_entry_is_named_by_its_label_unless_it_says_otherwise():
     attacks = {"pgd": {"eps": 0.1}, "twice": {"name": "pgd", "eps": (0.1,), "num_restarts": 2}}
     measured = {"outputs": {}, "outputs_train": {"name": "outputs", "split": "train"}}
@@ -269,7 +324,7 @@ def test_names_in_a_config_are_found_with_their_keywords():
 
 def test_every_attack_can_be_evaluated_in_a_norm_of_its_own():
     """By its name and a radius alone, traced as the evaluation runs it."""
-    attacks = {name: {"name": name, "eps": 4} for name in POINTWISE}
+    attacks = {name: {"name": name, "eps": 1} for name in POINTWISE}
     grids = build(changed(attacks=ConfigDict(attacks))).grids
     batch = {"image": jnp.zeros((2, 4, 5, 1)), "label": jnp.zeros(2, int), "index": jnp.arange(2)}
     for name, grid in grids.items():

@@ -3,14 +3,12 @@
 import importlib
 import json
 import re
-import sys
 
 import pytest
 
-import launch as launch_module
 from configs import default
+from robust_jax.app import command_line, folder, runs, stored, study
 from robust_jax.app import config as config_lib
-from robust_jax.app import folder, runs, stored, study
 from robust_jax.app.run import execute
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY
@@ -116,7 +114,10 @@ CONFIGS = "--config=configs/NAME.py for a run, NAME one of .*default.*; --config
     "arguments, message",
     [
         ("", f"--workdir is missing.*; {CONFIGS}"),
-        ("--config=configs/default.py", "--workdir is missing: .* --workdir=runs/demo$"),
+        (
+            "--config=configs/default.py",
+            "--workdir is missing: a folder, as in --workdir=runs/demo$",
+        ),
         ("--workdir=none", f"--config is missing and .*none holds no run; {CONFIGS}"),
         ("--workdir none --mode=audit", "none holds no run; --mode=audit needs a finished one$"),
         ("--config=configs/defualt.py --workdir=none", f"no config configs/defualt.py; {CONFIGS}"),
@@ -125,23 +126,20 @@ CONFIGS = "--config=configs/NAME.py for a run, NAME one of .*default.*; --config
 )
 def test_launch_says_in_one_line_what_is_missing(arguments, message, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    with pytest.raises(SystemExit) as error:
-        launch_module.with_stored_config(["launch.py", *arguments.split()])
-    assert re.match(f"error: .*{message}", error.value.code)
-    assert "\n" not in error.value.code
+    with pytest.raises(UserError) as error:
+        command_line.completed(["launch.py", *arguments.split()], REPOSITORY / "configs")
+    assert re.search(message, str(error.value)) and "\n" not in str(error.value)
 
 
 def test_launch_takes_the_config_that_is_in_the_folder(monkeypatch, tmp_path):
     a_run(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["launch.py"])
     arguments = ["launch.py", f"--workdir={tmp_path}", "--config.seed=3"]
-    found = launch_module.with_stored_config(arguments)
+    found = command_line.completed(arguments, REPOSITORY / "configs")
     assert found == ["launch.py", f"--config={stored.__file__}:{tmp_path}", *arguments[1:]]
-    assert sys.argv == found
     given = ["launch.py", "--config=configs/default.py", f"--workdir={tmp_path}"]
     monkeypatch.chdir(REPOSITORY)
     for untouched in (["launch.py", "--help"], given):
-        assert launch_module.with_stored_config(untouched) == untouched
+        assert command_line.completed(untouched, REPOSITORY / "configs") == untouched
 
 
 def test_json_is_a_config_again():
@@ -149,3 +147,15 @@ def test_json_is_a_config_again():
     config = stored.from_json(json.loads(json.dumps(tree)))
     assert config.a == (1, (2, 3)) and config.b.c == () and config.b.d is None
     assert list(config.arms) == ["z", "a"] and config.arms.a.eps == (0.5,)
+
+
+def test_a_fraction_of_255_levels_is_a_radius_on_the_command_line_too():
+    given = [
+        "--config.threat.eps=8/255",
+        "--config.attacks.pgd.eps=(4 / 255, 0.1)",
+        "--workdir=8/2",
+    ]
+    eps, several, other = command_line.with_fractions(given)
+    assert float(eps.partition("=")[2]) == 8 / 255
+    assert eval(several.partition("=")[2]) == (4 / 255, 0.1)
+    assert other == given[2]

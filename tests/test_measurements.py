@@ -13,8 +13,7 @@ import pytest
 
 from robust_jax import data, losses, models
 from robust_jax.app import run, runs
-from robust_jax.app.measurements import MEASUREMENTS
-from robust_jax.app.subject import Subject
+from robust_jax.app.measurements import MEASUREMENTS, NUMBERS, Subject
 from robust_jax.errors import UserError
 from tests.test_study import STUDIES
 
@@ -41,6 +40,10 @@ def test_numbers_are_finite(name):
     arrays = [value for value in found.values() if isinstance(value, np.ndarray)]
     numbers = [value for value in found.values() if isinstance(value, float | int)]
     assert numbers and len(numbers) + len(arrays) == len(found)
+    named = [key for key, value in found.items() if not isinstance(value, np.ndarray)]
+    for pattern in NUMBERS[name]:  # what a study may ask for is what there is
+        assert fnmatch.filter(named, pattern), pattern
+    assert all(any(fnmatch.fnmatch(key, p) for p in NUMBERS[name]) for key in named)
     assert np.isfinite(numbers).all() and all(array.size for array in arrays)
 
 

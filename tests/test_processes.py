@@ -15,7 +15,6 @@ import pytest
 
 from robust_jax.devices import parallel, processes, speed
 from robust_jax.errors import UserError
-from robust_jax.train.loop import EXIT_TERMINATED
 from tests.conftest import REPOSITORY, environment_of
 from tests.test_demo import AUTOATTACK, TINY
 
@@ -99,9 +98,9 @@ def terminated(tmp_path_factory):
     while not list((workdir / "checkpoints" / "last").glob("[0-9]*")):
         assert time.monotonic() < deadline and started[0].poll() is None, started[0].communicate()
     started[1].send_signal(signal.SIGTERM)
-    (_, told), (_, silent) = finish(started, EXIT_TERMINATED)
-    assert "terminated: saved step" in told
-    assert "terminated" not in silent  # the first process speaks for all
+    (_, told), (_, silent) = finish(started, 128 + signal.SIGTERM)
+    assert "stopped at step" in told and "saving at the end of this step" in told
+    assert "stopped" not in silent and "saving" not in silent  # the first process speaks for all
     assert not (workdir / "results.json").exists()
     return workdir
 
@@ -111,7 +110,7 @@ def test_two_processes_go_on_and_end_as_one_would(method, terminated, undisturbe
     workdir = tmp_path / "run"
     shutil.copytree(terminated, workdir)
     (printed, told), (nothing, _) = finish(start(workdir, 2, 2, f"--config.parallel={method}"))
-    assert "resuming at step" in told
+    assert "continuing from step" in told
     assert "clean accuracy" in printed and "clean accuracy" not in nothing
     found = left_in(workdir)
     assert found[0]["device"]["count"] == 4

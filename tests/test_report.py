@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from robust_jax import plots
 from robust_jax.analysis.summaries import wilson_interval
-from robust_jax.app import report, runs
-from robust_jax.app.records import breaking_eps, evidence, fates, held, read
+from robust_jax.app import pages, report, runs
+from robust_jax.app.records import breaking_eps, fates, first_to_break, held, read
 from robust_jax.app.wording import format_eps
 from robust_jax.errors import UserError
 
@@ -44,6 +44,7 @@ def make_records(seed: int, norms=("linf", "l2"), num: int = 120) -> pd.DataFram
             "margin": margin,
             "confidence": confidence,
             "entropy": confidence * (1 - confidence),
+            "top_probability": np.maximum(confidence, 1 - confidence),
             "frobenius_logits": frobenius,
             "frobenius_probabilities": frobenius * confidence * (1 - confidence),
             "frobenius_estimate_logits": frobenius + error * rng.normal(size=num),
@@ -154,6 +155,8 @@ def make_run(
         "last": summarize(tables["last"], 300, norms),
     }
     entry = {"name": "pgd", "norm": "linf", "eps": 0.1, "num_steps": 10} if adversary else None
+    if isinstance(adversary, dict):
+        entry = {**entry, **adversary}
     results = {
         "config": {
             "seed": 0,
@@ -188,6 +191,7 @@ def make_run(
         **summaries["best"],
         **summaries,
         "audit": audit,
+        "measurements": {},
     }
     runs.write_results(workdir, results)
     lines = map(json.dumps, make_metrics(300, best))
@@ -287,7 +291,7 @@ def run(tmp_path_factory):
 def test_a_figure_is_a_picture_of_pixels_only_where_it_is_large(rows, kind):
     figure = Figure()
     figure.subplots().scatter(*np.random.default_rng(0).random((2, rows)))
-    source = report.image(figure, "dots")["src"]
+    source = pages.image(figure, "dots")["src"]
     assert source.startswith(f"data:image/{kind};base64,")
     assert len(source) < 250_000
 
@@ -296,7 +300,7 @@ def test_the_page_is_whole_and_loads_nothing(run):
     _, html = run
     page = Page(html)
     sources = [attrs["src"] for attrs in page.all("img")]
-    assert len(sources) == 7
+    assert len(sources) == 8
     assert all(source.startswith("data:image/") for source in sources)
     assert all(attrs["alt"] for attrs in page.all("img"))
     assert not page.all("script") and not page.all("link") and "http" not in html
@@ -368,6 +372,13 @@ def test_the_audit_stands_beside_the_numbers(tmp_path):
     assert "evidence of steps" in page.text and "advice on steps" not in page.text
     table = " ".join(report.table(results).split())
     assert sentence in table
+    said = report.audit_text(results)
+    assert " ".join(said.split()).startswith(sentence)
+    for line in (
+        "pass    steps: evidence of steps",
+        "fail    square: evidence of square advice on",
+    ):
+        assert line in said
     for verdicts, start in (
         (
             {"steps": "pass", "transfer": "skipped"},
@@ -379,31 +390,156 @@ def test_the_audit_stands_beside_the_numbers(tmp_path):
     assert report.verdict({"audit": None}).startswith("Not audited")
 
 
-def test_the_first_attack_to_break_each_image_is_counted(run):
+def test_what_breaks_each_image_first_is_counted_and_sums_to_all(run):
     results, html = run
     records = make_records(0)
-    found = evidence(records, {"fgsm_linf", "pgd_linf"}, 0.1)
-    assert set(found["broken_by"]) <= {
-        "",
-        "clean",
-        "fgsm_linf@0.05",
-        "pgd_linf@0.05",
-        "fgsm_linf@0.1",
-        "pgd_linf@0.1",
-    }
-    held = found["broken_by"] == ""
+    found = first_to_break(records, {"fgsm_linf", "pgd_linf"}, 0.1)
+    held = found["by"] == "none"
     assert held.mean() == next(
         a["robust_accuracy"]
         for a in results["attacks"]
         if a["name"] == "worst_case_linf" and a["eps"] == 0.1
     )
-    assert found["distance"].isna().equals(held)
-    np.testing.assert_allclose(found.loc[held, "margin"], records.loc[held, "margin"] / 2)
-    assert (found.loc[~held & records["correct"], "margin"] == -0.1).all()
-    counts = found["broken_by"].value_counts()
-    for name in counts.index.difference(["", "clean"]):
-        assert f'<th scope="row">{name}</th><td>{counts[name]}</td>' in html
-    assert f'<th scope="row">none</th><td>{held.sum()}</td>' in html
+    assert (found["by"] == "misclassified").sum() == (~records["correct"]).sum()
+    assert np.isinf(found.loc[held, "eps"]).all() and found.loc[held, "distance"].isna().all()
+    # PGD needs less than FGSM: it is never second, and FGSM never alone.
+    assert set(found["by"]) == {"none", "misclassified", "several attacks", "pgd_linf"}
+    counts = [
+        int(c.replace(",", ""))
+        for c in re.findall(r'<th scope="row">[^<]*</th><td>[^<]*</td><td>([0-9,]+)</td><td>', html)
+    ]
+    assert counts[-1] == len(records) == sum(counts[:-1])
+    radii = [
+        float(eps)
+        for eps in re.findall(
+            r'<th scope="row">(?:pgd_linf|several attacks)</th><td>([0-9.]+)</td>', html
+        )
+    ]
+    assert radii == sorted(radii) and len(radii) == 4
+
+
+def test_an_image_that_several_attacks_break_at_once_is_credited_to_none_of_them():
+    def records_of(names):
+        held = dict(zip(names, ([False, False, True], [False, True, True]), strict=True))
+        columns = {}
+        for name, values in held.items():
+            columns[f"{name}@0.1/held"] = values
+            columns[f"{name}@0.1/distance"] = np.where(values, np.nan, 0.08)
+        return pd.DataFrame({"correct": True, **columns})
+
+    for names in (("a", "z"), ("z", "a")):
+        by = list(first_to_break(records_of(names), names, 0.1)["by"])
+        assert by == ["several attacks", names[0], "none"]
+
+
+def attack_of_the_first(count, results, tables):
+    """Adds an AutoAttack on the first examples, which breaks half of what stands there."""
+    for name, table in tables.items():
+        held = table["pgd_linf@0.1/held"].astype("boolean")
+        held[:count] &= np.arange(count) % 2 == 0
+        table["autoattack_linf@0.1/held"] = held.where(np.arange(len(table)) < count)
+        for what in ("distance", "margin"):
+            table[f"autoattack_linf@0.1/{what}"] = 0.1
+        worst = float(held[:count].astype(bool).mean())
+        shared = {
+            "norm": "linf",
+            "eps": 0.1,
+            "robust_accuracy": worst,
+            "count": count,
+            "mean_distance": None,
+        }
+        results[name]["attacks"] = [
+            *results[name]["attacks"],
+            {"name": "autoattack_linf", "attack": "autoattack", **shared},
+            {"name": f"worst_case_linf_first_{count}", "attack": "worst_case_of_first", **shared},
+        ]
+    results["attacks"] = results["best"]["attacks"]
+
+
+def test_where_an_attack_saw_the_first_images_all_say_so(tmp_path):
+    results = make_run(tmp_path, best=300)
+    tables = runs.load(tmp_path).records
+    attack_of_the_first(40, results, tables)
+    for name, table in tables.items():
+        table.to_csv(tmp_path / "records" / f"{name}.csv", index=False)
+    share = f"{100 * results['attacks'][-1]['robust_accuracy']:.1f}"
+    assert f"leaves {share} % of the first 40, all attacks together {share} % of these" in (
+        report.headline(results)
+    )
+    page = Page(report.write(tmp_path, results).read_text(encoding="utf-8")).text
+    for label in ("autoattack, first 40", "worst case, first 40"):
+        assert label in page
+    assert "only the first N images were attacked" in page
+    lines = report.table(results).splitlines()
+    assert any(line.startswith("autoattack, first 4") and share in line for line in lines)
+    drawn = (
+        plots.accuracy_against_eps(report._attack_table(results), {"best": 0.9}, chance=0.1)
+        .axes[0]
+        .lines
+    )
+    hollow = {line.get_label() for line in drawn if line.get_markerfacecolor() == "white"}
+    assert hollow == {"autoattack, first 40", "worst case, first 40"}
+
+
+def test_what_an_earlier_evaluation_left_is_named(tmp_path):
+    results = make_run(tmp_path)
+    for attack in results["attacks"]:
+        if attack["name"] == "fgsm_linf":
+            attack["earlier"] = True
+    page = Page(report.write(tmp_path, results).read_text(encoding="utf-8")).text
+    assert "Kept from an earlier evaluation: fgsm_linf." in page
+
+
+def test_measurements_have_a_table_and_figures_and_lines_in_the_terminal(tmp_path):
+    results = make_run(tmp_path)
+    results["measurements"] = {"outputs": {"mean_margin": 1.25, "calibration_error": None}}
+    before = len(Page(report.write(tmp_path, results).read_text()).all("img"))
+    np.savez(tmp_path / "measurements.npz", **{"outputs/output_margin": np.linspace(-1, 3, 50)})
+    page = Page(report.write(tmp_path, results).read_text(encoding="utf-8"))
+    assert len(page.all("img")) == before + 1
+    assert "mean margin" in page.text and "1.25" in page.text
+    assert "expected calibration error" in str(page.all("img"))
+    lines = report.measurements_text(results["measurements"]).splitlines()
+    assert lines[0] == "outputs:" and lines[1].split() == ["mean", "margin", "1.25"]
+    assert max(map(len, lines)) <= 80
+
+
+TITLES = {
+    "standard training": {"loss_on": "clean"},
+    "adversarial training + EntM (λ = 2)": {},
+    "adversarial training": {"regularizers": {"entropy": {"weight": 0}}},
+    "TRADES (λ = 6)": {
+        "loss_on": "clean",
+        "regularizers": {"kl": {"weight": 6.0}},
+        "adversary": {"name": "pgd", "loss": "kl", "num_steps": 10},
+    },
+    "MART (λ = 5)": {
+        "loss": {"name": "boosted_cross_entropy"},
+        "regularizers": {"weighted_kl": {"weight": 5}},
+    },
+    "adversarial training on both halves + AWP (γ = 0.005)": {
+        "loss_on": "both",
+        "regularizers": {},
+        "weight_perturbation": 0.005,
+    },
+    "standard training with label smoothing 0.1 + oscillation energy (λ = 1)": {
+        "loss_on": "clean",
+        "loss": {"name": "cross_entropy", "label_smoothing": 0.1},
+        "regularizers": {"mine": {"name": "energy_oscillation", "weight": 1.0}},
+    },
+    "guided complement entropy on clean images": {
+        "loss_on": "clean",
+        "loss": {"name": "guided_complement_entropy"},
+        "regularizers": {},
+    },
+}
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_the_title_has_the_method_and_its_weight(name, tmp_path):
+    config = {"regularizers": {}, **TITLES[name]} if "standard" in name else TITLES[name]
+    results = make_run(tmp_path, **config)
+    assert report.title(results) == f"digits, CNN: {name}, PGD-10 at ℓ∞ ε = 0.1"
 
 
 def test_no_adversary_no_metrics_and_no_images(tmp_path):
@@ -412,8 +548,8 @@ def test_no_adversary_no_metrics_and_no_images(tmp_path):
     (tmp_path / "examples.npz").unlink()
     page = Page(report.write(tmp_path, runs.results(tmp_path)).read_text(encoding="utf-8"))
     assert "not a size it was trained against" in page.text
-    assert "adversary" not in report.title(results)
-    assert len(page.all("img")) == 5
+    assert report.title(results) == "digits, CNN: standard training"
+    assert len(page.all("img")) == 6
     sizes = [line.split()[-1] for line in report.table(results).splitlines() if "at ε" in line]
     assert sizes == ["0.2"]
     largest = max(
@@ -437,7 +573,7 @@ def test_no_attack_at_all(tmp_path):
     (tmp_path / "examples.npz").unlink()
     page = Page(report.write(tmp_path, runs.results(tmp_path)).read_text(encoding="utf-8"))
     assert "No attack was evaluated." in page.text
-    assert len(page.all("img")) == 3
+    assert len(page.all("img")) == 4
     assert "clean accuracy" in report.table(results)
 
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from configs import default
-from robust_jax.app import claims, entries, measures, stored, study
+from robust_jax.app import claims, entries, measures, stored, study, threat
 from robust_jax.app import config as config_lib
 from robust_jax.app import runs as run_files
 from robust_jax.app.experiment import build
@@ -142,15 +142,15 @@ def test_changes_merge_sections_and_replace_entries():
     new = study.changed(
         base,
         {
-            "adversary": {"eps": 0.3},
+            "threat": {"eps": 0.3},
             "model": {"name": "lenet5"},
             "attacks": {"pgd": {"name": "pgd", "eps": 0.1}},
         },
     )
-    assert new.adversary.eps == 0.3 and new.adversary.num_steps == 10
+    assert new.threat.eps == 0.3 and new.threat.norm == "linf"
     assert new.model.to_dict() == {"name": "lenet5"}
     assert list(new.attacks) == ["pgd"]
-    assert base.adversary.eps == 0.15 and base.model.name == "cnn"
+    assert base.threat.eps == 0.15 and base.model.name == "cnn"
 
 
 def config_of(name, typed=None, **fields):
@@ -175,7 +175,7 @@ def test_every_study_is_whole_at_every_scale(name, scale):
     trials = list(study.trials(config))
     for trial in trials[: len(config.arms)]:
         config_lib.bind(MODELS, trial.config.model, "model", reserved=("num_classes",))
-        for label, entry in trial.config.regularizers.items():
+        for label, entry in threat.complete(trial.config).regularizers.items():
             entries.term(label, entry, trial.config.loss_on)
     assert len(trials) == len(config.arms) * len({t.seed for t in trials})
     assert len({t.seed for t in trials}) >= (2 if scale == "smoke" else 3)

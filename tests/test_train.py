@@ -228,19 +228,20 @@ def test_resumed_run_is_bit_identical(undisturbed, stop_at, tmp_path, monkeypatc
     assert (tmp_path / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
 
 
-def test_sigterm_saves_and_exits(undisturbed, tmp_path):
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits(undisturbed, kind, tmp_path):
     plan = plan_of(small_config())
     plain = plan.train_step
 
     def terminate(state, batch, key):
         if int(state.step) == 6:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(kind)
         return plain(state, batch, key)
 
     object.__setattr__(plan, "train_step", terminate)
     with pytest.raises(SystemExit) as stopped:
         loop.train(plan, tmp_path)
-    assert stopped.value.code == loop.EXIT_TERMINATED
+    assert stopped.value.code == 128 + kind
     checkpoints = Checkpoints(tmp_path, jax.eval_shape(plan.init))
     assert int(checkpoints.restore("last")[0].step) == 7
     checkpoints.close()
@@ -262,7 +263,7 @@ def test_sigterm_in_the_last_step_is_not_swallowed(tmp_path):
     object.__setattr__(plan, "validate_every", 100)  # at the end only
     with pytest.raises(SystemExit) as stopped:
         loop.train(plan, tmp_path)
-    assert stopped.value.code == loop.EXIT_TERMINATED
+    assert stopped.value.code == 128 + signal.SIGTERM
     assert loop.is_trained(plan_of(small_config()), tmp_path)
 
 
@@ -274,13 +275,14 @@ def test_sigterm_while_nothing_is_left_to_train_is_not_swallowed(
     plain = Checkpoints.restore
 
     def terminate(self, kind):
-        signal.raise_signal(signal.SIGTERM)
+        if kind == "last":  # a second signal would not wait
+            signal.raise_signal(signal.SIGTERM)
         return plain(self, kind)
 
     monkeypatch.setattr(Checkpoints, "restore", terminate)
     with pytest.raises(SystemExit) as stopped:
         loop.train(plan_of(small_config()), workdir)
-    assert stopped.value.code == loop.EXIT_TERMINATED
+    assert stopped.value.code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("method", parallel.METHODS)
@@ -304,7 +306,7 @@ def test_seeds_trained_together_are_those_trained_alone(undisturbed, method, tmp
     sizes = []
     with pytest.raises(SystemExit) as stopped:
         loop.train_seeds(plans(terminate_at=3), folders)
-    assert stopped.value.code == loop.EXIT_TERMINATED
+    assert stopped.value.code == 128 + signal.SIGTERM
     assert sizes == [2] * 4
     together = loop.train_seeds(plans(), folders)
     assert sizes == [2] * 12

@@ -37,6 +37,7 @@ def get_config():
     base.dataset = "tfds:fashion_mnist"
     base.validation_size = 1000
     base.model = {"name": "lenet5"}
+    base.threat.eps = 0.1
     base.adversary.num_steps = 7
     base.learning_rate = 2e-3
     base.schedule = {"name": "one_cycle"}
@@ -46,9 +47,9 @@ def get_config():
     base.checkpoint_every = "1 epoch"
     base.validation_attack = {"name": "fgsm", "eps": 0.0}
     base.evaluation.num_examples = 1000
-    base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 100, "num_queries": 500})
-    base.attacks = attacks((0.05, 0.1, 0.15), 0.1, num_examples=100)
-    base.measurements = measurements(eps=0.1, num_examples=500)
+    base.audit.update({"num_examples": 100, "num_queries": 500})
+    base.attacks = attacks((0.05, 0.1, 0.15), num_examples=100)
+    base.measurements = measurements(num_examples=500)
     config.base = base
 
     config.arms = ConfigDict(
@@ -60,8 +61,8 @@ def get_config():
             "radii": {"trained": 0.1},
             "base": {
                 **SMOKE,
-                "attacks": attacks((0.05, 0.1, 0.15), 0.1, 20, smoke=True),
-                "measurements": measurements(eps=0.1, num_examples=50),
+                "attacks": attacks((0.05, 0.1, 0.15), 20, smoke=True),
+                "measurements": measurements(num_examples=50),
             },
             "arms": arms(0.1),
         },
@@ -74,6 +75,7 @@ def get_config():
                 "dataset": "tfds:cifar10",
                 "augmentation": {"crop_padding": 4, "flip": True},
                 "model": {"name": "preact_resnet", "depth": 18},
+                "threat": {"eps": 8 / 255},
                 "adversary": {"num_steps": 10},
                 "optimizer": {"name": "sgd", "momentum": 0.9},
                 "learning_rate": 0.1,
@@ -81,9 +83,9 @@ def get_config():
                 "duration": "40 epochs",
                 "validate_every": "40 epochs",
                 "evaluation": {"num_examples": 0},
-                "audit": {"eps": 8 / 255, "num_examples": 500},
-                "attacks": attacks(tuple(e / 255 for e in (4, 8, 12)), 8 / 255, 1000),
-                "measurements": measurements(eps=8 / 255, num_examples=2000),
+                "audit": {"num_examples": 500},
+                "attacks": attacks(tuple(e / 255 for e in (4, 8, 12)), 1000),
+                "measurements": measurements(num_examples=2000),
             },
             "arms": arms(8 / 255),
         },
@@ -155,10 +157,10 @@ def arms(trained):
     }
 
 
-def measurements(eps, num_examples):
+def measurements(num_examples):
     return {
         "spectra": {},
-        "features": {"eps": eps, "num_examples": num_examples},
+        "features": {"num_examples": num_examples},
         "outputs": {"num_examples": num_examples},
         "outputs_train": {"name": "outputs", "split": "train", "num_examples": num_examples},
         "gaps": {"num_examples": num_examples},

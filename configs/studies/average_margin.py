@@ -36,7 +36,7 @@ def get_config():
     base.validation_size = 1000
     base.model = {"name": "lenet5"}
     base.loss_on = "clean"
-    base.adversary.eps = 0.1
+    base.threat.eps = 0.1
     base.adversary.num_steps = 7
     base.learning_rate = 1e-3
     base.schedule = {"name": "constant"}
@@ -47,8 +47,8 @@ def get_config():
     base.validation_attack = {"name": "fgsm", "eps": 0.0}
     base.track_margins = 500
     base.evaluation.num_examples = 1000
-    base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 100, "num_queries": 500})
-    base.attacks = attacks((0.05, 0.1, 0.2), 0.1, num_examples=100)
+    base.audit.update({"num_examples": 100, "num_queries": 500})
+    base.attacks = attacks((0.05, 0.1, 0.2), num_examples=100)
     base.measurements = measurements(num_examples=500, num_attacked=100)
     config.base = base
 
@@ -68,7 +68,7 @@ def get_config():
             "base": {
                 **SMOKE,
                 "track_margins": 50,
-                "attacks": attacks((0.05, 0.1, 0.2), 0.1, 20, smoke=True),
+                "attacks": attacks((0.05, 0.1, 0.2), 20, smoke=True),
                 "measurements": measurements(num_examples=50, num_attacked=10),
             },
         },
@@ -79,7 +79,7 @@ def get_config():
                 "duration": "20 epochs",
                 "validate_every": "1 epoch",
                 "evaluation": {"num_examples": 0},
-                "attacks": attacks((0.05, 0.1, 0.2), 0.1, 1000),
+                "attacks": attacks((0.05, 0.1, 0.2), 1000),
             },
         },
     }

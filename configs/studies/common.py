@@ -22,18 +22,12 @@ SMOKE = {
 }
 
 
-def attacks(eps, trained, num_examples, *, norm="linf", smoke=False):
-    """FGSM and PGD over the radii, and AutoAttack on the first num_examples at the one trained."""
+def attacks(eps, num_examples, *, smoke=False):
+    """FGSM and PGD over the radii, AutoAttack on the first num_examples at the threat model's."""
     return {
-        "fgsm": {"name": "fgsm", "norm": norm, "eps": eps},
-        "pgd": {"name": "pgd", "norm": norm, "eps": eps, "num_steps": 4 if smoke else 20},
-        "autoattack": {
-            "name": "autoattack",
-            "norm": norm,
-            "eps": trained,
-            "num_examples": num_examples,
-            **(QUICK if smoke else {}),
-        },
+        "fgsm": {"eps": eps},
+        "pgd": {"eps": eps, "num_steps": 4 if smoke else 20},
+        "autoattack": {"num_examples": num_examples, **(QUICK if smoke else {})},
     }
 
 

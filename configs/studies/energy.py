@@ -36,41 +36,33 @@ def get_config():
     base.validation_size = 1000
     base.model = {"name": "lenet5"}
     base.loss_on = "clean"
-    base.adversary = {
-        "name": "pgd",
-        "norm": "l2",
-        "eps": EPS,
-        "num_steps": 5,
-        "keep_best": False,
-        "loss": "cross_entropy",
-    }
+    base.threat = {"norm": "l2", "eps": EPS}
+    base.adversary.num_steps = 5
     base.learning_rate = 2e-3
     base.schedule = {"name": "one_cycle"}
     base.duration = "1 epoch"
     base.log_every = "50 steps"
     base.validate_every = "1 epoch"
     base.checkpoint_every = "0.5 epochs"
-    base.validation_attack = {"name": "pgd", "norm": "l2", "eps": EPS}
     base.evaluation.num_examples = 500
-    base.audit.update({"norm": "l2", "eps": EPS, "num_examples": 100, "num_queries": 500})
-    base.attacks = attacks((0.75, EPS, 2.25), EPS, num_examples=100, norm="l2")
-    base.measurements = {"energy": {"eps": EPS, "norm": "l2", "num_examples": 500}}
+    base.audit.update({"num_examples": 100, "num_queries": 500})
+    base.attacks = attacks((0.75, EPS, 2.25), num_examples=100)
+    base.measurements = {"energy": {"num_examples": 500}}
     config.base = base
 
     few = {"num_labeled": 100, "labeled_fraction": 0.25}
-    l2 = {"eps": EPS, "norm": "l2"}
     vat = {"vat": {"weight": 1.0, "eps": EPS}}
-    free = {"energy_oscillation": {"weight": 1.0, "num_steps": 5, "label_free": True, **l2}}
+    free = {"energy_oscillation": {"weight": 1.0, "num_steps": 5, "label_free": True}}
     config.arms = ConfigDict(
         {
             "ce": {},
             "at": {"loss_on": "adversarial"},
             "vat": {"regularizers": vat},
             "mean_square": {
-                "regularizers": {"energy_mean_square": {"weight": 1.0, "num_samples": 2, **l2}}
+                "regularizers": {"energy_mean_square": {"weight": 1.0, "num_samples": 2}}
             },
             "oscillation": {
-                "regularizers": {"energy_oscillation": {"weight": 1.0, "num_steps": 5, **l2}}
+                "regularizers": {"energy_oscillation": {"weight": 1.0, "num_steps": 5}}
             },
             "ce_100": few,
             "vat_100": {**few, "regularizers": vat},
@@ -83,8 +75,8 @@ def get_config():
             "seeds": (0, 1),
             "base": {
                 **SMOKE,
-                "attacks": attacks((0.75, EPS, 2.25), EPS, 20, norm="l2", smoke=True),
-                "measurements": {"energy": {"eps": EPS, "norm": "l2", "num_examples": 50}},
+                "attacks": attacks((0.75, EPS, 2.25), 20, smoke=True),
+                "measurements": {"energy": {"num_examples": 50}},
             },
         },
         "small": {},
@@ -95,7 +87,7 @@ def get_config():
                 "validate_every": "1 epoch",
                 "checkpoint_every": "1 epoch",
                 "evaluation": {"num_examples": 0},
-                "attacks": attacks((0.75, EPS, 2.25), EPS, 1000, norm="l2"),
+                "attacks": attacks((0.75, EPS, 2.25), 1000),
             },
         },
     }

@@ -38,7 +38,7 @@ def get_config():
     base.dataset = "tfds:fashion_mnist"
     base.validation_size = 1000
     base.model = {"name": "lenet5"}
-    base.adversary.eps = 0.1
+    base.threat.eps = 0.1
     base.adversary.num_steps = 7
     base.learning_rate = 2e-3
     base.schedule = {"name": "one_cycle"}
@@ -46,10 +46,9 @@ def get_config():
     base.log_every = "50 steps"
     base.validate_every = "2 epochs"  # once: the network at the end of the schedule
     base.checkpoint_every = "1 epoch"
-    base.validation_attack = {"name": "pgd", "norm": "linf", "eps": 0.1}
     base.evaluation.num_examples = 500
-    base.audit.update({"norm": "linf", "eps": 0.1, "num_examples": 100, "num_queries": 500})
-    base.attacks = attacks((0.02, 0.05, 0.1, 0.15, 0.2), trained=0.1, num_examples=100)
+    base.audit.update({"num_examples": 100, "num_queries": 500})
+    base.attacks = attacks((0.02, 0.05, 0.1, 0.15, 0.2), num_examples=100)
     config.base = base
 
     config.arms = ConfigDict(
@@ -70,7 +69,7 @@ def get_config():
             "radii": radii,
             "base": {
                 **SMOKE,
-                "attacks": attacks((0.02, 0.05, 0.1, 0.15, 0.2), 0.1, 20, smoke=True),
+                "attacks": attacks((0.02, 0.05, 0.1, 0.15, 0.2), 20, smoke=True),
             },
         },
         "small": {"radii": radii},
@@ -85,18 +84,16 @@ def get_config():
                 "dataset": "tfds:cifar10",
                 "augmentation": {"crop_padding": 4, "flip": True},
                 "model": {"name": "preact_resnet", "depth": 18},
-                "adversary": {"eps": 8 / 255, "num_steps": 10},
+                "threat": {"eps": 8 / 255},
+                "adversary": {"num_steps": 10},
                 "optimizer": {"name": "sgd", "momentum": 0.9},
                 "learning_rate": 0.1,
                 "weight_decay": 5e-4,
                 "duration": "40 epochs",
                 "validate_every": "1 epoch",
-                "validation_attack": {"name": "pgd", "eps": 8 / 255},
                 "evaluation": {"num_examples": 0},
-                "audit": {"eps": 8 / 255, "num_examples": 500},
-                "attacks": attacks(
-                    tuple(e / 255 for e in (2, 4, 8, 12, 16)), 8 / 255, num_examples=1000
-                ),
+                "audit": {"num_examples": 500},
+                "attacks": attacks(tuple(e / 255 for e in (2, 4, 8, 12, 16)), num_examples=1000),
             },
         },
     }

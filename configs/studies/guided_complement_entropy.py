@@ -39,7 +39,7 @@ def get_config():
     base.model = {"name": "lenet5"}
     base.normalize = False  # the authors' inputs are in [0,1]
     base.loss_on = "clean"
-    base.adversary.eps = 0.2
+    base.threat.eps = 0.2
     base.optimizer = {"name": "adam", "b2": 0.99}
     base.learning_rate = 1e-3
     base.schedule = {"name": "constant"}
@@ -51,7 +51,7 @@ def get_config():
     base.checkpoint_every = "1 epoch"
     base.validation_attack = {"name": "fgsm", "eps": 0.0}  # best by clean accuracy, as published
     base.evaluation.num_examples = 1000
-    base.audit.update({"norm": "linf", "eps": 0.2, "num_examples": 100, "num_queries": 500})
+    base.audit.update({"num_examples": 100, "num_queries": 500})
     base.attacks = attacks(eps=0.2, num_examples=200)
     base.measurements = {"clusters": {"num_examples": 1000}}
     config.base = base

@@ -7,7 +7,7 @@ from robust_jax.app.wording import format_eps
 
 
 def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The card of the best checkpoint under AutoAttack, at the radius trained against if it ran
+    """The card of the best checkpoint under AutoAttack, at the threat model's radius if it ran
     there; None where AutoAttack did not run.
 
     Accuracies are in percent, both of the images that AutoAttack saw. RobustBench leaves link,
@@ -17,8 +17,8 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
     runs = [entry for entry in results["attacks"] if entry["attack"] == "autoattack"]
     if not runs:
         return None
-    against = results["trained_against"] or {}
-    entry = next((e for e in runs if (e["norm"], e["eps"]) == tuple(against.values())), runs[0])
+    threat = results.get("threat") or results["trained_against"] or {}
+    entry = next((e for e in runs if (e["norm"], e["eps"]) == tuple(threat.values())), runs[0])
     config, audit = results["config"], results.get("audit")
     version = config["attacks"][entry["name"]].get("version", "standard")
     standard = version == "standard" and not config["attacks"][entry["name"]].get("overrides")

@@ -26,7 +26,15 @@ Name = TypeVar("Name", bound=str)
 # Tables that a config fills freely: any key, each value an entry that whoever uses it checks.
 TABLES = ("regularizers", "attacks", "measurements")
 # What --mode=evaluate and --mode=report may change: no training depends on it.
-FIELDS_OF_NO_TRAINING = ("attacks", "evaluation", "measurements", "audit", "data_dir", "parallel")
+FIELDS_OF_NO_TRAINING = (
+    "threat",
+    "attacks",
+    "evaluation",
+    "measurements",
+    "audit",
+    "data_dir",
+    "parallel",
+)
 # Choices beyond which the one that was meant says more than all of them.
 _MANY = 30
 
@@ -55,6 +63,8 @@ def _check_section(config: ConfigDict, schema: ConfigDict, path: str) -> None:
             if not isinstance(value, ConfigDict):
                 raise UserError(f"{here} must be a section like {_short(default)}, not {value!r}")
             _check_section(value, default, here)
+        elif field == "eps" and isinstance(value, str):
+            pass  # a fraction, as in "8/255"
         elif isinstance(default, bool | int | float | str):
             expected = float if isinstance(default, float) else type(default)
             check_type(value, expected, here)

@@ -3,18 +3,21 @@
 Nothing here loads data or traces a program; every mistake is a UserError that names the field.
 """
 
+import dataclasses
 import inspect
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from robust_jax import losses
 from robust_jax.app import config as config_lib
-from robust_jax.app.config import bind, choose, guard
+from robust_jax.app.config import bind, guard, keyword_parameters
 from robust_jax.app.evaluator import AttackGrid, AuditSettings
-from robust_jax.attacks import ATTACKS, NORMS, never
+from robust_jax.attacks import ATTACKS, never
 from robust_jax.attacks._autoattack import VERSIONS, check_arguments
 from robust_jax.attacks._best import check_lengths
 from robust_jax.devices import parallel
@@ -37,12 +40,24 @@ _SET_BY_THE_EVALUATION = (
 _AGAINST_CLEAN_LOGITS = {"kl": losses.kl}
 
 
+def attack_of_a_step(
+    entry: ConfigDict, path: str, attack_losses: Mapping[str, losses.Loss] = losses.ATTACK_LOSSES
+) -> partial:
+    """attack(logits_fn, x, y, keys) -> x_adv, at the radius of the entry."""
+    keywords, relative = _relative_step_size(ATTACKS_IN_A_STEP, entry, path)
+    attack = bind(
+        ATTACKS_IN_A_STEP, keywords, path, reserved=NOT_FOR_CONFIGS, named={"loss": attack_losses}
+    )
+    if relative is None:
+        return attack
+    return partial(attack, step_size=relative * attack.keywords["eps"])
+
+
 def adversary(entry: ConfigDict | None) -> Adversary | None:
     if entry is None:
         return None
-    named = {"loss": {**losses.ATTACK_LOSSES, **_AGAINST_CLEAN_LOGITS}}
-    attack = bind(
-        ATTACKS_IN_A_STEP, entry, "config.adversary", reserved=NOT_FOR_CONFIGS, named=named
+    attack = attack_of_a_step(
+        entry, "config.adversary", {**losses.ATTACK_LOSSES, **_AGAINST_CLEAN_LOGITS}
     )
     against_clean_logits = entry.get("loss") in _AGAINST_CLEAN_LOGITS
     if against_clean_logits:
@@ -77,10 +92,11 @@ def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:
         raise UserError(
             f'{path} must be an entry like {{"name": "pgd", "eps": (0.1,)}}, not {entry!r}'
         )
-    keywords = {k: v for k, v in entry.items() if k not in ("eps", "num_examples", "surrogate")}
+    given = {k: v for k, v in entry.items() if k not in ("eps", "num_examples", "surrogate")}
+    keywords, relative = _relative_step_size(ATTACKS, {"name": label, **given}, path)
     attack = bind(
         ATTACKS,
-        {"name": label, **keywords},
+        keywords,
         path,
         reserved=_SET_BY_THE_EVALUATION,
         named={"loss": losses.ATTACK_LOSSES},
@@ -111,7 +127,38 @@ def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:
     if surrogate and members:
         raise UserError(f"{path}.surrogate: autoattack is not transferred; name another attack")
     eps = tuple(map(float, eps))
-    return AttackGrid(kind, attack, norm, eps, num_examples or None, members, surrogate)
+    run = attack if relative is None else _RelativeStep(attack, relative)
+    return AttackGrid(kind, run, norm, eps, num_examples or None, members, surrogate)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RelativeStep:
+    """An attack whose step is so many of the radii that it is called with."""
+
+    attack: Callable
+    relative: float
+
+    def __call__(self, *args, eps, **keywords):
+        return self.attack(*args, eps=eps, step_size=self.relative * eps, **keywords)
+
+
+def _relative_step_size(
+    choices: Mapping[str, Callable], entry: Mapping[str, Any] | ConfigDict, path: str
+) -> tuple[dict[str, Any], float | None]:
+    """The entry without its step in units of the radius, and that."""
+    keywords = dict(entry)
+    relative = keywords.pop("relative_step_size", None)
+    if relative is None:
+        return keywords, None
+    here = f"{path}.relative_step_size"
+    relative = config_lib.check_type(relative, float, here)
+    if "step_size" not in keyword_parameters(choices.get(str(keywords.get("name")), bind)):
+        raise UserError(f"{here}: {keywords.get('name')} takes no step_size")
+    if "step_size" in keywords:
+        raise UserError(f"{here}: give it or step_size, which is in pixel units")
+    if not relative > 0:
+        raise UserError(f"{here} is {relative}; it must be above 0")
+    return keywords, relative
 
 
 def audit_settings(config: ConfigDict) -> AuditSettings | None:
@@ -119,7 +166,6 @@ def audit_settings(config: ConfigDict) -> AuditSettings | None:
     settings = config.audit
     if not settings.num_examples:
         return None
-    norm = choose(NORMS, settings.norm, "config.audit.norm")
     if not settings.eps > 0:
         raise UserError(f"config.audit.eps is {settings.eps}; it must be above 0")
     other = settings.surrogate
@@ -129,7 +175,9 @@ def audit_settings(config: ConfigDict) -> AuditSettings | None:
             'choices: "train", "" or the folder of a finished run'
         )
     loss = bind(losses.LOSSES, config.loss, "config.loss")
-    return AuditSettings(norm, settings.eps, settings.num_examples, settings.num_queries, loss)
+    return AuditSettings(
+        settings.norm, settings.eps, settings.num_examples, settings.num_queries, loss
+    )
 
 
 def check(config: ConfigDict, schema: ConfigDict) -> None:

@@ -179,6 +179,7 @@ def evaluate(
         **{checkpoint: {"step": 0, **summary} for checkpoint in ("best", "last")},
         "audit": None if audited is None else audit_to_json(audited),
         "warnings": warnings,
+        "threat": {"norm": norm, "eps": float(eps)},
         "trained_against": None,
         "config": {"attacks": {attack: {"version": version, "overrides": overrides}}},
         "data": {

@@ -5,7 +5,7 @@ Anything drawn at random follows (seed, attack, example): never the batch or the
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,9 @@ from robust_jax._audit import Audit
 from robust_jax.app.records import What, column
 from robust_jax.attacks import distances
 from robust_jax.batches import MapExamples
-from robust_jax.devices import parallel
+from robust_jax.devices import parallel, processes
 from robust_jax.errors import UnusableState
+from robust_jax.files import UNREADABLE_NPZ, save_arrays
 from robust_jax.keys import fold_each, fold_in_each
 from robust_jax.progress import progress
 
@@ -103,23 +104,34 @@ class Evaluator:
         return partial(self.network, parallel.on_this_device(variables))
 
     def records(
-        self, variables: Any, description: str, unfinished: Path | None = None
+        self,
+        variables: Any,
+        description: str,
+        unfinished: Path | None = None,
+        *,
+        without: Collection[str] = (),
     ) -> pd.DataFrame:
         """One row per example of the split: measures, and for each attack and eps if it held.
 
         An example broken at an eps stays broken, with the same adversarial, at every larger eps
         (the balls are nested), so an attack sees only the examples that still stand. unfinished: a
-        folder in which AutoAttack leaves what it has done, to go on from there.
+        folder in which each pass leaves what it found, and AutoAttack what it has done, to resume
+        from there. without: attacks to leave out.
         """
         count = len(self._split.labels)
         index = np.arange(count)
-        work = 2 + sum(len(grid.eps) for grid in self._grids.values())
+        grids = {name: grid for name, grid in self._grids.items() if name not in without}
+        work = 2 + sum(len(grid.eps) for grid in grids.values())
+        done = None if unfinished is None else unfinished / "records.npz"
         with progress(work, description, "pass") as bar:
-            columns = self._measure(variables, self._split, index, self._key_data)
-            columns["correct"] = columns["correct"].astype(bool)
-            columns["key"] = hexadecimal(fold_in_each(self._key, jnp.asarray(index)))
+            columns = _columns_done(done)
+            if "key" not in columns:
+                columns = self._measure(variables, self._split, index, self._key_data)
+                columns["correct"] = columns["correct"].astype(bool)
+                columns["key"] = hexadecimal(fold_in_each(self._key, jnp.asarray(index)))
+                _save_columns(done, columns)
             bar.update(2)
-            for name, grid in self._grids.items():
+            for name, grid in grids.items():
                 attacked = index < (grid.num_examples or count)
                 held = pd.array(np.where(attacked, columns["correct"], None), dtype="boolean")
                 found: dict[What, np.ndarray] = {
@@ -131,6 +143,11 @@ class Evaluator:
                     found["broken_by"] = np.where(wrong, "clean", "").astype(object)
                 for eps in sorted(grid.eps):
                     bar.set_postfix_str(f"{name} at eps {eps:g}", refresh=False)
+                    if column(name, eps, "held") in columns:
+                        held = columns[column(name, eps, "held")].copy()
+                        found = {what: columns[column(name, eps, what)].copy() for what in found}
+                        bar.update()
+                        continue
                     standing = np.flatnonzero(held.fillna(False))
                     if len(standing):
                         if grid.members:
@@ -146,6 +163,7 @@ class Evaluator:
                     columns[column(name, eps, "held")] = held.copy()
                     for what, values in found.items():
                         columns[column(name, eps, what)] = values.copy()
+                    _save_columns(done, columns)
                     bar.update()
         return pd.DataFrame({"index": index, "label": self._split.labels, **columns})
 
@@ -199,11 +217,19 @@ class Evaluator:
             "broken_by": result.broken_by,
         }
 
-    def images(self, variables: Any, name: str, eps: float) -> dict[str, np.ndarray]:
-        """The first examples of the split, clean and attacked, for people to look at."""
-        index = np.arange(min(self._settings.num_images, len(self._split.labels)))
-        measures = self._measure(variables, self._split, index, self._key_data)
+    def images(
+        self, variables: Any, name: str, eps: float, index: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The first of the examples that an attack breaks, clean and attacked; {} for none."""
+        index = index[: 4 * self._settings.num_images]
+        if not len(index):
+            return {}
         out = self._attacks[name](variables, self._split, index, self._key_data, eps)
+        broken = np.flatnonzero(~out["held"])[: self._settings.num_images]
+        if not len(broken):
+            return {}
+        index, out = index[broken], {what: values[broken] for what, values in out.items()}
+        measures = self._measure(variables, self._split, index, self._key_data)
         clean = np.asarray(data.to_pixels(self._split.images[index]))
         return {
             "clean": clean,
@@ -297,3 +323,30 @@ def hexadecimal(keys: jax.Array) -> list[str]:
 
 def _named_key(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _columns_done(path: Path | None) -> dict[str, Any]:
+    """The columns that an evaluation left when it was stopped; none where they cannot be read."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            columns: dict[str, Any] = dict(archive)
+    except UNREADABLE_NPZ:
+        return {}
+    for name, values in columns.items():
+        if name.endswith("/held"):
+            columns[name] = pd.array(np.where(values < 0, None, values == 1), dtype="boolean")
+        elif values.dtype.kind == "U":
+            columns[name] = values.astype(object)
+    return columns
+
+
+def _save_columns(path: Path | None, columns: dict[str, Any]) -> None:
+    if path is None or not processes.is_first():
+        return
+    arrays = {
+        name: values.to_numpy("int8", na_value=-1) if name.endswith("/held") else np.asarray(values)
+        for name, values in columns.items()
+    }
+    save_arrays(path, **{k: v.astype(str) if v.dtype == object else v for k, v in arrays.items()})

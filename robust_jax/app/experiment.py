@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from ml_collections import ConfigDict
 
-from robust_jax.app import entries, subject, training
+from robust_jax.app import entries, subject, threat, training
 from robust_jax.app.config import bind
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.measurements import MEASUREMENTS
@@ -31,15 +31,18 @@ def build(config: ConfigDict) -> Experiment:
 
     Raises UserError, naming the field, the value and the choices.
     """
-    grids = {label: entries.attack_grid(label, entry) for label, entry in config.attacks.items()}
+    full = threat.complete(config)
+    grids = {label: entries.attack_grid(label, entry) for label, entry in full.attacks.items()}
     measurements: dict[str, Callable] = {
-        label: _measurement(label, entry) for label, entry in config.measurements.items()
+        label: _measurement(label, entry) for label, entry in full.measurements.items()
     }
-    audit = entries.audit_settings(config)
+    audit = entries.audit_settings(full)
     run = training.build(config)
+    training.check_radius(full.audit, "config.audit", run.dataset)
     for name, grid in grids.items():
+        path = f"config.attacks.{name}"
+        training.check_radius(full.attacks[name], path, run.dataset)
         if not grid.members:
-            path = f"config.attacks.{name}"
             training.try_attack(path, grid.attack, run.dataset, eps=grid.eps[0])
     grids = {name: _transferred(grid) for name, grid in grids.items()}
     settings = config.evaluation.to_dict()

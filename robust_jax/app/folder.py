@@ -5,18 +5,20 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
 
-from robust_jax.app import cards, report, runs, stored
+from robust_jax.app import cards, report, runs, stored, threat
 from robust_jax.app import config as config_lib
 from robust_jax.devices import processes
 from robust_jax.errors import UserError
-from robust_jax.files import write_json
+from robust_jax.files import save_arrays, write_json
 
 Mode = Literal["train", "evaluate", "measure", "audit", "verify", "report"]
 # The folder of attacks that are not finished yet.
@@ -31,13 +33,29 @@ def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
     if stored.holds(workdir) != "a run":
         _claim_new(workdir, stored.RUN, config, mode)
         return
-    old, new = (config_lib.to_json(c) for c in (stored.config_of(workdir), config) if c is not None)
-    ignore = () if mode == "train" else config_lib.FIELDS_OF_NO_TRAINING
-    if changed := config_lib.differences(old, new, ignore=ignore):
+    if changed := _differences(workdir, config, mode):
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}); take another "
             "--workdir or the same config (other attacks: --mode=evaluate)"
         )
+
+
+def _differences(workdir: Path, config: ConfigDict, mode: Mode) -> list[str]:
+    """The fields that differ and must not, in this mode.
+
+    What follows the threat model may also be given in full; once it is trained, it was trained
+    against the old one.
+    """
+    old = stored.config_of(workdir)
+    assert old is not None
+    ignore = ("checkpoint_every", *(() if mode == "train" else config_lib.FIELDS_OF_NO_TRAINING))
+    pairs = [(threat.complete(old), threat.complete(config))]
+    if mode != "train":
+        pairs.append((old, config))
+    found = [
+        config_lib.differences(*map(config_lib.to_json, pair), ignore=ignore) for pair in pairs
+    ]
+    return min(found, key=len)
 
 
 def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:
@@ -82,11 +100,22 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def clear_evaluation(workdir: Path) -> None:
-    """Removes what an evaluation writes: a run that has results.json is finished and whole."""
-    for name in ("results.json", "examples.npz", "measurements.npz", "card.json"):
-        (workdir / name).unlink(missing_ok=True)
-    (workdir / "records").mkdir(exist_ok=True)
+class Earlier(NamedTuple):
+    """What earlier evaluations left: records by checkpoint, measurements, their arrays, audit."""
+
+    records: dict[str, pd.DataFrame]
+    measurements: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    audit: dict[str, Any] | None
+
+
+def earlier(workdir: Path) -> Earlier:
+    """What there is, where results.json says that it is whole; nothing otherwise."""
+    if not (workdir / "results.json").exists():
+        return Earlier({}, {}, {}, None)
+    results = runs.results(workdir)
+    found = runs.load(workdir).records
+    return Earlier(found, results["measurements"], runs.measured(workdir), results["audit"])
 
 
 def unfinished(workdir: Path, config: ConfigDict, name: str, step: int) -> Path:
@@ -95,12 +124,39 @@ def unfinished(workdir: Path, config: ConfigDict, name: str, step: int) -> Path:
     return workdir / _UNFINISHED / hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
+def write_evaluation(
+    workdir: Path,
+    results: dict[str, Any],
+    tables: Mapping[str, pd.DataFrame],
+    arrays: Mapping[str, np.ndarray],
+    images: Mapping[str, np.ndarray],
+) -> None:
+    """Replaces an evaluation by one that has more in it.
+
+    A folder that has results.json is whole, so it goes first and comes last.
+    """
+    for name in ("results.json", "examples.npz", "card.json"):
+        (workdir / name).unlink(missing_ok=True)
+    (workdir / "records").mkdir(exist_ok=True)
+    for name, table in tables.items():
+        table.to_csv(workdir / "records" / f"{name}.csv", index=False)
+    if images:
+        save_arrays(workdir / "examples.npz", **images)
+    write_arrays(workdir, arrays)
+    write(workdir, results)
+
+
+def write_arrays(workdir: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Those of the measurements."""
+    save_arrays(workdir / "measurements.npz", **arrays)
+
+
 def write(workdir: Path, results: dict[str, Any]) -> None:
     """The report, the card and config.json; results.json last."""
     write_report(workdir, results)
     if card := cards.card(results):
         write_json(workdir / "card.json", card)
-    write_json(workdir / "config.json", results["config"])
+    write_json(workdir / stored.RUN, results["config"])
     runs.write_results(workdir, results)
     shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
 

@@ -6,27 +6,38 @@ _BATCH_SIZE of them in memory at a time.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from robust_jax import data, energy, jacobian, losses, margins, models
 from robust_jax.analysis import calibration, features, latent, spectra
 from robust_jax.analysis.summaries import gaps as gaps_between
 from robust_jax.analysis.summaries import summary
-from robust_jax.app.subject import Subject
 from robust_jax.attacks import Norm, fab, pgd
 from robust_jax.batches import on_one_device
 from robust_jax.errors import UserError
 from robust_jax.keys import fold_in_each
+from robust_jax.types import LogitsFn
 
 # Numbers are for results.json; arrays, to draw, for measurements.npz.
 Found = dict[str, float | np.ndarray]
 _BATCH_SIZE = 250
 # Networks of one layer after another, which margins by Lipschitz constants are for.
 _CHAINS = (models.Linear, models.MLP, models.CNN, models.LeNet5, models.MadryCNN, models.SmallCNN)
+
+
+class Subject(NamedTuple):
+    """A trained network, its data and a key."""
+
+    model: nn.Module
+    variables: Any
+    logits_fn: LogitsFn
+    dataset: data.Dataset
+    key: jax.Array
 
 
 def outputs(

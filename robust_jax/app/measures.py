@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from robust_jax.app import entries
+from robust_jax.app import entries, threat
 from robust_jax.app.config import choose
 from robust_jax.app.measurements import NUMBERS
 from robust_jax.app.wording import format_eps
@@ -130,7 +130,7 @@ def _check_attack(measure: str, config: ConfigDict, path: str) -> None:
     except ValueError:
         raise UserError(f"{path} is {measure!r}; a radius stands after the @") from None
     radii: dict[str, tuple[float, ...]] = {}
-    for label, entry in config.attacks.items():
+    for label, entry in threat.complete(config).attacks.items():
         grid = entries.attack_grid(label, entry)
         radii[label] = grid.eps
         worst = f"worst_case_{grid.norm}"

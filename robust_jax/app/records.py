@@ -54,41 +54,40 @@ def breaking_eps(records: pd.DataFrame, names: Iterable[str]) -> pd.Series:
     """The smallest eps at which any of the named attacks broke each example; inf where none did."""
     eps = pd.Series(np.inf, index=records.index, name="breaking_eps")
     for name, radius in reversed(_columns(records, names, np.inf)):
-        eps[_broke(records, name, radius)] = radius
+        eps[broke(records, name, radius)] = radius
     return eps
 
 
-def evidence(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.DataFrame:
-    """For each example the attack up to eps that broke it at the smallest radius.
+def first_to_break(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.DataFrame:
+    """For each example the smallest radius up to eps at which an attack broke it, and by what.
 
-    Columns: broken_by (attack@eps, with AutoAttack's member; "clean" or "" as in AutoAttack),
-    distance (pixel units, NaN where it held), margin (at the adversarial, or the smallest that an
-    attack left), key.
+    Columns: eps (0 where it was misclassified, inf where it held), by (the attack, "several
+    attacks" where more than one broke it there, "misclassified" or "none") and distance, the
+    smallest that one of them found.
     """
+    correct = records["correct"].astype(bool)
     found = pd.DataFrame(
         {
-            "broken_by": np.where(records["correct"].astype(bool), "", "clean"),
-            "distance": np.where(records["correct"].astype(bool), np.nan, 0.0),
-            "margin": records["margin"],
-            "key": records["key"],
+            "eps": np.where(correct, np.inf, 0.0),
+            "by": np.where(correct, "none", "misclassified"),
+            "distance": np.nan,
         },
         index=records.index,
     )
     for name, radius in _columns(records, names, eps):
-        standing = found["broken_by"] == ""
-        broken = standing & _broke(records, name, radius)
-        left = standing & ~broken & held(records, name, radius).notna()
-        margin = records[column(name, radius, "margin")]
-        found.loc[broken, "broken_by"] = f"{name}@{radius:g}"
+        distance = records[column(name, radius, "distance")]
+        here = broke(records, name, radius) & (found["eps"] >= radius)
+        first = here & np.isinf(found["eps"])
+        found.loc[here & ~first, "by"] = "several attacks"
+        found.loc[first, "by"] = name
         if (member := column(name, radius, "broken_by")) in records:
-            found.loc[broken, "broken_by"] += ":" + records.loc[broken, member].astype(str)
-        found.loc[broken, "distance"] = records.loc[broken, column(name, radius, "distance")]
-        found.loc[broken, "margin"] = margin[broken]
-        found.loc[left, "margin"] = np.minimum(found.loc[left, "margin"], margin[left])
+            found.loc[first, "by"] += " (" + records.loc[first, member].astype(str) + ")"
+        found.loc[here, "eps"] = radius
+        found.loc[here, "distance"] = np.fmin(found.loc[here, "distance"], distance[here])
     return found
 
 
-def _broke(records: pd.DataFrame, name: str, eps: float) -> pd.Series:
+def broke(records: pd.DataFrame, name: str, eps: float) -> pd.Series:
     """Which examples the attack broke, of those that it attacked."""
     return (~held(records, name, eps)).fillna(False).astype(bool)
 

@@ -1,7 +1,5 @@
 """A finished run's folder as one self-contained report.html, and as a table in plain text."""
 
-import base64
-import io
 import json
 import textwrap
 from collections.abc import Mapping
@@ -9,23 +7,23 @@ from math import isclose
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from robust_jax import plots
+from robust_jax.analysis.calibration import expected_calibration_error, reliability
 from robust_jax.analysis.summaries import wilson_interval
+from robust_jax.app import figures as figures_lib
 from robust_jax.app import runs
 from robust_jax.app.config import flatten
-from robust_jax.app.records import evidence, fates
-from robust_jax.app.wording import format_eps, percent, threat, with_interval, words
+from robust_jax.app.methods import method
+from robust_jax.app.pages import image, template
+from robust_jax.app.records import fates, first_to_break
+from robust_jax.app.wording import format_eps, number, percent, threat, with_interval, words
 from robust_jax.files import write_atomically
 
 Results = Mapping[str, Any]
 _LINE = 80
-_LARGE = 250_000  # of a figure, in characters
 
 
 class Radius(NamedTuple):
@@ -41,6 +39,9 @@ def write(workdir: Path, results: Results) -> Path:
     run, names = runs.load(workdir), checkpoint_names(results)
     records = {name: run.records[name] for name in names}
     figures = _figures(results, records, run.metrics, run.images)
+    drawn = figures_lib.of_measurements(
+        {"best": arrays} if (arrays := runs.measured(workdir)) else {}
+    )
     page = template("report.html.j2").render(
         title=title(results),
         headline=headline(results),
@@ -48,27 +49,17 @@ def write(workdir: Path, results: Results) -> Path:
         audit=results["audit"],
         first=_first_to_break(results, records["best"]),
         figures=figures,
+        measurements=_measurements(results),
+        drawn=[image(figure, alt) for figure, alt in drawn.values()],
+        kept=sorted({a["name"] for a in results["attacks"] if a.get("earlier")}),
         checkpoints=names,
         steps={name: results[name]["step"] for name in ("best", "last")},
         summary=_summary(results),
         blocks=_blocks(results),
-        worst_case=plots.WORST_CASE,
         facts=_facts(results),
         config={k: json.dumps(v) for k, v in flatten(results["config"]).items()},
     )
     return write_atomically(workdir / "report.html", page)
-
-
-def template(name: str) -> jinja2.Template:
-    """A page of this package; what is put into it is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("robust_jax.app"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)
 
 
 def table(results: Results) -> str:
@@ -91,6 +82,25 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def measurements_text(numbers: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The numbers of the measurements, a line each."""
+    lines = []
+    for label, found in numbers.items():
+        lines += [f"{label}:"] + [f"  {words(k):<46}{number(v):>12}" for k, v in found.items()]
+    return "\n".join(lines)
+
+
+def audit_text(results: Results) -> str:
+    """The verdict, the evidence of every check and, where one is not passed, the advice."""
+    lines = textwrap.wrap(verdict(results), _LINE)
+    for check in (results["audit"] or {"checks": ()})["checks"]:
+        said = f"{check['verdict']:<8}{check['name']}: {check['evidence']}"
+        if check["verdict"] != "pass":
+            said += f" {check['advice']}"
+        lines += textwrap.wrap(said, _LINE, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
 def checkpoint_names(results: Results) -> list[str]:
     """best and last, or best alone where they are the same."""
     same = results["best"]["step"] == results["last"]["step"]
@@ -98,19 +108,11 @@ def checkpoint_names(results: Results) -> list[str]:
 
 
 def title(results: Results) -> str:
-    """The data set, the model and the method in words."""
+    """The data set, the model and the method, with its weights."""
     if "title" in results:  # not trained here
         return results["title"]
-    config = results["config"]
-    on = {"both": "clean and adversarial"}.get(config["loss_on"], config["loss_on"])
-    method = f"{words(config['loss']['name'])} on {on} images"
-    regularizers = config.get("regularizers") or {}
-    terms = [words(name) for name, term in regularizers.items() if term.get("weight", 1)]
-    if terms:
-        method += f", with {' and '.join(terms)} regularisation"
-    if trained := _trained(results):
-        method += f"; adversary {words(config['adversary']['name'])}, {threat(*trained)}"
-    return f"{results['data']['name']}, {words(results['model']['name'])}: {method}"
+    what = method(results["config"], results["trained_against"])
+    return f"{results['data']['name']}, {words(results['model']['name'])}: {what}"
 
 
 def headline(results: Results) -> str:
@@ -132,10 +134,15 @@ def headline(results: Results) -> str:
     )
     for entry in results["attacks"]:
         if entry["attack"] == "autoattack" and entry["norm"] == radius.norm:
-            text += (
-                f" AutoAttack at ε = {format_eps(entry['eps'])} leaves "
-                f"{percent(entry['robust_accuracy'])} % of {entry['count']:,}."
-            )
+            at = f" AutoAttack at ε = {format_eps(entry['eps'])} leaves"
+            text += f"{at} {percent(entry['robust_accuracy'])} %"
+            if entry["count"] < clean["count"]:
+                worst = _find(
+                    results, f"worst_case_{radius.norm}_first_{entry['count']}", entry["eps"]
+                )
+                text += f" of the first {entry['count']:,}, all attacks together "
+                text += f"{percent(worst['robust_accuracy'])} % of these"
+            text += "."
     return text
 
 
@@ -160,30 +167,33 @@ def verdict(results: Results) -> str:
 
 
 def reference_radius(results: Results) -> Radius | None:
-    """The norm and ε of the adversary where it was evaluated, or else one that tells most.
+    """The threat model's norm and ε where it was evaluated, or else what tells most.
 
-    That is the largest ε, ℓ∞ before other norms, at which the worst case is above chance, or the
-    smallest there is. None without attacks.
+    That is the adversary's, or the largest ε, ℓ∞ before other norms, at which the worst case is
+    above chance, or the smallest there is. None without attacks.
     """
     worst = [a for a in results["attacks"] if a["attack"] == "worst_case"]
-    if (trained := _trained(results)) is not None:
+    trained, threat = _trained(results), _pair(results.get("threat"))
+    for pair in (threat, trained):
         for a in worst:
-            if a["norm"] == trained[0] and isclose(a["eps"], trained[1], rel_tol=1e-6):
-                return Radius(a["norm"], a["eps"], trained=True)
+            if pair and a["norm"] == pair[0] and isclose(a["eps"], pair[1], rel_tol=1e-6):
+                return Radius(a["norm"], a["eps"], trained=pair == trained)
     if not worst:
         return None
     norms = {a["norm"] for a in worst}
-    norm = (
-        trained[0] if trained and trained[0] in norms else "linf" if "linf" in norms else min(norms)
-    )
+    preferred = (threat or trained or ("linf",))[0]
+    norm = preferred if preferred in norms else "linf" if "linf" in norms else min(norms)
     worst = [a for a in worst if a["norm"] == norm]
     above = [a["eps"] for a in worst if a["robust_accuracy"] > 1 / results["data"]["num_classes"]]
     return Radius(norm, max(above, default=min(a["eps"] for a in worst)), trained=False)
 
 
 def _trained(results: Results) -> tuple[str, float] | None:
-    against = results["trained_against"]
-    return (against["norm"], against["eps"]) if against else None
+    return _pair(results["trained_against"])
+
+
+def _pair(threat: Mapping[str, Any] | None) -> tuple[str, float] | None:
+    return (threat["norm"], threat["eps"]) if threat else None
 
 
 def _worst_case(results: Results, radius: Radius) -> Mapping[str, Any]:
@@ -194,11 +204,16 @@ def _worst_case(results: Results, radius: Radius) -> Mapping[str, Any]:
     )
 
 
+def _find(results: Results, name: str, eps: float) -> Mapping[str, Any]:
+    return next(a for a in results["attacks"] if (a["name"], a["eps"]) == (name, eps))
+
+
 def _attack_table(results: Results) -> pd.DataFrame:
     """The attacks of each checkpoint, one row an ε, as `plots.accuracy_against_eps` takes them.
 
     The norm that the headline is about comes first. An attack goes without its norm, so that it is
-    called and coloured alike in each norm, unless two of one norm would then have the same name.
+    called and coloured alike in each norm, unless two of one norm would then have the same name. Of
+    one that saw only the first of the examples, the name says of how many.
     """
     radius = reference_radius(results)
     rows = [
@@ -213,7 +228,9 @@ def _attack_table(results: Results) -> pd.DataFrame:
     short = pd.Series([name.removesuffix(f"_{norm}") for name, norm in names], dtype=object)
     clashes = table["name"].groupby([table["norm"], short]).transform("nunique") > 1
     label = short.where(~clashes, table["name"])
-    label = label.where(table["attack"] != "worst_case", plots.WORST_CASE)
+    label = label.where(~table["attack"].str.startswith("worst_case"), plots.WORST_CASE)
+    part = table["count"] < results["clean"]["count"]
+    label = label.where(~part, label + ", first " + table["count"].astype(str))
     table = table.assign(attack=label).rename(columns={"robust_accuracy": "accuracy"})
     return table.sort_values("norm", key=lambda n: n != (radius and radius.norm), kind="stable")
 
@@ -257,7 +274,9 @@ def _blocks(results: Results) -> list[dict[str, Any]]:
             for attack, rows in of_norm.groupby("attack", sort=False)
         ]
         heads = [format_eps(eps) for eps in sizes]
-        blocks.append({"norm": plots.norm_symbol(norm), "eps": heads, "rows": rows})
+        partial = bool((of_norm["count"] < results["clean"]["count"]).any())
+        symbol = plots.norm_symbol(norm)
+        blocks.append({"norm": symbol, "eps": heads, "rows": rows, "partial": partial})
     return blocks
 
 
@@ -269,7 +288,7 @@ def _cells(rows: pd.DataFrame, sizes: list[float]) -> list[dict[str, str]]:
         cell = {"accuracy": "–", "interval": ""}
         if row := found.get(eps):
             cell["accuracy"] = percent(row["accuracy"])
-            if row["attack"] == plots.WORST_CASE:
+            if row["attack"].startswith(plots.WORST_CASE):
                 low, high = wilson_interval(row["accuracy"], row["count"])
                 cell["interval"] = f"{percent(low)}–{percent(high)}"
         cells.append(cell)
@@ -281,26 +300,35 @@ def _row(label: str, values: list[str], label_width: int, width: int) -> str:
 
 
 def _first_to_break(results: Results, best: pd.DataFrame) -> list[dict[str, str]]:
-    """Which attack was the first to break how many images, at what median distance."""
+    """What broke how many images first, up to the headline's radius; a row sums them up."""
     radius = reference_radius(results)
     if radius is None:
         return []
     of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
-    found = evidence(best, of_norm, radius.eps)
+    found = first_to_break(best, of_norm, radius.eps)
     rows = []
-    for name, part in found.groupby("broken_by", sort=False):
-        if name and name != "clean":
-            rows.append(
-                {
-                    "attack": str(name),
-                    "images": f"{len(part):,}",
-                    "distance": f"{part['distance'].median():.3g}",
-                }
-            )
-    held = found[found["broken_by"] == ""]
-    if len(held):
-        rows.append({"attack": "none", "images": f"{len(held):,}", "distance": "–"})
+    groups = list(found.groupby(["eps", "by"]))
+    for (eps, name), part in sorted(groups, key=lambda group: (group[0][0], -len(group[1]))):
+        distance = part["distance"].median()
+        rows.append(
+            {
+                "eps": format_eps(eps) if np.isfinite(eps) and eps else "–",
+                "attack": str(name),
+                "images": f"{len(part):,}",
+                "distance": "–" if np.isnan(distance) or not eps else f"{distance:.3g}",
+            }
+        )
+    rows.append({"eps": "", "attack": "all", "images": f"{len(found):,}", "distance": ""})
     return rows
+
+
+def _measurements(results: Results) -> list[dict[str, str]]:
+    """A row for each number that was measured."""
+    return [
+        {"label": label.replace("_", " "), "what": words(name), "value": number(value)}
+        for label, found in results.get("measurements", {}).items()
+        for name, value in found.items()
+    ]
 
 
 def _counts(data: Mapping[str, Any]) -> str:
@@ -364,6 +392,13 @@ def _figures(
             ),
             "Scatter of the estimated against the exact Frobenius norm, with the diagonal.",
         )
+    if "top_probability" in best:
+        curve = reliability(best["top_probability"], best["correct"])
+        error = expected_calibration_error(curve)
+        figures["reliability"] = image(
+            plots.reliability_diagram({"best": curve}),
+            f"Accuracy against top probability; expected calibration error {100 * error:.1f} %.",
+        )
     if radius is not None:
         of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
         fate = fates(best, of_norm, radius.eps)
@@ -405,22 +440,3 @@ def _median_sentence(records: pd.DataFrame, fate: pd.Series) -> str:
         f"The median Frobenius norm of the logits is {medians['held']:.3g} where the label "
         f"held and {medians['broken']:.3g} where it was broken."
     )
-
-
-def image(figure: Figure, alt: str, **about: Any) -> dict[str, Any]:
-    """The figure as a data URI, SVG or, if that is large, PNG, with its size in CSS pixels."""
-    # Fixed salt and no date: the same run gives the same page.
-    with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
-        source = _source(figure, "svg", "svg+xml", {"Date": None})
-        if len(source) > _LARGE:
-            # The layout stays as it is, and is not worked out twice.
-            figure.set_layout_engine("none")
-            source = min(source, _source(figure, "png", "png", {}), key=len)
-    width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    return {"src": source, "alt": alt, "width": width, "height": height, **about}
-
-
-def _source(figure: Figure, kind: str, mime: str, metadata: dict) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
-    return f"data:image/{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,7 +1,7 @@
 """What results.json holds: how a run was made, and the means over its records."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
+from ml_collections import ConfigDict
 
 from robust_jax import __version__
 from robust_jax._audit import Audit
 from robust_jax.app import config as config_lib
 from robust_jax.app import records as records_lib
-from robust_jax.app import runs
+from robust_jax.app import runs, threat
 from robust_jax.app.evaluator import AttackGrid
 from robust_jax.app.experiment import Experiment
 from robust_jax.app.records import column, worst_case
@@ -25,12 +26,18 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def compose(
-    experiment: Experiment, trained: Trained, tables: dict[str, pd.DataFrame]
+    experiment: Experiment,
+    trained: Trained,
+    tables: Mapping[str, pd.DataFrame],
+    kept: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What the records of best and last add up to, and how they were made."""
+    """What the records of best and last add up to, and how they were made.
+
+    kept: the attacks whose results are those of an earlier evaluation.
+    """
     states = {"best": trained.best, "last": trained.last}
     summaries = {
-        name: {"step": int(states[name].step), **summarize(table, experiment.grids)}
+        name: {"step": int(states[name].step), **summarize(table, experiment.grids, kept)}
         for name, table in tables.items()
     }
     dataset = experiment.dataset
@@ -52,6 +59,7 @@ def compose(
             "name": experiment.config.model.name,
             "parameters": num_parameters(trained.last.params),
         },
+        "threat": threat_of(experiment.config),
         "trained_against": trained_against(experiment),
     }
 
@@ -87,8 +95,13 @@ def trained_against(experiment: Experiment) -> dict[str, Any] | None:
     """The adversary's norm and eps, where training looked at what it made."""
     if not experiment.uses_adversary:
         return None
-    adversary = experiment.config.adversary
-    return {"norm": adversary.get("norm", "linf"), "eps": adversary.eps}
+    adversary = threat.complete(experiment.config).adversary
+    return {"norm": adversary.norm, "eps": adversary.eps}
+
+
+def threat_of(config: ConfigDict) -> dict[str, Any]:
+    """The norm and eps that it is judged at."""
+    return threat.complete(config).threat.to_dict()
 
 
 def validations(workdir: Path) -> dict[str, dict[str, float]]:
@@ -105,10 +118,14 @@ def validations(workdir: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[str, Any]:
+def summarize(
+    records: pd.DataFrame, grids: Mapping[str, AttackGrid], kept: Collection[str] = ()
+) -> dict[str, Any]:
     """The means over a table of records: clean, attacks[] and jacobian, as results.json has them.
 
-    The worst case of a norm at an eps is over every attack of that norm with a radius up to it.
+    The worst case of a norm at an eps is over every attack of that norm with a radius up to it, and
+    over all examples. Where an attack saw only the first of them, there is a worst case over those
+    too, on which all can be compared. kept: the attacks of an earlier evaluation.
     """
     attacks = []
     for name, grid in grids.items():
@@ -125,23 +142,28 @@ def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[st
                     "robust_accuracy": float(held.mean()),
                     "count": len(held),
                     "mean_distance": None if np.isnan(distance) else float(distance),
+                    **({"earlier": True} if name in kept else {}),
                     **({"members": _members(records, name, grid, eps)} if grid.members else {}),
                 }
             )
     for norm in dict.fromkeys(grid.norm for grid in grids.values()):
         of_norm = {name: grid for name, grid in grids.items() if grid.norm == norm}
-        for eps in sorted({eps for grid in of_norm.values() for eps in grid.eps}):
-            attacks.append(
-                {
-                    "name": f"worst_case_{norm}",
-                    "attack": "worst_case",
-                    "norm": norm,
-                    "eps": eps,
-                    "robust_accuracy": float(worst_case(records, of_norm, eps).mean()),
-                    "count": len(records),
-                    "mean_distance": None,
-                }
-            )
+        sizes = {_count(records, name, grid) for name, grid in of_norm.items()}
+        for count in sorted({len(records)} | sizes, reverse=True):
+            part = "" if count == len(records) else f"_first_{count}"
+            for eps in sorted({eps for grid in of_norm.values() for eps in grid.eps}):
+                held = worst_case(records[:count], of_norm, eps)
+                attacks.append(
+                    {
+                        "name": f"worst_case_{norm}{part}",
+                        "attack": "worst_case_of_first" if part else "worst_case",
+                        "norm": norm,
+                        "eps": eps,
+                        "robust_accuracy": float(held.mean()),
+                        "count": count,
+                        "mean_distance": None,
+                    }
+                )
     return {
         "clean": {
             "accuracy": float(records["correct"].mean()),
@@ -151,6 +173,11 @@ def summarize(records: pd.DataFrame, grids: Mapping[str, AttackGrid]) -> dict[st
         "attacks": attacks,
         "jacobian": {fn: _jacobian_summary(records, fn) for fn in ("logits", "probabilities")},
     }
+
+
+def _count(records: pd.DataFrame, name: str, grid: AttackGrid) -> int:
+    """How many of the first examples were attacked."""
+    return int(records_lib.held(records, name, grid.eps[0]).notna().sum())
 
 
 def _members(records: pd.DataFrame, name: str, grid: AttackGrid, eps: float) -> dict[str, float]:

@@ -2,10 +2,10 @@
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,78 +14,70 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from robust_jax.app import config as config_lib
-from robust_jax.app import folder, runs, surrogate, verify
+from robust_jax.app import folder, merge, report, runs, stored, surrogate, threat, verify
+from robust_jax.app import records as records_lib
 from robust_jax.app.experiment import Experiment, build
 from robust_jax.app.folder import Mode
-from robust_jax.app.results import audit_to_json, compose, trained_against, validations
+from robust_jax.app.results import audit_to_json, compose, validations
 from robust_jax.app.subject import subject_of
 from robust_jax.devices import processes, speed
 from robust_jax.errors import NothingToAudit, UserError
-from robust_jax.files import save_arrays
 from robust_jax.models import num_parameters
 from robust_jax.train import loop
 from robust_jax.train.loop import Trained, is_trained, restore, train
 
 
-def execute(
-    config: ConfigDict, workdir: Path, mode: Mode, *, profile: bool = False
-) -> dict[str, Any]:
-    """Trains (or goes on, or says that the run is finished), evaluates and writes the report.
+class Finished(NamedTuple):
+    """A run whose training is done.
 
-    Of a finished run, mode "evaluate" does all again but training, with the attacks the config has
-    now; "measure" takes config.measurements alone; "audit" looks again for masked gradients;
-    "verify" makes every adversarial anew from the checkpoint and compares what it finds with the
-    records; "report" writes the page again. profile: leaves a trace of ten training steps in
-    workdir/profile. Returns what results.json holds. Raises UserError where the config is mistaken,
-    workdir holds a run of another config, or "verify" finds something else.
+    experiment: of the folder's config with what is asked for now. asked: the config of this call.
+    """
+
+    experiment: Experiment
+    trained: Trained
+    workdir: Path
+    asked: ConfigDict
+
+
+def execute(config: ConfigDict, workdir: Path, mode: Mode, *, profile: bool = False) -> str:
+    """Trains (or continues, or says that the run is finished), evaluates and writes the report.
+
+    Once a run is finished, mode "evaluate" does all but training again, and adds what the config
+    asks for now to what there is; "measure" takes config.measurements alone; "audit" looks again
+    for masked gradients; "verify" attacks again from the checkpoint and compares what it finds with
+    the records; "report" writes the page again.
+
+    Args:
+        config: A checked config.
+        workdir: The run's folder.
+        mode: What to do.
+        profile: Whether to leave a trace of ten training steps in workdir/profile.
+
+    Returns:
+        What the mode came to, in lines for people.
+
+    Raises:
+        UserError: The config is mistaken, workdir holds something else or a run of another config,
+            or "verify" finds something else.
     """
     workdir = workdir.absolute()
     if mode == "report":
-        folder.claim(workdir, config, mode)
-        if not (workdir / "results.json").exists():
-            raise UserError(f"{workdir} has no results yet; run it with --mode=train first")
-        results = runs.results(workdir)
+        processes.on_first(partial(folder.claim, workdir, config, mode))
+        results = _results(workdir, mode)
         processes.on_first(partial(folder.write_report, workdir, results))
-        return results
-    experiment = processes.on_all(partial(build, config))
+        return f"report: {workdir / 'report.html'}"
+    experiment = processes.on_all(partial(build, config))  # mistakes are told before the claim
     processes.on_first(partial(folder.claim, workdir, config, mode))
     with contextlib.nullcontext() if mode == "verify" else folder.locked(workdir):
-        return _run(experiment, workdir, mode, profile)
-
-
-def _run(experiment: Experiment, workdir: Path, mode: Mode, profile: bool) -> dict[str, Any]:
-    if (
-        mode == "train"
-        and (workdir / "results.json").exists()
-        and is_trained(experiment.plan, workdir)
-    ):
-        logging.info("%s is finished; --mode=evaluate or --mode=report redo a part", workdir)
-        return runs.results(workdir)
-    if mode == "train":
-        trained = train(experiment.plan, workdir, workdir / "profile" if profile else None)
-        logging.info(_speed(trained.timings))
-    else:
+        if mode == "train":
+            return _train(experiment, workdir, profile)
+        old = stored.config_of(workdir)
+        assert old is not None
+        both = merge.merged(old, config, mode)
+        if config_lib.to_json(both) != config_lib.to_json(config):
+            experiment = processes.on_all(partial(build, both))
         trained = restore(experiment.plan, workdir)
-    if mode in ("measure", "audit", "verify"):
-        if not (workdir / "results.json").exists():
-            raise UserError(f"{workdir} has no results yet; --mode={mode} needs a finished run")
-        results = runs.results(workdir)
-        if mode == "verify":
-            here = config_lib.to_json(experiment.config)
-            ignore = ("audit", "measurements", "data_dir", "parallel")
-            if changed := config_lib.differences(results["config"], here, ignore=ignore):
-                raise UserError(f"{workdir} was evaluated with another config ({changed[0]})")
-            verify.compare(experiment, trained, workdir, results)
-            return results
-        if mode == "measure":
-            results["config"]["measurements"] = config_lib.to_json(experiment.config.measurements)
-            results["measurements"] = _measurements(experiment, trained, workdir)
-        else:
-            results["config"]["audit"] = config_lib.to_json(experiment.config.audit)
-            results["audit"] = _audit(experiment, trained, workdir)
-        processes.on_first(partial(folder.write, workdir, results))
-        return results
-    return _evaluate(experiment, trained, workdir)
+        return _REDO[mode](Finished(experiment, trained, workdir, config))
 
 
 def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> None:
@@ -104,40 +96,94 @@ def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> N
             loop.train_seeds([experiment.plan for experiment in experiments], workdirs)
 
 
-def _evaluate(experiment: Experiment, trained: Trained, workdir: Path) -> dict[str, Any]:
+def _train(experiment: Experiment, workdir: Path, profile: bool) -> str:
+    if (workdir / "results.json").exists() and is_trained(experiment.plan, workdir):
+        logging.info("%s is finished; --mode=evaluate or --mode=report redo a part", workdir)
+        return report.table(runs.results(workdir))
+    trained = train(experiment.plan, workdir, workdir / "profile" if profile else None)
+    logging.info(_speed(trained.timings))
+    return _evaluate(Finished(experiment, trained, workdir, experiment.config))
+
+
+def _measure(run: Finished) -> str:
+    if not run.asked.measurements:
+        raise UserError(
+            "config.measurements is empty; name what to measure, as in "
+            "--config.measurements=\"{'outputs': {}, 'margins': {}}\""
+        )
+    results = _results(run.workdir, "measure")
+    numbers, arrays = _measured(run)
+    results["config"]["measurements"] = config_lib.to_json(run.experiment.config.measurements)
+    results["measurements"] = {**results["measurements"], **numbers}
+    arrays = merge.arrays(runs.measured(run.workdir), arrays, numbers)
+    processes.on_first(partial(folder.write_arrays, run.workdir, arrays))
+    processes.on_first(partial(folder.write, run.workdir, results))
+    return report.measurements_text(numbers)
+
+
+def _audit(run: Finished) -> str:
+    results = _results(run.workdir, "audit")
+    results["config"]["audit"] = config_lib.to_json(run.experiment.config.audit)
+    results["audit"] = _audited(run)
+    processes.on_first(partial(folder.write, run.workdir, results))
+    return report.audit_text(results)
+
+
+def _verify(run: Finished) -> str:
+    results = _results(run.workdir, "verify")
+    ignore = ("audit", "measurements", "data_dir", "parallel")
+    here = config_lib.to_json(run.asked)
+    if changed := config_lib.differences(results["config"], here, ignore=ignore):
+        raise UserError(f"{run.workdir} was evaluated with another config ({'; '.join(changed)})")
+    return verify.compare(run.experiment, run.trained, run.workdir, results)
+
+
+def _results(workdir: Path, mode: Mode) -> dict[str, Any]:
+    if not (workdir / "results.json").exists():
+        raise UserError(f"{workdir} has no results yet; --mode={mode} needs a finished run")
+    return runs.results(workdir)
+
+
+def _evaluate(run: Finished) -> str:
     """Measures both checkpoints and writes all but what training wrote; results.json last.
 
-    A run that has results.json is finished and whole, so an old one goes first.
+    Of what the folder's config has and this call does not ask for, earlier results are kept.
     """
     start = time.perf_counter()
-    processes.on_first(partial(folder.clear_evaluation, workdir))
+    earlier = folder.earlier(run.workdir)
+    entries = threat.complete(run.experiment.config).attacks
+    unasked = {label: entry for label, entry in entries.items() if label not in run.asked.attacks}
+    kept = set.intersection(
+        *(merge.are_kept(earlier.records.get(name), unasked) for name in ("best", "last"))
+    )
     tables: dict[str, pd.DataFrame] = {}
-    states = {"best": trained.best, "last": trained.last}
-    for name, state in states.items():
-        if name == "last" and int(state.step) == int(trained.best.step):
+    best, last = run.trained.best, run.trained.last
+    for name, state in {"best": best, "last": last}.items():
+        if name == "last" and int(last.step) == int(best.step):
             tables[name] = tables["best"]  # one checkpoint, measured once
-        else:
-            unfinished = folder.unfinished(workdir, experiment.config, name, int(state.step))
-            processes.on_first(partial(unfinished.mkdir, parents=True, exist_ok=True))
-            tables[name] = experiment.evaluator.records(
-                state.variables, f"evaluate {name}", unfinished
-            )
-        path = workdir / "records" / f"{name}.csv"
-        processes.on_first(partial(tables[name].to_csv, path, index=False))
-    if images := _images(experiment, trained):
-        path = workdir / "examples.npz"
-        processes.on_first(partial(save_arrays, path, **images))
-    results = compose(experiment, trained, tables)
+            continue
+        unfinished = folder.unfinished(run.workdir, run.experiment.config, name, int(state.step))
+        processes.on_first(partial(unfinished.mkdir, parents=True, exist_ok=True))
+        tables[name] = run.experiment.evaluator.records(
+            state.variables, f"evaluate {name}", unfinished, without=kept
+        )
+        if kept:
+            tables[name] = merge.with_kept(tables[name], earlier.records[name], kept)
+    results = compose(run.experiment, run.trained, tables, kept)
+    results["training"] = validations(run.workdir)
+    numbers, arrays = _measured(run)
+    results["measurements"] = {**earlier.measurements, **numbers}
+    results["audit"] = _audited(run) if run.asked.audit.num_examples else earlier.audit
+    images = _images(run, tables["best"])
     results["timings"] = {
-        **trained.timings,
+        **run.trained.timings,
         "evaluate_seconds": time.perf_counter() - start,
         "peak_memory_mebibytes": speed.memory_high_water() / 2**20,
     }
-    results["training"] = validations(workdir)
-    results["measurements"] = _measurements(experiment, trained, workdir)
-    results["audit"] = _audit(experiment, trained, workdir)
-    processes.on_first(partial(folder.write, workdir, results))
-    return results
+    arrays = merge.arrays(earlier.arrays, arrays, numbers)
+    write = partial(folder.write_evaluation, run.workdir, results, tables, arrays, images)
+    processes.on_first(write)
+    return report.table(results)
 
 
 def _speed(timings: Mapping[str, float]) -> str:
@@ -153,51 +199,64 @@ def _speed(timings: Mapping[str, float]) -> str:
     return "training: " + ", ".join(parts)
 
 
-def _measurements(
-    experiment: Experiment, trained: Trained, workdir: Path
-) -> dict[str, dict[str, float | None]]:
-    """What config.measurements asks for, of the best checkpoint; arrays go to measurements.npz.
+def _measured(
+    run: Finished,
+) -> tuple[dict[str, dict[str, float | None]], dict[str, np.ndarray]]:
+    """The measurements asked for, of the best checkpoint: numbers, and arrays by label/name.
 
     None stands for a number that is not finite.
     """
-    subject = subject_of(experiment, trained)
+    subject = subject_of(run.experiment, run.trained)
     numbers: dict[str, dict[str, float | None]] = {}
     arrays: dict[str, np.ndarray] = {}
-    for name, measure in experiment.measurements.items():
-        numbers[name] = {}
-        for key, value in measure(subject).items():
+    for label in run.asked.measurements:
+        numbers[label] = {}
+        for key, value in run.experiment.measurements[label](subject).items():
             if isinstance(value, np.ndarray):
-                arrays[f"{name}/{key}"] = value
+                arrays[f"{label}/{key}"] = value
             else:
-                numbers[name][key] = value if np.isfinite(value) else None
-    processes.on_first(partial(save_arrays, workdir / "measurements.npz", **arrays))
-    return numbers
+                numbers[label][key] = value if np.isfinite(value) else None
+    return numbers, arrays
 
 
-def _audit(experiment: Experiment, trained: Trained, workdir: Path) -> dict[str, Any] | None:
+def _audited(run: Finished) -> dict[str, Any] | None:
     """The audit of the best checkpoint as results.json has it; None where none is wanted."""
-    if experiment.audit is None:
+    settings = run.experiment.audit
+    if settings is None:
         return None
     start = time.perf_counter()
-    surrogates = surrogate.networks(experiment, workdir)
+    surrogates = surrogate.networks(run.experiment, run.workdir)
     try:
-        found = experiment.evaluator.audit(trained.best.variables, experiment.audit, surrogates)
+        found = run.experiment.evaluator.audit(run.trained.best.variables, settings, surrogates)
     except NothingToAudit as error:
         logging.warning("no audit: %s", error)
         return None
     return {**audit_to_json(found), "seconds": time.perf_counter() - start}
 
 
-def _images(experiment: Experiment, trained: Trained) -> dict[str, np.ndarray]:
-    """The image grid: the last attack in the adversary's norm, at its eps; else the last of all.
+def _images(run: Finished, records: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The image grid: the last attack in the threat model's norm, at its eps; else the last of all.
 
-    AutoAttack has no batch to look at: none for it alone.
+    AutoAttack has no batch to look at: none for it alone. The images are the first that it breaks.
     """
-    grids = {name: grid for name, grid in experiment.grids.items() if not grid.members}
+    grids = {name: grid for name, grid in run.experiment.grids.items() if not grid.members}
     if not grids:
         return {}
-    against = trained_against(experiment) or {}
-    of_norm = [name for name, grid in grids.items() if grid.norm == against.get("norm")]
+    model = threat.complete(run.experiment.config).threat
+    of_norm = [name for name, grid in grids.items() if grid.norm == model.norm]
     name = (of_norm or list(grids))[-1]
-    eps = against["eps"] if of_norm else max(grids[name].eps)
-    return experiment.evaluator.images(trained.best.variables, name, float(eps))
+    eps = model.eps if of_norm else max(grids[name].eps)
+    radii = [radius for radius in grids[name].eps if radius <= eps * (1 + 1e-6)]
+    broken = records["correct"].astype(bool)
+    if radii:
+        broken &= records_lib.broke(records, name, max(radii))
+    index = np.flatnonzero(broken)
+    return run.experiment.evaluator.images(run.trained.best.variables, name, float(eps), index)
+
+
+_REDO: Mapping[str, Callable[[Finished], str]] = {
+    "evaluate": _evaluate,
+    "measure": _measure,
+    "audit": _audit,
+    "verify": _verify,
+}

@@ -31,7 +31,7 @@ def config_of(workdir: Path) -> ConfigDict | None:
     """The config that a run or a study was made with; None where there is none."""
     for path in (workdir / RUN, workdir / STUDY):
         if path.exists():
-            return from_json(_read(path))
+            return from_json(_upgraded(_read(path)))
     return None
 
 
@@ -56,6 +56,22 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); take another --workdir") from error
+
+
+def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
+    """A run's config from before there was config.threat, when every norm was linf by default."""
+    if "threat" in tree or "audit" not in tree:
+        return tree
+    audit = tree["audit"]
+    for entry in (
+        tree["adversary"],
+        tree["validation_attack"],
+        *tree["attacks"].values(),
+        *tree["measurements"].values(),
+    ):
+        if entry and "eps" in entry and entry.get("name") not in ("jsma", "carlini_wagner"):
+            entry.setdefault("norm", "linf")
+    return {**tree, "threat": {"norm": audit["norm"], "eps": audit["eps"]}}
 
 
 def _with_tuples(value: Any) -> Any:

@@ -6,25 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
 
-from robust_jax.app import measures, report
+from robust_jax.app import figures as figures_lib
+from robust_jax.app import measures
+from robust_jax.app.figures import Arrays
+from robust_jax.app.pages import image, template
 from robust_jax.app.wording import format_eps, words
 from robust_jax.files import write_atomically
-from robust_jax.plots import measures as measure_plots
 from robust_jax.plots import study as plots
 
 Results = Mapping[str, Any]
-Arrays = Mapping[str, Mapping[str, np.ndarray]]
-# What of a measurement's arrays, one number an example, is drawn as histograms, and its axis.
-_DISTRIBUTIONS = {
-    "output_margin": "output margin, in logits",
-    "confidence": "probability of the label",
-    "input_margin": "margin in the input space, pixel units",
-}
-
-_DRAWN = 400  # points of a scatter plot
 
 
 def write(workdir: Path, results: Results, arrays: Arrays) -> None:
@@ -52,16 +43,17 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
             plots.along_training(results["along_training"]),
             "Along training: the mean over seeds with its 95 % interval.",
         )
-    figures |= _measured(arrays)
+    for name, (figure, alt) in figures_lib.of_measurements(arrays).items():
+        figures[name] = figure, f"{alt} One seed of each arm."
     (workdir / "figures").mkdir(parents=True, exist_ok=True)
     images = []
     for name, (figure, alt) in figures.items():
-        images.append(report.image(figure, alt))
+        images.append(image(figure, alt))
         with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
             path = workdir / "figures" / f"{name}.svg"
             figure.savefig(path, metadata={"Date": None}, dpi=80)  # of what is pixels within it
     claims, arms, rows = _claims(results), _arms(results), _rows(results)
-    page = report.template("study.html.j2").render(
+    page = template("study.html.j2").render(
         title=results["title"],
         question=results["question"],
         paper=results["paper"],
@@ -78,53 +70,6 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
     write_atomically(workdir / "report.html", page)
     captions = {name: alt for name, (_, alt) in figures.items()}
     write_atomically(workdir / "README.md", _markdown(results, claims, arms, rows, captions))
-
-
-def _measured(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
-    """Figures of the arrays that all the arms have."""
-    figures: dict[str, tuple[Figure, str]] = {}
-    names = set.intersection(*map(set, arrays.values())) if arrays else set()
-
-    def of(name):
-        return {arm: found[name] for arm, found in arrays.items()}
-
-    def by_layer(prefix):
-        return {
-            arm: {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
-            for arm, found in arrays.items()
-        }
-
-    for measurement, array in sorted({tuple(name.split("/")[:2]) for name in names}):
-        here = f"{measurement}/{array}"
-        if array in _DISTRIBUTIONS:
-            figures[f"{measurement}_{array}"] = (
-                measure_plots.distributions(of(here), xlabel=_DISTRIBUTIONS[array]),
-                f"{measurement}, {_DISTRIBUTIONS[array]}: one seed.",
-            )
-        elif array == "projection":
-            label = next(iter(of(f"{measurement}/label").values()))
-            figures[measurement] = (
-                measure_plots.latent_scatter(
-                    {arm: points[:_DRAWN] for arm, points in of(here).items()}, label[:_DRAWN]
-                ),
-                "The last layer's input on its principal axes, a colour for each class: one seed.",
-            )
-        elif array == "singular_values":
-            figures[measurement] = (
-                measure_plots.singular_values(by_layer(f"{here}/")),
-                "Singular values of each layer: one seed.",
-            )
-        elif array == "change_random":
-            changes = {
-                f"{kind} δ": by_layer(f"{measurement}/change_{kind}/")
-                for kind in ("random", "adversarial")
-            }
-            figures[measurement] = (
-                measure_plots.by_layer(changes, ylabel="‖h(x+δ) - h(x)‖ / ‖δ‖"),
-                "The change in each layer over that of the image, median and middle half of the "
-                "examples: one seed.",
-            )
-    return figures
 
 
 def text(results: Results) -> str:

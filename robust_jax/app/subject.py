@@ -2,28 +2,15 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-from flax import linen as nn
 
-from robust_jax import data
 from robust_jax.app import stored, training
+from robust_jax.app.measurements import Subject
 from robust_jax.app.training import Training
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
 from robust_jax.train.loop import Trained, restore
-from robust_jax.types import LogitsFn
-
-
-class Subject(NamedTuple):
-    """A trained network, its data and a key."""
-
-    model: nn.Module
-    variables: Any
-    logits_fn: LogitsFn
-    dataset: data.Dataset
-    key: jax.Array
 
 
 def load(workdir: Path | str) -> Subject:

@@ -1,5 +1,6 @@
 """The network that an audit transfers adversarials from: another run's, or one trained for it."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ SHARED = (
     "batch_size",
     "parallel",
     "evaluation",
+    "threat",
 )
 
 
@@ -40,7 +42,8 @@ def networks(experiment: Experiment, workdir: Path) -> dict[str, LogitsFn]:
     other, there = training.build(config), workdir / "surrogate"
     mode: Mode = "evaluate" if (there / "config.json").exists() else "train"
     processes.on_first(partial(folder.claim, there, config, mode))
-    return {"an undefended CNN": subject_of(other, train(other.plan, there)).logits_fn}
+    plan = dataclasses.replace(other.plan, description="train the surrogate for the audit")
+    return {"an undefended CNN": subject_of(other, train(plan, there)).logits_fn}
 
 
 def surrogate_config(config: ConfigDict) -> ConfigDict:

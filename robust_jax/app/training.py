@@ -3,19 +3,24 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from robust_jax import data, losses
 from robust_jax.app import config as config_lib
-from robust_jax.app import entries
+from robust_jax.app import entries, threat
 from robust_jax.app.config import bind, choose, guard
 from robust_jax.app.evaluator import Network
+from robust_jax.app.wording import format_eps
+from robust_jax.attacks import norms
 from robust_jax.devices import parallel
+from robust_jax.errors import UserError
 from robust_jax.models import MODELS
 from robust_jax.train import optimizer
 from robust_jax.train.loop import Plan
@@ -47,6 +52,7 @@ def build(config: ConfigDict) -> Training:
 
     Raises UserError, naming the field, the value and the choices.
     """
+    given, config = config, threat.complete(config)
     method = choose(parallel.METHODS, config.parallel, "config.parallel")
     make_model = partial(
         bind(MODELS, config.model, "config.model", reserved=_MODEL_FIELDS_SET_HERE),
@@ -61,12 +67,8 @@ def build(config: ConfigDict) -> Training:
         name: entries.term(name, entry, config.loss_on)
         for name, entry in config.regularizers.items()
     }
-    validation_attack = bind(
-        entries.ATTACKS_IN_A_STEP,
-        config.validation_attack,
-        "config.validation_attack",
-        reserved=entries.NOT_FOR_CONFIGS,
-        named={"loss": losses.ATTACK_LOSSES},
+    validation_attack = entries.attack_of_a_step(
+        config.validation_attack, "config.validation_attack"
     )
 
     dataset = data.load(
@@ -79,6 +81,14 @@ def build(config: ConfigDict) -> Training:
         image_size=config.image_size,
         streaming=config.streaming,
     )
+    for field in ("threat", "adversary", "validation_attack"):
+        if config[field] is not None:
+            check_radius(config[field], f"config.{field}", dataset)
+    if dataset.train.size < config.batch_size:
+        raise UserError(
+            f"config.batch_size is {config.batch_size}, and the training set holds "
+            f"{dataset.train.size} examples"
+        )
     statistics = {"mean": dataset.mean, "std": dataset.std} if config.normalize else {}
     model = guard("config.model", make_model, num_classes=dataset.num_classes, **statistics)
     num_labeled_in_batch = _num_labeled_in_batch(config, dataset.train)
@@ -160,7 +170,13 @@ def build(config: ConfigDict) -> Training:
         checkpoint_every=steps("checkpoint_every"),
     )
     uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)
-    return Training(config, dataset, model, plan, uses_adversary, evaluation_key)
+    if uses_adversary and config.adversary.eps != config.threat.eps:
+        logging.warning(
+            "config.adversary.eps is %s and config.threat.eps, which it is judged at, %s",
+            format_eps(config.adversary.eps),
+            format_eps(config.threat.eps),
+        )
+    return Training(given, dataset, model, plan, uses_adversary, evaluation_key)
 
 
 def apply_fn(model: nn.Module) -> Apply:
@@ -190,6 +206,24 @@ def _num_labeled_in_batch(config: ConfigDict, train: data.Split | data.Streamed)
     if len(train.labeled) == train.size:
         return config.batch_size
     return max(1, round(config.labeled_fraction * config.batch_size))
+
+
+def check_radius(entry: Mapping[str, Any], path: str, dataset: data.Dataset) -> None:
+    """Checks that an entry's radii leave images out of the ball.
+
+    Raises UserError for the 8 of 8/255.
+    """
+    model = norms.NORMS.get(str(entry.get("norm")))
+    if model is None:
+        return
+    largest = float(model.size(jnp.ones(dataset.image_shape)))
+    eps = entry["eps"]
+    for radius in eps if isinstance(eps, tuple) else (eps,):
+        if radius > largest:
+            raise UserError(
+                f"{path}.eps is {radius:g}; pixels are in [0, 1], where no two images are further "
+                f"apart than {largest:g} in {model.name} (8 of 255 levels are 8/255)"
+            )
 
 
 def try_attack(path: str, attack: Callable, dataset: data.Dataset, reference=None, **keywords):

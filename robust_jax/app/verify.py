@@ -16,13 +16,14 @@ from robust_jax.train.loop import Trained
 
 def compare(
     experiment: Experiment, trained: Trained, workdir: Path, results: dict[str, Any]
-) -> None:
+) -> str:
     """Attacks again, with the same keys, and compares with the records and the table of results.
 
-    Raises UserError with the differences, where an example's fate is another, or the records do
-    not add up to the table.
+    Returns what it came to, in a line. Raises UserError with the differences, where an example's
+    fate is another, or the records do not add up to the table.
     """
     stored, wrong = runs.load(workdir).records, []
+    kept = {attack["name"] for attack in results["attacks"] if attack.get("earlier")}
     for name, state in {"best": trained.best, "last": trained.last}.items():
         if name == "last" and int(state.step) == int(trained.best.step):
             fresh = stored["best"]
@@ -31,7 +32,7 @@ def compare(
         found = records.disagreements(stored[name], fresh)
         logging.info("%s: %d columns agree", name, len(stored[name].columns) - len(found))
         wrong += [f"records/{name}.csv {column}: {count} rows" for column, count in found.items()]
-        summary = json.loads(json.dumps(summarize(stored[name], experiment.grids)))
+        summary = json.loads(json.dumps(summarize(stored[name], experiment.grids, kept)))
         for part, value in summary.items():
             if not _alike(value, results[name][part]):
                 wrong.append(f"results.json {name}.{part} is not what the records add up to")
@@ -39,7 +40,8 @@ def compare(
                 wrong.append(f"results.json {part} is not what the records add up to")
     if wrong:
         raise UserError(f"{workdir} is not confirmed: {'; '.join(wrong)}")
-    logging.info("confirmed: every adversarial of %s was found again", workdir)
+    count = len(stored["best"])
+    return f"confirmed: every adversarial of {workdir} was found again ({count} examples)"
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -34,3 +34,8 @@ def words(name: str) -> str:
     if len(name) <= 4:
         return name.upper()
     return name.replace("_", " ").replace("cross entropy", "cross-entropy")
+
+
+def number(x: float | None) -> str:
+    """Three digits, or what stands for a number that there is not."""
+    return "–" if x is None else f"{x:.3g}"

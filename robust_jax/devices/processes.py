@@ -87,3 +87,8 @@ def on_first(fn: Callable[[], object]) -> None:
 def any_of(flag: bool) -> bool:
     """Whether the flag is set in some process; all must ask."""
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def largest(number: int) -> int:
+    """The largest of the processes' numbers; all must ask."""
+    return int(multihost_utils.process_allgather(np.array(number)).max())

@@ -26,6 +26,7 @@ from robust_jax.plots.style import (
     WIDTH,
     bins_of,
     finite,
+    legend_above,
     legend_below,
     norm_symbol,
     num_bins,
@@ -54,11 +55,13 @@ def accuracy_against_eps(
     """Accuracy against ε: a panel for each norm, a line for each attack of the best checkpoint.
 
     attacks: columns checkpoint ("best", "last"), norm, attack, eps, accuracy. The attack named
-    WORST_CASE is bold, and dashed for the last checkpoint. clean: accuracy at ε = 0 by checkpoint.
+    WORST_CASE is bold, and dashed for the last checkpoint; a name that ends in "first N" has hollow
+    markers, as only the first N examples were attacked. clean: accuracy at ε = 0 by checkpoint.
     trained: the (norm, ε) trained against, if any.
     """
     norms = list(dict.fromkeys(attacks["norm"]))
-    names = [n for n in dict.fromkeys(attacks["attack"]) if n != WORST_CASE]
+    names = [n for n in dict.fromkeys(attacks["attack"]) if not n.startswith(WORST_CASE)]
+    of_first = [n for n in dict.fromkeys(attacks["attack"]) if n.startswith(f"{WORST_CASE}, ")]
     figure = Figure(figsize=(WIDTH, 3.7))
     panels = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
     for ax, norm in zip(panels, norms, strict=True):
@@ -69,13 +72,18 @@ def accuracy_against_eps(
             if len(rows):
                 rows = rows.sort_values("eps")
                 sizes, accuracy = list(rows["eps"]), list(rows["accuracy"])
-                if len(rows) > 1:  # one radius is a point, from which no line leads to ε = 0
+                is_part = ", first " in attack
+                if is_part:
+                    style |= dict(mfc="white", ls=":")
+                elif len(rows) > 1:  # one radius is a point, from which no line leads to ε = 0
                     sizes, accuracy = [0, *sizes], [clean[checkpoint], *accuracy]
                 ax.plot(sizes, 100 * np.array(accuracy), label=label, **style)
 
         # The worst case lies under the attacks' thin lines, which often run along it.
         draw("best", WORST_CASE, "worst case", color="black", lw=4, zorder=2)
         draw("last", WORST_CASE, "worst case, last", color="0.45", lw=2.5, ls="--", zorder=2)
+        for name in of_first:
+            draw("best", name, name, color="black", marker="p", ms=6, lw=1.3, zorder=3)
         for i, name in enumerate(names):
             color = COLORS[i % len(COLORS)]
             marker = ATTACK_MARKERS[i % len(ATTACK_MARKERS)]
@@ -133,15 +141,23 @@ def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> F
         for column, (label, style) in lines.items():
             if column in metrics:
                 rows = metrics[["step", column]].dropna()
+                if column.startswith("train/"):
+                    rows = _without_rest(rows)
                 scale = 100 if title.startswith("accuracy") else 1
                 ax.plot(rows["step"], scale * rows[column], label=label, **style)
         if best_step is not None:
             label = "best step" if title == "loss" else None
             ax.axvline(best_step, color="0.4", ls="-.", lw=1, label=label)
         ax.set(xlabel="step", ylabel=title, xlim=(0, 1.03 * metrics["step"].max()))
-        if ax.get_legend_handles_labels()[1]:
-            ax.legend()
+        legend_above(ax)
     return figure
+
+
+def _without_rest(rows: pd.DataFrame) -> pd.DataFrame:
+    """The means over steps without the last, where that is over a rest: it would jump."""
+    gaps = rows["step"].diff().dropna()
+    is_rest = len(gaps) > 1 and gaps.iloc[-1] < gaps.iloc[:-1].median()
+    return rows.iloc[:-1] if is_rest else rows
 
 
 _VALIDATION = {"ls": "--", "marker": "o", "ms": 4}
@@ -166,9 +182,8 @@ def jacobian_histograms(records: Mapping[str, pd.DataFrame]) -> Figure:
             label = f"{name}, median {np.median(v):.3g}"
             ax.hist(np.clip(v, bins[0], bins[-1]), bins=bins, label=label, **style)
             ax.axvline(np.median(v), color=BLUE if i == 0 else "black", ls="-" if i == 0 else "--")
-        ax.margins(y=0.25)  # room for the legend
         ax.set(xlabel=JACOBIANS[column], ylabel="examples", xscale="log" if is_log else "linear")
-        ax.legend()
+        legend_above(ax, columns=1)
     return figure
 
 
@@ -194,7 +209,7 @@ def estimate_against_exact(exact: ArrayLike, estimate: ArrayLike, error: ArrayLi
     ends = [exact.min(), exact.max()]
     ax.plot(ends, ends, color="black", lw=1, label="estimate = exact", zorder=3)
     ax.set(xlabel="exact Frobenius norm, logits", ylabel="estimate")
-    ax.legend(loc="upper left")
+    legend_above(ax)
     return figure
 
 

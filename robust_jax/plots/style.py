@@ -61,6 +61,20 @@ def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
     )
 
 
+def legend_above(ax: Axes, *, columns: int = 2) -> None:
+    """A legend over the panel, where no line can run through it; none without labels."""
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=columns,
+            frameon=False,
+            borderaxespad=0.2,
+            columnspacing=1.2,
+            handlelength=1.6,
+        )
+
+
 def two_columns(names: list[str]) -> list[list[str]]:
     """Rows of two; a last odd one is as wide as both."""
     rows = [names[i : i + 2] for i in range(0, len(names), 2)]

@@ -5,7 +5,6 @@ A run is a generator that asks for its next step, so that several can take it in
 
 import contextlib
 import dataclasses
-import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -17,7 +16,8 @@ import numpy as np
 from absl import logging
 
 from robust_jax.data import TrainBatches
-from robust_jax.devices import processes, speed
+from robust_jax.devices import speed, stopping
+from robust_jax.devices.stopping import Stop
 from robust_jax.errors import UserError
 from robust_jax.progress import progress
 from robust_jax.train.checkpoint import Checkpoints, Notes
@@ -25,9 +25,6 @@ from robust_jax.train.metrics import MetricsWriter, reduce_sums
 from robust_jax.train.optimizer import Schedule
 from robust_jax.train.state import TrainState
 from robust_jax.train.validate import Validate
-
-# 128 + SIGTERM: the run saved a checkpoint and stopped because it was asked to.
-EXIT_TERMINATED = 143
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +48,7 @@ class Plan:
     log_every: int
     validate_every: int
     checkpoint_every: int
+    description: str = "train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +64,9 @@ def train(plan: Plan, workdir: Path, profile: Path | None = None) -> Trained:
     """Trains to the end of the plan, going on from the last checkpoint in workdir.
 
     The best checkpoint is that of the highest robust validation accuracy, the earlier on a tie.
-    Raises UserError at a non-finite loss or gradient, keeping the last good checkpoint; exits
-    with EXIT_TERMINATED, after saving, on SIGTERM. profile: a folder for a trace of the ten steps
-    after the first, as TensorBoard, XProf and Perfetto read it.
+    Raises UserError at a non-finite loss or gradient, keeping the last good checkpoint; on SIGINT
+    and SIGTERM it saves and exits with 128 + the signal. profile: a folder for a trace of the ten
+    steps after the first, as TensorBoard, XProf and Perfetto read it.
     """
     return train_seeds([plan], [workdir], profile)[0]
 
@@ -81,9 +79,9 @@ def train_seeds(
     Small networks leave an accelerator idle; under vmap the runs share it. Each run has its own
     folder, checkpoints and logs, and resumes from there, alone or with the others.
     """
-    with _Terminated() as terminated:
+    with stopping.saving() as stop:
         runs = [
-            _train(plan, workdir, terminated, shown=i == 0)
+            _train(plan, workdir, stop, shown=i == 0)
             for i, (plan, workdir) in enumerate(zip(plans, workdirs, strict=True))
         ]
         trained: dict[int, Trained | None] = {}
@@ -112,9 +110,9 @@ def train_seeds(
                 trace.step_done(results)
                 for i, result in zip(which, results, strict=True):
                     advance(i, result)
-    finished = [trained[i] for i in range(len(plans))]
-    if None in finished or terminated.asked(agree=True):
-        sys.exit(EXIT_TERMINATED)
+        finished = [trained[i] for i in range(len(plans))]
+        if None in finished or stop.asked():
+            sys.exit(stop.exit_code)
     return [one for one in finished if one is not None]
 
 
@@ -160,13 +158,13 @@ _NEW_RUN: Notes = {
 _Steps = Generator[tuple[TrainState, Any], tuple[TrainState, Any], Any]
 
 
-def _train(plan: Plan, workdir: Path, terminated: "_Terminated", *, shown: bool) -> _Steps:
-    """Returns Trained, or None where it was terminated."""
+def _train(plan: Plan, workdir: Path, stop: Stop, *, shown: bool) -> _Steps:
+    """Returns Trained, or None where it was asked to stop."""
     with _open(plan, workdir) as checkpoints:
         state, notes = checkpoints.restore("last") or (plan.init(), dict(_NEW_RUN))
         if int(state.step) < plan.total_steps:
             state, notes, stopped = yield from _run(
-                plan, workdir, checkpoints, state, notes, terminated, shown
+                plan, workdir, checkpoints, state, notes, stop, shown
             )
             if stopped:
                 return None
@@ -179,13 +177,15 @@ def _run(
     checkpoints: Checkpoints,
     state: TrainState,
     notes: Notes,
-    terminated: "_Terminated",
+    stop: Stop,
     shown: bool,
 ) -> _Steps:
     """Returns the last state, its notes and whether it was asked to stop there."""
     start = int(state.step)
     if start:
-        logging.info("resuming at step %d of %d", start, plan.total_steps)
+        logging.info("continuing from step %d of %d", start, plan.total_steps)
+    elif (workdir / "metrics.jsonl").exists():
+        logging.info("starting over: this run was stopped before its first checkpoint")
     timed_before = notes["steps_timed"]  # the first step of each start compiles: not timed
     pending: list[Any] = []  # sums on the device, not yet fetched
     fetched: list[Any] = list(notes["pending"])  # sums since the last log line
@@ -202,7 +202,7 @@ def _run(
 
     with (
         contextlib.closing(MetricsWriter(workdir, resumed_at=start)) as writer,
-        progress(plan.total_steps, "train", "step", initial=start, shown=shown) as bar,
+        progress(plan.total_steps, plan.description, "step", initial=start, shown=shown) as bar,
     ):
         batches = plan.batches.starting_at(start)
         for done in range(start + 1, plan.total_steps + 1):
@@ -231,7 +231,7 @@ def _run(
                     notes["best_accuracy"] = values["robust_accuracy"]
                     checkpoints.save("best", state, {"best_accuracy": notes["best_accuracy"]})
                 clock = time.perf_counter()
-            stopped = terminated.asked(agree=done % plan.log_every == 0 or last)
+            stopped = stop.asked(agree=done % plan.log_every == 0 or last)
             if done % plan.checkpoint_every == 0 or last or stopped:
                 fetch()
                 notes["seconds"], clock = _add_time(notes["seconds"], clock)
@@ -239,7 +239,9 @@ def _run(
                 checkpoints.save("last", state, {**notes, "pending": list(fetched)})
             if stopped:
                 checkpoints.wait()
-                logging.warning("terminated: saved step %d; the same command goes on", done)
+                logging.warning(
+                    "stopped at step %d, saved; the same command continues from there", done
+                )
                 break
     checkpoints.wait()
     return state, notes, stopped
@@ -297,26 +299,3 @@ class _Trace:
             jax.profiler.stop_trace()
             self._running = False
             logging.info("trace: %s", self._folder)
-
-
-class _Terminated:
-    """Turns SIGTERM into a flag while training runs; several processes stop at the same step."""
-
-    def __init__(self):
-        self._flag = False
-
-    def __enter__(self):
-        self._previous = signal.signal(signal.SIGTERM, self._raise_flag)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self._previous)
-
-    def asked(self, *, agree: bool) -> bool:
-        """agree: whether several processes tell each other now; otherwise none of them stops."""
-        if jax.process_count() == 1:
-            return self._flag
-        return agree and processes.any_of(self._flag)
-
-    def _raise_flag(self, *_):
-        self._flag = True

@@ -1,0 +1,204 @@
+"""Finished runs side by side: numbers, figures, audits and what their configs differ in.
+
+`python launch.py --mode=compare --workdir=OUT RUN RUN …` writes a page of it; a notebook takes the
+parts.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from robust_jax import plots
+from robust_jax.analysis.summaries import wilson_interval
+from robust_jax.app import figures as figures_lib
+from robust_jax.app import report, runs, stored
+from robust_jax.app.config import flatten
+from robust_jax.app.pages import image, template
+from robust_jax.app.wording import format_eps, number, percent
+from robust_jax.errors import UserError
+from robust_jax.files import write_atomically, write_json
+from robust_jax.plots import measures
+from robust_jax.plots.study import accuracy_by_arm
+
+_FILE = "comparison.json"
+
+
+class Compared(NamedTuple):
+    """A finished run: what results.json holds, the records of its best checkpoint, its arrays."""
+
+    results: dict[str, Any]
+    records: pd.DataFrame
+    arrays: dict[str, np.ndarray]
+
+
+def load(folders: Sequence[Path | str]) -> dict[str, Compared]:
+    """The runs by the shortest ends of their paths that tell them apart.
+
+    Raises UserError where a folder holds no finished run, or there are fewer than two.
+    """
+    paths = [Path(folder).absolute() for folder in folders]
+    if len(set(paths)) < 2:
+        raise UserError(f"--mode=compare needs two runs or more, not {len(set(paths))}")
+    found = {}
+    for name, path in _names(paths).items():
+        if stored.holds(path) not in ("a run", "an evaluation"):
+            raise UserError(f"{path} holds {stored.holds(path)} and no run")
+        try:
+            results, records = runs.results(path), runs.load(path).records["best"]
+        except (OSError, KeyError) as error:
+            raise UserError(f"{path} has no results yet; finish it with --mode=train") from error
+        found[name] = Compared(results, records, runs.measured(path))
+    return found
+
+
+def table(compared: Mapping[str, Compared]) -> pd.DataFrame:
+    """The numbers as strings: a row for each measure, a column for each run."""
+    columns = {name: _numbers(run) for name, run in compared.items()}
+    rows = dict.fromkeys(label for column in columns.values() for label in column)
+    return pd.DataFrame(
+        {name: [column.get(label, "–") for label in rows] for name, column in columns.items()},
+        index=pd.Index(rows, name="measure"),
+    )
+
+
+def audits(compared: Mapping[str, Compared]) -> pd.DataFrame:
+    """The verdict of each check, a column for each run."""
+    columns = {
+        name: {
+            check["name"]: check["verdict"] for check in (run.results["audit"] or _NONE)["checks"]
+        }
+        for name, run in compared.items()
+    }
+    checks = dict.fromkeys(check for column in columns.values() for check in column)
+    return pd.DataFrame(
+        {name: [column.get(check, "–") for check in checks] for name, column in columns.items()},
+        index=pd.Index(checks, name="check"),
+    )
+
+
+def differences(compared: Mapping[str, Compared]) -> pd.DataFrame:
+    """The fields in which the configs differ, a column for each run."""
+    configs = {name: flatten(run.results["config"]) for name, run in compared.items()}
+    fields = sorted({field for config in configs.values() for field in config})
+    differ = [
+        f for f in fields if len({repr(config.get(f, "–")) for config in configs.values()}) > 1
+    ]
+    return pd.DataFrame(
+        {name: [str(config.get(f, "–")) for f in differ] for name, config in configs.items()},
+        index=pd.Index(differ, name="field"),
+    )
+
+
+def figures(compared: Mapping[str, Compared]) -> dict[str, tuple[Figure, str]]:
+    """By name: the figure and what it shows."""
+    found = {}
+    if any(run.results["attacks"] for run in compared.values()):
+        found["accuracy"] = (
+            accuracy_by_arm({name: _curve(run.results) for name, run in compared.items()}),
+            "Worst-case accuracy against ε, with 95 % Wilson intervals over the test images.",
+        )
+    columns = {**plots.JACOBIANS, "margin": "margin on clean images, logits"}
+    for column, label in columns.items():
+        values = {
+            name: run.records[column] for name, run in compared.items() if column in run.records
+        }
+        if len(values) == len(compared):
+            found[column] = (
+                measures.distributions(values, xlabel=label),
+                f"{label[0].upper()}{label[1:]}, of each test image.",
+            )
+    return found | figures_lib.of_measurements({name: run.arrays for name, run in compared.items()})
+
+
+def text(compared: Mapping[str, Compared]) -> str:
+    """The numbers, the audits' verdicts and the configs' differences as plain text."""
+    parts = [_plain(table(compared)), _plain(differences(compared))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def write(folders: Sequence[Path | str], workdir: Path) -> str:
+    """Writes workdir/report.html of the runs in the folders; returns the table as plain text.
+
+    Raises UserError where workdir holds something else, or a folder no finished run.
+    """
+    compared = load(folders)
+    if stored.holds(workdir) != "nothing" and not (workdir / _FILE).exists():
+        raise UserError(f"{workdir} holds {stored.holds(workdir)}; take another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    page = template("compare.html.j2").render(
+        names=list(compared),
+        titles={name: report.title(run.results) for name, run in compared.items()},
+        verdicts={name: report.verdict(run.results) for name, run in compared.items()},
+        tables=[
+            ("Numbers", "Accuracies in %, of the best checkpoint.", table(compared)),
+            ("Audits", "What each check says.", audits(compared)),
+            ("Configs", "The fields that differ.", differences(compared)),
+        ],
+        figures=[image(figure, alt) for figure, alt in figures(compared).values()],
+    )
+    write_atomically(workdir / "report.html", page)
+    write_json(workdir / _FILE, {"runs": [str(Path(folder).absolute()) for folder in folders]})
+    return f"{text(compared)}\n\nreport: {workdir / 'report.html'}"
+
+
+_NONE: Mapping[str, Any] = {"checks": ()}
+
+
+def _names(paths: Sequence[Path]) -> dict[str, Path]:
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = {"/".join(path.parts[-depth:]): path for path in paths}
+        if len(names) == len(set(paths)):
+            return names
+    raise AssertionError("different paths have different names")
+
+
+def _numbers(run: Compared) -> dict[str, str]:
+    results = run.results
+    found = {
+        "clean accuracy, %": percent(results["clean"]["accuracy"]),
+        "clean cross-entropy, nats": number(results["clean"]["cross_entropy"]),
+    }
+    for entry in results["attacks"]:
+        if entry["attack"] in ("worst_case", "autoattack"):
+            norm = plots.norm_symbol(entry["norm"])
+            what = "worst case" if entry["attack"] == "worst_case" else entry["name"]
+            label = f"{what}, {norm} {format_eps(entry['eps'])}, %"
+            part = entry["count"] < results["clean"]["count"]
+            found[label] = percent(entry["robust_accuracy"]) + (
+                f" of {entry['count']:,}" if part else ""
+            )
+    for fn, norms in results["jacobian"].items():
+        for norm in ("frobenius", "spectral"):
+            found[f"‖J‖ {norm}, {fn}"] = number(norms[norm]["mean"])
+    for label, numbers in results["measurements"].items():
+        found |= {f"{label}: {name.replace('_', ' ')}": number(v) for name, v in numbers.items()}
+    found["audit"] = results["audit"]["verdict"] if results["audit"] else "not audited"
+    return found
+
+
+def _curve(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """By norm the points of the worst case, from ε = 0, as a study's curves."""
+    clean = results["clean"]
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for entry in results["attacks"]:
+        if entry["attack"] == "worst_case":
+            start = [_point(0.0, clean["accuracy"], clean["count"])]
+            curves.setdefault(entry["norm"], start).append(
+                _point(entry["eps"], entry["robust_accuracy"], entry["count"])
+            )
+    return curves
+
+
+def _point(eps: float, share: float, count: int) -> dict[str, float]:
+    low, high = wilson_interval(share, count)
+    return {"eps": eps, "mean": share, "low": low, "high": high}
+
+
+def _plain(frame: pd.DataFrame) -> str:
+    if frame.empty:
+        return ""
+    return frame.rename_axis(None).to_string(max_colwidth=40)

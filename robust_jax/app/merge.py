@@ -1,0 +1,107 @@
+"""What an evaluation adds to a finished run: nothing that was found before is lost.
+
+The folder's config becomes that of all its evaluations: what trained it, every attack and
+measurement that it was ever asked for, and the newest of the rest.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from absl import logging
+from ml_collections import ConfigDict
+
+from robust_jax.app import config as config_lib
+from robust_jax.app import threat
+from robust_jax.app.folder import Mode
+from robust_jax.app.records import column
+from robust_jax.errors import UserError
+
+
+def merged(old: ConfigDict, new: ConfigDict, mode: Mode) -> ConfigDict:
+    """The config of a finished run, with what the mode adds or changes of it.
+
+    Raises UserError where an attack would replace another one of its label.
+    """
+    result = ConfigDict(old)
+    for field in ("data_dir", "parallel"):
+        result[field] = new[field]
+    if mode == "evaluate":
+        if result.threat != new.threat:  # but it was trained against the old one
+            trained = threat.complete(old)
+            for field in ("adversary", "validation_attack", "regularizers"):
+                result[field] = trained[field]
+            result.threat = new.threat
+        result.attacks = _attacks(old, new)
+        result.evaluation = ConfigDict(new.evaluation)
+        result.evaluation.num_examples = _larger(
+            old.evaluation.num_examples, new.evaluation.num_examples, "config.evaluation"
+        )
+    if mode in ("evaluate", "measure"):
+        result.measurements = ConfigDict({**old.measurements, **new.measurements})
+    if mode == "audit" or (mode == "evaluate" and new.audit.num_examples):
+        result.audit = new.audit
+    return result
+
+
+def with_kept(fresh: pd.DataFrame, old: pd.DataFrame, labels: Iterable[str]) -> pd.DataFrame:
+    """The records with the columns of attacks of an earlier evaluation, by example."""
+    labels = tuple(f"{label}@" for label in labels)
+    columns = [name for name in old.columns if name.startswith(labels)] if labels else []
+    return fresh.join(old.set_index("index")[columns], on="index")
+
+
+def are_kept(old: pd.DataFrame | None, entries: dict[str, Any]) -> set[str]:
+    """The labels whose columns the records hold, at every radius of their complete entries."""
+    found = set()
+    for label, entry in entries.items():
+        radii = entry["eps"] if isinstance(entry["eps"], tuple) else (entry["eps"],)
+        if old is not None and all(column(label, eps, "held") in old for eps in radii):
+            found.add(label)
+    return found
+
+
+def _attacks(old: ConfigDict, new: ConfigDict) -> ConfigDict:
+    was, asked = (threat.complete(config).attacks for config in (old, new))
+    result = {**was, **new.attacks}
+    for label in set(was) & set(asked):
+        one, other = (
+            {k: v for k, v in attacks[label].items() if k not in ("eps", "num_examples")}
+            for attacks in (was, asked)
+        )
+        path = f"config.attacks.{label}"
+        if changed := config_lib.differences({label: one}, {label: other}):
+            raise UserError(
+                f"{path} is not the attack that was evaluated ({'; '.join(changed)}); give it "
+                "another label, so that the results of both are kept"
+            )
+        radii = sorted({*_tuple(was[label].eps), *_tuple(asked[label].eps)})
+        count = _larger(
+            was[label].get("num_examples", 0), asked[label].get("num_examples", 0), path
+        )
+        if radii != sorted(_tuple(asked[label].eps)) or count != asked[label].get(
+            "num_examples", 0
+        ):
+            result[label] = {**asked[label], "eps": tuple(radii), "num_examples": count}
+    return ConfigDict(result)
+
+
+def _tuple(eps: float | tuple[float, ...]) -> tuple[float, ...]:
+    return eps if isinstance(eps, tuple) else (eps,)
+
+
+def _larger(was: int, asked: int, path: str) -> int:
+    """How many examples: as many as there were, at least; 0 stands for all."""
+    if was != asked and (not was or (asked and asked < was)):
+        logging.info("%s.num_examples stays %s, as before", path, was or "all")
+        return was
+    return asked
+
+
+def arrays(
+    old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray], labels: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """The arrays of all measurements, those under the labels from the new ones alone."""
+    replaced = set(labels)
+    return {**{k: v for k, v in old.items() if k.partition("/")[0] not in replaced}, **new}

@@ -1,0 +1,98 @@
+"""One threat model in a config, which all that takes a norm and a radius follows.
+
+An adversary, an attack, a regulariser, a measurement or the audit may be given its own. A radius
+is a number in pixel units or a fraction, as in "8/255"; an attack's relative_step_size is its step
+in units of its radius.
+"""
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from robust_jax._audit import audit
+from robust_jax.app.config import choose, keyword_parameters
+from robust_jax.app.measurements import MEASUREMENTS
+from robust_jax.attacks import ATTACKS
+from robust_jax.attacks.norms import NORMS, Norm
+from robust_jax.errors import UserError
+from robust_jax.train.regularizers import REGULARIZERS
+
+
+def radius(value: Any, path: str) -> Any:
+    """A radius as a number, several as a tuple. Raises UserError for what is not one."""
+    if isinstance(value, list | tuple):
+        return tuple(radius(one, path) for one in value)
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(?:/\s*([0-9.eE+]+)\s*)?", value)
+        try:
+            return float(match[1]) / float(match[2] or 1)  # type: ignore[index]
+        except (TypeError, ValueError, ZeroDivisionError):
+            raise UserError(
+                f'{path} is {value!r}; a radius is a number or a fraction, as in "8/255"'
+            ) from None
+    return value
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """The config in which everything has a norm and a radius: its own or the threat model's."""
+    norm = choose(NORMS, config.threat.norm, "config.threat.norm")
+    eps = radius(config.threat.eps, "config.threat.eps")
+    result = ConfigDict(config)
+    result.threat = ConfigDict({"norm": norm, "eps": eps})
+    result.audit = _followed(
+        ConfigDict({k: v for k, v in config.audit.items() if v is not None}),
+        "audit",
+        {"audit": audit},
+        norm,
+        eps,
+        "config.audit",
+    )
+    for field in ("adversary", "validation_attack"):
+        result[field] = _followed(config[field], field, ATTACKS, norm, eps, f"config.{field}")
+    for table, choices in (
+        ("attacks", ATTACKS),
+        ("regularizers", REGULARIZERS),
+        ("measurements", MEASUREMENTS),
+    ):
+        result[table] = ConfigDict(
+            {
+                label: _followed(entry, label, choices, norm, eps, f"config.{table}.{label}")
+                for label, entry in config[table].items()
+            }
+        )
+    return result
+
+
+def _followed(
+    entry: Any, label: str, choices: Mapping[str, Callable], norm: str, eps: float, path: str
+) -> Any:
+    """The entry with a norm and an eps where its function takes them; a mistaken one as it is."""
+    fn = choices.get(entry.get("name", label)) if isinstance(entry, ConfigDict) else None
+    if fn is None:
+        return entry
+    result, parameters = dict(entry), keyword_parameters(fn)
+    if "eps" in result:
+        result["eps"] = radius(result["eps"], f"{path}.eps")
+    if not {"norm", "eps"} <= set(parameters):
+        return ConfigDict(result)
+    if "norm" not in result and _accepts(parameters["norm"], norm):
+        result["norm"] = norm
+    if "eps" not in result:
+        own = result.get("norm", inspect.signature(fn).parameters["norm"].default)
+        if own != norm and own in NORMS:
+            raise UserError(
+                f"{path}.eps is missing: its norm is {own}, and config.threat's radius in {norm}"
+            )
+        if own == norm:
+            result["eps"] = eps
+    return ConfigDict(result)
+
+
+def _accepts(annotation: Any, norm: str) -> bool:
+    if annotation == Norm:
+        return True
+    return typing.get_origin(annotation) is Literal and norm in typing.get_args(annotation)
