@@ -31,7 +31,7 @@ class Net(nn.Module):
 NET = Net()
 
 
-def apply(params, batch_stats, x, train):
+def apply(params, batch_stats, x, train, keys=None):
     variables = {"params": params, "batch_stats": batch_stats}
     if not train:
         return NET.apply(variables, x), batch_stats
