@@ -63,9 +63,18 @@ def get_config() -> ConfigDict:
             "vat": {"weight": 0.0, "eps": 0.5, "num_iterations": 1},
             "jacobian": {"weight": 0.0, "num_projections": 1},
             "input_gradient": {"weight": 0.0},
-            "average_margin": {"weight": 0.0, "tau": 0.1, "norm": "linf"},
+            "output_margin_ramp": {"weight": 0.0, "tau": 5.0},  # average margin, with the next
+            "orthogonality": {"weight": 0.0},
+            "input_margin": {"weight": 0.0, "tau": 0.1, "norm": "linf"},
             "energy_mean_square": {"weight": 0.0, "num_samples": 1, "label_free": False},
             "energy_oscillation": {"weight": 0.0, "num_steps": 10, "label_free": False},
+            "energy_total_variation": {
+                "weight": 0.0,
+                "num_samples": 1,
+                "squared": False,
+                "label_free": False,
+            },
+            "energy_path": {"weight": 0.0, "num_steps": 10, "num_pieces": 4, "label_free": False},
         }
     )
 

@@ -2,10 +2,10 @@
 
     python launch.py --config=configs/mnist_lenet5_gce.py --workdir=runs/mnist_gce
 
-Adam 1e-3 with β = (0.9, 0.99), batch 64, 20 epochs, pixels in [0,1] without normalisation.
-Published at eps 0.2: FGSM 62.7 %, MIM 39.8 %, PGD 9.6 % (cross-entropy: 38.9, 2.3 and 1.6 %).
-Six minutes on 2 CPU cores: 97.8 % clean, FGSM 34.1 %, MIM 15.4 %, PGD 7.6 % (seed 0, following
-cross-entropy; PGD on the loss itself 22.4 %).
+Adam 1e-3 with β = (0.9, 0.99), batch 64, 20 epochs, pixels in [0,1] without normalisation, the best
+epoch by clean accuracy. --config.loss.form=published takes the constants of the authors' code.
+Published at eps 0.2: FGSM 62.74 %, BIM 34.49 %, PGD 9.55 %, MIM 39.81 % (cross-entropy: 38.88,
+2.15, 1.58 and 2.29 %), following the loss of the training. TODO
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def get_config():
     config.model = {"name": "lenet5"}
     config.normalize = False
 
-    config.loss = {"name": "guided_complement_entropy", "alpha": 1 / 3}
+    config.loss = {"name": "guided_complement_entropy", "alpha": 1 / 3, "form": "exact"}
     config.loss_on = "clean"
     config.adversary = None
     config.threat.eps = 0.2
@@ -34,21 +34,20 @@ def get_config():
     config.validate_every = "1 epoch"
     config.checkpoint_every = "1 epoch"
     config.log_every = "100 steps"
+    config.validation_attack = {"name": "fgsm", "eps": 0.0}
 
-    eps = (0.1, 0.2, 0.3)
-    config.validation_attack = {"name": "pgd", "eps": 0.1}
+    steps = {"num_steps": 40, "step_size": 0.01}
+    attacks = {"fgsm": {}, "bim": steps, "pgd": steps, "mim": steps}
+    suffixes = {
+        "": "cross_entropy",
+        "_gce": "guided_complement_entropy",
+        "_gce_published": "guided_complement_entropy_published",
+    }
     config.attacks = ConfigDict(
         {
-            "fgsm_linf": {"name": "fgsm", "eps": eps},
-            "mim_linf": {"name": "mim", "eps": eps, "num_steps": 40},
-            "pgd_linf": {"name": "pgd", "eps": eps, "num_steps": 40, "step_size": 0.01},
-            "pgd_own_loss_linf": {
-                "name": "pgd",
-                "eps": eps,
-                "num_steps": 40,
-                "step_size": 0.01,
-                "loss": "guided_complement_entropy",
-            },
+            f"{name}{suffix}": {"name": name, "eps": (0.1, 0.2, 0.3), "loss": loss, **keywords}
+            for suffix, loss in suffixes.items()
+            for name, keywords in attacks.items()
         }
     )
     return config

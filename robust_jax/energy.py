@@ -1,9 +1,19 @@
 """How much the loss moves in an example's neighbourhood: the energies of arXiv 1911.06479.
 
-Only the abstract was at hand; both forms are our reading. The neighbourhood is the eps-ball cut to
-[0,1]. ℓ is the cross-entropy with labels y [B], in nats; with y=None it is label-free, KL(p(x) ‖ p)
-from the prediction at x itself, which is held fixed (as in VAT, arXiv 1704.03976). Both energies
-are in nats², differentiable in the network's parameters at the points they look at.
+The paper was withdrawn from arXiv (version 2, June 2020). Its successor is Zhang, Huang, Xu 2022,
+Re-thinking model robustness from stability, Machine Learning 111(7), 2489-2513,
+doi 10.1007/s10994-022-06186-9: there the energy is said to describe the total variation of the loss
+in a small neighbourhood. The formula of neither was at hand: these are our readings.
+
+- `total_variation` takes the successor at its word, and `path` is its square along the way to the
+  worst point. `oscillation` is between the two ends of the loss, `mean_square` over random points.
+- Adversarial training pushes down `rise`. That is a lower bound of `path` and of `oscillation`, for
+  each example; not of `mean_square`, which averages what adversarial training maximises.
+
+The neighbourhood is the eps-ball cut to [0,1]. ℓ is the cross-entropy with labels y [B], in nats;
+with y=None it is label-free, KL(p(x) ‖ p) from the prediction at x itself, which is held fixed (as
+in VAT, arXiv 1704.03976, whose term is a lower bound of the square root of the label-free `rise`).
+All are differentiable in the network's parameters at the points they look at.
 """
 
 from collections.abc import Callable
@@ -14,7 +24,8 @@ from jaxtyping import Float
 
 from robust_jax import losses
 from robust_jax._front import compiled
-from robust_jax.attacks import Norm, never, pgd
+from robust_jax._precision import wide_dtype
+from robust_jax.attacks import Norm, ThreatModel, never, pgd
 from robust_jax.attacks._best import check_counts, check_lengths
 from robust_jax.attacks.norms import Length, threat_model
 from robust_jax.keys import example_keys, fold_each
@@ -60,21 +71,13 @@ def mean_square(
         >>> energy.mean_square(logits_fn, x, y, key, eps=0.1, num_samples=5000)  # eps²/3
         Array([0.003], dtype=float32)
     """
-    check_lengths(eps=eps)
-    check_counts(num_samples=num_samples)
-    threat = threat_model(norm)
     loss, reference = _loss_around(logits_fn, x, y)
-    keys = example_keys(key, x.shape[0])
     value = loss(logits_fn(x), reference)
 
-    def draw(x, key):
-        return threat.random_neighbour(key, x, jnp.asarray(eps, x.dtype))
-
-    def sample(i):
-        neighbour = jax.vmap(draw)(x, fold_each(keys, i))
+    def sample(neighbour):
         return (loss(logits_fn(neighbour), reference) - value) ** 2
 
-    return jax.lax.map(sample, jnp.arange(num_samples)).mean(0)
+    return _mean_over_ball(sample, x, key, eps, threat_model(norm), num_samples)
 
 
 @compiled
@@ -181,33 +184,181 @@ def rise(
     return (values.max(0) - values[0]) ** 2
 
 
+@compiled
+def total_variation(
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Labels | None,
+    key: KeyOrKeys,
+    *,
+    eps: Length,
+    norm: Norm = "linf",
+    num_samples: int = 1,
+    squared: bool = False,
+) -> PerExample:
+    """E ‖∇ℓ(x+r)‖, r uniform in the ball and moved into the box; the norm is dual to the ball's.
+
+    Times eps it is how much the loss moves at a step of that length, to first order. Costs a
+    forward and a backward pass of the whole batch for each sample, one at a time; its gradient
+    keeps the activations of all.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K], each example on its own.
+        x: Examples [B,...], pixels in [0,1].
+        y: Labels [B]; None for the label-free energy.
+        key: One key, folded with each example's place in the batch, or a key per example [B].
+        eps: The radius of the ball, in pixel units.
+        norm: The norm of the ball.
+        num_samples: Of how many r the mean is taken.
+        squared: Whether the norm is squared before the mean.
+
+    Returns:
+        [B], in nats per pixel unit, or the square of that.
+
+    Raises:
+        ValueError: eps is negative, the norm unknown or num_samples below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import energy
+        >>> logits_fn = lambda x: jnp.stack([0 * x[:, 0], 40 + x[:, 0]], -1)  # ℓ = 40 + x
+        >>> x, y, key = jnp.array([[0.5]]), jnp.array([0]), jax.random.key(0)
+        >>> energy.total_variation(logits_fn, x, y, key, eps=0.1)
+        Array([1.], dtype=float32)
+    """
+    threat = threat_model(norm)
+    loss, reference = _loss_around(logits_fn, x, y)
+
+    def sample(neighbour):
+        gradient = jax.grad(lambda x: loss(logits_fn(x), reference).sum())(neighbour)
+        slope = jax.vmap(threat.slope)(jnp.asarray(gradient, wide_dtype(x.dtype)))
+        return slope**2 if squared else slope
+
+    return _mean_over_ball(sample, x, key, eps, threat, num_samples)
+
+
+@compiled
+def path(
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Labels | None,
+    key: KeyOrKeys,
+    *,
+    eps: Length,
+    norm: Norm = "linf",
+    num_steps: int = 10,
+    step_size: Length | None = None,
+    num_pieces: int = 4,
+) -> PerExample:
+    """n · Σ_i (ℓ(x + r·i/n) - ℓ(x + r·(i-1)/n))², on the way to the point x + r that PGD finds.
+
+    For n = num_pieces = 1 it is `rise`, and for any n at least that (Cauchy-Schwarz); doubled, n
+    never lowers it, towards ∫₀¹ (∇ℓ(x+tr)·r)² dt, the squared variation of the loss on the way. So
+    it also sees what lies between x and the worst point. Costs an attack of num_steps and n + 1
+    forward passes.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K], each example on its own.
+        x: Examples [B,...], pixels in [0,1].
+        y: Labels [B]; None for the label-free energy.
+        key: One key, folded with each example's place in the batch, or a key per example [B].
+        eps: The radius of the ball, in pixel units.
+        norm: The norm of the ball.
+        num_steps: Gradients of an attack.
+        step_size: Of an attack, in pixel units; 2.5·eps/num_steps by default.
+        num_pieces: Into how many pieces the way is cut.
+
+    Returns:
+        [B], in nats².
+
+    Raises:
+        ValueError: num_pieces is below 1; else as `attacks.pgd` does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import energy
+        >>> logits_fn = lambda x: jnp.stack([0 * x[:, 0], 40 + x[:, 0]], -1)  # ℓ = 40 + x
+        >>> x, y, key = jnp.array([[0.5]]), jnp.array([0]), jax.random.key(0)
+        >>> energy.path(logits_fn, x, y, key, eps=0.1)  # eps², as the loss rises evenly
+        Array([0.01], dtype=float32)
+    """
+    check_counts(num_pieces=num_pieces)
+    loss, reference = _loss_around(logits_fn, x, y)
+    worst = _end(
+        logits_fn,
+        x,
+        key,
+        loss,
+        reference,
+        eps=eps,
+        norm=norm,
+        num_steps=num_steps,
+        step_size=step_size,
+    )
+
+    def at(share):
+        return loss(logits_fn(x + share * (worst - x)), reference)
+
+    values = jax.lax.map(at, jnp.linspace(0, 1, num_pieces + 1, dtype=x.dtype))
+    return num_pieces * (jnp.diff(values, axis=0) ** 2).sum(0)
+
+
 def _ends(
     logits_fn: LogitsFn,
     x: Images,
     y: Labels | None,
     key: KeyOrKeys,
     signs: tuple[float, ...],
-    **keywords,
+    **pgd,
 ) -> Float[Array, "n b"]:
     """ℓ at x itself, and where PGD ends that follows ℓ times each sign."""
     loss, reference = _loss_around(logits_fn, x, y)
+    ends = [
+        _end(logits_fn, x, key, loss, reference, salt, sign, **pgd)
+        for salt, sign in enumerate(signs)
+    ]
+    return jnp.stack([loss(logits_fn(point), reference) for point in (x, *ends)])
+
+
+def _end(
+    logits_fn: LogitsFn,
+    x: Images,
+    key: KeyOrKeys,
+    loss: Callable,
+    reference: Array,
+    salt: int = 0,
+    sign: float = 1.0,
+    **keywords,
+) -> Images:
+    """Where PGD ends that follows the loss times a sign."""
+    found = pgd(
+        logits_fn,
+        x,
+        reference,
+        fold_each(example_keys(key, x.shape[0]), salt),
+        loss=lambda logits, reference: sign * loss(logits, reference),
+        # The loss alone counts: at its least, where nothing is misclassified, as well.
+        criterion=never,
+        **keywords,
+    )
+    return jax.lax.stop_gradient(found)
+
+
+def _mean_over_ball(
+    value: Callable, x: Images, key: KeyOrKeys, eps: Length, threat: ThreatModel, num_samples: int
+) -> PerExample:
+    """The mean of value(neighbours) over num_samples draws from the ball, one at a time."""
+    check_lengths(eps=eps)
+    check_counts(num_samples=num_samples)
     keys = example_keys(key, x.shape[0])
 
-    def end(sign, salt):
-        found = pgd(
-            logits_fn,
-            x,
-            reference,
-            fold_each(keys, salt),
-            loss=lambda logits, reference: sign * loss(logits, reference),
-            # The loss alone counts: at its least, where nothing is misclassified, as well.
-            criterion=never,
-            **keywords,
-        )
-        return jax.lax.stop_gradient(found)
+    def draw(x, key):
+        return threat.random_neighbour(key, x, jnp.asarray(eps, x.dtype))
 
-    points = [x, *(end(sign, salt) for salt, sign in enumerate(signs))]
-    return jnp.stack([loss(logits_fn(point), reference) for point in points])
+    def sample(i):
+        return value(jax.vmap(draw)(x, fold_each(keys, i)))
+
+    return jax.lax.map(sample, jnp.arange(num_samples)).mean(0)
 
 
 def _loss_around(logits_fn: LogitsFn, x: Images, y: Labels | None) -> tuple[Callable, Array]:

@@ -7,6 +7,8 @@ computed in log space, so values and gradients stay finite for logits of ±1e4 i
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from robust_jax._precision import wide
 from robust_jax.types import Labels, Logits, PerExample
 
 Loss = Callable[[Logits, Labels], PerExample]
+Form = Literal["exact", "published"]
 
 
 def cross_entropy(logits: Logits, labels: Labels, *, label_smoothing: float = 0.0) -> PerExample:
@@ -48,23 +51,31 @@ def cross_entropy(logits: Logits, labels: Labels, *, label_smoothing: float = 0.
 
 
 def guided_complement_entropy(
-    logits: Logits, labels: Labels, *, alpha: float = 1 / 3
+    logits: Logits,
+    labels: Labels,
+    *,
+    alpha: float = 1 / 3,
+    form: Form = "exact",
 ) -> PerExample:
     """Guided complement entropy, p_y^α · Σ_{j≠y} q_j log q_j / log(K-1), to be minimised.
 
-    q is the softmax over the classes other than y. The authors' code divides by log K instead: a
-    constant factor on the gradient.
+    q is the softmax over the classes other than y. The authors' code ("published") has q_j =
+    p_j / (1 - p_y + 1e-7), adds 1e-7 to p_y and 1e-10 within the log, and divides by log K. That is
+    another loss where the network is sure: with equal wrong logits of 10 classes it is least at a
+    gap of 10.0 between the label's logit and theirs, and rises again beyond, while the exact one
+    falls for ever. In effect it caps the confidence.
 
     Args:
         logits: [B,K], K at least 3.
         labels: [B].
         alpha: α, in [0, 1].
+        form: "exact", or "published" with the constants of the authors' code.
 
     Returns:
         [B], in [-1, 0].
 
     Raises:
-        ValueError: there are fewer than 3 classes, or alpha is outside [0, 1].
+        ValueError: there are fewer than 3 classes, alpha is outside [0, 1] or form unknown.
 
     Example:
         >>> import jax.numpy as jnp
@@ -74,12 +85,20 @@ def guided_complement_entropy(
         Array([-1., -0.], dtype=float32)
 
     Reference:
-        Chen et al. 2019, arXiv 1903.09799.
+        Chen et al. 2019, arXiv 1903.09799; code: github.com/henry8527/GCE.
     """
     _check_range("alpha", alpha, 0.0, 1.0)
     num_classes = _check_classes("guided_complement_entropy", logits, 3)
-    guide = jnp.exp(alpha * _at(_log_softmax(logits), labels))
-    return -guide * complement_entropy(logits, labels) / math.log(num_classes - 1)
+    if form not in get_args(Form):
+        raise ValueError(f"form must be one of {', '.join(get_args(Form))}, not {form!r}")
+    log_p = _log_softmax(logits)
+    if form == "exact":
+        guide = jnp.exp(alpha * _at(log_p, labels))
+        return -guide * complement_entropy(logits, labels) / math.log(num_classes - 1)
+    wrong = jnp.exp(complement(log_p, labels))
+    q = wrong / (wrong.sum(-1, keepdims=True) + 1e-7)
+    guide = (jnp.exp(_at(log_p, labels)) + 1e-7) ** alpha
+    return guide * (q * jnp.log(q + 1e-10)).sum(-1) / math.log(num_classes)
 
 
 def boosted_cross_entropy(logits: Logits, labels: Labels) -> PerExample:
@@ -379,6 +398,7 @@ LOSSES: Mapping[str, Callable[..., PerExample]] = {
 ATTACK_LOSSES: Mapping[str, Loss] = {
     "cross_entropy": cross_entropy,
     "guided_complement_entropy": guided_complement_entropy,
+    "guided_complement_entropy_published": partial(guided_complement_entropy, form="published"),
     "margin_loss": margin_loss,
     "dlr": dlr,
 }

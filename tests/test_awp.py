@@ -47,7 +47,7 @@ def test_step_of_a_quadratic_is_the_one_by_hand(rng):
     images = rng.integers(0, 256, (8, 2, 2, 1), dtype=np.uint8)
     calls = []
 
-    def apply(params, batch_stats, x, train):
+    def apply(params, batch_stats, x, train, keys=None):
         return x.reshape(-1, 4) @ params["w"] + params["b"], batch_stats
 
     def attack(logits_fn, x, y, keys):

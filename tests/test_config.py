@@ -107,7 +107,7 @@ MISTAKES = {
         "config.regularizers.jacobian: num_projections must be at least 1",
     ),
     "margin of no scale": (
-        {"regularizers__average_margin": {"weight": 1.0, "tau": 0.0}},
+        {"regularizers__input_margin": {"weight": 1.0, "tau": 0.0}},
         "tau must be above 0, not 0",
     ),
     "energy of no sample": (

@@ -1,5 +1,7 @@
 """Energies of the loss in a neighbourhood: closed forms, and what bounds them from below."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,39 @@ def test_energies_of_a_linear_loss(norm, mean, width):
     np.testing.assert_allclose(got.mean(), mean, rtol=0.04)
     got = energy.oscillation(two_classes(40.0), X, ZEROS, KEY, step_size=4 * EPS, **keywords)
     np.testing.assert_allclose(got, np.full(6, width**2), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2), ("l1", np.inf)])
+def test_variation_of_a_linear_loss_is_its_slope(norm, dual):
+    slope = np.linalg.norm(WEIGHTS.ravel(), dual)
+    for squared in (False, True):
+        got = energy.total_variation(
+            two_classes(40.0), X, ZEROS, KEY, eps=EPS, norm=norm, num_samples=3, squared=squared
+        )
+        np.testing.assert_allclose(got, np.full(6, slope ** (1 + squared)), rtol=1e-4)
+    # At an even slope every piece of the way is alike, and their sum is what the loss rose.
+    for n in (1, 2, 5):
+        got = energy.path(
+            two_classes(40.0), X, ZEROS, KEY, eps=EPS, norm=norm, step_size=4 * EPS, num_pieces=n
+        )
+        np.testing.assert_allclose(got, np.full(6, (EPS * slope) ** 2), rtol=2e-3)
+
+
+def test_variation_is_the_mean_gradient_over_the_ball(trained):
+    """In float64, by finite differences along each pixel, at points drawn by numpy."""
+    logits_fn, x, y = trained
+    x, y = x[:4], y[:4]
+    got = energy.total_variation(logits_fn, x, y, KEY, eps=0.1, norm="l2", num_samples=4000)
+    rng = np.random.default_rng(0)
+    r = rng.normal(size=(400, x[0].size))
+    r *= 0.1 * rng.uniform(size=(400, 1)) ** (1 / x[0].size) / np.linalg.norm(r, axis=1)[:, None]
+    points = np.clip(np.asarray(x).reshape(4, 1, -1) + r, 0, 1)
+    steps = 1e-3 * np.concatenate([np.eye(20), -np.eye(20)])
+    moved = (points[:, :, None] + steps).reshape(-1, *SHAPE)
+    values = losses.cross_entropy(logits_fn(jnp.float32(moved)), jnp.repeat(y, 400 * 40))
+    up, down = np.moveaxis(np.asarray(values, np.float64).reshape(4, 400, 2, 20), 2, 0)
+    expected = np.linalg.norm((up - down) / 2e-3, axis=-1).mean(-1)
+    np.testing.assert_allclose(got, expected, rtol=0.05)
 
 
 def binary_kl(u, v):
@@ -106,6 +141,50 @@ def test_oscillation_is_above_the_adversarial_term_on_every_example(trained, nor
     np.testing.assert_allclose(rise.mean(), ((at_adv - at_x) ** 2).mean(), rtol=0.1)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_way_to_the_worst_point_is_above_the_adversarial_term_on_every_example(
+    trained, norm, labelled
+):
+    """Cauchy-Schwarz, for each number of pieces; and by more, the more pieces there are."""
+    logits_fn, x, y = trained
+    y = y if labelled else None
+    keywords = {"eps": 0.3 if norm == "linf" else 1.0, "norm": norm, "num_steps": 20}
+    rise = np.asarray(energy.rise(logits_fn, x, y, KEY, **keywords))
+    paths = [energy.path(logits_fn, x, y, KEY, num_pieces=n, **keywords) for n in (1, 2, 4, 8, 64)]
+    tolerance = {"rtol": 1e-3, "atol": 1e-6}
+    np.testing.assert_allclose(paths[0], rise, **tolerance)
+    for fewer, more in itertools.pairwise(map(np.asarray, paths)):
+        assert (more >= fewer * (1 - 1e-3) - 1e-6).all()
+    assert (paths[-1] > 1.02 * rise).mean() > 0.5  # the loss does not rise evenly
+
+
+def test_the_way_is_the_integral_of_the_squared_slope(trained):
+    """∫₀¹ (∇ℓ(x+tr)·r)² dt, by Gauss-Legendre quadrature in float64, to the same worst point."""
+    logits_fn, x, y = trained
+    keywords = {"eps": 0.3, "num_steps": 20}
+    worst = attacks.pgd(
+        logits_fn,
+        x,
+        y,
+        energy.fold_each(energy.example_keys(KEY, 64), 0),
+        criterion=attacks.never,
+        **keywords,
+    )
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+
+    def slope(t):
+        def along(t):
+            return losses.cross_entropy(logits_fn(x + t * (worst - x)), y)
+
+        return jax.jvp(along, (t,), (1.0,))[1]
+
+    slopes = np.stack([slope(float(t)) for t in (nodes + 1) / 2]).astype(np.float64)
+    expected = (weights[:, None] / 2 * slopes**2).sum(0)
+    got = energy.path(logits_fn, x, y, KEY, num_pieces=64, **keywords)
+    np.testing.assert_allclose(got, expected, rtol=0.02, atol=1e-5)
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_the_point_itself_is_among_both_ends(label):
     """A loss that is only at x itself another, higher for class 0 and lower for class 1."""
@@ -130,16 +209,16 @@ def test_oscillation_is_above_any_sample(trained):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("name", ["mean_square", "oscillation"])
+@pytest.mark.parametrize("name", ["mean_square", "oscillation", "total_variation", "path"])
 def test_an_example_has_its_energy_in_any_batch(trained, name, labelled):
     logits_fn, x, y = trained
     fn, keys = getattr(energy, name), jax.random.split(KEY, 64)
     whole = fn(logits_fn, x, y if labelled else None, keys, eps=0.1)
     alone = fn(logits_fn, x[5:6], y[5:6] if labelled else None, keys[5:6], eps=0.1)
     np.testing.assert_allclose(whole[5:6], alone, rtol=1e-4)
-    np.testing.assert_array_equal(
-        fn(logits_fn, x, y if labelled else None, keys, eps=0.0), np.zeros(64)
-    )
+    if name != "total_variation" or not labelled:  # that is the gradient at x itself
+        still = fn(logits_fn, x, y if labelled else None, keys, eps=0.0)
+        np.testing.assert_allclose(still, np.zeros(64), atol=1e-5)
 
 
 def test_neighbours_stay_in_the_box():
@@ -161,7 +240,7 @@ def test_neighbours_stay_in_the_box():
 def test_numerically_extreme_losses_stay_finite():
     logits_fn = two_classes(0.0)
     for y in (ZEROS, None):
-        for fn in (energy.mean_square, energy.oscillation):
+        for fn in (energy.mean_square, energy.oscillation, energy.total_variation, energy.path):
             values = fn(lambda x: 1e4 * logits_fn(x), X, y, KEY, eps=0.1)
             assert np.isfinite(values).all()
 
@@ -174,6 +253,9 @@ def test_numerically_extreme_losses_stay_finite():
         ("mean_square", {"eps": 0.1, "norm": "l3"}, "norm must be one of"),
         ("oscillation", {"eps": -1.0}, "eps must not be negative"),
         ("oscillation", {"eps": 0.1, "num_steps": 0}, "num_steps must be a whole number"),
+        ("total_variation", {"eps": -1.0}, "eps must not be negative"),
+        ("total_variation", {"eps": 0.1, "num_samples": 0}, "num_samples must be a whole number"),
+        ("path", {"eps": 0.1, "num_pieces": 0}, "num_pieces must be a whole number"),
     ],
 )
 def test_mistakes_are_told(name, keywords, message):

@@ -1,5 +1,7 @@
 """Every loss against an independent float64 formula, its gradient, and its limits."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,13 @@ def reference_gce(z, y, alpha=1 / 3):
     p = softmax(z)
     q = np.delete(p, y) / (1 - p[y])
     return p[y] ** alpha * (q * np.log(q)).sum() / np.log(len(z) - 1)
+
+
+def reference_gce_published(z, y, alpha=1 / 3):
+    """Line by line github.com/henry8527/GCE, for any number of classes."""
+    p = softmax(z)
+    q = np.delete(p, y) / (np.delete(p, y).sum() + 1e-7)
+    return (p[y] + 1e-7) ** alpha * (q * np.log(q + 1e-10)).sum() / np.log(len(z))
 
 
 def reference_complement_entropy(z, y):
@@ -59,6 +68,10 @@ CASES = {
     "gce_alpha_0": (
         lambda z, y: losses.guided_complement_entropy(z, y, alpha=0.0),
         lambda z, y: reference_gce(z, y, 0.0),
+    ),
+    "gce_published": (
+        losses.ATTACK_LOSSES["guided_complement_entropy_published"],
+        reference_gce_published,
     ),
     "complement_entropy": (losses.complement_entropy, reference_complement_entropy),
     "boosted": (losses.boosted_cross_entropy, reference_boosted),
@@ -163,6 +176,34 @@ def test_gce_is_lowest_where_the_label_is_sure_and_the_rest_is_flat():
     np.testing.assert_allclose(best, -1.0, rtol=1e-5)
 
 
+def test_the_published_gce_turns_round_at_a_gap_of_10_and_the_exact_one_never():
+    """Of ten classes, the nine wrong ones alike, in float64."""
+    gaps = np.linspace(0, 20, 2001)
+    logits = np.zeros((len(gaps), 10))
+    logits[:, 0] = gaps
+    labels = np.zeros(len(gaps), np.int32)
+
+    def values_and_slopes(form):
+        def total(z):
+            values = losses.guided_complement_entropy(z, labels, form=form)
+            return values.sum(), values
+
+        gradient, values = jax.grad(total, has_aux=True)(jnp.asarray(logits))
+        return np.asarray(values), np.asarray(gradient)[:, 0]
+
+    with jax.enable_x64(True):
+        (exact, falls), (published, slopes) = map(values_and_slopes, ("exact", "published"))
+    least = published.argmin()
+    assert abs(gaps[least] - 10.0) < 0.1
+    np.testing.assert_allclose(1 - softmax(logits[least])[0], 4.0e-4, rtol=0.1)
+    assert (np.diff(published[:least]) < 0).all() and (np.diff(published[least:]) > 0).all()
+    np.testing.assert_allclose(slopes[[1200, 1600]], [9e-4, 4.6e-2], rtol=0.1)
+    assert (np.diff(exact) < 0).all() and (falls < 0).all()
+    np.testing.assert_allclose(falls[[1200, 1600]], [-1.8e-5, -3e-7], rtol=0.2)
+    # Far from there the two differ by little more than the constant factor.
+    np.testing.assert_allclose(published[:400] / exact[:400], np.log(9) / np.log(10), rtol=1e-3)
+
+
 def test_nan_logits_are_wrong():
     assert losses.correct(jnp.asarray([[jnp.nan, 0.0, 1.0]]), jnp.asarray([0]))[0] == 0
 
@@ -179,6 +220,11 @@ def test_complement_keeps_order():
     [
         (lambda z, y: losses.cross_entropy(z, y, label_smoothing=1.0), r"\[0, 1\), not 1.0"),
         (lambda z, y: losses.guided_complement_entropy(z, y, alpha=-1), r"\[0, 1\], not -1"),
+        (
+            # Unwrapped: in the tests its annotation would be enforced before.
+            lambda z, y: inspect.unwrap(losses.guided_complement_entropy)(z, y, form="other"),
+            "form must be one of exact, published, not 'other'",
+        ),
         (lambda z, y: losses.dlr(z[:, :2], y), "at least 3 classes, not 2; use margin_loss"),
         (lambda z, y: losses.guided_complement_entropy(z[:, :2], y), "at least 3 classes"),
         (lambda z, y: losses.complement_entropy(z[:, :2], y), "complement_entropy needs at least"),

@@ -1,4 +1,4 @@
-"""Input-space margins: exact for a linear network; the regulariser stays Fisher-consistent."""
+"""Margins: exact for a linear network; which regularisers of them are Fisher-consistent."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 from scipy.special import expit
 
 from robust_jax import jacobian, losses, margins
@@ -78,7 +79,7 @@ def test_a_flat_network_has_no_boundary_near_and_pulls_nothing(norm):
         images = jnp.broadcast_to(jnp.array([0.0, 0.5, 1.0])[:, None, None, None], (3, 2, 2, 1))
         half = regularizers.Half(images, logits)
         labels = jnp.zeros(3, jnp.int32)
-        return regularizers.average_margin(logits_fn, half, labels, norm=norm, tau=0.1)
+        return regularizers.input_margin(logits_fn, half, labels, norm=norm, tau=0.1)
 
     np.testing.assert_allclose(term(0.0), [0.0, 1.0, 2 / 3], atol=1e-6)
     np.testing.assert_array_equal(jax.jacrev(term)(0.0), np.zeros(3))
@@ -124,7 +125,7 @@ def minimisers(p, weight, num_boundaries):
             return table + x.reshape(-1, num_classes) / jnp.sqrt(2.0)
 
         half = regularizers.Half(x, logits_fn(x))
-        term = regularizers.average_margin(
+        term = regularizers.input_margin(
             logits_fn, half, labels, norm="l2", tau=0.5, num_boundaries=num_boundaries
         )
         return (p * (losses.cross_entropy(half.logits, labels) + weight * term)).sum()
@@ -148,7 +149,9 @@ def minimisers(p, weight, num_boundaries):
 
 
 @pytest.mark.parametrize(("weight", "num_classes"), [(0.5, 5), (5.0, 3)])
-def test_cross_entropy_with_average_margin_is_fisher_consistent(weight, num_classes, rng):
+def test_cross_entropy_with_input_margin_is_fisher_consistent_for_equal_norms(
+    weight, num_classes, rng
+):
     p = rng.dirichlet(np.ones(num_classes), 150)
     # And cases that are hard to tell: the two likeliest classes a hundredth apart.
     order, rows = np.argsort(-p[:50], -1), np.arange(50)
@@ -170,6 +173,105 @@ def test_a_hard_minimum_would_tie_the_two_likeliest_classes():
         hard, smooth = (np.sort(minimisers(p, 3.0, n)[0][0])[::-1] for n in (1, None))
     assert hard[0] - hard[1] < 1e-3
     assert smooth[0] - smooth[1] > 0.03
+
+
+def test_unequal_gradient_norms_break_fisher_consistency():
+    """The counterexample of the docstring, minimised from many starts in float64."""
+    p = np.array([0.393, 0.364, 0.243])
+    norms = np.array([[1, 0.64, 1.8], [0.64, 1, 0.61], [1.8, 0.61, 1]])
+    others = np.array([[1, 2], [0, 2], [0, 1]])
+
+    def best(norms):
+        def risk(z):
+            boundaries = (z[:, None] - z[others]) / np.take_along_axis(norms, others, 1)
+            cross_entropies = losses.cross_entropy(jnp.tile(z, (3, 1)), jnp.arange(3))
+            return (p * (cross_entropies + 20 * margins.truncate(boundaries, 1.0))).sum()
+
+        value_and_gradient = jax.jit(jax.value_and_grad(risk))
+        starts = np.random.default_rng(0).normal(size=(20, 3)) * 2
+        found = [minimize(value_and_gradient, z, jac=True, tol=1e-10) for z in starts]
+        return min(found, key=lambda result: result.fun)
+
+    with jax.enable_x64(True):
+        unequal, equal = best(norms), best(np.ones((3, 3)))
+    assert max(np.abs(result.jac).max() for result in (unequal, equal)) < 1e-5
+    assert unequal.x.argmax() == 1 and unequal.x[1] - unequal.x[0] > 0.1
+    assert equal.x.argmax() == 0
+
+
+scores = st.tuples(*[st.floats(-8, 8)] * 4)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(scores, st.tuples(*[st.floats(0.01, 1)] * 4), st.floats(0.1, 20))
+def test_the_ramp_of_output_margins_is_fisher_consistent(z, p, tau):
+    """Giving the likeliest class the largest score lowers the ramp's risk and cross-entropy's."""
+    z, p = np.array(z, np.float32), np.array(p) / sum(p)
+    top, likeliest = z.argmax(), p.argmax()
+    swapped = z.copy()
+    swapped[[top, likeliest]] = z[[likeliest, top]]
+
+    def risks(z):
+        half = regularizers.Half(jnp.zeros((4, 1, 1, 1)), jnp.tile(z, (4, 1)))
+        labels = jnp.arange(4)
+        ramps = regularizers.output_margin_ramp(half, labels, tau=tau)
+        return [
+            float(p @ np.asarray(v)) for v in (ramps, losses.cross_entropy(half.logits, labels))
+        ]
+
+    (ramp, cross_entropy), (ramp_then, cross_entropy_then) = risks(z), risks(swapped)
+    assert ramp_then <= ramp + 1e-4 * tau and cross_entropy_then <= cross_entropy + 1e-4
+    # And where they are apart, strictly: no minimiser has another class on top.
+    if p[likeliest] - p[top] > 0.05 and z[top] - z[likeliest] > 0.1:
+        assert cross_entropy_then < cross_entropy - 1e-3
+
+
+def test_the_ramp_is_the_difference_of_two_hinges(rng):
+    logits, labels = rng.normal(size=(32, 5)) * 4, rng.integers(0, 5, 32)
+    half = regularizers.Half(jnp.zeros((32, 1, 1, 1)), jnp.float32(logits))
+    got = regularizers.output_margin_ramp(half, jnp.asarray(labels), tau=3.0)
+    wrong = np.where(np.arange(5) == labels[:, None], -np.inf, logits).max(-1)
+    alpha = logits[np.arange(32), labels] - wrong
+    np.testing.assert_allclose(
+        got, np.maximum(0, 3.0 - alpha) - np.maximum(0, -alpha), rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="tau must be above 0, not 0"):
+        regularizers.output_margin_ramp(half, jnp.asarray(labels), tau=0)
+
+
+def test_orthogonality_is_that_of_matrices_and_of_reshaped_kernels(rng):
+    kernel, dense, bias = rng.normal(size=(3, 3, 2, 4)), rng.normal(size=(5, 3)), np.ones(7)
+    rows = [kernel.transpose(3, 2, 0, 1).reshape(4, -1), dense.T]  # [out, rest], as in PyTorch
+    expected = sum(((w @ w.T - np.eye(len(w))) ** 2).sum() for w in rows)
+    params = jax.tree.map(jnp.float32, {"conv": {"kernel": kernel, "bias": bias}, "head": dense})
+    np.testing.assert_allclose(regularizers.orthogonality(params), expected, rtol=1e-5)
+    orthogonal = {"kernel": jnp.eye(6).reshape(1, 2, 3, 6)[..., :4]}
+    assert regularizers.orthogonality(orthogonal) == 0
+
+
+@pytest.mark.parametrize("norm", DUAL)
+def test_clever_is_exact_for_a_linear_network_and_capped_by_the_ball(norm):
+    logits_fn, _, _ = make_linear(KEY, num_classes=4)
+    x = interior_images(KEY, 6)
+    predicted = jnp.argmax(logits_fn(x), -1)
+    exact = margins.first_order(logits_fn, x, predicted, norm=norm)
+    got = margins.clever(logits_fn, x, KEY, norm=norm, eps=1e3, num_samples=2, chunk_size=4)
+    np.testing.assert_allclose(got, exact, rtol=1e-4)
+    radius = float(jnp.median(exact))
+    capped = margins.clever(logits_fn, x, KEY, norm=norm, eps=radius, num_samples=2)
+    np.testing.assert_allclose(capped, np.minimum(exact, radius), rtol=1e-4)
+
+
+def test_clever_is_below_what_an_attack_finds_in_the_ball():
+    """With many samples the largest gradient is nearly the largest there is."""
+    logits_fn = make_nonlinear(KEY, num_classes=3)
+    x = interior_images(KEY, 6)
+    predicted = jnp.argmax(logits_fn(x), -1)
+    upper = margins.minimum_norm(logits_fn, x, predicted, KEY, norm="l2")
+    few, many = (
+        margins.clever(logits_fn, x, KEY, norm="l2", eps=0.1, num_samples=n) for n in (4, 400)
+    )
+    assert (many <= few).all() and (many <= upper * 1.02).all() and (many > 0).all()
 
 
 @pytest.mark.parametrize(

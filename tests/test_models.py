@@ -44,6 +44,7 @@ def init(model, shape):
         ("lenet5", {}, MNIST, 61_706),
         ("madry_cnn", {}, MNIST, 3_274_634),
         ("small_cnn", {}, MNIST, 312_202),
+        ("small_cnn", {"widths": (64, 64, 128, 128), "hidden": (256, 256)}, CIFAR, 1_147_978),
         ("preact_resnet", {"depth": 18, "width": 1}, CIFAR, 11_172_170),
         ("preact_resnet", {"depth": 34, "width": 1}, CIFAR, 21_280_330),
         ("wide_resnet", {"depth": 28, "width": 10}, CIFAR, 36_479_194),
@@ -232,6 +233,43 @@ def test_plain_convolutions_give_the_same_gradients(name):
     jax.tree.map(close, gradients("auto"), gradients("plain"))
 
 
+def test_dropout_follows_the_example_and_keeps_the_mean():
+    model = build("small_cnn", widths=(4, 4), hidden=(64, 8), dropout_rate=0.5)
+    shape = (12, 12, 1)
+    variables = init(model, shape)
+    x, keys = images(shape, batch=6), jax.random.split(jax.random.key(1), 6)
+
+    def trained(x, keys):
+        network = model.clone(dropout_keys=keys)
+        logits, state = network.apply(variables, x, train=True, mutable=["intermediates"])
+        return logits, state["intermediates"]
+
+    logits, sown = trained(x, keys)
+    # An example's own, in any batch; another key's are others; and none where it is evaluated.
+    np.testing.assert_allclose(trained(x[2:3], keys[2:3])[0], logits[2:3], rtol=1e-5, atol=1e-6)
+    assert np.abs(trained(x, keys[::-1])[0] - logits).max() > 1e-3
+    plain = model.apply(variables, x)
+    assert np.abs(plain - logits).max() > 1e-3
+    # Half of the last hidden layer is left out, of those that are not 0 anyway.
+    (before,), (after,) = sown["dense2"], sown["features"]
+    active = np.asarray(before) > 0
+    ratio = np.asarray(after)[active] / np.asarray(before)[active]
+    assert set(np.unique(ratio.round(3))) == {0.0, 2.0}
+    # The first hidden layer alone: the mean of many draws is the network without dropout.
+    one = build("small_cnn", widths=(4, 4), hidden=(64,), dropout_rate=0.5)
+    variables = init(one, shape)
+    many = jax.random.split(jax.random.key(2), 4000)
+    tiled = jnp.broadcast_to(x[:1], (4000, *shape))
+    draws = one.clone(dropout_keys=many).apply(variables, tiled, train=True)
+    np.testing.assert_allclose(draws.mean(0), one.apply(variables, x[:1])[0], atol=0.05)
+
+
+def test_training_with_dropout_needs_keys():
+    model = build("small_cnn", dropout_rate=0.5)
+    with pytest.raises(ValueError, match="dropout needs dropout_keys"):
+        jax.eval_shape(lambda k: model.init(k, images(MNIST, 1), train=True), jax.random.key(0))
+
+
 def test_initialization_is_he_normal():
     params = init(build("small_cnn"), (28, 28, 1))["params"]
     for layer, fan in (("Conv_3", 9 * 64), ("Dense_0", 1024)):
@@ -249,6 +287,7 @@ def test_initialization_is_he_normal():
         ("wide_resnet", {"activation": "tanh"}, "activation='tanh' is not one of 'relu', 'silu'"),
         ("mlp", {"activation": "tanh"}, "activation='tanh' is not one of 'relu', 'silu'"),
         ("cnn", {"conv_implementation": "fast"}, "conv_implementation='fast' is not one of"),
+        ("small_cnn", {"dropout_rate": 1.0}, r"dropout_rate=1.0 must be in \[0, 1\)"),
     ],
 )
 def test_wrong_fields(name, fields, message):

@@ -36,7 +36,8 @@ def of_jacobian(fn, **keywords):
 def around(fn, labelled):
     def call(x, key, count):
         y = jnp.asarray(LABELS[: len(x)], jnp.int32) if labelled else None
-        number = {"num_samples" if fn is energy.mean_square else "num_steps": count}
+        drawn = fn in (energy.mean_square, energy.total_variation)
+        number = {"num_samples" if drawn else "num_steps": count}
         return fn(network, x, y, key, eps=1 / 8, **number)
 
     return call
@@ -80,10 +81,13 @@ CALLS = {
     "rise": around(energy.rise, True),
     "mean_square_label_free": around(energy.mean_square, False),
     "oscillation_label_free": around(energy.oscillation, False),
+    "total_variation": around(energy.total_variation, True),
+    "path": around(energy.path, True),
 }
 # How far two draws may be apart: of the mean of many, or which end of a ball PGD finds.
 MANY = 400
 MEANS = {
+    "total_variation": 0.1,
     "squared_frobenius_samples": 0.2,
     "frobenius_norm_estimate": 0.1,
     "mean_square": 0.2,

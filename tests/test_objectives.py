@@ -31,7 +31,7 @@ class Net(nn.Module):
 NET = Net()
 
 
-def apply(params, batch_stats, x, train):
+def apply(params, batch_stats, x, train, keys=None):
     variables = {"params": params, "batch_stats": batch_stats}
     if not train:
         return NET.apply(variables, x), batch_stats
@@ -282,11 +282,14 @@ def test_what_a_term_cannot_see_is_told():
 
 KEYWORDS = {
     "vat": {"eps": 0.5},
-    "average_margin": {"tau": 0.1},
+    "output_margin_ramp": {"tau": 2.0},
+    "input_margin": {"tau": 0.1},
     "energy_mean_square": {"eps": 0.2},
     "energy_oscillation": {"eps": 0.2, "norm": "l2", "num_steps": 2},
+    "energy_total_variation": {"eps": 0.2, "norm": "l2"},
+    "energy_path": {"eps": 0.2, "norm": "l2", "num_steps": 2},
 }
-LABEL_FREE = ("energy_mean_square", "energy_oscillation")
+LABEL_FREE = [name for name in KEYWORDS if name.startswith("energy_")]
 EVERY = {
     **{name: functools.partial(fn, **KEYWORDS.get(name, {})) for name, fn in REGULARIZERS.items()},
     **{

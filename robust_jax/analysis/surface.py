@@ -1,4 +1,4 @@
-"""The loss on a plane through an image: one axis leads to its adversarial point, one is random."""
+"""The loss around an image: on a plane through it, and on the way to an adversarial point."""
 
 from collections.abc import Sequence
 
@@ -102,3 +102,49 @@ def loss_surface(
         return jax.lax.map(column, b).T
 
     return in_chunks(surface_one, (x, y, x_adv, direction), chunk_size)
+
+
+@compiled
+def loss_along(
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Int[Array, " b"],
+    x_moved: Images,
+    *,
+    steps: Sequence[float] | Float[Array, " n"],
+    loss: losses.Loss = losses.cross_entropy,
+    chunk_size: int | None = None,
+) -> Float[Array, "b n"]:
+    """The loss on the straight way from each x to where it was moved: what lies inside a ball.
+
+    Costs n forward passes an example.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K].
+        x: Examples [B,...], pixels in [0,1].
+        y: Labels [B].
+        x_moved: As many points [B,...], such as adversarial ones.
+        steps: How far to go, n shares of the way: 0 is x, 1 is x_moved.
+        loss: loss(logits, y) -> [B].
+        chunk_size: How many examples are in memory at a time, with n points each; None for all.
+
+    Returns:
+        [B,n], in units of the loss.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import losses
+        >>> from robust_jax.analysis import surface
+        >>> logits_fn = lambda x: jnp.stack([x[:, 0], 0 * x[:, 0]], -1)
+        >>> x, y, x_adv = jnp.array([[0.5]]), jnp.array([0]), jnp.array([[0.0]])
+        >>> surface.loss_along(logits_fn, x, y, x_adv, steps=(0, 0.5, 1), loss=losses.margin_loss)
+        Array([[-0.5 , -0.25,  0.  ]], dtype=float32)
+    """
+    shares = jnp.asarray(steps, x.dtype)
+
+    def along_one(args):
+        image, label, there = args
+        points = image[None] + shares.reshape(-1, *[1] * image.ndim) * (there - image)[None]
+        return loss(logits_fn(points), jnp.broadcast_to(label, shares.shape))
+
+    return in_chunks(along_one, (x, y, x_moved), chunk_size)

@@ -32,7 +32,7 @@ from robust_jax.train.validate import make_validation
 from robust_jax.types import LogitsFn
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_MODEL_FIELDS_SET_HERE = ("num_classes", "mean", "std", "dtype", "axis_name")
+_MODEL_FIELDS_SET_HERE = ("num_classes", "mean", "std", "dtype", "axis_name", "dropout_keys")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,11 +182,12 @@ def build(config: ConfigDict) -> Training:
 def apply_fn(model: nn.Module) -> Apply:
     """A linen network as an objective calls it."""
 
-    def apply(params, batch_stats, x, train):
+    def apply(params, batch_stats, x, train, keys):
         variables = {"params": params, "batch_stats": batch_stats}
         if not train:
             return model.apply(variables, x), batch_stats
-        logits, mutated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        trained = model.clone(dropout_keys=keys)
+        logits, mutated = trained.apply(variables, x, train=True, mutable=["batch_stats"])
         return logits, mutated.get("batch_stats", batch_stats)
 
     return apply

@@ -22,6 +22,9 @@ Perturbation = Float[Array, "..."]
 Scalar = Float[Array, ""]
 Length = float | Scalar
 
+# A gradient of a smaller dual norm counts as none.
+_FLAT = 1e-12
+
 
 @dataclass(frozen=True, eq=False)
 class Measure:
@@ -95,6 +98,12 @@ class ThreatModel(Measure):
     dense_steps: bool = True
     patches: Hills | Flat | None = None
     autoattack: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def slope(self, gradient: Perturbation) -> Scalar:
+        """The dual size of a gradient; where it vanishes 0, with a derivative of 0."""
+        steep = self.dual_size(jax.lax.stop_gradient(gradient)) > _FLAT
+        # Never of a gradient of 0, where the norm in l2 has no derivative.
+        return jnp.where(steep, self.dual_size(jnp.where(steep, gradient, 1)), 0)
 
     def project_to_ball_and_box(
         self, x_adv: Perturbation, x: Perturbation, eps: Length

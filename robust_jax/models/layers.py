@@ -87,6 +87,7 @@ class Classifier(nn.Module, kw_only=True):
     dtype: Any = jnp.float32  # of the computation; parameters are float32, logits at least that
     axis_name: str | None = None  # mapped axis over which BatchNorm synchronises when training
     conv_implementation: str = "auto"
+    dropout_keys: Any = None  # [b], a key for each example; where a network with dropout trains
 
     def __post_init__(self):
         check_choice("conv_implementation", self.conv_implementation, IMPLEMENTATIONS)
@@ -117,6 +118,21 @@ class Classifier(nn.Module, kw_only=True):
     def dense(self, features: int) -> nn.Dense:
         """A hidden dense layer that follows the model's fields."""
         return nn.Dense(features, dtype=self.dtype, kernel_init=dense_init)
+
+    def dropout(self, x: Float[Array, "b d"], rate: float, index: int) -> Float[Array, "b d"]:
+        """A share of each example's values set to 0 at random, and the others scaled up for it.
+
+        By the example's own key, folded with the index of the layer, so that nothing depends on the
+        batch or the device.
+        """
+        if self.dropout_keys is None:
+            raise ValueError("a network with dropout needs dropout_keys to train")
+
+        def drop(x, key):
+            kept = jax.random.bernoulli(jax.random.fold_in(key, index), 1 - rate, x.shape)
+            return jnp.where(kept, x / (1 - rate), 0)
+
+        return jax.vmap(drop)(x, self.dropout_keys)
 
 
 def flatten(x: Float[Array, "b ..."]) -> Float[Array, "b d"]:

@@ -96,12 +96,32 @@ class MadryCNN(_Activated):
         return self.layer("dense1", self.dense(1024), flatten(x))
 
 
-class SmallCNN(_Activated):
-    """SmallCNN of TRADES (1901.08573), without its dropout of 0.5 after the first dense layer."""
+class SmallCNN(_Activated, kw_only=True):
+    """Valid 3x3 convolutions, every second one pooled, and dense layers.
+
+    By default TRADES' SmallCNN (1901.08573) without its dropout of 0.5 after the first dense layer,
+    which is the MNIST network of 1907.11780. The CIFAR-10 network there has the widths 64, 64, 128
+    and 128, two dense layers of 256 and a dropout of 0.5 after each.
+    """
+
+    widths: tuple[int, ...] = (32, 32, 64, 64)
+    hidden: tuple[int, ...] = (200, 200)
+    dropout_rate: float = 0.0
+
+    def __post_init__(self):
+        check_sizes("widths", self.widths)
+        check_sizes("hidden", self.hidden)
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate={self.dropout_rate!r} must be in [0, 1)")
+        super().__post_init__()
 
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
-        for i, width in enumerate((32, 32, 64, 64), start=1):
+        for i, width in enumerate(self.widths, start=1):
             pool = 2 if i % 2 == 0 else 1
             x = self.layer(f"conv{i}", self.conv(width, 3, padding="VALID"), x, pool=pool)
-        x = self.layer("dense1", self.dense(200), flatten(x))
-        return self.layer("dense2", self.dense(200), x)
+        x = flatten(x)
+        for i, width in enumerate(self.hidden, start=1):
+            x = self.layer(f"dense{i}", self.dense(width), x)
+            if train and self.dropout_rate:
+                x = self.dropout(x, self.dropout_rate, i)
+        return x

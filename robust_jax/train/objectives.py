@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from robust_jax import losses
 from robust_jax.data import UNLABELED
@@ -22,8 +22,13 @@ BatchStats = Any
 Batch = Mapping[str, Array]
 # Sums over examples and the number of examples summed, by name; the metric is their ratio.
 Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
-# apply(params, batch_stats, x, train) -> (logits, new batch_stats)
-Apply = Callable[[Params, BatchStats, Array, bool], tuple[Array, BatchStats]]
+# apply(params, batch_stats, x, train, keys) -> (logits, new batch_stats); the keys [B] are for what
+# a network draws while it trains, and None where it does not.
+Apply = Callable[
+    [Params, BatchStats, Array, bool, Key[Array, " b"] | None], tuple[Array, BatchStats]
+]
+# What an example's key is folded with: 0 for the attack, 1… for the terms, and these for dropout.
+_DROPOUT = {"clean": 1000, "adversarial": 1001}
 
 
 class Adversary(NamedTuple):
@@ -82,7 +87,7 @@ def make_objective(
         )
 
     def evaluation_network(params, batch_stats):
-        return lambda x: apply(params, batch_stats, x, False)[0]
+        return lambda x: apply(params, batch_stats, x, False, None)[0]
 
     def attack(params, batch_stats, batch, key):
         if adversary is None or "adversarial" not in needed:
@@ -108,7 +113,8 @@ def make_objective(
         for name in sorted(needed, reverse=True):  # clean first, as its statistics are
             stats_before = new_stats if name in loss_halves else batch_stats
             images = batch["image" if name == "clean" else name]
-            logits, stats = apply(params, stats_before, images, True)
+            dropout_keys = fold_each(keys, _DROPOUT[name])
+            logits, stats = apply(params, stats_before, images, True, dropout_keys)
             halves[name] = Half(images, logits)
             new_stats = stats if name in loss_halves else new_stats
 

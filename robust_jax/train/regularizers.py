@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from robust_jax import energy, losses, margins
 from robust_jax import jacobian as jacobians
 from robust_jax.attacks import Norm
 from robust_jax.attacks.norms import L2
+from robust_jax.train.optimizer import decayed
 from robust_jax.types import Images, Labels, LogitsFn, PerExample
 
 Keys = Key[Array, " b"]
@@ -160,7 +162,35 @@ def vat(
     return losses.kl(logits_fn(x_virtual), reference)
 
 
-def average_margin(
+def output_margin_ramp(half: Half, labels: Labels, *, tau: float) -> PerExample:
+    """τ - clip(α, 0, τ) of the output margin α, in units of the logits (arXiv 1907.11780).
+
+    As published: it pulls where an example is right by less than tau, not where it is wrong. The
+    margin means one in the input space where the layers' norms are near 1: see `orthogonality`. A
+    later state of the authors' code clamps -α to [0, τ] instead, another function.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau must be above 0, not {tau!r} (in units of the logits)")
+    return tau - jnp.clip(losses.margin(half.logits, labels), 0, tau)
+
+
+def orthogonality(params: Any) -> Float[Array, ""]:
+    """Σ ‖W Wᵀ - I‖_F² over dense matrices and kernels, W as [out, rest] (arXiv 1907.11780).
+
+    Biases and the scales of norms stay out. The authors' code adds each layer's term twice, once
+    while it is at the layer's bias, so their β is twice the weight here.
+    """
+
+    def deviation(kernel):
+        rows = kernel.reshape(-1, kernel.shape[-1])
+        return ((rows.T @ rows - jnp.eye(rows.shape[-1], dtype=rows.dtype)) ** 2).sum()
+
+    is_kernel = jax.tree.leaves(decayed(params))
+    leaves = zip(is_kernel, jax.tree.leaves(params), strict=True)
+    return sum((deviation(leaf) for kernel, leaf in leaves if kernel), jnp.zeros(()))
+
+
+def input_margin(
     logits_fn: LogitsFn,
     half: Half,
     labels: Labels,
@@ -169,11 +199,10 @@ def average_margin(
     norm: Norm = "linf",
     num_boundaries: int | None = None,
 ) -> PerExample:
-    """ψ(m/τ) of the first-order input-space margin m (arXiv 1907.11780, our reading), in (0, 1).
+    """ψ(m/τ) of the first-order input-space margin m, in (0, 1): ours, not a paper's.
 
     See `margins.truncate`; tau is in pixels, of the norm. Costs K-1 backward passes and their
-    derivative; num_boundaries bounds that, at the price of Fisher consistency where more classes
-    than that are about equally likely.
+    derivative, or num_boundaries of both.
     """
     distances = margins.boundary_distances(
         logits_fn, half.images, labels, norm=norm, num_boundaries=num_boundaries
@@ -231,6 +260,66 @@ def energy_oscillation(
     )
 
 
+def energy_total_variation(
+    logits_fn: LogitsFn,
+    half: Half,
+    labels: Labels,
+    keys: Keys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_samples: int = 1,
+    squared: bool = False,
+    label_free: bool = False,
+) -> PerExample:
+    """E ‖∇ℓ(x+r)‖ over the ball, or its square (arXiv 1911.06479, our reading).
+
+    ℓ is the cross-entropy, or label_free KL(p(x) ‖ p(x+r)).
+    """
+    y = None if label_free else labels
+    return energy.total_variation(
+        logits_fn,
+        half.images,
+        y,
+        keys,
+        eps=eps,
+        norm=norm,
+        num_samples=num_samples,
+        squared=squared,
+    )
+
+
+def energy_path(
+    logits_fn: LogitsFn,
+    half: Half,
+    labels: Labels,
+    keys: Keys,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_steps: int = 10,
+    step_size: float | None = None,
+    num_pieces: int = 4,
+    label_free: bool = False,
+) -> PerExample:
+    """n Σ_i (ℓ(x_i) - ℓ(x_{i-1}))² on the way to the worst point (arXiv 1911.06479, our reading).
+
+    ℓ is the cross-entropy, or label_free KL(p(x) ‖ p(x+r)). See `energy.path`.
+    """
+    y = None if label_free else labels
+    return energy.path(
+        logits_fn,
+        half.images,
+        y,
+        keys,
+        eps=eps,
+        norm=norm,
+        num_steps=num_steps,
+        step_size=step_size,
+        num_pieces=num_pieces,
+    )
+
+
 def kl(clean: Half, adversarial: Half) -> PerExample:
     """KL(p(x) ‖ p(x_adv)), TRADES' term (arXiv 1901.08573)."""
     return losses.kl(adversarial.logits, clean.logits)
@@ -250,7 +339,11 @@ REGULARIZERS: Mapping[str, Callable[..., PerExample]] = {
     "vat": vat,
     "jacobian": jacobian,
     "input_gradient": input_gradient,
-    "average_margin": average_margin,
+    "output_margin_ramp": output_margin_ramp,
+    "orthogonality": orthogonality,
+    "input_margin": input_margin,
     "energy_mean_square": energy_mean_square,
     "energy_oscillation": energy_oscillation,
+    "energy_total_variation": energy_total_variation,
+    "energy_path": energy_path,
 }

@@ -1,0 +1,16 @@
+"""Variation of the loss on the way to the worst point (arXiv 1911.06479, our reading) on digits.
+
+python launch.py --config=configs/digits_cnn_energy_path.py --workdir=runs/digits_path
+
+Under a minute on 2 CPU cores: TODO
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.loss_on = "clean"
+    config.adversary = None
+    config.regularizers.energy_path.weight = 1.0
+    return config
