@@ -322,7 +322,9 @@ def test_parameters_are_pulled_in_the_direction_that_lowers_the_term(name, on, s
     assert 0 < squared_norm < np.inf
     step = 1e-3
     after, _ = value_and_gradient(jax.tree.map(lambda p, g: p - step * g, params, gradient))
-    np.testing.assert_allclose(before - after, step * squared_norm, rtol=0.15)
+    # Without labels the prediction at x counts as given, as in VAT, and yet it moves.
+    rtol = 0.5 if name == "vat" or name.endswith("label_free") else 0.15
+    np.testing.assert_allclose(before - after, step * squared_norm, rtol=rtol)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -52,7 +52,7 @@ def get_config():
     base.measurements = measurements(num_examples=500, num_attacked=100)
     config.base = base
 
-    margin = {"regularizers": {"average_margin": {"weight": 1.0}}}
+    margin = {"regularizers": {"input_margin": {"weight": 1.0}}}
     config.arms = ConfigDict(
         {
             "ce": {},

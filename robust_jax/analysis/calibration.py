@@ -112,11 +112,31 @@ def expected_calibration_error(curve: Reliability) -> float:
 
 
 def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> float:
-    """The T above 0 at which softmax(logits / T) has the least cross-entropy (arXiv 1706.04599).
+    """The T above 0 at which softmax(logits / T) has the least cross-entropy.
 
     To compare networks whose logits differ in scale: divided by their temperatures they are equally
-    sure of themselves. In [1e-4, 1e4]; the least for logits that are right everywhere, which no
-    T is small enough for. Raises ValueError for logits that are not finite.
+    sure of themselves. Costs 60 passes over the logits.
+
+    Args:
+        logits: [B,K], of examples that the network was not trained on.
+        y: Labels [B].
+
+    Returns:
+        In [1e-4, 1e4]; the least for logits that are right everywhere, which no T is small enough
+        for.
+
+    Raises:
+        ValueError: A logit is not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_jax.analysis import calibration
+        >>> logits = np.array([[2.0, 0.0]] * 4)  # sure by 2, right in three of four
+        >>> calibration.temperature(logits, np.array([0, 0, 0, 1]))  # 2 / log 3
+        1.82
+
+    Reference:
+        Guo et al. 2017, arXiv 1706.04599, section 4.2.
     """
     z = np.asarray(logits, np.float64)
     if not np.isfinite(z).all():

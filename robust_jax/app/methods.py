@@ -13,9 +13,13 @@ _TERMS = {
     "vat": "VAT",
     "jacobian": "Jacobian regularisation",
     "input_gradient": "input-gradient regularisation",
-    "average_margin": "average margin",
+    "output_margin_ramp": "ramp of output margins",
+    "orthogonality": "orthogonal weights",
+    "input_margin": "input-space margins",
     "energy_mean_square": "mean-square energy",
     "energy_oscillation": "oscillation energy",
+    "energy_total_variation": "total variation",
+    "energy_path": "path energy",
 }
 _ON = {"clean": "clean images", "adversarial": "adversarial images", "both": "both halves"}
 
