@@ -142,28 +142,35 @@ class Mapper:
         self._placed = self._placement.replicated(self._network)
         self._batch_size = batch_size
 
-    def __call__(self, fn: Callable) -> Callable:
+    def __call__(self, fn: Callable, num_sizes: int = NUM_SIZES) -> Callable:
         def run(rows, *scalars):
-            while True:
-                try:
-                    return self._mapped(fn, rows, scalars)
-                except jax.errors.JaxRuntimeError as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error) or self._batch_size == 1:
-                        raise
-                    self._batch_size //= 2
-                    warnings.warn(
-                        f"batches of {2 * self._batch_size} examples do not fit into the device's "
-                        f"memory; continuing with {self._batch_size}",
-                        stacklevel=2,
-                    )
+            return self.over(fn, *counted(rows), *scalars, num_sizes=num_sizes)
 
         return run
 
-    def _mapped(self, fn: Callable, rows: Mapping[str, np.ndarray], scalars: tuple) -> Any:
+    def over(
+        self, fn: Callable, count: int, take: Callable, *scalars: Any, num_sizes: int = NUM_SIZES
+    ) -> Any:
+        """The same of the rows that take(i) gives, i among 0 … count-1."""
+        while True:
+            try:
+                return self._mapped(fn, count, take, scalars, num_sizes)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or self._batch_size == 1:
+                    raise
+                self._batch_size //= 2
+                warnings.warn(
+                    f"batches of {2 * self._batch_size} examples do not fit into the device's "
+                    f"memory; continuing with {self._batch_size}",
+                    stacklevel=2,
+                )
+
+    def _mapped(
+        self, fn: Callable, count: int, take: Callable, scalars: tuple, num_sizes: int
+    ) -> Any:
         where = self._placement
         program = _rows_program(fn, self._network.program, where)
-        count, take = counted(rows)
-        sizes = list(batches(count, self._batch_size, multiple_of=where.count, num_sizes=NUM_SIZES))
+        sizes = list(batches(count, self._batch_size, multiple_of=where.count, num_sizes=num_sizes))
         scalars = where.replicated(scalars)  # another network may be among them
         parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]
         return joined(jax.device_get(parts), [real for _, real in sizes])

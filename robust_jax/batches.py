@@ -13,6 +13,9 @@ Rows = Mapping[str, np.ndarray]
 # map_examples(fn) -> run(rows, *scalars) -> what fn(logits_fn, rows, *scalars) returns of each
 # batch (arrays [B,…]), for all the rows. Scalars may change without another compilation.
 MapExamples = Callable[[Callable], Callable]
+# lift(fn, num_sizes) -> run(variables, count, take, *scalars): the same for any variables of a
+# network and any source of rows, take(i) giving those numbered i. Equal functions are one program.
+Lift = Callable[..., Callable]
 
 # Programs that run for long, as AutoAttack's do, are worth one for an even batch.
 NUM_SIZES = 16
@@ -54,6 +57,16 @@ def counted(rows: Rows) -> tuple[int, Callable]:
     """The number of rows, and take(i), which gives those numbered i."""
     count = len(next(iter(rows.values())))
     return count, lambda i: {name: array[i] for name, array in rows.items()}
+
+
+def over(lift: Lift, variables: Any) -> MapExamples:
+    """The mapping of a network with its variables."""
+
+    def map_examples(fn):
+        run = lift(fn)
+        return lambda rows, *scalars: run(variables, *counted(rows), *scalars)
+
+    return map_examples
 
 
 def joined(parts: list[Any], counts: list[int]) -> Any:

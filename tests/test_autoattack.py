@@ -13,6 +13,7 @@ import pytest
 from robust_jax import losses
 from robust_jax.attacks import _autoattack, autoattack, distances, fab
 from robust_jax.attacks._autoattack import COMPONENTS, VERSIONS
+from robust_jax.batches import over
 from robust_jax.devices import parallel
 from robust_jax.errors import UnusableState
 from tests.linear import make_nonlinear
@@ -125,7 +126,7 @@ def test_does_not_depend_on_the_number_of_devices(method):
     def network(scale, x):
         return scale * logits_fn(x)
 
-    mapping = parallel.map_examples(network, jnp.ones(()), method, batch_size=16)
+    mapping = over(parallel.lifted(network, method, batch_size=16), jnp.ones(()))
     eight = run(logits_fn, x, y, KEY, map_examples=mapping, **settings)
     assert jax.device_count() == 8
     np.testing.assert_array_equal(one.broken_by, eight.broken_by)

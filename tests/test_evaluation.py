@@ -1,6 +1,7 @@
 """One call for the whole verdict: the same numbers as its parts, and the files it leaves."""
 
 import json
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import robust_jax
 from robust_jax import attacks, jacobian, losses, margins
 from robust_jax.attacks import _autoattack
+from robust_jax.keys import fold_each, fold_in_each
 from tests.digits import EPS, test_points, trained
 
 KEY = jax.random.key(0)
@@ -44,7 +46,7 @@ def test_its_numbers_are_those_of_its_parts(found):
     logits_fn = trained()
     logits = np.asarray(logits_fn(x))
     assert result.clean_accuracy == (logits.argmax(-1) == y).mean()
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(len(x)))
+    keys = fold_each(fold_in_each(KEY, jnp.arange(len(x))), zlib.crc32(b"autoattack_linf"))
     names = ("eps", "version", "overrides", "progress")
     alone = attacks.autoattack(logits_fn, x, y, keys, **{n: SETTINGS[n] for n in names})
     assert result.robust_accuracy == alone.robust.mean() < result.clean_accuracy
@@ -103,6 +105,21 @@ def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, mo
     again = robust_jax.evaluate(trained(), x, y, KEY, folder=tmp_path, **SETTINGS)
     assert started == ["square"]
     pd.testing.assert_frame_equal(again.records, result.records)
+
+
+def test_several_radii_are_nested_and_the_first_is_the_headline(found):
+    result, _ = found
+    x, y = points()
+    several = robust_jax.evaluate(trained(), x, y, KEY, **{**SETTINGS, "eps": (EPS, EPS / 2)})
+    assert several.robust_accuracy <= result.robust_accuracy  # more attempts at each image
+    entries = several.summary["attacks"]
+    accuracies = {e["eps"]: e["robust_accuracy"] for e in entries if e["attack"] == "autoattack"}
+    assert several.robust_accuracy == accuracies[EPS] < accuracies[EPS / 2]
+    held, held_at_half = (
+        several.records[f"autoattack_linf@{eps:g}/held"] for eps in (EPS, EPS / 2)
+    )
+    assert (held <= held_at_half).all()
+    assert several.audit.eps == EPS
 
 
 def test_a_network_that_is_always_wrong_has_no_audit_and_says_so():

@@ -10,6 +10,7 @@ import pytest
 from robust_jax import data
 from robust_jax.app.evaluator import AttackGrid, Evaluator, Settings
 from robust_jax.attacks import _autoattack, autoattack, fgsm
+from robust_jax.devices import parallel
 from tests.digits import EPS, network, trained
 
 MEMBERS = ("apgd_ce", "square")
@@ -24,13 +25,22 @@ def split():
     return data.load("digits", validation_size=100).test.take(np.arange(40))
 
 
+def evaluator_of(grids, settings):
+    return Evaluator(
+        lambda variables: functools.partial(network, variables),
+        parallel.lifted(network, "pmap", batch_size=settings.batch_size),
+        split(),
+        grids,
+        settings,
+        jax.random.key(0),
+    )
+
+
 def records(unfinished=None, seed=0):
     """AutoAttack at two radii; the seed is of the network."""
     attack = functools.partial(autoattack, version=MEMBERS, overrides=OVERRIDES, progress=False)
     grid = AttackGrid("autoattack", attack, "linf", (EPS / 2, EPS), members=MEMBERS)
-    evaluator = Evaluator(
-        network, split(), {"autoattack": grid}, SETTINGS, jax.random.key(0), "pmap"
-    )
+    evaluator = evaluator_of({"autoattack": grid}, SETTINGS)
     return evaluator.records(trained(seed=seed).args[0], "evaluate", unfinished)
 
 
@@ -42,14 +52,8 @@ def test_an_attack_at_many_radii_is_compiled_for_few_sizes_of_batch():
         return fgsm(logits_fn, x, y, keys, eps=eps)
 
     eps = tuple(np.linspace(0.01, 0.3, 12))
-    evaluator = Evaluator(
-        network,
-        split(),
-        {"fgsm": AttackGrid("fgsm", attack, "linf", eps)},
-        SETTINGS._replace(batch_size=64),
-        jax.random.key(0),
-        "pmap",
-    )
+    grid = AttackGrid("fgsm", attack, "linf", eps)
+    evaluator = evaluator_of({"fgsm": grid}, SETTINGS._replace(batch_size=64))
     found = evaluator.records(trained().args[0], "evaluate")
     standing = {found[f"fgsm@{e:g}/held"].sum() for e in eps}
     assert len(standing) > 4 and len(set(traced)) > 1
@@ -72,7 +76,7 @@ def test_autoattack_goes_on_and_what_is_finished_is_not_done_again(tmp_path, mon
         records(tmp_path)
     assert attempts == ["apgd", "square", "apgd", "square"]
     states = sorted(path.name for path in tmp_path.iterdir())
-    assert states == ["autoattack@0.05.npz", "autoattack@0.1.npz"]
+    assert states == ["autoattack@0.05.npz", "autoattack@0.1.npz", "records.npz"]
     attempts.clear()
     pd.testing.assert_frame_equal(records(tmp_path), expected)
     assert attempts == ["square"]

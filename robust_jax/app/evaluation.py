@@ -1,30 +1,30 @@
 """One call for the whole verdict on a network of any framework."""
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from robust_jax import _audit, _checks, margins
+from robust_jax import _checks, data, margins
 from robust_jax._audit import Audit
 from robust_jax._front import Mapper
 from robust_jax.app import cards, report, runs
-from robust_jax.app.evaluator import AttackGrid, Measurement, Settings, hexadecimal
-from robust_jax.app.records import column
+from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.results import audit_to_json, device, summarize, versions
 from robust_jax.attacks import autoattack
 from robust_jax.attacks._autoattack import check_arguments
+from robust_jax.batches import NUM_SIZES, Lift
 from robust_jax.errors import NothingToAudit
 from robust_jax.files import write_json
-from robust_jax.keys import fold_in_each
 from robust_jax.losses import Loss
 from robust_jax.types import LogitsFn
 
@@ -32,10 +32,11 @@ from robust_jax.types import LogitsFn
 class Evaluation(NamedTuple):
     """What was found of a network on N examples.
 
-    clean_accuracy and robust_accuracy: shares of the N, the second under AutoAttack. records: a row
-    for each example, with its margins, Jacobian norms and what became of it. summary: the means of
-    the records, as results.json holds them. audit: None where no example is classified correctly.
-    card: RobustBench's fields. warnings: reasons to doubt the numbers, in sentences.
+    clean_accuracy and robust_accuracy: shares of the N, the second under AutoAttack at the first
+    radius; summary["attacks"] has every radius. records: a row for each example, with its margins,
+    Jacobian norms and what became of it. summary: the means of the records, as results.json holds
+    them. audit: None where no example is classified correctly. card: RobustBench's fields.
+    warnings: reasons to doubt the numbers, in sentences.
     """
 
     clean_accuracy: float
@@ -53,7 +54,7 @@ def evaluate(
     y: Any,
     key: jax.Array,
     *,
-    eps: float,
+    eps: float | tuple[float, ...],
     norm: str = "linf",
     version: str | tuple[str, ...] = "standard",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -74,7 +75,8 @@ def evaluate(
         x: The examples [N,H,W,C], pixels in [0,1].
         y: Their labels [N].
         key: One key; each example draws from it and its place in x.
-        eps: The radius of the threat model, in pixel units.
+        eps: The radius of the threat model, in pixel units; or several, of which the first is the
+            headline's and the audit's. A larger one is tried on what held at the smaller ones.
         norm: Its norm: linf, l2 or l1.
         version: AutoAttack's, or the names of its members.
         overrides: Keywords for members of AutoAttack by name.
@@ -107,70 +109,46 @@ def evaluate(
         1.0
     """
     start = time.perf_counter()
-    _checks.length("eps", eps)
-    members = check_arguments(eps=eps, norm=norm, version=version, overrides=overrides)
+    radii = tuple(eps) if isinstance(eps, tuple | list) else (eps,)
+    for radius in radii:
+        _checks.length("eps", radius)
+    radii = tuple(float(radius) for radius in radii)
+    members = check_arguments(eps=radii[0], norm=norm, version=version, overrides=overrides)
     x = np.asarray(_checks.pixels(x), np.float32)
     y = _checks.one_row_each(y, x)
     network = _checks.network(logits_fn, x)
     num_classes = _checks.num_classes(network)
     _checks.labels(y, num_classes)
-    y = np.asarray(y, np.int32)
     key = _checks.example_keys_of(key, len(x))
     if key.ndim:
         raise ValueError(f"key has the shape {list(key.shape)}; give one key")
-    rows = {"image": x, "label": y, "index": np.arange(len(x))}
-    state = None
+    unfinished = None
     if folder is not None:
         folder = Path(folder)
-        state = folder / "unfinished" / "autoattack.npz"
-        state.parent.mkdir(parents=True, exist_ok=True)
-    found = autoattack(
-        logits_fn,
-        x,
-        y,
-        fold_in_each(key, jnp.arange(len(x))),
-        eps=eps,
-        norm=norm,
-        version=version,
-        overrides=overrides,
-        batch_size=batch_size,
-        state_path=state,
-        progress=progress,
-    )
-    mapping = Mapper(network, batch_size)
-    columns = mapping(Measurement(_settings(batch_size)))(
-        rows, np.asarray(jax.random.key_data(key))
-    )
-    columns["correct"] = columns["correct"].astype(bool)
-    columns["input_margin"] = mapping(_InputMargin(norm))(rows)
+        unfinished = folder / "unfinished" / _digest(x, y, key, radii, norm, version, overrides)
+        unfinished.mkdir(parents=True, exist_ok=True)
     attack = f"autoattack_{norm}"
-    columns |= {
-        column(attack, eps, "held"): found.robust,
-        column(attack, eps, "distance"): found.distance,
-        column(attack, eps, "margin"): found.margin,
-        column(attack, eps, "broken_by"): found.broken_by,
-    }
-    keys = hexadecimal(fold_in_each(key, jnp.arange(len(x))))
-    records = pd.DataFrame({"index": rows["index"], "label": y, **columns, "key": keys})
-    warnings = list(found.warnings)
+    run = partial(autoattack, norm=norm, version=version, overrides=overrides, progress=progress)
+    grid = AttackGrid("autoattack", run, norm, radii, members=tuple(members))
+    warnings: list[str] = []
+    evaluator = Evaluator(
+        lambda _: logits_fn,
+        _lift(Mapper(network, batch_size)),
+        data.Split(x, np.asarray(y, np.int32)),
+        {attack: grid},
+        _settings(batch_size),
+        key,
+        warnings.append,
+        shown=progress,
+    )
+    records = evaluator.records(network, "evaluate", unfinished)
+    records["input_margin"] = evaluator.over(network, _InputMargin(norm))
+    audited: Audit | None = None
     try:
-        audited: Audit | None = _audit.audit(
-            logits_fn,
-            x[:num_audited],
-            y[:num_audited],
-            jax.random.fold_in(key, len(x)),
-            eps=eps,
-            norm=norm,
-            training_loss=training_loss,
-            surrogates=surrogates,
-            num_queries=num_queries,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        settings = AuditSettings(norm, radii[0], num_audited, num_queries, training_loss)
+        audited = evaluator.audit(network, settings, surrogates or {})
     except NothingToAudit as error:
-        audited = None
         warnings.append(f"no audit: {error}")
-    grid = AttackGrid("autoattack", autoattack, norm, (float(eps),), members=tuple(members))
     summary = summarize(records, {attack: grid})
     results = {
         "checkpoint": "best",
@@ -179,7 +157,7 @@ def evaluate(
         **{checkpoint: {"step": 0, **summary} for checkpoint in ("best", "last")},
         "audit": None if audited is None else audit_to_json(audited),
         "warnings": warnings,
-        "threat": {"norm": norm, "eps": float(eps)},
+        "threat": {"norm": norm, "eps": radii[0]},
         "trained_against": None,
         "config": {"attacks": {attack: {"version": version, "overrides": overrides}}},
         "data": {
@@ -201,17 +179,35 @@ def evaluate(
         write_json(folder / "card.json", card)
         runs.write_results(folder, results)
         shutil.rmtree(folder / "unfinished", ignore_errors=True)
-    robust = float(found.robust.mean())
     clean = summary["clean"]["accuracy"]
+    robust = next(a["robust_accuracy"] for a in summary["attacks"] if a["eps"] == radii[0])
     return Evaluation(clean, robust, records, summary, audited, card, tuple(warnings))
+
+
+def _digest(x: np.ndarray, y: np.ndarray, key: jax.Array, *settings: Any) -> str:
+    """Names what is evaluated, but for the network."""
+    found = hashlib.sha256(repr(settings).encode())
+    for array in (x, y, jax.random.key_data(key)):
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
 class _InputMargin:
     norm: str
 
-    def __call__(self, logits_fn, rows):
+    def __call__(self, logits_fn, rows, key_data):
+        del key_data
         return margins.first_order(logits_fn, rows["image"], rows["label"], norm=self.norm)
+
+
+def _lift(mapper: Mapper) -> Lift:
+    """Functions of the mapper's network, as an Evaluator takes them."""
+
+    def lift(fn, num_sizes=NUM_SIZES):
+        return lambda _, *rows_and_scalars: mapper.over(fn, *rows_and_scalars, num_sizes=num_sizes)
+
+    return lift
 
 
 def _settings(batch_size: int) -> Settings:

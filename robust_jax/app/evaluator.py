@@ -20,14 +20,13 @@ from robust_jax import audit, data, jacobian, losses
 from robust_jax._audit import Audit
 from robust_jax.app.records import What, column
 from robust_jax.attacks import distances
-from robust_jax.batches import MapExamples
-from robust_jax.devices import parallel, processes
+from robust_jax.batches import Lift, over
+from robust_jax.devices import processes
 from robust_jax.errors import UnusableState
 from robust_jax.files import UNREADABLE_NPZ, save_arrays
 from robust_jax.keys import fold_each, fold_in_each
 from robust_jax.progress import progress
-
-Network = Callable[[Any, jax.Array], jax.Array]
+from robust_jax.types import LogitsFn
 
 # Of batches, so programs for each attack at most: to compile one takes longer than a short attack.
 _NUM_SIZES = 4
@@ -67,41 +66,32 @@ class AuditSettings(NamedTuple):
     eps: float
     num_examples: int
     num_queries: int
-    training_loss: losses.Loss
+    training_loss: losses.Loss | None
 
 
 class Evaluator:
-    """Compiled measurements of one network(variables, x) -> logits; variables are arguments."""
+    """Compiled measurements of a network on a split; its variables are arguments.
+
+    logits_fn(variables) is the network for what runs on one device; lift takes functions of the
+    network to all devices; warn hears what AutoAttack has to say; shown: whether there are bars.
+    """
 
     def __init__(
         self,
-        network: Network,
+        logits_fn: Callable[[Any], LogitsFn],
+        lift: Lift,
         split: data.Split,
         grids: Mapping[str, AttackGrid],
         settings: Settings,
         key: jax.Array,
-        method: parallel.Method,
+        warn: Callable[[str], None] = logging.warning,
+        *,
+        shown: bool = True,
     ):
-        self.network, self._split, self._grids = network, split, grids
-        self._settings, self._key, self._method = settings, key, method
+        self.logits_fn, self._lift, self._warn, self._shown = logits_fn, lift, warn, shown
+        self._split, self._grids, self._settings, self._key = split, grids, settings, key
         # The key is an argument of the compiled programs, which serve every seed.
         self._key_data = np.asarray(jax.random.key_data(key))
-        mapped = partial(
-            parallel.map_split, method=method, batch_size=settings.batch_size, num_sizes=_NUM_SIZES
-        )
-        measurement = Measurement(settings)
-        self._measure = mapped(
-            lambda variables, *args: measurement(partial(network, variables), *args)
-        )
-        self._attacks = {
-            name: mapped(_attempt(network, grid, name))
-            for name, grid in grids.items()
-            if not grid.members
-        }
-
-    def logits_fn(self, variables: Any) -> Callable:
-        """The network with its variables, for what runs on one device; each process has its own."""
-        return partial(self.network, parallel.on_this_device(variables))
 
     def records(
         self,
@@ -122,14 +112,17 @@ class Evaluator:
         index = np.arange(count)
         grids = {name: grid for name, grid in self._grids.items() if name not in without}
         work = 2 + sum(len(grid.eps) for grid in grids.values())
-        done = None if unfinished is None else unfinished / "records.npz"
-        with progress(work, description, "pass") as bar:
-            columns = _columns_done(done)
+        done = _Unfinished(
+            None if unfinished is None else unfinished / "records.npz",
+            lambda: self.over(variables, _logits),
+        )
+        with progress(work, description, "pass", shown=self._shown) as bar:
+            columns = done.columns()
             if "key" not in columns:
-                columns = self._measure(variables, self._split, index, self._key_data)
+                columns = self._measure(variables, index)
                 columns["correct"] = columns["correct"].astype(bool)
                 columns["key"] = hexadecimal(fold_in_each(self._key, jnp.asarray(index)))
-                _save_columns(done, columns)
+                done.save(columns)
             bar.update(2)
             for name, grid in grids.items():
                 attacked = index < (grid.num_examples or count)
@@ -153,9 +146,7 @@ class Evaluator:
                         if grid.members:
                             out = self._autoattack(variables, name, standing, eps, unfinished)
                         else:
-                            out = self._attacks[name](
-                                variables, self._split, standing, self._key_data, eps
-                            )
+                            out = self._attack(variables, name, standing, eps)
                         held[standing] = out["held"].astype(bool)
                         for what, values in found.items():
                             values[standing] = out[what]
@@ -163,7 +154,7 @@ class Evaluator:
                     columns[column(name, eps, "held")] = held.copy()
                     for what, values in found.items():
                         columns[column(name, eps, what)] = values.copy()
-                    _save_columns(done, columns)
+                    done.save(columns)
                     bar.update()
         return pd.DataFrame({"index": index, "label": self._split.labels, **columns})
 
@@ -182,13 +173,22 @@ class Evaluator:
             training_loss=settings.training_loss,
             surrogates=surrogates,
             num_queries=settings.num_queries,
-            map_examples=self._map_examples(variables),
+            map_examples=over(self._lift, variables),
+            progress=self._shown,
         )
 
-    def _map_examples(self, variables: Any) -> MapExamples:
-        return parallel.map_examples(
-            self.network, variables, self._method, batch_size=self._settings.batch_size
-        )
+    def over(self, variables: Any, fn: Callable, index: Any = None, *scalars: Any) -> Any:
+        """fn(logits_fn, batch, key_data, *scalars) on the examples of the index, or on all."""
+        index = np.arange(self._split.size) if index is None else index
+        rows = data.rows_of(self._split, index)
+        return self._lift(fn, _NUM_SIZES)(variables, *rows, self._key_data, *scalars)
+
+    def _measure(self, variables: Any, index: np.ndarray) -> dict[str, Any]:
+        return self.over(variables, Measurement(self._settings), index)
+
+    def _attack(self, variables: Any, name: str, index: np.ndarray, eps: float) -> dict:
+        grid = self._grids[name]
+        return self.over(variables, _Attempt(grid.attack, grid.norm, name), index, eps)
 
     def _autoattack(self, variables, name, standing, eps, unfinished) -> dict[str, np.ndarray]:
         images, labels = self._split.take(standing)
@@ -201,15 +201,15 @@ class Evaluator:
             _attack_keys(self._key, name, standing),
             eps=eps,
             state_path=state_path,
-            map_examples=self._map_examples(variables),
+            map_examples=over(self._lift, variables),
         )
         try:
             result = attack()
         except UnusableState as error:  # on other devices a borderline example may fall otherwise
-            logging.warning("%s; starting anew", error)
+            self._warn(f"{error}; starting over")
             result = attack(state_path=None)
         for warning in result.warnings:
-            logging.warning("%s at eps %g: %s", name, eps, warning)
+            self._warn(f"{name} at eps {eps:g}: {warning}")
         return {
             "held": result.robust,
             "distance": result.distance,
@@ -224,12 +224,12 @@ class Evaluator:
         index = index[: 4 * self._settings.num_images]
         if not len(index):
             return {}
-        out = self._attacks[name](variables, self._split, index, self._key_data, eps)
+        out = self._attack(variables, name, index, eps)
         broken = np.flatnonzero(~out["held"])[: self._settings.num_images]
         if not len(broken):
             return {}
         index, out = index[broken], {what: values[broken] for what, values in out.items()}
-        measures = self._measure(variables, self._split, index, self._key_data)
+        measures = self._measure(variables, index)
         clean = np.asarray(data.to_pixels(self._split.images[index]))
         return {
             "clean": clean,
@@ -290,25 +290,27 @@ class Measurement:
         }
 
 
-def _attempt(network: Network, grid: AttackGrid, name: str) -> Callable:
-    def attempt(variables, batch, key_data, eps):
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """An attack, and what became of each example; equal ones are one program."""
+
+    attack: Callable
+    norm: str
+    name: str
+
+    def __call__(self, logits_fn, batch, key_data, eps):
         key = jax.random.wrap_key_data(key_data)
-
-        def logits_fn(x):
-            return network(variables, x)
-
         x, y = data.to_pixels(batch["image"]), batch["label"]
-        x_adv = grid.attack(logits_fn, x, y, _attack_keys(key, name, batch["index"]), eps=eps)
+        keys = _attack_keys(key, self.name, batch["index"])
+        x_adv = self.attack(logits_fn, x, y, keys, eps=eps)
         logits = logits_fn(x_adv)
         return {
             "held": losses.correct(logits, y).astype(bool),
-            "distance": distances(x, x_adv, norm=grid.norm),
+            "distance": distances(x, x_adv, norm=self.norm),
             "margin": losses.margin(logits, y),
             "x_adv": x_adv,
             "adversarial_prediction": jnp.argmax(logits, -1),
         }
-
-    return attempt
 
 
 def _attack_keys(key: jax.Array, name: str, index) -> jax.Array:
@@ -325,28 +327,51 @@ def _named_key(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def _columns_done(path: Path | None) -> dict[str, Any]:
-    """The columns that an evaluation left when it was stopped; none where they cannot be read."""
-    if path is None or not path.exists():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            columns: dict[str, Any] = dict(archive)
-    except UNREADABLE_NPZ:
-        return {}
-    for name, values in columns.items():
-        if name.endswith("/held"):
-            columns[name] = pd.array(np.where(values < 0, None, values == 1), dtype="boolean")
-        elif values.dtype.kind == "U":
-            columns[name] = values.astype(object)
-    return columns
+def _logits(logits_fn, batch, key_data):
+    del key_data
+    return logits_fn(data.to_pixels(batch["image"]))
 
 
-def _save_columns(path: Path | None, columns: dict[str, Any]) -> None:
-    if path is None or not processes.is_first():
-        return
-    arrays = {
-        name: values.to_numpy("int8", na_value=-1) if name.endswith("/held") else np.asarray(values)
-        for name, values in columns.items()
-    }
-    save_arrays(path, **{k: v.astype(str) if v.dtype == object else v for k, v in arrays.items()})
+class _Unfinished:
+    """What a stopped evaluation of the same network found, by its logits, and what this one does.
+
+    path: None to leave nothing.
+    """
+
+    def __init__(self, path: Path | None, logits: Callable[[], np.ndarray]):
+        self._path = path
+        self._logits = np.empty(0) if path is None else logits()
+
+    def columns(self) -> dict[str, Any]:
+        """The columns found; none where they cannot be read or are of another network."""
+        if self._path is None or not self._path.exists():
+            return {}
+        try:
+            with np.load(self._path, allow_pickle=False) as archive:
+                columns: dict[str, Any] = dict(archive)
+        except UNREADABLE_NPZ:
+            return {}
+        before, now = columns.pop("logits"), self._logits
+        if before.shape != now.shape or not np.allclose(
+            before, now, rtol=1e-3, atol=1e-3, equal_nan=True
+        ):
+            return {}
+        for name, values in columns.items():
+            if name.endswith("/held"):
+                columns[name] = pd.array(np.where(values < 0, None, values == 1), dtype="boolean")
+            elif values.dtype.kind == "U":
+                columns[name] = values.astype(object)
+        return columns
+
+    def save(self, columns: dict[str, Any]) -> None:
+        """Leaves the columns for the next call."""
+        if self._path is None or not processes.is_first():
+            return
+        arrays = {
+            name: values.to_numpy("int8", na_value=-1)
+            if name.endswith("/held")
+            else np.asarray(values)
+            for name, values in columns.items()
+        }
+        arrays = {k: v.astype(str) if v.dtype == object else v for k, v in arrays.items()}
+        save_arrays(self._path, logits=self._logits, **arrays)

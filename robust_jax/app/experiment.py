@@ -13,6 +13,7 @@ from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Setti
 from robust_jax.app.measurements import MEASUREMENTS
 from robust_jax.app.training import Training
 from robust_jax.attacks import transfer
+from robust_jax.devices import parallel
 from robust_jax.errors import UserError
 
 
@@ -47,13 +48,14 @@ def build(config: ConfigDict) -> Experiment:
     grids = {name: _transferred(grid) for name, grid in grids.items()}
     settings = config.evaluation.to_dict()
     num_examples = settings.pop("num_examples") or run.dataset.test.size
+    network = training.network(run.model)
     evaluator = Evaluator(
-        training.network(run.model),
+        lambda variables: partial(network, parallel.on_this_device(variables)),
+        parallel.lifted(network, config.parallel, batch_size=settings["batch_size"]),
         run.dataset.test.take(np.arange(min(num_examples, run.dataset.test.size))),
         grids,
         Settings(**settings),
         key=run.evaluation_key,
-        method=config.parallel,
     )
     return Experiment(
         **vars(run), grids=grids, evaluator=evaluator, measurements=measurements, audit=audit

@@ -16,7 +16,6 @@ from robust_jax import data, losses
 from robust_jax.app import config as config_lib
 from robust_jax.app import entries, threat
 from robust_jax.app.config import bind, choose, guard
-from robust_jax.app.evaluator import Network
 from robust_jax.app.wording import format_eps
 from robust_jax.attacks import norms
 from robust_jax.devices import parallel
@@ -193,7 +192,7 @@ def apply_fn(model: nn.Module) -> Apply:
     return apply
 
 
-def network(model: nn.Module) -> Network:
+def network(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
     """network(variables, x) -> logits; float64 images are computed in float64 throughout."""
 
     def run(variables, x):

@@ -6,7 +6,7 @@ either on the device.
 
 from robust_jax.data.images import augment, to_pixels
 from robust_jax.data.sources import Dataset, load
-from robust_jax.data.splits import UNLABELED, Split, Streamed
+from robust_jax.data.splits import UNLABELED, Split, Streamed, rows_of
 from robust_jax.data.streams import Stream, TrainBatches
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "TrainBatches",
     "augment",
     "load",
+    "rows_of",
     "to_pixels",
 ]

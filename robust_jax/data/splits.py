@@ -1,7 +1,7 @@
 """The examples of a data set's split: arrays in memory, or read when they are asked for."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -41,6 +41,19 @@ class Split(NamedTuple):
     def part(self, index: np.ndarray) -> "Split":
         """A split of these rows."""
         return self.take(index)
+
+
+def rows_of(split: "Split | Streamed", index: np.ndarray) -> tuple[int, Callable]:
+    """How many rows there are, and take(i), which reads those numbered i of the index.
+
+    A batch holds image, label and index [B], the example's place in the split.
+    """
+
+    def take(i):
+        images, labels = split.take(index[i])
+        return {"image": images, "label": labels, "index": index[i]}
+
+    return len(index), take
 
 
 class RandomAccess(Protocol):

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from robust_jax.batches import NUM_SIZES, MapExamples, batches, counted, joined
+from robust_jax.batches import NUM_SIZES, Lift, batches, joined
 
 AXIS = "batch"
 Method = Literal["pmap", "shard_map"]
@@ -89,39 +89,17 @@ def map_batches(
     return call
 
 
-def map_split(
-    fn: Callable, method: Method, *, batch_size: int, num_sizes: int = NUM_SIZES
-) -> Callable:
-    """`map_batches` over part of a data split: called as (variables, split, index, *scalars).
+def lifted(network: Callable, method: Method, *, batch_size: int) -> Lift:
+    """The lift of functions of a network(variables, x): see `batches.Lift`."""
 
-    A batch holds image, label and index [B], the example's place in the split.
-    """
-    mapped = map_batches(fn, method, batch_size=batch_size, num_sizes=num_sizes)
-
-    def call(variables, split, index, *scalars):
-        def take(rows):
-            images, labels = split.take(index[rows])
-            return {"image": images, "label": labels, "index": index[rows]}
-
-        return mapped(variables, len(index), take, *scalars)
-
-    return call
-
-
-def map_examples(
-    network: Callable, variables: Any, method: Method, *, batch_size: int
-) -> MapExamples:
-    """How attacks reach all devices: the network's variables are arguments, not constants."""
-
-    @cache  # the passes of an attack are one program
-    def mapping(fn):
+    @cache
+    def lift(fn, num_sizes=NUM_SIZES):
         def per_device(variables, batch, *scalars):
             return fn(partial(network, variables), batch, *scalars)
 
-        mapped = map_batches(per_device, method, batch_size=batch_size)
-        return lambda rows, *scalars: mapped(variables, *counted(rows), *scalars)
+        return map_batches(per_device, method, batch_size=batch_size, num_sizes=num_sizes)
 
-    return mapping
+    return lift
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Clean and robust accuracy on the validation set: what chooses the best checkpoint."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,12 +34,8 @@ def make_validation(
     where both the example and its x_adv are classified right.
     """
 
-    def measure(variables, batch, key_data):
+    def measure(logits_fn, batch, key_data):
         key = jax.random.wrap_key_data(key_data)
-
-        def logits_fn(x):
-            return network(variables, x)
-
         x, y = data.to_pixels(batch["image"]), batch["label"]
         x_adv = attack(logits_fn, x, y, fold_in_each(key, batch["index"]))
         logits = logits_fn(x)
@@ -51,22 +46,23 @@ def make_validation(
             "cross_entropy": losses.cross_entropy(logits, y),
         }
 
-    mapped = parallel.map_split(measure, method, batch_size=batch_size)
     # The key is an argument of the compiled program, which serves every seed.
     run_key_data = np.asarray(jax.random.key_data(key))
 
-    def measure_margins(variables, batch):
+    def measure_margins(logits_fn, batch):
         x = data.to_pixels(batch["image"])
         y = jnp.maximum(batch["label"], 0)
-        return {"margin": margins.first_order(partial(network, variables), x, y, norm="l2")}
+        return {"margin": margins.first_order(logits_fn, x, y, norm="l2")}
 
-    mapped_margins = parallel.map_split(measure_margins, method, batch_size=batch_size)
+    lift = parallel.lifted(network, method, batch_size=batch_size)
+    mapped, mapped_margins = lift(measure), lift(measure_margins)
 
     def validate(variables):
-        values = mapped(variables, split, np.arange(split.size), run_key_data)
+        values = mapped(variables, *data.rows_of(split, np.arange(split.size)), run_key_data)
         found = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
         if margins_of is not None:
-            margin = mapped_margins(variables, margins_of, margins_of.labeled)["margin"]
+            rows = data.rows_of(margins_of, margins_of.labeled)
+            margin = mapped_margins(variables, *rows)["margin"]
             margin = margin[np.isfinite(margin)]  # infinite where the gradient vanishes
             if len(margin):
                 found["minimum_margin"] = float(margin.min())
