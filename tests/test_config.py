@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from configs import default
 from robust_jax import losses
 from robust_jax.app import config as config_lib
 from robust_jax.app import entries, threat
-from robust_jax.app.evaluator import Settings, _attempt
+from robust_jax.app.evaluator import Attempt, Settings
 from robust_jax.app.experiment import build
 from robust_jax.app.surrogate import SHARED, surrogate_config
 from robust_jax.errors import UserError
@@ -329,9 +330,9 @@ def test_every_attack_can_be_evaluated_in_a_norm_of_its_own():
     batch = {"image": jnp.zeros((2, 4, 5, 1)), "label": jnp.zeros(2, int), "index": jnp.arange(2)}
     for name, grid in grids.items():
         assert grid.norm == {"jsma": "l0", "carlini_wagner": "l2"}.get(name, "linf")
-        attempt = _attempt(lambda _, x: x[:, 0, :3, 0], grid, name)
+        attempt = partial(Attempt(grid.attack, grid.norm, name), lambda x: x[:, 0, :3, 0])
         key_data = jax.random.key_data(jax.random.key(0))
-        assert jax.eval_shape(attempt, None, batch, key_data, 4.0)["distance"].shape == (2,)
+        assert jax.eval_shape(attempt, batch, key_data, 4.0)["distance"].shape == (2,)
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ class Evaluator:
 
     def _attack(self, variables: Any, name: str, index: np.ndarray, eps: float) -> dict:
         grid = self._grids[name]
-        return self.over(variables, _Attempt(grid.attack, grid.norm, name), index, eps)
+        return self.over(variables, Attempt(grid.attack, grid.norm, name), index, eps)
 
     def _autoattack(self, variables, name, standing, eps, unfinished) -> dict[str, np.ndarray]:
         images, labels = self._split.take(standing)
@@ -291,7 +291,7 @@ class Measurement:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Attempt:
+class Attempt:
     """An attack, and what became of each example; equal ones are one program."""
 
     attack: Callable
