@@ -90,7 +90,8 @@ def saving() -> Iterator[Stop]:
         try:
             yield Stop()
         finally:
-            _state.saving = False
+            # The thread may hear of a signal after the caller, who is about to exit because of it.
+            _state.saving = _state.noted != 0
 
 
 def _note(number: int, _: Any) -> None:
