@@ -5,120 +5,26 @@ import json
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from configs import default
-from robust_jax.app import claims, entries, measures, stored, study, threat
 from robust_jax.app import config as config_lib
+from robust_jax.app import entries, measures, stored, study, threat
 from robust_jax.app import runs as run_files
 from robust_jax.app.experiment import build
 from robust_jax.errors import UserError
 from robust_jax.models import MODELS
 from robust_jax.train import loop
 from tests.conftest import REPOSITORY
+from tests.test_claims import result
 
 STUDIES = sorted(
     path.stem for path in (REPOSITORY / "configs" / "studies").glob("*.py") if path.stem != "common"
 )
 
 
-def result(clean=0.9, pgd=0.5):
-    attacks = [{"name": "pgd", "attack": "pgd", "norm": "linf", "eps": 0.1, "robust_accuracy": pgd}]
-    return {"clean": {"accuracy": clean}, "attacks": attacks, "audit": None}
-
-
-def found(**arms):
-    """Made-up runs: by arm, the robust accuracy of each seed."""
-    return {arm: {i: result(pgd=v) for i, v in enumerate(values)} for arm, values in arms.items()}
-
-
-def claim(*tests):
-    return {"text": "", "tests": tests}
-
-
-ABOVE = {"measure": "pgd@0.1", "arms": ("b", "a"), "relation": "above"}
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "verdict"),
-    [
-        ((0.5, 0.52, 0.48), (0.6, 0.61, 0.59), "supported"),
-        ((0.6, 0.61, 0.59), (0.5, 0.52, 0.48), "refuted"),
-        ((0.5, 0.6, 0.4), (0.55, 0.45, 0.5), "inconclusive"),
-        ((0.5, 0.5, 0.5), (0.6, 0.6, 0.6), "inconclusive"),  # an interval without width
-        ((0.5, 0.4), (0.9, 0.8), "no verdict"),  # an interval needs three
-        ((0.5,), (0.9,), "no verdict"),
-        ((), (), "no verdict"),
-    ],
-)
-def test_a_verdict_follows_from_the_paired_differences(a, b, verdict):
-    assert claims.judge(claim(ABOVE), found(a=a, b=b))["verdict"] == verdict
-
-
-def test_seeds_are_paired_so_that_what_they_share_cancels():
-    a = np.array([0.3, 0.5, 0.7])
-    test = claims.judge(claim(ABOVE), found(a=a, b=a + [0.02, 0.021, 0.019]))["tests"][0]
-    assert test["verdict"] == "supported"
-    np.testing.assert_allclose(test["mean"], 0.02)
-    expected = stats.ttest_1samp([0.02, 0.021, 0.019], 0).confidence_interval(0.95)
-    np.testing.assert_allclose((test["low"], test["high"]), expected)
-
-
-def test_all_tests_of_a_claim_must_hold_and_one_refutes_it():
-    runs = found(a=(0.5, 0.52, 0.48), b=(0.6, 0.61, 0.59), c=(0.4, 0.7, 0.5))
-    unsure = {**ABOVE, "arms": ("c", "a")}
-    wrong = {**ABOVE, "relation": "below"}
-    assert claims.judge(claim(ABOVE, ABOVE), runs)["verdict"] == "supported"
-    assert claims.judge(claim(ABOVE, unsure), runs)["verdict"] == "inconclusive"
-    assert claims.judge(claim(ABOVE, unsure, wrong), runs)["verdict"] == "refuted"
-
-
-def test_margins_levels_and_trends():
-    runs = found(a=(0.5, 0.5, 0.51), b=(0.49, 0.491, 0.5), c=(0.2, 0.21, 0.2))
-    within = {**ABOVE, "by": -0.02}
-    assert claims.judge(claim(within), runs)["verdict"] == "supported"
-    assert claims.judge(claim(ABOVE), runs)["verdict"] == "refuted"
-    level = {"measure": "pgd@0.1", "arms": ("c",), "relation": "below", "level": 0.3}
-    assert claims.judge(claim(level), runs)["verdict"] == "supported"
-    falls = {"measure": "pgd@0.1", "arms": ("a", "b", "c"), "relation": "falls", "at": (0, 1, 2)}
-    judged = claims.judge(claim(falls), runs)
-    assert judged["verdict"] == "supported"
-    np.testing.assert_allclose(judged["tests"][0]["values"], [0.3, 0.29, 0.31])
-    assert claims.judge(claim({**falls, "relation": "rises"}), runs)["verdict"] == "refuted"
-
-
-def test_most_of_several_numbers():
-    spectra = {"weak": [(3, 2, 1), (3, 2, 5)] * 2, "strong": [(2, 1.5, 4)] * 4}
-    runs = {
-        arm: {
-            seed: {
-                "measurements": {"spectra": {"spread/a": a, "spread/b": b, "spread/c": c, "d": 9}}
-            }
-            for seed, (a, b, c) in enumerate(by_seed)
-        }
-        for arm, by_seed in spectra.items()
-    }
-    falls = {
-        "measure": "measurements.spectra.spread/*",
-        "arms": ("weak", "strong"),
-        "relation": "falls",
-    }
-    judged = claims.judge(claim(falls), runs)
-    assert judged["verdict"] == "supported"
-    np.testing.assert_allclose(judged["tests"][0]["values"], [1 / 6, 1 / 2] * 2)
-    assert claims.judge(claim({**falls, "relation": "rises"}), runs)["verdict"] == "refuted"
-    other = {**falls, "measure": "measurements.spectra.spread/z*"}
-    assert claims.judge(claim(other), runs)["tests"][0]["values"] == []
-
-
-def test_a_seed_that_one_arm_lacks_is_left_out():
-    runs = found(a=(0.5, 0.52, 0.48, 0.1), b=(0.6, 0.61, 0.59))
-    assert len(claims.judge(claim(ABOVE), runs)["tests"][0]["values"]) == 3
-
-
 def test_value_reads_attacks_paths_and_differences():
     results = {
-        **result(0.9, 0.4),
+        **result(pgd=0.4),
         "measurements": {"spectra": {"mean": 3}},
         "audit": {"checks": [{"name": "one", "values": {"share": 0.25}}]},
     }
@@ -243,13 +149,6 @@ def test_a_typo_in_a_claim_or_a_measure_is_found_before_anything_runs(case):
     with pytest.raises(UserError, match=message) as error:
         study.check(study.settled(config), default.get_config())
     assert "\n" not in str(error.value)
-
-
-def test_intervals_of_accuracies_stay_between_none_and_all():
-    found = claims.mean_interval([0.0, 0.3, 0.1], bounds=measures.bounds("pgd@0.1"))
-    assert found.low == 0 and found.high < 1
-    assert measures.bounds("clean.accuracy - pgd@0.1") == (-1, 1)
-    assert measures.bounds("measurements.outputs.mean_margin")[0] == -np.inf
 
 
 def test_mistakes_are_told(tmp_path):
