@@ -39,8 +39,8 @@ def table(held, correct=True):
     )
 
 
-def claim(*tests):
-    return {"text": "", "tests": tests}
+def judge(runs, *tests):
+    return claims.judge("", tests, runs)
 
 
 ABOVE = {"measure": "pgd@0.1", "arms": ("b", "a"), "relation": "above"}
@@ -59,12 +59,12 @@ ABOVE = {"measure": "pgd@0.1", "arms": ("b", "a"), "relation": "above"}
     ],
 )
 def test_a_verdict_follows_from_the_paired_differences(a, b, verdict):
-    assert claims.judge(claim(ABOVE), found(a=a, b=b))["verdict"] == verdict
+    assert judge(found(a=a, b=b), ABOVE)["verdict"] == verdict
 
 
 def test_seeds_are_paired_so_that_what_they_share_cancels():
     a = np.array([0.3, 0.5, 0.7])
-    test = claims.judge(claim(ABOVE), found(a=a, b=a + [0.02, 0.021, 0.019]))["tests"][0]
+    test = judge(found(a=a, b=a + [0.02, 0.021, 0.019]), ABOVE)["tests"][0]
     assert test["verdict"] == "supported"
     np.testing.assert_allclose(test["mean"], 0.02)
     expected = stats.ttest_1samp([0.02, 0.021, 0.019], 0).confidence_interval(0.95)
@@ -75,23 +75,23 @@ def test_all_tests_of_a_claim_must_hold_and_one_refutes_it():
     runs = found(a=(0.5, 0.52, 0.48), b=(0.6, 0.61, 0.59), c=(0.4, 0.7, 0.5))
     unsure = {**ABOVE, "arms": ("c", "a")}
     wrong = {**ABOVE, "relation": "below"}
-    assert claims.judge(claim(ABOVE, ABOVE), runs)["verdict"] == "supported"
-    assert claims.judge(claim(ABOVE, unsure), runs)["verdict"] == "inconclusive"
-    assert claims.judge(claim(ABOVE, unsure, wrong), runs)["verdict"] == "refuted"
+    assert judge(runs, ABOVE, ABOVE)["verdict"] == "supported"
+    assert judge(runs, ABOVE, unsure)["verdict"] == "inconclusive"
+    assert judge(runs, ABOVE, unsure, wrong)["verdict"] == "refuted"
 
 
 def test_margins_levels_and_trends():
     runs = found(a=(0.5, 0.5, 0.51), b=(0.49, 0.491, 0.5), c=(0.2, 0.21, 0.2))
     within = {**ABOVE, "by": -0.02}
-    assert claims.judge(claim(within), runs)["verdict"] == "supported"
-    assert claims.judge(claim(ABOVE), runs)["verdict"] == "refuted"
+    assert judge(runs, within)["verdict"] == "supported"
+    assert judge(runs, ABOVE)["verdict"] == "refuted"
     level = {"measure": "pgd@0.1", "arms": ("c",), "relation": "below", "level": 0.3}
-    assert claims.judge(claim(level), runs)["verdict"] == "supported"
+    assert judge(runs, level)["verdict"] == "supported"
     falls = {"measure": "pgd@0.1", "arms": ("a", "b", "c"), "relation": "falls", "at": (0, 1, 2)}
-    judged = claims.judge(claim(falls), runs)
+    judged = judge(runs, falls)
     assert judged["verdict"] == "supported"
     np.testing.assert_allclose(judged["tests"][0]["values"], [0.3, 0.29, 0.31])
-    assert claims.judge(claim({**falls, "relation": "rises"}), runs)["verdict"] == "refuted"
+    assert judge(runs, {**falls, "relation": "rises"})["verdict"] == "refuted"
 
 
 def test_most_of_several_numbers():
@@ -108,17 +108,17 @@ def test_most_of_several_numbers():
         "arms": ("weak", "strong"),
         "relation": "falls",
     }
-    judged = claims.judge(claim(falls), runs)
+    judged = judge(runs, falls)
     assert judged["verdict"] == "supported"
     np.testing.assert_allclose(judged["tests"][0]["values"], [1 / 6, 1 / 2] * 2)
-    assert claims.judge(claim({**falls, "relation": "rises"}), runs)["verdict"] == "refuted"
+    assert judge(runs, {**falls, "relation": "rises"})["verdict"] == "refuted"
     other = {**falls, "measure": "measurements.spectra.spread/z*"}
-    assert claims.judge(claim(other), runs)["tests"][0]["values"] == []
+    assert judge(runs, other)["tests"][0]["values"] == []
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out():
     runs = found(a=(0.5, 0.52, 0.48, 0.1), b=(0.6, 0.61, 0.59))
-    assert len(claims.judge(claim(ABOVE), runs)["tests"][0]["values"]) == 3
+    assert len(judge(runs, ABOVE)["tests"][0]["values"]) == 3
 
 
 def test_intervals_of_accuracies_stay_between_none_and_all():
@@ -210,16 +210,16 @@ def alike(count, *, only_b, only_a=0, seeds=3):
     ],
 )
 def test_images_decide_where_seeds_agree_and_no_effect_is_a_verdict(runs, smallest, verdict):
-    judged = claims.judge(claim({**ABOVE, "smallest_effect": smallest}), runs)
+    judged = judge(runs, {**ABOVE, "smallest_effect": smallest})
     assert judged["verdict"] == judged["tests"][0]["verdict"] == verdict
 
 
 def test_an_effect_that_is_small_does_not_make_a_claim_more_than_that():
     small = {**ABOVE, "smallest_effect": 0.3}
     runs = alike(1000, only_b=100)
-    assert claims.judge(claim(ABOVE, small), runs)["verdict"] == "supported, but small"
+    assert judge(runs, ABOVE, small)["verdict"] == "supported, but small"
     other = {**ABOVE, "relation": "below"}
-    assert claims.judge(claim(other, small), runs)["verdict"] == "refuted"
+    assert judge(runs, other, small)["verdict"] == "refuted"
 
 
 def test_images_are_paired_by_their_index_where_every_run_has_them():

@@ -5,17 +5,18 @@ import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import default
+from robust_jax.app import arms, entries, measures, stored, study, threat
 from robust_jax.app import config as config_lib
-from robust_jax.app import entries, measures, stored, study, threat
 from robust_jax.app import runs as run_files
 from robust_jax.app.experiment import build
 from robust_jax.errors import UserError
 from robust_jax.models import MODELS
 from robust_jax.train import loop
 from tests.conftest import REPOSITORY
-from tests.test_claims import result
+from tests.test_claims import result, table
 
 STUDIES = sorted(
     path.stem for path in (REPOSITORY / "configs" / "studies").glob("*.py") if path.stem != "common"
@@ -149,6 +150,219 @@ def test_a_typo_in_a_claim_or_a_measure_is_found_before_anything_runs(case):
     with pytest.raises(UserError, match=message) as error:
         study.check(study.settled(config), default.get_config())
     assert "\n" not in str(error.value)
+
+
+def fake_runs(monkeypatch, accuracy=lambda config: 0.5, num_images=200):
+    """Replaces runs by ones that only write results, of PGD and on held-out images: accuracy."""
+    ran = []
+
+    def execute(config, workdir, mode):
+        if (workdir / "results.json").exists() and mode == "train":
+            return
+        ran.append(str(workdir.relative_to(workdir.parents[2 if "sweep" in workdir.parts else 1])))
+        held = np.random.default_rng(config.seed).random(num_images) < accuracy(config)
+        results = {**result(pgd=held.mean()), "config": config_lib.to_json(config)}
+        results["training"] = {"best": {"robust_accuracy": accuracy(config)}}
+        results["measurements"] = {"outputs": {"mean_confidence": 2 * accuracy(config)}}
+        (workdir / "records").mkdir(parents=True, exist_ok=True)
+        table(held).to_csv(workdir / "records" / "best.csv", index=False)
+        (workdir / "results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr(study.run, "execute", execute)
+    return ran
+
+
+def small_study(**fields):
+    """A study of two arms and one claim."""
+    config = importlib.import_module("configs.studies.entm").get_config()
+    config.scale, config.scales = "only", {"only": {}}
+    config.base.attacks = {"pgd": {"eps": (0.1,)}}
+    config.arms = ConfigDict(
+        {
+            "at": {},
+            "entm": {"regularizers": {"entropy": {"weight": 1.0}}},
+            "other": {},
+        },
+        sort_keys=False,
+    )
+    config.measures, config.pairs, config.published = (("PGD", "pgd@0.1"),), (), ()
+    test = {"measure": "pgd@0.1", "arms": ("entm", "at"), "relation": "above"}
+    config.claims = {"a": {"text": "Better.", "tests": (test,), "smallest_effect": 0.05}}
+    for path, value in fields.items():
+        arms.set_field(config, path, value)
+    return study.settled(config)
+
+
+def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monkeypatch):
+    fields = {"seeds_limit": 9, "claims.a.widest": 0.3}
+    alike = fake_runs(monkeypatch)
+    config = small_study(**fields)
+    study.check(config, default.get_config())
+    said = study.execute(config, tmp_path / "alike")
+    assert len(alike) == 9  # both arms hold the same images: there is nothing to narrow
+
+    def apart(config):  # by the seed, so that only seeds narrow it
+        return 0.5 + (0.2 if config.regularizers.entropy.weight else 0.1) * (-1) ** config.seed
+
+    ran = fake_runs(monkeypatch, apart)
+    said = study.execute(config, tmp_path / "apart")
+    results = run_files.results(tmp_path / "apart")
+    seeds = {arm: list(row["PGD"]["values"]) for arm, row in results["table"].items()}
+    assert seeds["other"] == ["0", "1", "2"]  # no test is of it
+    assert seeds["at"] == seeds["entm"] == [str(seed) for seed in results["seeds"]]
+    test = results["claims"]["a"]["tests"][0]
+    assert 3 < len(test["values"]) < 9 and test["high"] - test["low"] < 0.3 * (1 + 1e-6)
+    assert test["images"] == 200 and results["num_tests"] == 1
+    assert "Number of tests: 1." in said
+    ran.clear()
+    study.execute(config, tmp_path / "apart")  # again: nothing is left to do
+    study.execute(config, tmp_path / "apart", "report")
+    assert not ran
+    study.execute(config, tmp_path / "apart", only="other/7")  # a scheduler adds one by itself
+    study.execute(config, tmp_path / "apart", "report")
+    assert ran == ["other/7"]
+    assert "7" in run_files.results(tmp_path / "apart")["table"]["other"]["PGD"]["values"]
+    ran.clear()
+    study.execute(config, tmp_path / "apart", "evaluate")
+    assert len(ran) == 9 + 2 * (len(test["values"]) - 3) + 1  # each once, the added ones too
+
+    narrow = small_study(**{**fields, "claims.a.widest": 0.01, "seeds_limit": 4})
+    ran = fake_runs(monkeypatch, apart)
+    study.execute(narrow, tmp_path / "limit")
+    assert len(ran) <= 9 + 2
+
+
+SWEEP = {"field": "regularizers.entropy.weight", "values": (0.1, 1.0, 3.0)}
+
+
+def best_at_one(config):
+    """The entropy's weight decides: 1 is best, and more is nearer to 0.3 than less."""
+    weight = config.regularizers.entropy.weight
+    return {0.0: 0.4, 0.1: 0.2, 1.0: 0.6, 3.0: 0.35}[weight]
+
+
+def test_a_sweep_chooses_a_value_that_the_seeds_then_have(tmp_path, monkeypatch):
+    ran = fake_runs(monkeypatch, best_at_one)
+    config = small_study(**{"arms.entm.sweep": SWEEP})
+    study.check(config, default.get_config())
+    with pytest.raises(UserError, match="entm is not chosen yet: run --only=entm/sweep first"):
+        study.execute(config, tmp_path, only="entm/0")
+    assert "no verdict" in study.execute(config, tmp_path, "report")
+    study.execute(config, tmp_path, only="entm/sweep")
+    swept = [f"entm/sweep/{value}" for value in SWEEP["values"]]
+    assert ran == swept
+    for name in swept:
+        own = run_files.results(tmp_path / name)["config"]
+        assert own["seed"] not in config.seeds and not own["attacks"]
+        assert own["audit"]["num_examples"] == 0
+    study.execute(config, tmp_path, only="entm/0")
+    study.execute(config, tmp_path)
+    assert ran.count("entm/sweep/1.0") == ran.count("entm/0") == 1
+    for seed in config.seeds:
+        own = run_files.results(tmp_path / "entm" / str(seed))["config"]
+        assert own["regularizers"]["entropy"]["weight"] == 1.0 and own["seed"] == seed
+        assert list(own["attacks"]) == ["pgd"] and "sweep" not in own
+    results = run_files.results(tmp_path)
+    assert results["sweeps"]["entm"] == {
+        **SWEEP,
+        "values": [0.1, 1.0, 3.0],
+        "by": "training.best.robust_accuracy",
+        "found": [0.2, 0.6, 0.35],
+        "nearest": None,
+        "target": None,
+        "chosen": 1.0,
+    }
+    assert results["configs"]["entm"]["regularizers"]["entropy"]["weight"] == 1.0
+    assert (tmp_path / "figures" / "sweeps.svg").exists()
+    again = stored.from_json(json.loads((tmp_path / "study.json").read_text()))
+    assert study.settled(again).to_dict() == config.to_dict()
+
+
+def test_a_sweep_can_choose_what_is_nearest_to_another_arm(tmp_path, monkeypatch):
+    fake_runs(monkeypatch, best_at_one)
+    ls = {
+        "regularizers": {"entropy": {"weight": 1.0}},
+        "sweep": {**SWEEP, "values": (0.1,), "by": "training.best.robust_accuracy"},
+    }
+    by = "measurements.outputs.mean_confidence"
+    # What is matched comes first in the config, and is run after what it is matched with.
+    matched = {**SWEEP, "values": (1.0, 3.0), "nearest": "other", "by": by}
+    config = small_study(
+        **{
+            "arms.entm.sweep": matched,
+            "arms.other": ls,
+            "sweep.base": {"measurements": {"outputs": {"num_examples": 100}}},
+        }
+    )
+    study.check(config, default.get_config())
+    with pytest.raises(UserError, match="run --only=other/sweep and --only=entm/sweep first"):
+        study.execute(config, tmp_path, only="entm/0")
+    study.execute(config, tmp_path)
+    sweeps = run_files.results(tmp_path)["sweeps"]
+    assert sweeps["other"]["chosen"] == 0.1 and sweeps["entm"]["chosen"] == 3.0
+    np.testing.assert_allclose(sweeps["entm"]["target"], 0.4)
+    np.testing.assert_allclose(sweeps["entm"]["found"], [1.2, 0.7])
+
+
+WRONG_SWEEPS = {
+    "key": ({"feild": "x"}, "sweep's key is 'feild'; did you mean field"),
+    "no values": ({"field": "batch_size"}, "sweep.values is missing"),
+    "field": ({"field": "regularizers.entropi.weight", "values": (1.0,)}, "the arm does not have"),
+    "text": ({"field": "loss.name", "values": ("cross_entropy",)}, "it is for numbers"),
+    "values": ({**SWEEP, "values": (1.0, "2")}, "it is for numbers"),
+    "one number": ({**SWEEP, "values": 1.0}, "it is for numbers"),
+    "the same twice": ({**SWEEP, "values": (1.0, 1.0)}, "give different numbers"),
+    "range": ({"field": "learning_rate", "values": (0.1, -1.0)}, "learning_rate is -1.0; it must"),
+    "measure": ({**SWEEP, "by": "training.best.acuracy"}, "'acuracy'; choices|did you mean"),
+    "not measured": ({**SWEEP, "by": "pgd@0.1"}, "sweep.by's attack is 'pgd'; choices: none"),
+    "nearest": ({**SWEEP, "nearest": "entm"}, "sweep.nearest is 'entm'; choices: none"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SWEEPS)
+def test_a_typo_in_a_sweep_is_found_before_anything_runs(case):
+    sweep, message = WRONG_SWEEPS[case]
+    with pytest.raises(UserError, match=message) as error:
+        study.check(small_study(**{"arms.entm.sweep": sweep}), default.get_config())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arms.entm.sweep": SWEEP, "sweep.seed": 1}, "config.sweep.seed is 1, a seed of the stu"),
+        ({"seeds_limit": 2}, "config.seeds_limit is 2, and there are 3 seeds"),
+        ({"claims.a.smalest": 0.1}, "a's key is 'smalest'; choices|did you mean smallest_effect"),
+        ({"claims.a.widest": "much"}, "a's widest is 'much'; it is a number"),
+        ({"sweep.bi": "x"}, "config.sweep's field is 'bi'; did you mean by|choices"),
+    ],
+)
+def test_a_typo_in_what_decides_is_found_before_anything_runs(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        study.check(small_study(**fields), default.get_config())
+    assert "\n" not in str(error.value)
+
+
+def test_a_scale_can_set_seeds_sweeps_and_values(tmp_path):
+    config = importlib.import_module("configs.studies.entm").get_config()
+    config.arms.entm.sweep = SWEEP
+    config.scales["medium"] = {
+        "seeds": (0, 1, 2, 3),
+        "seeds_limit": 8,
+        "radii": config.scales["small"]["radii"],
+        "sweep": {"base": {"duration": "1 epoch"}},
+        "arms": {"entm": {"sweep": {"values": (0.5, 2.0)}}},
+    }
+    config.scale = "medium"
+    medium = study.settled(config)
+    study.check(medium, default.get_config())
+    assert arms.extra_seeds(medium) == (4, 5, 6, 7)
+    swept = list(arms.sweep_trials(medium, "entm"))
+    assert [t.config.regularizers.entropy.weight for t in swept] == [0.5, 2.0]
+    assert {t.config.duration for t in swept} == {"1 epoch"}
+    config.scales["medium"]["sedes"] = (0,)
+    with pytest.raises(UserError, match="scales.medium's field is 'sedes'; did you mean seeds"):
+        study.settled(config)
 
 
 def test_mistakes_are_told(tmp_path):

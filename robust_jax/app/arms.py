@@ -93,15 +93,15 @@ def trials(
 ) -> Iterator[Trial]:
     """The runs of a settled study, seed by seed, so that a part of it is a study too.
 
-    chosen: the value that the sweep of an arm chose; where it is not known the first stands for it.
+    chosen: the value that the sweep of an arm chose; an arm whose value is not known has its own.
     seeds: instead of the first ones, config.seeds.
     """
     for seed in config.seeds if seeds is None else seeds:
         for arm in config.arms:
             own = _config(config, arm)
             own.seed = seed
-            if sweep := config.arms[arm].get(SWEEP):
-                set_field(own, sweep["field"], (chosen or {}).get(arm, sweep["values"][0]))
+            if chosen and arm in chosen:
+                set_field(own, config.arms[arm][SWEEP]["field"], chosen[arm])
             yield Trial(arm, seed, own)
 
 

@@ -42,29 +42,33 @@ class Run(NamedTuple):
 Found = Mapping[str, Mapping[int, Run]]  # by arm and seed
 
 
-def judge(claim: Mapping[str, Any], found: Found) -> dict[str, Any]:
+def judge(
+    text: str, tests: Sequence[Mapping[str, Any]], found: Found, *, adds_seeds: bool = False
+) -> dict[str, Any]:
     """A claim with the outcome of each of its tests, and its verdict.
 
     It is refuted where one test is, supported where every test is, and else inconclusive; there is
-    no verdict where a test has fewer than three seeds.
+    no verdict where a test has fewer than three seeds. adds_seeds: whether seeds are added until
+    intervals are as narrow as was asked.
     """
-    tests = [judge_test(test, found) for test in claim["tests"]]
-    verdicts = {test["verdict"] for test in tests}
-    return {
-        "text": claim["text"],
-        "verdict": next(v for v in _DECISIVE if v in verdicts),
-        "tests": tests,
-    }
+    judged = [judge_test(test, found, adds_seeds=adds_seeds) for test in tests]
+    verdicts = {test["verdict"] for test in judged}
+    verdict = next(v for v in _DECISIVE if v in verdicts)
+    return {"text": text, "verdict": verdict, "tests": judged}
 
 
-def judge_test(test: Mapping[str, Any], found: Found) -> dict[str, Any]:
+def judge_test(
+    test: Mapping[str, Any], found: Found, *, adds_seeds: bool = False
+) -> dict[str, Any]:
     """The test with the quantity that it claims to be above zero, and its verdict."""
     shared = sorted(set.intersection(*(set(found[arm]) for arm in test["arms"])))
     runs = [[found[arm][seed] for arm in test["arms"]] for seed in shared]
     outcomes = _outcomes(test, runs)
     smallest = _size(test.get("smallest_effect", 0.0), test, runs)
-    widest = _size(test.get("widest", 0.0), test, runs)
-    known = as_wide_as(widest, interval(outcomes))
+    widest = _size(test["widest"], test, runs) if "widest" in test else smallest
+    known = interval(outcomes)
+    if adds_seeds:
+        known = as_wide_as(widest, known)
     return {
         **test,
         "values": [float(np.mean(of_seed)) for of_seed in outcomes],
@@ -95,8 +99,9 @@ def verdict(known: Interval, num_seeds: int, smallest_effect: float = 0.0) -> Ve
 def needs_more_seeds(judged: Mapping[str, Any]) -> bool:
     """Whether the interval of a test is wider than was asked, and more seeds can narrow it.
 
-    Nothing here looks at where the interval is: to add seeds until it leaves out zero would find
-    effects that are not there.
+    What is asked is `widest`, or else the smallest effect: an interval as narrow as that cannot
+    hold both it and zero, so there is a verdict. Nothing here looks at where the interval is: to
+    add seeds until it leaves out zero would find effects that are not there.
     """
     widest = judged["widest"]
     if not widest or not judged["values"]:

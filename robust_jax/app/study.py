@@ -92,6 +92,8 @@ def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
     )
     result.sweep = changed(ConfigDict(_SWEEP), config.get("sweep", {}))
     result.sweep = changed(result.sweep, scale.get("sweep", {}))
+    for field in result.sweep:
+        choose(_SWEEP, field, "config.sweep's field")
     for field in {"seeds", "seeds_limit", "published"} - typed:
         result[field] = scale.get(field, result[field])
     result.scales = {config.scale: {"radii": scale.get("radii", {})}}
@@ -118,6 +120,7 @@ def check(config: ConfigDict, schema: ConfigDict) -> None:
 
     Raises UserError, naming the field, the value and the choices.
     """
+    arms.check_sweeps(config, schema)
     for trial in trials(config):
         entries.check(trial.config, schema)
     of_arm = {trial.arm: trial.config for trial in trials(config)}
@@ -152,20 +155,16 @@ def check(config: ConfigDict, schema: ConfigDict) -> None:
             f"config.seeds_limit is {config.seeds_limit}, and there are {len(config.seeds)} seeds; "
             "0 stands for no more than those"
         )
-    arms.check_sweeps(config, schema)
 
 
 def _tests(config: ConfigDict, name: str) -> list[dict[str, Any]]:
     """The tests of a claim with their radii, and with what the claim says of all of them."""
     claim, radii, path = config.claims[name], _radii(config), f"config.claims.{name}'s measure"
     of_all = {field: claim[field] for field in claims.SIZES if field in claim}
-    tests = []
-    for test in claim.tests:
-        filled = {**of_all, **test, "measure": measures.with_radii(test["measure"], radii, path)}
-        widest = filled.pop("widest", filled.get("smallest_effect", 0.0))
-        # Seeds are added for it, or else it is nothing to go by.
-        tests.append({**filled, "widest": widest if arms.extra_seeds(config) else 0.0})
-    return tests
+    return [
+        {**of_all, **test, "measure": measures.with_radii(test["measure"], radii, path)}
+        for test in claim.tests
+    ]
 
 
 def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: str = "") -> str:
@@ -303,6 +302,14 @@ def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
     return found, missing
 
 
+def _judged(config: ConfigDict, found: Found) -> dict[str, dict[str, Any]]:
+    adds_seeds = bool(arms.extra_seeds(config))
+    return {
+        name: claims.judge(claim.text, _tests(config, name), found, adds_seeds=adds_seeds)
+        for name, claim in config.claims.items()
+    }
+
+
 def collect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Tables and verdicts from the runs that are finished, whichever of the seeds they are."""
     found, missing = _found(config, workdir)
@@ -334,10 +341,7 @@ def collect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         }
         for arm, by_seed in found.items()
     }
-    judged = {
-        name: claims.judge({"text": claim.text, "tests": _tests(config, name)}, found)
-        for name, claim in config.claims.items()
-    }
+    judged = _judged(config, found)
     configs = {t.arm: t.config for t in trials(config, _chosen(config, workdir), config.seeds[:1])}
     return {
         "title": config.title,
