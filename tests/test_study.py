@@ -331,6 +331,10 @@ def test_a_typo_in_a_sweep_is_found_before_anything_runs(case):
     ("fields", "message"),
     [
         ({"arms.entm.sweep": SWEEP, "sweep.seed": 1}, "config.sweep.seed is 1, a seed of the stu"),
+        (
+            {"labels": ConfigDict({"et": "EntM"})},
+            "config.labels' arm is 'et'; did you mean|choices",
+        ),
         ({"seeds_limit": 2}, "config.seeds_limit is 2, and there are 3 seeds"),
         ({"claims.a.smalest": 0.1}, "a's key is 'smalest'; choices|did you mean smallest_effect"),
         ({"claims.a.widest": "much"}, "a's widest is 'much'; it is a number"),

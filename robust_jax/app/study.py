@@ -53,8 +53,9 @@ _FIELDS = (
     "published",
     "notes",
 )
-# A study may leave these out: as many seeds as it names, and sweeps that choose like this.
-_OPTIONAL = ("seeds_limit", "sweep")
+# A study may leave these out: arms have the names that they have, seeds are as many as it names,
+# and sweeps choose like this.
+_OPTIONAL = ("labels", "seeds_limit", "sweep")
 _OF_CLAIMS = ("text", "tests", *claims.SIZES)
 _SWEEP = {"by": "training.best.robust_accuracy", "seed": 1000, "base": {}}
 _OF_SCALES = ("seeds", "seeds_limit", "radii", "base", "arms", "sweep", "published")
@@ -80,6 +81,7 @@ def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
     for field in scale:
         choose(_OF_SCALES, field, f"config.scales.{config.scale}'s field")
     result = ConfigDict({field: config[field] for field in _FIELDS})
+    result.labels = config.get("labels", ConfigDict())
     result.seeds_limit = config.get("seeds_limit", 0)
     typed = set(typed)
     result.base = changed(config.base, scale.get("base", {}))
@@ -150,6 +152,8 @@ def check(config: ConfigDict, schema: ConfigDict) -> None:
                 measures.check(test["measure"], of_arm[arm], f"{path}'s measure")
             for field in claims.SIZES:
                 claims.check_size(test, field, f"{path}'s {field}")
+    for arm in config.labels:
+        choose(config.arms, arm, "config.labels' arm")
     if config.seeds_limit and config.seeds_limit < len(config.seeds):
         raise UserError(
             f"config.seeds_limit is {config.seeds_limit}, and there are {len(config.seeds)} seeds; "
@@ -352,6 +356,7 @@ def collect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "seeds": sorted({*config.seeds, *(s for by_seed in found.values() for s in by_seed)}),
         "seeds_limit": config.seeds_limit or len(config.seeds),
         "missing": missing,
+        "arms": {arm: config.labels.get(arm, arm.replace("_", " ")) for arm in config.arms},
         "measures": by_label,
         "table": table,
         "audits": audits,

@@ -1,7 +1,7 @@
 """A study's folder as report.html and as README.md with its figures, for a repository."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +23,31 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
 
     arrays: by arm, what the measurements of one seed left to draw.
     """
+
+    def named(by_arm: Mapping[str, Any]) -> dict[str, Any]:
+        return {results["arms"][arm]: of_arm for arm, of_arm in by_arm.items()}
+
     figures = {
         "accuracy": (
-            plots.accuracy_by_arm(results["curves"]),
+            plots.accuracy_by_arm(named(results["curves"])),
             "Worst-case accuracy against ε: the mean over seeds with its 95 % interval, for other "
             "seeds and images.",
         ),
         "measures": (
-            plots.measures_by_arm(results["table"]),
+            plots.measures_by_arm(named(results["table"])),
             "The measures of the table: the mean over seeds with its 95 % interval.",
         ),
     }
     if results["pairs"]:
         figures["pairs"] = (
-            plots.measures_against_each_other(results["table"], results["pairs"]),
+            plots.measures_against_each_other(named(results["table"]), results["pairs"]),
             "Measures against each other, a point for each arm and seed.",
         )
     if results["sweeps"]:
         labels = _labels(results)
         figures["sweeps"] = (
             plots.sweeps(
-                results["sweeps"],
+                named(results["sweeps"]),
                 {s["by"]: _axis(s["by"], labels) for s in results["sweeps"].values()},
             ),
             "Sweeps: what each value came to, on a seed that the study does not use again. A ring "
@@ -51,10 +55,10 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
         )
     if results["along_training"]:
         figures["training"] = (
-            plots.along_training(results["along_training"]),
+            plots.along_training({k: named(v) for k, v in results["along_training"].items()}),
             "Along training: the mean over seeds with its 95 % interval.",
         )
-    for name, (figure, alt) in figures_lib.of_measurements(arrays).items():
+    for name, (figure, alt) in figures_lib.of_measurements(named(arrays)).items():
         figures[name] = figure, f"{alt} One seed of each arm."
     (workdir / "figures").mkdir(parents=True, exist_ok=True)
     images = []
@@ -126,7 +130,7 @@ def _chance(results: Results) -> str:
     count = results["num_tests"]
     return (
         f"Number of tests: {count}. If none of the effects were real, {0.025 * count:.1f} of them "
-        "would be supported by chance (2.5 % of each); no interval is corrected for that."
+        "would be supported by chance, each with a probability of 2.5 %; nothing corrects for that."
     )
 
 
@@ -142,11 +146,11 @@ def _claims(results: Results) -> list[dict[str, Any]]:
             "text": claim["text"],
             "lines": [
                 {
-                    "what": _describe(test, labels),
+                    "what": _describe(test, labels, results["arms"]),
                     "found": _found(test),
                     "smallest": _smallest(test),
-                    "number": _counted(len(test["values"]), test["images"]),
-                    "verdict": test["verdict"],
+                    "number": _counted([len(test["values"])], [test["images"]]),
+                    "verdict": test["verdict"] + _why(test),
                 }
                 for test in claim["tests"]
             ],
@@ -155,9 +159,9 @@ def _claims(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _describe(test: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+def _describe(test: Mapping[str, Any], labels: Mapping[str, str], names: Mapping[str, str]) -> str:
     """The test as a sentence."""
-    arms, by = [arm.replace("_", " ") for arm in test["arms"]], test.get("by", 0.0)
+    arms, by = [names[arm] for arm in test["arms"]], test.get("by", 0.0)
     measure, unit = test["measure"], measures.unit(test["measure"])
     what = _in_words(measure, labels)
     if test["relation"] in ("rises", "falls"):
@@ -168,7 +172,10 @@ def _describe(test: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     other = arms[1] if len(arms) > 1 else _number(test["level"], unit) + unit
     margin = ""
     if by:
-        margin = f" by more than {_size(by, test)}" if by > 0 else f" or {_size(-by, test)} short"
+        wrong_side = "below" if test["relation"] == "above" else "above"
+        margin = f" or at most {_size(-by, test)} {wrong_side} it"
+        if by > 0:
+            margin = f" by more than {_size(by, test)}"
     return f"{what}: {arms[0]} {test['relation']} {other}{margin}"
 
 
@@ -182,6 +189,9 @@ def _in_words(measure: str, labels: Mapping[str, str]) -> str:
     if "@" in measure:
         name, _, eps = measure.partition("@")
         return f"{words(name)} at {format_eps(float(eps))}"
+    if measure.startswith("training."):
+        _, when, name = measure.split(".")
+        return f"{words(name)} at the {when} validation"
     parts = measure.removeprefix("measurements.").removesuffix("/*").split(".")
     return ", ".join(part.replace("_", " ") for part in parts)
 
@@ -219,10 +229,19 @@ def _size(size: float, test: Mapping[str, Any]) -> str:
     return f"{100 * size:.3g} point{'' if size == 0.01 else 's'}"
 
 
-def _counted(num_seeds: int, num_images: int | None) -> str:
-    """What an interval rests on."""
-    seeds = f"{num_seeds} seed{'' if num_seeds == 1 else 's'}"
-    return seeds if num_images is None else f"{seeds} × {num_images:,} images"
+def _why(test: Mapping[str, Any]) -> str:
+    """Why a test is inconclusive, where more seeds would not help."""
+    too_few = 2 * (test["from_images"] or 0.0) > test["smallest_effect"] > 0
+    return " (too few images)" if test["verdict"] == "inconclusive" and too_few else ""
+
+
+def _counted(num_seeds: Iterable[int], num_images: Iterable[int | None]) -> str:
+    """What intervals rest on."""
+    seeds = " or ".join(map(str, sorted({count for count in num_seeds if count})))
+    images = " or ".join(f"{count:,}" for count in sorted({n for n in num_images if n}))
+    if not seeds:
+        return ""
+    return f"{seeds} seed{'' if seeds == '1' else 's'}" + (f" × {images} images" if images else "")
 
 
 def _axis(measure: str, labels: Mapping[str, str]) -> str:
@@ -240,7 +259,7 @@ def _arms(results: Results) -> list[str]:
     for arm, verdicts in results["audits"].items():
         found = set(verdicts.values())
         mark = next((mark for verdict, mark in _MARKS.items() if verdict in found), " ‡")
-        marked.append(f"{arm.replace('_', ' ')}{mark if found else ''}")
+        marked.append(f"{results['arms'][arm]}{mark if found else ''}")
     return marked
 
 
@@ -264,15 +283,12 @@ def _rows(results: Results) -> list[dict[str, Any]]:
                     "published": "" if published is None else f"{published:g}",
                 }
             )
-        behind = [
-            _counted(len(entries[label]["values"]), entries[label]["images"])
-            for entries in results["table"].values()
-            if entries[label]["values"]
-        ]
+        measured = [of_arm[label] for of_arm in results["table"].values()]
+        number = _counted((len(m["values"]) for m in measured), (m["images"] for m in measured))
         rows.append(
             {
                 "label": f"{label}, %" if unit else label,
-                "number": " or ".join(dict.fromkeys(behind)),
+                "number": number,
                 "cells": cells,
             }
         )

@@ -184,7 +184,7 @@ def sweeps(found: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) ->
             ax.set_xscale("log")
             ax.set_xticks(sorted(sweep["values"]), [f"{v:g}" for v in sorted(sweep["values"])])
             ax.minorticks_off()
-        ax.set(title=arm.replace("_", " "), xlabel=sweep["field"], ylabel=label)
+        ax.set(title=arm, xlabel=sweep["field"], ylabel=label)
     return figure
 
 
