@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -278,6 +279,32 @@ def test_a_sweep_chooses_a_value_that_the_seeds_then_have(tmp_path, monkeypatch)
     assert study.settled(again).to_dict() == config.to_dict()
 
 
+def test_a_page_says_what_each_test_rests_on(tmp_path, monkeypatch):
+    def accuracy(config):
+        return 0.53 if config.regularizers.entropy.weight else 0.5
+
+    fake_runs(monkeypatch, accuracy, num_images=2000)
+    config = small_study(
+        **{
+            "labels": ConfigDict({"entm": "AT + EntM"}),
+            "arms.entm.sweep": SWEEP,
+            "seeds": (0, 1, 2),
+        }
+    )
+    said = study.execute(config, tmp_path)
+    assert said.startswith("supported, but small: Better.")
+    readme, page = ((tmp_path / name).read_text() for name in ("README.md", "report.html"))
+    mean, low, high = (
+        100 * run_files.results(tmp_path)["claims"]["a"]["tests"][0][end]
+        for end in ("mean", "low", "high")
+    )
+    assert 0 < low < mean < high < 5
+    found = f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    line = ("PGD: AT + EntM above at", found, "5 points", "3 seeds × 2,000 images")
+    assert f"| {' | '.join(line)} | supported, but small |" in readme
+    assert all(part in page for part in (found, *line[2:], "Number of tests: 1.", "Sweeps: what"))
+
+
 def test_a_sweep_can_choose_what_is_nearest_to_another_arm(tmp_path, monkeypatch):
     fake_runs(monkeypatch, best_at_one)
     ls = {
@@ -444,10 +471,11 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path):
         "--config.scale=smoke",
         f"--workdir={tmp_path}",
     )
-    for part in ("ce/1", "gce"):
-        alone = launch(*flags, f"--only={part}")
-        assert alone.returncode == 0, alone.stderr[-3000:]
-        assert not (tmp_path / "report.html").exists()
+    with ThreadPoolExecutor() as pool:  # two processes in one folder, which neither has begun
+        parts = pool.map(lambda part: launch(*flags, f"--only={part}"), ("ce/1", "gce"))
+        for alone in parts:
+            assert alone.returncode == 0, alone.stderr[-3000:]
+    assert not (tmp_path / "report.html").exists()
     collected = launch(f"--workdir={tmp_path}", "--mode=report")  # the folder knows the study
     assert collected.returncode == 0, collected.stderr[-3000:]
     assert "7 of 10 runs are not finished: ce/0, cot/0, at/0, gce_at/0" in collected.stderr
