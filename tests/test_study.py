@@ -331,6 +331,23 @@ def test_a_sweep_can_choose_what_is_nearest_to_another_arm(tmp_path, monkeypatch
     np.testing.assert_allclose(sweeps["entm"]["found"], [1.2, 0.7])
 
 
+def test_a_sweep_chooses_once_all_is_run_and_leaves_out_what_has_no_number(tmp_path, monkeypatch):
+    def accuracy(config):
+        value = best_at_one(config)
+        return value if value < 0.6 else float("nan")  # it diverged: null in its results
+
+    fake_runs(monkeypatch, accuracy)
+    config = small_study(**{"arms.entm.sweep": SWEEP})
+    trials = list(arms.sweep_trials(config, "entm"))
+    for trial in reversed(trials):
+        assert arms.swept(config, tmp_path)["entm"].chosen is None
+        study.run.execute(trial.config, tmp_path / trial.name, "train")
+    results = tmp_path / trials[1].name / "results.json"
+    results.write_text(results.read_text().replace("NaN", "null"))
+    sweep = arms.swept(config, tmp_path)["entm"]
+    assert sweep.found == [0.2, None, 0.35] and sweep.chosen == 3.0
+
+
 WRONG_SWEEPS = {
     "key": ({"feild": "x"}, "sweep's key is 'feild'; did you mean field"),
     "no values": ({"field": "batch_size"}, "sweep.values is missing"),

@@ -128,20 +128,21 @@ def swept(config: ConfigDict, workdir: Path) -> dict[str, Sweep]:
     for arm in with_sweep(config):
         sweep = config.arms[arm][SWEEP]
         by, nearest = sweep.get("by", config.sweep.by), sweep.get("nearest")
-        numbers = [_measured(workdir / t.name, by) for t in sweep_trials(config, arm)]
-        other = found.get(nearest) if nearest else None
+        folders = [workdir / trial.name for trial in sweep_trials(config, arm)]
+        numbers = [_measured(folder, by) for folder in folders]
         target = None
-        if other is not None and other.chosen is not None:
+        if (other := found.get(nearest)) is not None and other.chosen is not None:
             trial = list(sweep_trials(config, nearest))[other.values.index(other.chosen)]
             target = _measured(workdir / trial.name, by)
         values = tuple(sweep["values"])
+        distance = {
+            value: -number if target is None else abs(number - target)
+            for value, number in zip(values, numbers, strict=True)
+            if number is not None
+        }
+        finished = all(is_finished(folder) for folder in folders)
         chosen = None
-        if None not in numbers and (not nearest or target is not None):
-            distance = {
-                v: -n if target is None else abs(n - target)
-                for v, n in zip(values, numbers, strict=True)
-                if n is not None
-            }
+        if distance and finished and (not nearest or target is not None):
             chosen = min(distance, key=distance.__getitem__)  # the first of equals
         found[arm] = Sweep(sweep["field"], values, by, numbers, nearest, target, chosen)
     return found
@@ -151,6 +152,11 @@ def with_sweep(config: ConfigDict) -> list[str]:
     """The arms that have one, in the order in which they can be chosen."""
     arms = [arm for arm in config.arms if SWEEP in config.arms[arm]]
     return sorted(arms, key=lambda arm: "nearest" in config.arms[arm][SWEEP])
+
+
+def is_finished(workdir: Path) -> bool:
+    """Whether a run has its results, which it writes last."""
+    return (workdir / "results.json").exists()
 
 
 def check_sweeps(config: ConfigDict, schema: ConfigDict) -> None:
@@ -196,6 +202,6 @@ def _config(config: ConfigDict, arm: str) -> ConfigDict:
 
 
 def _measured(workdir: Path, measure: str) -> float | None:
-    if not (workdir / "results.json").exists():
+    if not is_finished(workdir):
         return None
     return measures.value(runs.results(workdir), measure)

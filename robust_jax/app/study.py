@@ -28,7 +28,15 @@ from robust_jax.app import (
     study_report,
 )
 from robust_jax.app import config as config_lib
-from robust_jax.app.arms import SWEEP, Trial, changed, get_field, set_field, trials
+from robust_jax.app.arms import (
+    SWEEP,
+    Trial,
+    changed,
+    get_field,
+    is_finished,
+    set_field,
+    trials,
+)
 from robust_jax.app.claims import Found, Run
 from robust_jax.app.config import choose
 from robust_jax.app.folder import Mode
@@ -210,7 +218,7 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: st
             train_seeds_together(first, workdir)
         if mode != "train" and not only:
             extra = trials(config, chosen, arms.extra_seeds(config))
-            first += [trial for trial in extra if _is_finished(workdir / trial.name)]
+            first += [trial for trial in extra if is_finished(workdir / trial.name)]
         _run(config, first, workdir, mode)
         if mode == "train" and not only:
             _add_seeds(config, chosen, workdir)
@@ -258,10 +266,6 @@ def _add_seeds(config: ConfigDict, chosen: Mapping[str, float], workdir: Path) -
         _run(config, more, workdir, "train")
 
 
-def _is_finished(workdir: Path) -> bool:
-    return (workdir / "results.json").exists()
-
-
 def _write(workdir: Path, results: dict[str, Any]) -> None:
     arrays = {
         arm: runs.measured(workdir / arm / min(by_seed, key=int))
@@ -279,7 +283,7 @@ def train_seeds_together(chosen: Sequence[Trial], workdir: Path) -> None:
         left = [
             (trial.config, workdir / trial.name)
             for trial in chosen
-            if trial.arm == arm and not _is_finished(workdir / trial.name)
+            if trial.arm == arm and not is_finished(workdir / trial.name)
         ]
         if len(left) > 1:
             configs, workdirs = zip(*left, strict=True)
@@ -297,7 +301,7 @@ def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
     missing = []
     for trial in trials(config, seeds=(*config.seeds, *arms.extra_seeds(config))):
         here = workdir / trial.name
-        if _is_finished(here):
+        if is_finished(here):
             found[trial.arm][trial.seed] = Run(
                 runs.results(here), records.read(here / "records" / "best.csv")
             )
