@@ -253,11 +253,7 @@ def _add_seeds(config: ConfigDict, chosen: Mapping[str, float], workdir: Path) -
     """Runs one more seed of the arms whose tests have too wide an interval, until none has."""
     for seed in arms.extra_seeds(config):
         found, _ = _found(config, workdir)
-        judged = [
-            claims.judge_test(test, found)
-            for name in config.claims
-            for test in _tests(config, name)
-        ]
+        judged = [test for claim in _judged(config, found).values() for test in claim["tests"]]
         wide = {arm for test in judged if claims.needs_more_seeds(test) for arm in test["arms"]}
         more = [trial for trial in trials(config, chosen, (seed,)) if trial.arm in wide]
         if not more:
