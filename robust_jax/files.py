@@ -1,6 +1,7 @@
 """Files that are whole or not there, whenever the process may be killed; and unreadable ones."""
 
 import json
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -26,7 +27,7 @@ UNREADABLE_NPZ = (
 
 def write_atomically(path: Path, text: str) -> Path:
     """Writes text beside path and renames it to path, which is returned."""
-    pending = path.with_name(path.name + ".pending")
+    pending = _pending(path)
     pending.write_text(text, encoding="utf-8")
     return pending.replace(path)
 
@@ -38,7 +39,12 @@ def write_json(path: Path, value: Any) -> Path:
 
 def save_arrays(path: Path, **arrays: np.ndarray | str | int) -> Path:
     """Writes a compressed npz file beside path and renames it to path, which is returned."""
-    pending = path.with_name(path.name + ".pending")
+    pending = _pending(path)
     with pending.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     return pending.replace(path)
+
+
+def _pending(path: Path) -> Path:
+    """Of this process alone: those that share a folder may write the same file at one time."""
+    return path.with_name(f"{path.name}.{os.getpid()}.pending")

@@ -66,6 +66,9 @@ def test_a_study_goes_on_in_its_own_folder_whoever_made_it(tmp_path):
     a_study(tmp_path / "two")
     a_run(tmp_path / "three" / "ce" / "0")  # as a study of a version before study.json
     a_study(tmp_path / "three")
+    (tmp_path / "begun").mkdir()  # by another process, which is about to name its first file
+    (tmp_path / "begun" / "study.json.1.pending").touch()
+    a_study(tmp_path / "begun")
     with pytest.raises(UserError, match="four holds no study; --mode=report needs a finished one"):
         folder.claim_study(tmp_path / "four", settled(), "report")
 

@@ -152,3 +152,22 @@ def test_numbers_along_training_have_a_line_an_arm_and_its_interval():
     np.testing.assert_array_equal(ax.lines[0].get_xydata(), [[0.5, 1], [1, 2]])
     assert ax.collections[0].get_datalim(ax.transData).y1 == 1.5
     assert not figure.axes[1].get_visible()
+
+
+def test_a_sweep_is_drawn_with_what_it_chose():
+    sweep = {"field": "weight", "values": (1.0, 0.1), "by": "acc", "found": [0.6, 0.5]}
+    linear = {**sweep, "values": (0.0, 1.0), "by": "conf", "found": [0.9, None]}
+    figure = study_plots.sweeps(
+        {
+            "EntM": {**sweep, "target": None, "chosen": 1.0},
+            "LS": {**linear, "target": 0.8, "chosen": None},
+        },
+        {"acc": "robust accuracy, %", "conf": "confidence"},
+    )
+    one, other = figure.axes
+    np.testing.assert_allclose(one.lines[0].get_xydata(), [[0.1, 50], [1, 60]])
+    np.testing.assert_allclose(one.lines[1].get_xydata(), [[1, 60]])
+    assert one.get_xscale() == "log" and other.get_xscale() == "linear"
+    assert one.get_title() == "EntM" and one.get_xlabel() == "weight"
+    np.testing.assert_allclose(other.lines[0].get_xydata(), [[0, 0.9]])
+    np.testing.assert_allclose(other.lines[1].get_ydata(), 0.8)

@@ -2,13 +2,14 @@
 
 import importlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from scipy import stats
+from ml_collections import ConfigDict
 
 from configs import default
-from robust_jax.app import claims, entries, measures, stored, study, threat
+from robust_jax.app import arms, entries, measures, stored, study, threat
 from robust_jax.app import config as config_lib
 from robust_jax.app import runs as run_files
 from robust_jax.app.experiment import build
@@ -16,109 +17,16 @@ from robust_jax.errors import UserError
 from robust_jax.models import MODELS
 from robust_jax.train import loop
 from tests.conftest import REPOSITORY
+from tests.test_claims import result, table
 
 STUDIES = sorted(
     path.stem for path in (REPOSITORY / "configs" / "studies").glob("*.py") if path.stem != "common"
 )
 
 
-def result(clean=0.9, pgd=0.5):
-    attacks = [{"name": "pgd", "attack": "pgd", "norm": "linf", "eps": 0.1, "robust_accuracy": pgd}]
-    return {"clean": {"accuracy": clean}, "attacks": attacks, "audit": None}
-
-
-def found(**arms):
-    """Made-up runs: by arm, the robust accuracy of each seed."""
-    return {arm: {i: result(pgd=v) for i, v in enumerate(values)} for arm, values in arms.items()}
-
-
-def claim(*tests):
-    return {"text": "", "tests": tests}
-
-
-ABOVE = {"measure": "pgd@0.1", "arms": ("b", "a"), "relation": "above"}
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "verdict"),
-    [
-        ((0.5, 0.52, 0.48), (0.6, 0.61, 0.59), "supported"),
-        ((0.6, 0.61, 0.59), (0.5, 0.52, 0.48), "refuted"),
-        ((0.5, 0.6, 0.4), (0.55, 0.45, 0.5), "inconclusive"),
-        ((0.5, 0.5, 0.5), (0.6, 0.6, 0.6), "inconclusive"),  # an interval without width
-        ((0.5, 0.4), (0.9, 0.8), "no verdict"),  # an interval needs three
-        ((0.5,), (0.9,), "no verdict"),
-        ((), (), "no verdict"),
-    ],
-)
-def test_a_verdict_follows_from_the_paired_differences(a, b, verdict):
-    assert claims.judge(claim(ABOVE), found(a=a, b=b))["verdict"] == verdict
-
-
-def test_seeds_are_paired_so_that_what_they_share_cancels():
-    a = np.array([0.3, 0.5, 0.7])
-    test = claims.judge(claim(ABOVE), found(a=a, b=a + [0.02, 0.021, 0.019]))["tests"][0]
-    assert test["verdict"] == "supported"
-    np.testing.assert_allclose(test["mean"], 0.02)
-    expected = stats.ttest_1samp([0.02, 0.021, 0.019], 0).confidence_interval(0.95)
-    np.testing.assert_allclose((test["low"], test["high"]), expected)
-
-
-def test_all_tests_of_a_claim_must_hold_and_one_refutes_it():
-    runs = found(a=(0.5, 0.52, 0.48), b=(0.6, 0.61, 0.59), c=(0.4, 0.7, 0.5))
-    unsure = {**ABOVE, "arms": ("c", "a")}
-    wrong = {**ABOVE, "relation": "below"}
-    assert claims.judge(claim(ABOVE, ABOVE), runs)["verdict"] == "supported"
-    assert claims.judge(claim(ABOVE, unsure), runs)["verdict"] == "inconclusive"
-    assert claims.judge(claim(ABOVE, unsure, wrong), runs)["verdict"] == "refuted"
-
-
-def test_margins_levels_and_trends():
-    runs = found(a=(0.5, 0.5, 0.51), b=(0.49, 0.491, 0.5), c=(0.2, 0.21, 0.2))
-    within = {**ABOVE, "by": -0.02}
-    assert claims.judge(claim(within), runs)["verdict"] == "supported"
-    assert claims.judge(claim(ABOVE), runs)["verdict"] == "refuted"
-    level = {"measure": "pgd@0.1", "arms": ("c",), "relation": "below", "level": 0.3}
-    assert claims.judge(claim(level), runs)["verdict"] == "supported"
-    falls = {"measure": "pgd@0.1", "arms": ("a", "b", "c"), "relation": "falls", "at": (0, 1, 2)}
-    judged = claims.judge(claim(falls), runs)
-    assert judged["verdict"] == "supported"
-    np.testing.assert_allclose(judged["tests"][0]["values"], [0.3, 0.29, 0.31])
-    assert claims.judge(claim({**falls, "relation": "rises"}), runs)["verdict"] == "refuted"
-
-
-def test_most_of_several_numbers():
-    spectra = {"weak": [(3, 2, 1), (3, 2, 5)] * 2, "strong": [(2, 1.5, 4)] * 4}
-    runs = {
-        arm: {
-            seed: {
-                "measurements": {"spectra": {"spread/a": a, "spread/b": b, "spread/c": c, "d": 9}}
-            }
-            for seed, (a, b, c) in enumerate(by_seed)
-        }
-        for arm, by_seed in spectra.items()
-    }
-    falls = {
-        "measure": "measurements.spectra.spread/*",
-        "arms": ("weak", "strong"),
-        "relation": "falls",
-    }
-    judged = claims.judge(claim(falls), runs)
-    assert judged["verdict"] == "supported"
-    np.testing.assert_allclose(judged["tests"][0]["values"], [1 / 6, 1 / 2] * 2)
-    assert claims.judge(claim({**falls, "relation": "rises"}), runs)["verdict"] == "refuted"
-    other = {**falls, "measure": "measurements.spectra.spread/z*"}
-    assert claims.judge(claim(other), runs)["tests"][0]["values"] == []
-
-
-def test_a_seed_that_one_arm_lacks_is_left_out():
-    runs = found(a=(0.5, 0.52, 0.48, 0.1), b=(0.6, 0.61, 0.59))
-    assert len(claims.judge(claim(ABOVE), runs)["tests"][0]["values"]) == 3
-
-
 def test_value_reads_attacks_paths_and_differences():
     results = {
-        **result(0.9, 0.4),
+        **result(pgd=0.4),
         "measurements": {"spectra": {"mean": 3}},
         "audit": {"checks": [{"name": "one", "values": {"share": 0.25}}]},
     }
@@ -245,11 +153,264 @@ def test_a_typo_in_a_claim_or_a_measure_is_found_before_anything_runs(case):
     assert "\n" not in str(error.value)
 
 
-def test_intervals_of_accuracies_stay_between_none_and_all():
-    found = claims.mean_interval([0.0, 0.3, 0.1], bounds=measures.bounds("pgd@0.1"))
-    assert found.low == 0 and found.high < 1
-    assert measures.bounds("clean.accuracy - pgd@0.1") == (-1, 1)
-    assert measures.bounds("measurements.outputs.mean_margin")[0] == -np.inf
+def fake_runs(monkeypatch, accuracy=lambda config: 0.5, num_images=200):
+    """Replaces runs by ones that only write results, of PGD and on held-out images: accuracy."""
+    ran = []
+
+    def execute(config, workdir, mode):
+        if (workdir / "results.json").exists() and mode == "train":
+            return
+        ran.append(str(workdir.relative_to(workdir.parents[2 if "sweep" in workdir.parts else 1])))
+        held = np.random.default_rng(config.seed).random(num_images) < accuracy(config)
+        results = {**result(pgd=held.mean()), "config": config_lib.to_json(config)}
+        results["training"] = {"best": {"robust_accuracy": accuracy(config)}}
+        results["measurements"] = {"outputs": {"mean_confidence": 2 * accuracy(config)}}
+        (workdir / "records").mkdir(parents=True, exist_ok=True)
+        table(held).to_csv(workdir / "records" / "best.csv", index=False)
+        (workdir / "results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr(study.run, "execute", execute)
+    return ran
+
+
+def small_study(**fields):
+    """A study of two arms and one claim."""
+    config = importlib.import_module("configs.studies.entm").get_config()
+    config.scale, config.scales = "only", {"only": {}}
+    config.base.attacks = {"pgd": {"eps": (0.1,)}}
+    config.arms = ConfigDict(
+        {
+            "at": {},
+            "entm": {"regularizers": {"entropy": {"weight": 1.0}}},
+            "other": {},
+        },
+        sort_keys=False,
+    )
+    config.measures, config.pairs, config.published = (("PGD", "pgd@0.1"),), (), ()
+    test = {"measure": "pgd@0.1", "arms": ("entm", "at"), "relation": "above"}
+    config.claims = {"a": {"text": "Better.", "tests": (test,), "smallest_effect": 0.05}}
+    for path, value in fields.items():
+        arms.set_field(config, path, value)
+    return study.settled(config)
+
+
+def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monkeypatch):
+    fields = {"seeds_limit": 9, "claims.a.widest": 0.3}
+    alike = fake_runs(monkeypatch)
+    config = small_study(**fields)
+    study.check(config, default.get_config())
+    said = study.execute(config, tmp_path / "alike")
+    assert len(alike) == 9  # both arms hold the same images: there is nothing to narrow
+
+    def apart(config):  # by the seed, so that only seeds narrow it
+        return 0.5 + (0.2 if config.regularizers.entropy.weight else 0.1) * (-1) ** config.seed
+
+    ran = fake_runs(monkeypatch, apart)
+    said = study.execute(config, tmp_path / "apart")
+    results = run_files.results(tmp_path / "apart")
+    seeds = {arm: list(row["PGD"]["values"]) for arm, row in results["table"].items()}
+    assert seeds["other"] == ["0", "1", "2"]  # no test is of it
+    assert seeds["at"] == seeds["entm"] == [str(seed) for seed in results["seeds"]]
+    test = results["claims"]["a"]["tests"][0]
+    assert 3 < len(test["values"]) < 9 and test["high"] - test["low"] < 0.3 * (1 + 1e-6)
+    assert test["images"] == 200 and results["num_tests"] == 1
+    assert "Number of tests: 1." in said
+    ran.clear()
+    study.execute(config, tmp_path / "apart")  # again: nothing is left to do
+    study.execute(config, tmp_path / "apart", "report")
+    assert not ran
+    study.execute(config, tmp_path / "apart", only="other/7")  # a scheduler adds one by itself
+    study.execute(config, tmp_path / "apart", "report")
+    assert ran == ["other/7"]
+    assert "7" in run_files.results(tmp_path / "apart")["table"]["other"]["PGD"]["values"]
+    ran.clear()
+    study.execute(config, tmp_path / "apart", "evaluate")
+    assert len(ran) == 9 + 2 * (len(test["values"]) - 3) + 1  # each once, the added ones too
+
+    narrow = small_study(**{**fields, "claims.a.widest": 0.01, "seeds_limit": 4})
+    ran = fake_runs(monkeypatch, apart)
+    study.execute(narrow, tmp_path / "limit")
+    assert len(ran) <= 9 + 2
+
+
+SWEEP = {"field": "regularizers.entropy.weight", "values": (0.1, 1.0, 3.0)}
+
+
+def best_at_one(config):
+    """The entropy's weight decides: 1 is best, and more is nearer to 0.3 than less."""
+    weight = config.regularizers.entropy.weight
+    return {0.0: 0.4, 0.1: 0.2, 1.0: 0.6, 3.0: 0.35}[weight]
+
+
+def test_a_sweep_chooses_a_value_that_the_seeds_then_have(tmp_path, monkeypatch):
+    ran = fake_runs(monkeypatch, best_at_one)
+    config = small_study(**{"arms.entm.sweep": SWEEP})
+    study.check(config, default.get_config())
+    with pytest.raises(UserError, match="entm is not chosen yet: run --only=entm/sweep first"):
+        study.execute(config, tmp_path, only="entm/0")
+    assert "no verdict" in study.execute(config, tmp_path, "report")
+    study.execute(config, tmp_path, only="entm/sweep")
+    swept = [f"entm/sweep/{value}" for value in SWEEP["values"]]
+    assert ran == swept
+    for name in swept:
+        own = run_files.results(tmp_path / name)["config"]
+        assert own["seed"] not in config.seeds and not own["attacks"]
+        assert own["audit"]["num_examples"] == 0
+    study.execute(config, tmp_path, only="entm/0")
+    study.execute(config, tmp_path)
+    assert ran.count("entm/sweep/1.0") == ran.count("entm/0") == 1
+    for seed in config.seeds:
+        own = run_files.results(tmp_path / "entm" / str(seed))["config"]
+        assert own["regularizers"]["entropy"]["weight"] == 1.0 and own["seed"] == seed
+        assert list(own["attacks"]) == ["pgd"] and "sweep" not in own
+    results = run_files.results(tmp_path)
+    assert results["sweeps"]["entm"] == {
+        **SWEEP,
+        "values": [0.1, 1.0, 3.0],
+        "by": "training.best.robust_accuracy",
+        "found": [0.2, 0.6, 0.35],
+        "nearest": None,
+        "target": None,
+        "chosen": 1.0,
+    }
+    assert results["configs"]["entm"]["regularizers"]["entropy"]["weight"] == 1.0
+    assert (tmp_path / "figures" / "sweeps.svg").exists()
+    again = stored.from_json(json.loads((tmp_path / "study.json").read_text()))
+    assert study.settled(again).to_dict() == config.to_dict()
+
+
+def test_a_page_says_what_each_test_rests_on(tmp_path, monkeypatch):
+    def accuracy(config):
+        return 0.53 if config.regularizers.entropy.weight else 0.5
+
+    fake_runs(monkeypatch, accuracy, num_images=2000)
+    config = small_study(
+        **{
+            "labels": ConfigDict({"entm": "AT + EntM"}),
+            "arms.entm.sweep": SWEEP,
+            "seeds": (0, 1, 2),
+        }
+    )
+    said = study.execute(config, tmp_path)
+    assert said.startswith("supported, but small: Better.")
+    readme, page = ((tmp_path / name).read_text() for name in ("README.md", "report.html"))
+    mean, low, high = (
+        100 * run_files.results(tmp_path)["claims"]["a"]["tests"][0][end]
+        for end in ("mean", "low", "high")
+    )
+    assert 0 < low < mean < high < 5
+    found = f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    line = ("PGD: AT + EntM above at", found, "5 points", "3 seeds × 2,000 images")
+    assert f"| {' | '.join(line)} | supported, but small |" in readme
+    assert all(part in page for part in (found, *line[2:], "Number of tests: 1.", "Sweeps: what"))
+
+
+def test_a_sweep_can_choose_what_is_nearest_to_another_arm(tmp_path, monkeypatch):
+    fake_runs(monkeypatch, best_at_one)
+    ls = {
+        "regularizers": {"entropy": {"weight": 1.0}},
+        "sweep": {**SWEEP, "values": (0.1,), "by": "training.best.robust_accuracy"},
+    }
+    by = "measurements.outputs.mean_confidence"
+    # What is matched comes first in the config, and is run after what it is matched with.
+    matched = {**SWEEP, "values": (1.0, 3.0), "nearest": "other", "by": by}
+    config = small_study(
+        **{
+            "arms.entm.sweep": matched,
+            "arms.other": ls,
+            "sweep.base": {"measurements": {"outputs": {"num_examples": 100}}},
+        }
+    )
+    study.check(config, default.get_config())
+    with pytest.raises(UserError, match="run --only=other/sweep and --only=entm/sweep first"):
+        study.execute(config, tmp_path, only="entm/0")
+    study.execute(config, tmp_path)
+    sweeps = run_files.results(tmp_path)["sweeps"]
+    assert sweeps["other"]["chosen"] == 0.1 and sweeps["entm"]["chosen"] == 3.0
+    np.testing.assert_allclose(sweeps["entm"]["target"], 0.4)
+    np.testing.assert_allclose(sweeps["entm"]["found"], [1.2, 0.7])
+
+
+def test_a_sweep_chooses_once_all_is_run_and_leaves_out_what_has_no_number(tmp_path, monkeypatch):
+    def accuracy(config):
+        value = best_at_one(config)
+        return value if value < 0.6 else float("nan")  # it diverged: null in its results
+
+    fake_runs(monkeypatch, accuracy)
+    config = small_study(**{"arms.entm.sweep": SWEEP})
+    trials = list(arms.sweep_trials(config, "entm"))
+    for trial in reversed(trials):
+        assert arms.swept(config, tmp_path)["entm"].chosen is None
+        study.run.execute(trial.config, tmp_path / trial.name, "train")
+    results = tmp_path / trials[1].name / "results.json"
+    results.write_text(results.read_text().replace("NaN", "null"))
+    sweep = arms.swept(config, tmp_path)["entm"]
+    assert sweep.found == [0.2, None, 0.35] and sweep.chosen == 3.0
+
+
+WRONG_SWEEPS = {
+    "key": ({"feild": "x"}, "sweep's key is 'feild'; did you mean field"),
+    "no values": ({"field": "batch_size"}, "sweep.values is missing"),
+    "field": ({"field": "regularizers.entropi.weight", "values": (1.0,)}, "the arm does not have"),
+    "text": ({"field": "loss.name", "values": ("cross_entropy",)}, "it is for numbers"),
+    "values": ({**SWEEP, "values": (1.0, "2")}, "it is for numbers"),
+    "one number": ({**SWEEP, "values": 1.0}, "it is for numbers"),
+    "the same twice": ({**SWEEP, "values": (1.0, 1.0)}, "give different numbers"),
+    "range": ({"field": "learning_rate", "values": (0.1, -1.0)}, "learning_rate is -1.0; it must"),
+    "measure": ({**SWEEP, "by": "training.best.acuracy"}, "'acuracy'; choices|did you mean"),
+    "not measured": ({**SWEEP, "by": "pgd@0.1"}, "sweep.by's attack is 'pgd'; choices: none"),
+    "nearest": ({**SWEEP, "nearest": "entm"}, "sweep.nearest is 'entm'; choices: none"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SWEEPS)
+def test_a_typo_in_a_sweep_is_found_before_anything_runs(case):
+    sweep, message = WRONG_SWEEPS[case]
+    with pytest.raises(UserError, match=message) as error:
+        study.check(small_study(**{"arms.entm.sweep": sweep}), default.get_config())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arms.entm.sweep": SWEEP, "sweep.seed": 1}, "config.sweep.seed is 1, a seed of the stu"),
+        (
+            {"labels": ConfigDict({"et": "EntM"})},
+            "config.labels' arm is 'et'; did you mean|choices",
+        ),
+        ({"seeds_limit": 2}, "config.seeds_limit is 2, and there are 3 seeds"),
+        ({"claims.a.smalest": 0.1}, "a's key is 'smalest'; choices|did you mean smallest_effect"),
+        ({"claims.a.widest": "much"}, "a's widest is 'much'; it is a number"),
+        ({"sweep.bi": "x"}, "config.sweep's field is 'bi'; did you mean by|choices"),
+    ],
+)
+def test_a_typo_in_what_decides_is_found_before_anything_runs(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        study.check(small_study(**fields), default.get_config())
+    assert "\n" not in str(error.value)
+
+
+def test_a_scale_can_set_seeds_sweeps_and_values(tmp_path):
+    config = importlib.import_module("configs.studies.entm").get_config()
+    config.arms.entm.sweep = SWEEP
+    config.scales["medium"] = {
+        "seeds": (0, 1, 2, 3),
+        "seeds_limit": 8,
+        "radii": config.scales["small"]["radii"],
+        "sweep": {"base": {"duration": "1 epoch"}},
+        "arms": {"entm": {"sweep": {"values": (0.5, 2.0)}}},
+    }
+    config.scale = "medium"
+    medium = study.settled(config)
+    study.check(medium, default.get_config())
+    assert arms.extra_seeds(medium) == (4, 5, 6, 7)
+    swept = list(arms.sweep_trials(medium, "entm"))
+    assert [t.config.regularizers.entropy.weight for t in swept] == [0.5, 2.0]
+    assert {t.config.duration for t in swept} == {"1 epoch"}
+    config.scales["medium"]["sedes"] = (0,)
+    with pytest.raises(UserError, match="scales.medium's field is 'sedes'; did you mean seeds"):
+        study.settled(config)
 
 
 def test_mistakes_are_told(tmp_path):
@@ -327,10 +488,11 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path):
         "--config.scale=smoke",
         f"--workdir={tmp_path}",
     )
-    for part in ("ce/1", "gce"):
-        alone = launch(*flags, f"--only={part}")
-        assert alone.returncode == 0, alone.stderr[-3000:]
-        assert not (tmp_path / "report.html").exists()
+    with ThreadPoolExecutor() as pool:  # two processes in one folder, which neither has begun
+        parts = pool.map(lambda part: launch(*flags, f"--only={part}"), ("ce/1", "gce"))
+        for alone in parts:
+            assert alone.returncode == 0, alone.stderr[-3000:]
+    assert not (tmp_path / "report.html").exists()
     collected = launch(f"--workdir={tmp_path}", "--mode=report")  # the folder knows the study
     assert collected.returncode == 0, collected.stderr[-3000:]
     assert "7 of 10 runs are not finished: ce/0, cot/0, at/0, gce_at/0" in collected.stderr

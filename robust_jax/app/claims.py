@@ -1,97 +1,188 @@
-"""What a study's claims come to: tests on the runs' numbers, paired over seeds.
+"""What a study's claims come to: tests on the runs' numbers, paired by seed and by test image.
 
-Nothing is typed in: an outcome follows from the 95 % interval of a quantity that the claim says is
-above zero.
+Nothing is typed in: a verdict follows from the 95 % interval of a quantity that the claim says is
+above zero, and from the smallest effect that is worth claiming, which the config sets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
+import pandas as pd
 
 from robust_jax.app import measures
+from robust_jax.app.intervals import Interval, as_wide_as, interval
+from robust_jax.errors import UserError
 
-Outcome = Literal["supported", "refuted", "inconclusive", "no verdict"]
+Verdict = Literal["supported", "supported, but small", "refuted", "inconclusive", "no verdict"]
 RELATIONS = ("above", "below", "rises", "falls")
+# How large an effect is worth claiming, and how wide an interval may be: of a test, or of all of a
+# claim's.
+SIZES = ("smallest_effect", "widest")
+KEYS = ("measure", "arms", "relation", "level", "by", "at", *SIZES)
 # Student's t has an interval for two values, which is wide enough to say nothing.
 FEWEST_SEEDS = 3
+# A claim's verdict is the first of these that one of its tests has.
+_DECISIVE: tuple[Verdict, ...] = (
+    "no verdict",
+    "refuted",
+    "inconclusive",
+    "supported, but small",
+    "supported",
+)
 
 
-class Interval(NamedTuple):
-    """A mean over seeds with its 95 % confidence interval by Student's t; NaN ends for one seed."""
+class Run(NamedTuple):
+    """A finished run: its results.json, and the table of its test images where it is known."""
 
-    mean: float
-    low: float
-    high: float
+    results: Mapping[str, Any]
+    records: pd.DataFrame | None = None
 
 
-def judge(claim: Mapping[str, Any], found: Mapping[str, Mapping[int, dict]]) -> dict[str, Any]:
+Found = Mapping[str, Mapping[int, Run]]  # by arm and seed
+
+
+def judge(
+    text: str, tests: Sequence[Mapping[str, Any]], found: Found, *, adds_seeds: bool = False
+) -> dict[str, Any]:
     """A claim with the outcome of each of its tests, and its verdict.
 
-    It is supported where every test is, refuted where one is, and else inconclusive; there is no
-    verdict where a test has fewer than three seeds.
+    It is refuted where one test is, supported where every test is, and else inconclusive; there is
+    no verdict where a test has fewer than three seeds. adds_seeds: whether seeds are added until
+    intervals are as narrow as was asked.
     """
-    tests = [{**test, **_outcome(test, found)} for test in claim["tests"]]
-    outcomes = {test["verdict"] for test in tests}
-    verdict = next(
-        (o for o in ("no verdict", "refuted", "inconclusive") if o in outcomes), "supported"
-    )
-    return {"text": claim["text"], "verdict": verdict, "tests": tests}
+    judged = [judge_test(test, found, adds_seeds=adds_seeds) for test in tests]
+    verdicts = {test["verdict"] for test in judged}
+    verdict = next(v for v in _DECISIVE if v in verdicts)
+    return {"text": text, "verdict": verdict, "tests": judged}
 
 
-def mean_interval(
-    values: Sequence[float],
-    *,
-    level: float = 0.95,
-    bounds: tuple[float, float] = (-np.inf, np.inf),
-) -> Interval:
-    """The mean over seeds and its two-sided confidence interval (Student's t), within bounds."""
-    array = np.asarray(values, float)
-    if array.size < 2:
-        return Interval(float(array.mean()) if array.size else np.nan, np.nan, np.nan)
-    mean = float(array.mean())
-    half = stdtrit(array.size - 1, (1 + level) / 2) * array.std(ddof=1) / np.sqrt(array.size)
-    return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]))
-
-
-def outcome_of(interval: Interval, num_seeds: int) -> Outcome:
-    """supported where the whole interval is above zero, refuted where it is below.
-
-    An interval without width says that seeds differ by less than the examples can tell.
-    """
-    if num_seeds < FEWEST_SEEDS:
-        return "no verdict"
-    if not interval.high - interval.low > 1e-9 * abs(interval.mean):
-        return "inconclusive"
-    if interval.low > 0:
-        return "supported"
-    return "refuted" if interval.high < 0 else "inconclusive"
-
-
-def _outcome(test: Mapping[str, Any], found: Mapping[str, Mapping[int, dict]]) -> dict[str, Any]:
-    """The quantity that a test claims to be above zero: its mean and interval over seeds."""
-    shared = set.intersection(*(set(found[arm]) for arm in test["arms"]))
-    margins = []
-    for seed in sorted(shared):
-        here = [measures.values(found[arm][seed], test["measure"]) for arm in test["arms"]]
-        known = [v for v in here if v is not None]
-        if len(known) == len(here):
-            margins.append(_margin(test, np.array(known)))
-    interval = mean_interval(margins)
+def judge_test(
+    test: Mapping[str, Any], found: Found, *, adds_seeds: bool = False
+) -> dict[str, Any]:
+    """The test with the quantity that it claims to be above zero, and its verdict."""
+    shared = sorted(set.intersection(*(set(found[arm]) for arm in test["arms"])))
+    runs = [[found[arm][seed] for arm in test["arms"]] for seed in shared]
+    outcomes = _outcomes(test, runs)
+    smallest = _size(test.get("smallest_effect", 0.0), test, runs)
+    widest = _size(test["widest"], test, runs) if "widest" in test else smallest
+    known = interval(outcomes)
+    if adds_seeds:
+        known = as_wide_as(widest, known)
     return {
-        "values": margins,
-        **{k: v if np.isfinite(v) else None for k, v in interval._asdict().items()},
-        "verdict": outcome_of(interval, len(margins)),
+        **test,
+        "values": [float(np.mean(of_seed)) for of_seed in outcomes],
+        **{k: v if np.isfinite(v) else None for k, v in known._asdict().items()},
+        "images": outcomes.shape[1] if outcomes.ndim == 2 else None,
+        "smallest_effect": smallest,
+        "widest": widest,
+        "verdict": verdict(known, len(outcomes), smallest),
     }
 
 
-def _margin(test: Mapping[str, Any], values: np.ndarray) -> float:
-    """How far one seed is on the claimed side; values [arms, entries].
+def verdict(known: Interval, num_seeds: int, smallest_effect: float = 0.0) -> Verdict:
+    """What an interval says of the claim that its quantity is above zero.
+
+    supported: the whole interval is above zero. refuted: it is below the smallest effect that is
+    worth claiming. Where both hold there is an effect, and it is smaller than that. An interval
+    without width says that seeds differ by less than can be told.
+    """
+    if num_seeds < FEWEST_SEEDS:
+        return "no verdict"
+    if not known.high - known.low > 1e-9 * abs(known.mean):
+        return "inconclusive"
+    if known.low > 0:
+        return "supported" if known.high >= smallest_effect else "supported, but small"
+    return "refuted" if known.high < smallest_effect else "inconclusive"
+
+
+def needs_more_seeds(judged: Mapping[str, Any]) -> bool:
+    """Whether the interval of a test is wider than was asked, and more seeds can narrow it.
+
+    What is asked is `widest`, or else the smallest effect: an interval as narrow as that cannot
+    hold both it and zero, so there is a verdict. Nothing here looks at where the interval is: to
+    add seeds until it leaves out zero would find effects that are not there.
+    """
+    widest = judged["widest"]
+    if not widest or not judged["values"]:
+        return False
+    if len(judged["values"]) < FEWEST_SEEDS:
+        return True
+    width = judged["high"] - judged["low"]
+    return width > widest * (1 + 1e-9) and widest > 2 * judged["from_images"]
+
+
+def check_size(test: Mapping[str, Any], field: str, path: str) -> None:
+    """Checks a test's smallest effect or width. Raises UserError for what is not one."""
+    size = test.get(field, 0.0)
+    relative = _relative(size)
+    of_many = test["measure"].endswith("/*")
+    if relative is not None and (of_many or measures.is_share(test["measure"])):
+        raise UserError(f"{path} is {size!r}; {test['measure']} is a share, so a point is 0.01")
+    if relative is not None and "level" in test:
+        raise UserError(f"{path} is {size!r}; beside a level it is a number")
+    if relative is None and not (isinstance(size, int | float) and size >= 0):
+        raise UserError(
+            f'{path} is {size!r}; it is a number in the unit of the measure, or "10 %" of what the '
+            "first arm is compared with"
+        )
+
+
+def _size(size: float | str, test: Mapping[str, Any], runs: Collection[Sequence[Run]]) -> float:
+    """In the unit of the measure: a share of the other arm's mean where it is given in percent."""
+    relative = _relative(size)
+    if relative is None:
+        return float(size)
+    reference = 0 if test["relation"] in ("rises", "falls") else 1
+    values = [measures.value(of_seed[reference].results, test["measure"]) for of_seed in runs]
+    known = [value for value in values if value is not None]
+    return relative * abs(float(np.mean(known))) if known else 0.0
+
+
+def _relative(size: Any) -> float | None:
+    """0.1 for "10 %"; None where it is no share of something."""
+    if not isinstance(size, str) or not size.endswith("%"):
+        return None
+    try:
+        return float(size.removesuffix("%")) / 100
+    except ValueError:
+        return None
+
+
+def by_image(measure: str, runs: Sequence[Sequence[Run]]) -> np.ndarray | None:
+    """What a share is the mean of, [seeds, arms, images], of the runs that have it, [seeds][arms].
+
+    The images are those on which every run was measured. None where there are none.
+    """
+    found = [
+        [measures.outcomes(run.results, run.records, measure) for run in of_seed]
+        for of_seed in runs
+        if all(measures.value(run.results, measure) is not None for run in of_seed)
+    ]
+    known = [outcomes for of_seed in found for outcomes in of_seed if outcomes is not None]
+    if not found or len(known) < len(found) * len(found[0]):
+        return None
+    table = pd.concat(known, axis=1, join="inner").to_numpy(float)
+    return table.T.reshape(len(found), len(found[0]), -1) if len(table) else None
+
+
+def _outcomes(test: Mapping[str, Any], runs: Sequence[Sequence[Run]]) -> np.ndarray:
+    """How far each seed is on the claimed side, [seeds]; of a share each image, [seeds, images]."""
+    measure = test["measure"]
+    if (shares := by_image(measure, runs)) is not None:
+        return np.stack([_margin(test, of_seed) for of_seed in shares])
+    numbers = [[measures.values(run.results, measure) for run in of_seed] for of_seed in runs]
+    known = [np.array(of_seed, float) for of_seed in numbers if None not in of_seed]
+    margins = [_margin(test, of_seed) for of_seed in known]
+    return np.array([m[0] if len(m) == 1 else np.mean(m > 0) - 0.5 for m in margins])
+
+
+def _margin(test: Mapping[str, Any], values: np.ndarray) -> np.ndarray:
+    """How far one seed is on the claimed side; values [arms, images or entries].
 
     "above"/"below" compare the first arm with the second, or with a level; "rises"/"falls" take the
     change from the first arm to the last of a line fitted over the arms, against `at` (or their
-    numbers). Of several entries: the share on the claimed side, over one half.
+    numbers).
     """
     relation = test["relation"]
     if relation in ("rises", "falls"):
@@ -101,5 +192,4 @@ def _margin(test: Mapping[str, Any], values: np.ndarray) -> float:
         found = values[0] - (values[1] if len(values) > 1 else test["level"])
     if relation in ("falls", "below"):
         found = -found
-    found = found - test.get("by", 0.0)
-    return float(found[0] if len(found) == 1 else np.mean(found > 0) - 0.5)
+    return found - test.get("by", 0.0)

@@ -30,8 +30,8 @@ def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
 
     Raises UserError where it holds a run whose config differs, with every field, or anything else.
     """
-    if stored.holds(workdir) != "a run":
-        _claim_new(workdir, stored.RUN, config, mode)
+    if (found := stored.holds(workdir)) != "a run":
+        _claim_new(workdir, found, stored.RUN, config, mode)
         return
     if changed := _differences(workdir, config, mode):
         raise UserError(
@@ -60,14 +60,20 @@ def _differences(workdir: Path, config: ConfigDict, mode: Mode) -> list[str]:
 
 def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:
     """Makes workdir this study's, or checks that it holds one; its runs check their configs."""
-    arms = workdir.is_dir() and {path.name for path in workdir.iterdir()} <= set(config.arms)
-    if stored.holds(workdir) != "a study" and not (arms and any(workdir.iterdir())):
-        _claim_new(workdir, stored.STUDY, config, mode)
-
-
-def _claim_new(workdir: Path, name: str, config: ConfigDict, mode: Mode) -> None:
-    kind = "run" if name == stored.RUN else "study"
     found = stored.holds(workdir)
+    own = {*config.arms, stored.STUDY}  # of an older study, or of one that another process begins
+    if found == "other files" and own.issuperset(
+        path.name for path in workdir.iterdir() if path.suffix != ".pending"
+    ):
+        return
+    if found != "a study":
+        _claim_new(workdir, found, stored.STUDY, config, mode)
+
+
+def _claim_new(
+    workdir: Path, found: stored.Holds, name: str, config: ConfigDict, mode: Mode
+) -> None:
+    kind = "run" if name == stored.RUN else "study"
     if found != "nothing":
         raise UserError(f"{workdir} holds {found} and no {kind}; take another --workdir")
     if mode != "train":

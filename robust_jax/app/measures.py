@@ -9,9 +9,10 @@ from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from ml_collections import ConfigDict
 
-from robust_jax.app import entries, threat
+from robust_jax.app import entries, records, threat
 from robust_jax.app.config import choose
 from robust_jax.app.measurements import NUMBERS
 from robust_jax.app.wording import format_eps
@@ -46,11 +47,8 @@ def value(results: Results, measure: str) -> float | None:
         one, other = (value(results, part) for part in measure.split(" - "))
         return None if one is None or other is None else one - other
     if "@" in measure:
-        name, eps = _attack_and_eps(measure)
-        for entry in results["attacks"]:
-            if entry["name"] == name and np.isclose(entry["eps"], eps, rtol=1e-5):
-                return entry["robust_accuracy"]
-        return None
+        entry = _attack(results, measure)
+        return None if entry is None else entry["robust_accuracy"]
     node = _node(results, measure)
     return None if node is None else float(node)
 
@@ -63,6 +61,29 @@ def values(results: Results, measure: str) -> list[float] | None:
     path, _, start = measure[:-1].rpartition(".")
     node = _node(results, path) or {}
     return [float(v) for name, v in sorted(node.items()) if name.startswith(start)] or None
+
+
+def outcomes(results: Results, table: pd.DataFrame | None, measure: str) -> pd.Series | None:
+    """What a share is the mean of: a number for each test image, by its index.
+
+    None where the measure is no share of test images, or their table (see records.py) is not known.
+    """
+    if table is None:
+        return None
+    if " - " in measure:
+        one, other = (outcomes(results, table, part) for part in measure.split(" - "))
+        return None if one is None or other is None else (one - other).dropna()
+    table = table.set_index("index")
+    if measure == "clean.accuracy":
+        return table["correct"].astype(float)
+    if "@" not in measure or (entry := _attack(results, measure)) is None:
+        return None
+    if entry["attack"].startswith("worst_case"):
+        names = [e["name"] for e in results["attacks"] if e["norm"] == entry["norm"]]
+        held = records.worst_case(table[: entry["count"]], names, entry["eps"])
+    else:
+        held = records.held(table, entry["name"], entry["eps"]).dropna()
+    return held.astype(float)
 
 
 def is_share(measure: str) -> bool:
@@ -107,6 +128,15 @@ def check(measure: str, config: ConfigDict, path: str) -> None:
             _check_attack(part, config, path)
         else:
             _check_path(part, _known(config), path)
+
+
+def _attack(results: Results, measure: str) -> Mapping[str, Any] | None:
+    """The entry of results.json that "attack@eps" names."""
+    name, eps = _attack_and_eps(measure)
+    for entry in results["attacks"]:
+        if entry["name"] == name and np.isclose(entry["eps"], eps, rtol=1e-5):
+            return entry
+    return None
 
 
 def _attack_and_eps(measure: str) -> tuple[str, float]:
@@ -161,7 +191,7 @@ def _known(config: ConfigDict) -> _Tree:
             },
             "probabilities": _JACOBIAN,
         },
-        "training": {"first": validation, "last": validation},
+        "training": dict.fromkeys(("first", "best", "last"), validation),
         "measurements": numbers,
         "audit": {"checks": dict.fromkeys(AUDIT_CHECKS, check), "num_examples": _ANYTHING},
         "timings": {"*": _ANYTHING},

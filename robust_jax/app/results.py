@@ -105,16 +105,17 @@ def threat_of(config: ConfigDict) -> dict[str, Any]:
 
 
 def validations(workdir: Path) -> dict[str, dict[str, float]]:
-    """What the first and the last validation found."""
+    """What the first, the last and the best checkpoint's validation found."""
     metrics = runs.load(workdir).metrics.dropna(subset=["validation/cross_entropy"])
     columns = [name for name in metrics if name.startswith("validation/")]
+    best = int(metrics["validation/robust_accuracy"].argmax())  # the earlier on a tie, as chosen
     return {
         when: {
             name.partition("/")[2]: float(value)
             for name, value in metrics[columns].iloc[i].items()
             if np.isfinite(value)
         }
-        for when, i in (("first", 0), ("last", -1))
+        for when, i in (("first", 0), ("best", best), ("last", -1))
     }
 
 

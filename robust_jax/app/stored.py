@@ -18,7 +18,8 @@ def holds(workdir: Path) -> Holds:
         return "a run"
     if (workdir / STUDY).exists():
         return "a study"
-    if not workdir.is_dir() or not any(workdir.iterdir()):
+    # Another process may be about to write the first file.
+    if not workdir.is_dir() or all(path.suffix == ".pending" for path in workdir.iterdir()):
         return "nothing"
     results = workdir / "results.json"
     if not results.exists():

@@ -2,13 +2,13 @@
 
 Its config (configs/studies/) holds a base config, scales and arms as changes of it, the measures of
 the table, and the claims as tests on them. Nothing here is typed in: a verdict follows from the
-intervals over seeds.
+intervals over seeds and test images.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,18 +16,31 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from robust_jax.app import (
+    arms,
     claims,
     entries,
     folder,
     measures,
+    records,
     run,
     runs,
     stored,
     study_report,
 )
 from robust_jax.app import config as config_lib
+from robust_jax.app.arms import (
+    SWEEP,
+    Trial,
+    changed,
+    get_field,
+    is_finished,
+    set_field,
+    trials,
+)
+from robust_jax.app.claims import Found, Run
 from robust_jax.app.config import choose
 from robust_jax.app.folder import Mode
+from robust_jax.app.intervals import interval
 from robust_jax.devices import processes
 from robust_jax.errors import UserError
 from robust_jax.files import write_json
@@ -48,18 +61,12 @@ _FIELDS = (
     "published",
     "notes",
 )
-
-
-class Trial(NamedTuple):
-    """One run of a study, in the folder of its name."""
-
-    arm: str
-    seed: int
-    config: ConfigDict
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm}/{self.seed}"
+# A study may leave these out: arms have the names that they have, seeds are as many as it names,
+# and sweeps choose like this.
+_OPTIONAL = ("labels", "seeds_limit", "sweep")
+_OF_CLAIMS = ("text", "tests", *claims.SIZES)
+_SWEEP = {"by": "training.best.robust_accuracy", "seed": 1000, "base": {}}
+_OF_SCALES = ("seeds", "seeds_limit", "radii", "base", "arms", "sweep", "published")
 
 
 def is_study(config: ConfigDict) -> bool:
@@ -74,12 +81,16 @@ def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
     unknown field or scale, and for a typed field that no run of the study heeds.
     """
     for field in config:
-        choose(_FIELDS, field, "a study's field")
+        choose((*_FIELDS, *_OPTIONAL), field, "a study's field")
     for field in _FIELDS:
         if field not in config:
             raise UserError(f"config.{field} is missing: a study has {', '.join(_FIELDS)}")
     scale = config.scales[choose(config.scales, config.scale, "config.scale")]
+    for field in scale:
+        choose(_OF_SCALES, field, f"config.scales.{config.scale}'s field")
     result = ConfigDict({field: config[field] for field in _FIELDS})
+    result.labels = config.get("labels", ConfigDict())
+    result.seeds_limit = config.get("seeds_limit", 0)
     typed = set(typed)
     result.base = changed(config.base, scale.get("base", {}))
     result.arms = ConfigDict(
@@ -89,19 +100,23 @@ def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
         },
         sort_keys=False,
     )
-    for field in {"seeds", "published"} - typed:
-        result[field] = scale.get(field, config[field])
+    result.sweep = changed(ConfigDict(_SWEEP), config.get("sweep", {}))
+    result.sweep = changed(result.sweep, scale.get("sweep", {}))
+    for field in result.sweep:
+        choose(_SWEEP, field, "config.sweep's field")
+    for field in {"seeds", "seeds_limit", "published"} - typed:
+        result[field] = scale.get(field, result[field])
     result.scales = {config.scale: {"radii": scale.get("radii", {})}}
     for path in typed:
         section, _, rest = path.partition(".")
-        if section in ("base", "arms") and rest:
-            _set(result, path, _get(config, path))
+        if section in ("base", "arms", "sweep") and rest:
+            set_field(result, path, get_field(config, path))
         if section == "scales" and not rest.startswith(f"{config.scale}."):
             raise UserError(f"config.{path} changes nothing: the scale is {config.scale}")
     for path in typed:
         section, _, field = path.partition(".")
         if section == "base" and all(
-            _get(trial.config, field) != _get(config, path) for trial in trials(result)
+            get_field(trial.config, field) != get_field(config, path) for trial in trials(result)
         ):
             raise UserError(
                 f"config.{path} changes nothing: every run of the study has a {field} of its own; "
@@ -115,6 +130,7 @@ def check(config: ConfigDict, schema: ConfigDict) -> None:
 
     Raises UserError, naming the field, the value and the choices.
     """
+    arms.check_sweeps(config, schema)
     for trial in trials(config):
         entries.check(trial.config, schema)
     of_arm = {trial.arm: trial.config for trial in trials(config)}
@@ -132,56 +148,118 @@ def check(config: ConfigDict, schema: ConfigDict) -> None:
         for arm_config in of_arm.values():
             measures.check(f"training.last.{name}", arm_config, "config.along_training")
     for name, claim in config.claims.items():
-        for test in claim.tests:
-            path = f"config.claims.{name}"
+        path = f"config.claims.{name}"
+        for key in claim:
+            choose(_OF_CLAIMS, key, f"{path}'s key")
+        for test in _tests(config, name):
+            for key in test:
+                choose(claims.KEYS, key, f"{path}'s test has a key that")
             choose(claims.RELATIONS, test["relation"], f"{path}'s relation")
-            measure = measures.with_radii(test["measure"], radii, f"{path}'s measure")
             for arm in test["arms"]:
                 choose(config.arms, arm, f"{path}'s arm")
-                measures.check(measure, of_arm[arm], f"{path}'s measure")
+                measures.check(test["measure"], of_arm[arm], f"{path}'s measure")
+            for field in claims.SIZES:
+                claims.check_size(test, field, f"{path}'s {field}")
+    for arm in config.labels:
+        choose(config.arms, arm, "config.labels' arm")
+    if config.seeds_limit and config.seeds_limit < len(config.seeds):
+        raise UserError(
+            f"config.seeds_limit is {config.seeds_limit}, and there are {len(config.seeds)} seeds; "
+            "0 stands for no more than those"
+        )
+
+
+def _tests(config: ConfigDict, name: str) -> list[dict[str, Any]]:
+    """The tests of a claim with their radii, and with what the claim says of all of them."""
+    claim, radii, path = config.claims[name], _radii(config), f"config.claims.{name}'s measure"
+    of_all = {field: claim[field] for field in claims.SIZES if field in claim}
+    return [
+        {**of_all, **test, "measure": measures.with_radii(test["measure"], radii, path)}
+        for test in claim.tests
+    ]
 
 
 def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: str = "") -> str:
     """Trains and evaluates what is missing, then writes the study's results and report.
 
-    config: settled and checked. only: "arm" or "arm/seed" runs that part alone and writes no
-    report, so that a scheduler can spread a study over machines. Each run is an ordinary one in
-    workdir/arm/seed, in the mode given; mode "report" collects what there is and runs nothing.
-    Returns what it came to, in lines. Raises UserError for an unknown arm, mode "verify", or a
-    folder that holds something else, before anything runs.
+    First come the sweeps, then the seeds; seeds are added, up to config.seeds_limit, while the
+    interval of a test is wider than its config asks.
+
+    config: settled and checked. only: "arm", "arm/sweep" or "arm/seed" runs that part alone and
+    writes no report, so that a scheduler can spread a study over machines. Each run is an ordinary
+    one in workdir/arm/seed, in the mode given; mode "report" collects what there is and runs
+    nothing. Returns what it came to, in lines. Raises UserError for an unknown arm, mode "verify",
+    or a folder that holds something else, before anything runs.
     """
     if mode == "verify":
         raise UserError(f"--mode={mode} is for one run: give it a run's config and folder")
     workdir = workdir.absolute()
-    chosen = list(trials(config))
+    arm, _, part = only.partition("/")
     if only:
-        arm, _, seed = only.partition("/")
         choose(config.arms, arm, "--only's arm")
-        if seed:
-            choose(sorted({str(t.seed) for t in chosen}), seed, "--only's seed")
-        chosen = [t for t in chosen if t.arm == arm and seed in ("", str(t.seed))]
+    if part:
+        sweep = [SWEEP] if SWEEP in config.arms[arm] else []
+        seeds = map(str, (*config.seeds, *arms.extra_seeds(config)))
+        choose([*seeds, *sweep], part, "--only's seed")
     if len(config.seeds) < claims.FEWEST_SEEDS:
         logging.warning("%d seeds: no verdicts, an interval needs three", len(config.seeds))
     processes.on_first(partial(folder.claim_study, workdir, config, mode))
-    if mode == "train" and jax.default_backend() != "cpu":
-        train_seeds_together(chosen, workdir)
-    if mode != "report":
-        for i, trial in enumerate(chosen):
-            logging.info(
-                "%s: %s, seed %d (%d of %d)",
-                config.title,
-                trial.arm,
-                trial.seed,
-                i + 1,
-                len(chosen),
-            )
-            run.execute(trial.config, workdir / trial.name, mode)
+    if mode == "train" and part in ("", SWEEP):
+        for swept in arms.with_sweep(config):
+            if arm in ("", swept):
+                _run(config, list(arms.sweep_trials(config, swept)), workdir, mode)
+    if mode != "report" and part != SWEEP:
+        chosen = _chosen(config, workdir)
+        seeds_of_part = config.seeds if not part else (int(part),)
+        first = [t for t in trials(config, chosen, seeds_of_part) if arm in ("", t.arm)]
+        for trial in first:
+            _check_chosen(config, trial.arm, chosen)
+        if mode == "train" and jax.default_backend() != "cpu":
+            train_seeds_together(first, workdir)
+        if mode != "train" and not only:
+            extra = trials(config, chosen, arms.extra_seeds(config))
+            first += [trial for trial in extra if is_finished(workdir / trial.name)]
+        _run(config, first, workdir, mode)
+        if mode == "train" and not only:
+            _add_seeds(config, chosen, workdir)
     processes.on_first(partial(write_json, workdir / stored.STUDY, config_lib.to_json(config)))
     if only:
-        return f"{len(chosen)} runs of {config.title} are finished; --mode=report collects them"
-    results = collect(config, chosen, workdir)
+        return f"{only} of {config.title} is finished; --mode=report collects it"
+    results = collect(config, workdir)
     processes.on_first(partial(_write, workdir, results))
     return study_report.text(results)
+
+
+def _run(config: ConfigDict, chosen: Sequence[Trial], workdir: Path, mode: Mode) -> None:
+    for i, trial in enumerate(chosen):
+        logging.info("%s: %s (%d of %d)", config.title, trial.name, i + 1, len(chosen))
+        run.execute(trial.config, workdir / trial.name, mode)
+
+
+def _chosen(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """The values that finished sweeps chose, by arm."""
+    found = arms.swept(config, workdir)
+    return {arm: sweep.chosen for arm, sweep in found.items() if sweep.chosen is not None}
+
+
+def _check_chosen(config: ConfigDict, arm: str, chosen: Mapping[str, float]) -> None:
+    if (sweep := config.arms[arm].get(SWEEP)) and arm not in chosen:
+        others = [arm] if "nearest" not in sweep else [sweep["nearest"], arm]
+        needed = " and ".join(f"--only={other}/{SWEEP}" for other in others)
+        raise UserError(f"the value of {arm} is not chosen yet: run {needed} first")
+
+
+def _add_seeds(config: ConfigDict, chosen: Mapping[str, float], workdir: Path) -> None:
+    """Runs one more seed of the arms whose tests have too wide an interval, until none has."""
+    for seed in arms.extra_seeds(config):
+        found, _ = _found(config, workdir)
+        judged = [test for claim in _judged(config, found).values() for test in claim["tests"]]
+        wide = {arm for test in judged if claims.needs_more_seeds(test) for arm in test["arms"]}
+        more = [trial for trial in trials(config, chosen, (seed,)) if trial.arm in wide]
+        if not more:
+            return
+        logging.info("seed %d of %s: intervals are too wide", seed, ", ".join(t.arm for t in more))
+        _run(config, more, workdir, "train")
 
 
 def _write(workdir: Path, results: dict[str, Any]) -> None:
@@ -195,22 +273,13 @@ def _write(workdir: Path, results: dict[str, Any]) -> None:
     logging.info("report: %s", workdir / "report.html")
 
 
-def trials(config: ConfigDict) -> Iterator[Trial]:
-    """The runs of a settled study, seed by seed, so that a part of it is a study too."""
-    for seed in config.seeds:
-        for arm, changes in config.arms.items():
-            own = changed(config.base, changes)
-            own.seed = seed
-            yield Trial(arm, seed, own)
-
-
 def train_seeds_together(chosen: Sequence[Trial], workdir: Path) -> None:
     """Trains the seeds of each arm that have no results yet under one vmap, arm by arm."""
     for arm in dict.fromkeys(trial.arm for trial in chosen):
         left = [
             (trial.config, workdir / trial.name)
             for trial in chosen
-            if trial.arm == arm and not (workdir / trial.name / "results.json").exists()
+            if trial.arm == arm and not is_finished(workdir / trial.name)
         ]
         if len(left) > 1:
             configs, workdirs = zip(*left, strict=True)
@@ -222,47 +291,38 @@ def _radii(config: ConfigDict) -> dict[str, float]:
     return config.scales[config.scale].radii.to_dict()
 
 
-def _get(config: ConfigDict, path: str) -> Any:
-    for field in path.split("."):
-        config = config.get(field) if isinstance(config, ConfigDict) else None
-    return config
-
-
-def _set(config: ConfigDict, path: str, value: Any) -> None:
-    *sections, field = path.split(".")
-    for section in sections:
-        if not isinstance(config.get(section), ConfigDict):
-            config[section] = ConfigDict()
-        config = config[section]
-    with config.ignore_type():
-        config[field] = value
-
-
-def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy of base with the changes; an entry that brings a name, and attacks, are replaced."""
-    result = ConfigDict(base.to_dict())
-    for field, value in changes.items():
-        entry = isinstance(value, Mapping | ConfigDict)
-        merge = entry and isinstance(result.get(field), ConfigDict)
-        if merge and "name" not in value and field != "attacks":
-            result[field] = changed(result[field], value)
-        else:
-            result[field] = ConfigDict(value) if entry else value
-    return result
-
-
-def collect(config: ConfigDict, chosen: Sequence[Trial], workdir: Path) -> dict[str, Any]:
-    """Tables and verdicts from the runs that are finished."""
-    found: dict[str, dict[int, dict]] = {arm: {} for arm in config.arms}
+def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
+    """The finished runs by arm and seed, and the names of the first seeds' that are missing."""
+    found: dict[str, dict[int, Run]] = {arm: {} for arm in config.arms}
     missing = []
-    for trial in chosen:
-        if (workdir / trial.name / "results.json").exists():
-            found[trial.arm][trial.seed] = runs.results(workdir / trial.name)
-        else:
+    for trial in trials(config, seeds=(*config.seeds, *arms.extra_seeds(config))):
+        here = workdir / trial.name
+        if is_finished(here):
+            found[trial.arm][trial.seed] = Run(
+                runs.results(here), records.read(here / "records" / "best.csv")
+            )
+        elif trial.seed in config.seeds:
             missing.append(trial.name)
+    return found, missing
+
+
+def _judged(config: ConfigDict, found: Found) -> dict[str, dict[str, Any]]:
+    adds_seeds = bool(arms.extra_seeds(config))
+    return {
+        name: claims.judge(claim.text, _tests(config, name), found, adds_seeds=adds_seeds)
+        for name, claim in config.claims.items()
+    }
+
+
+def collect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Tables and verdicts from the runs that are finished, whichever of the seeds they are."""
+    found, missing = _found(config, workdir)
     if missing:
         logging.warning(
-            "%d of %d runs are not finished: %s", len(missing), len(chosen), ", ".join(missing[:5])
+            "%d of %d runs are not finished: %s",
+            len(missing),
+            len(config.arms) * len(config.seeds),
+            ", ".join(missing[:5]),
         )
     radii = _radii(config)
 
@@ -274,32 +334,29 @@ def collect(config: ConfigDict, chosen: Sequence[Trial], workdir: Path) -> dict[
 
     by_label = {labelled(label): measured(measure) for label, measure in config.measures}
     table = {
+        arm: {label: _summary(measure, by_seed) for label, measure in by_label.items()}
+        for arm, by_seed in found.items()
+    }
+    curves = {arm: _curves(by_seed) for arm, by_seed in found.items()}
+    audits = {
         arm: {
-            label: _summary(
-                {seed: measures.value(r, measure) for seed, r in by_seed.items()},
-                measures.bounds(measure),
-            )
-            for label, measure in by_label.items()
+            str(s): r.results["audit"]["verdict"] if r.results["audit"] else None
+            for s, r in by_seed.items()
         }
         for arm, by_seed in found.items()
     }
-    curves = {arm: _curves(list(by_seed.values())) for arm, by_seed in found.items()}
-    audits = {
-        arm: {str(s): r["audit"]["verdict"] if r["audit"] else None for s, r in by_seed.items()}
-        for arm, by_seed in found.items()
-    }
-    judged = {}
-    for name, claim in config.claims.items():
-        tests = [{**test, "measure": measured(test["measure"])} for test in claim.tests]
-        judged[name] = claims.judge({"text": claim.text, "tests": tests}, found)
+    judged = _judged(config, found)
+    configs = {t.arm: t.config for t in trials(config, _chosen(config, workdir), config.seeds[:1])}
     return {
         "title": config.title,
         "paper": config.paper,
         "question": config.question,
         "notes": config.notes,
         "scale": config.scale,
-        "seeds": sorted({t.seed for t in chosen}),
+        "seeds": sorted({*config.seeds, *(s for by_seed in found.values() for s in by_seed)}),
+        "seeds_limit": config.seeds_limit or len(config.seeds),
         "missing": missing,
+        "arms": {arm: config.labels.get(arm, arm.replace("_", " ")) for arm in config.arms},
         "measures": by_label,
         "table": table,
         "audits": audits,
@@ -313,43 +370,49 @@ def collect(config: ConfigDict, chosen: Sequence[Trial], workdir: Path) -> dict[
             for name in config.along_training
         },
         "claims": judged,
+        "num_tests": sum(len(claim["tests"]) for claim in judged.values()),
+        "sweeps": {arm: sweep._asdict() for arm, sweep in arms.swept(config, workdir).items()},
         "published": {
             arm: {labelled(label): number for label, number in numbers.items()}
             for arm, numbers in config.published
         },
-        "configs": {t.arm: config_lib.to_json(t.config) for t in chosen},
+        "configs": {arm: config_lib.to_json(own) for arm, own in configs.items()},
     }
 
 
-def _summary(
-    values: Mapping[int, float | None], bounds: tuple[float, float] = (-np.inf, np.inf)
-) -> dict[str, Any]:
-    known = {str(seed): v for seed, v in values.items() if v is not None}
-    return {"values": known, **_interval(list(known.values()), bounds)}
+def _summary(measure: str, by_seed: Mapping[int, Run]) -> dict[str, Any]:
+    """The measure of an arm: by seed, and its mean and interval over seeds and images."""
+    values = {str(seed): measures.value(r.results, measure) for seed, r in by_seed.items()}
+    known = {seed: v for seed, v in values.items() if v is not None}
+    by_image = claims.by_image(measure, [[run] for run in by_seed.values()])
+    outcomes = list(known.values()) if by_image is None else by_image[:, 0]
+    images = None if by_image is None else by_image.shape[2]
+    return {"values": known, **_interval(outcomes, measures.bounds(measure)), "images": images}
 
 
 def _interval(
-    values: Sequence[float], bounds: tuple[float, float] = (-np.inf, np.inf)
+    outcomes: Sequence[float] | np.ndarray, bounds: tuple[float, float] = (-np.inf, np.inf)
 ) -> dict[str, float | None]:
     """Mean, low and high; None where there is none."""
-    interval = claims.mean_interval(values, bounds=bounds)
-    return {k: float(v) if np.isfinite(v) else None for k, v in interval._asdict().items()}
+    known = interval(outcomes, bounds=bounds)._asdict()
+    return {k: known[k] if np.isfinite(known[k]) else None for k in ("mean", "low", "high")}
 
 
-def _curves(results: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The worst case of each norm against eps, by norm: mean and interval over seeds."""
+def _curves(by_seed: Mapping[int, Run]) -> dict[str, list[dict[str, Any]]]:
+    """The worst case of each norm against eps, by norm: mean and interval."""
     curves: dict[str, list[dict[str, Any]]] = {}
-    if not results:
+    if not by_seed:
         return curves
-    for entry in results[0]["attacks"]:
+    for entry in next(iter(by_seed.values())).results["attacks"]:
         if entry["attack"] == "worst_case":
-            measure = f"{entry['name']}@{entry['eps']!r}"
-            known = [v for v in (measures.value(r, measure) for r in results) if v is not None]
-            point = {"eps": entry["eps"], **_interval(known, (0.0, 1.0))}
-            curves.setdefault(entry["norm"], []).append(point)
-    clean = _interval([r["clean"]["accuracy"] for r in results], (0.0, 1.0))
+            found = _summary(f"{entry['name']}@{entry['eps']!r}", by_seed)
+            curves.setdefault(entry["norm"], []).append({**found, "eps": entry["eps"]})
+    clean = {**_summary("clean.accuracy", by_seed), "eps": 0.0}
     return {
-        norm: sorted([{"eps": 0.0, **clean}, *points], key=lambda point: point["eps"])
+        norm: sorted(
+            ({k: p[k] for k in ("eps", "mean", "low", "high")} for p in (clean, *points)),
+            key=lambda point: point["eps"],
+        )
         for norm, points in curves.items()
     }
 

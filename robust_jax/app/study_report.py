@@ -1,7 +1,7 @@
 """A study's folder as report.html and as README.md with its figures, for a repository."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +23,42 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
 
     arrays: by arm, what the measurements of one seed left to draw.
     """
+
+    def named(by_arm: Mapping[str, Any]) -> dict[str, Any]:
+        return {results["arms"][arm]: of_arm for arm, of_arm in by_arm.items()}
+
     figures = {
         "accuracy": (
-            plots.accuracy_by_arm(results["curves"]),
-            "Worst-case accuracy against ε: the mean over seeds with its 95 % interval.",
+            plots.accuracy_by_arm(named(results["curves"])),
+            "Worst-case accuracy against ε: the mean over seeds with its 95 % interval, for other "
+            "seeds and images.",
         ),
         "measures": (
-            plots.measures_by_arm(results["table"]),
+            plots.measures_by_arm(named(results["table"])),
             "The measures of the table: the mean over seeds with its 95 % interval.",
         ),
     }
     if results["pairs"]:
         figures["pairs"] = (
-            plots.measures_against_each_other(results["table"], results["pairs"]),
+            plots.measures_against_each_other(named(results["table"]), results["pairs"]),
             "Measures against each other, a point for each arm and seed.",
+        )
+    if results["sweeps"]:
+        labels = _labels(results)
+        figures["sweeps"] = (
+            plots.sweeps(
+                named(results["sweeps"]),
+                {s["by"]: _axis(s["by"], labels) for s in results["sweeps"].values()},
+            ),
+            "Sweeps: what each value came to, on a seed that the study does not use again. A ring "
+            "marks the value that was chosen; where there is a dashed line, the nearest to it.",
         )
     if results["along_training"]:
         figures["training"] = (
-            plots.along_training(results["along_training"]),
+            plots.along_training({k: named(v) for k, v in results["along_training"].items()}),
             "Along training: the mean over seeds with its 95 % interval.",
         )
-    for name, (figure, alt) in figures_lib.of_measurements(arrays).items():
+    for name, (figure, alt) in figures_lib.of_measurements(named(arrays)).items():
         figures[name] = figure, f"{alt} One seed of each arm."
     (workdir / "figures").mkdir(parents=True, exist_ok=True)
     images = []
@@ -53,6 +68,7 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
             path = workdir / "figures" / f"{name}.svg"
             figure.savefig(path, metadata={"Date": None}, dpi=80)  # of what is pixels within it
     claims, arms, rows = _claims(results), _arms(results), _rows(results)
+    chance = _chance(results)
     page = template("study.html.j2").render(
         title=results["title"],
         question=results["question"],
@@ -61,6 +77,8 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
         seeds=results["seeds"],
         missing=results["missing"],
         claims=claims,
+        verdicts=_VERDICTS,
+        chance=chance,
         caption=_CAPTION,
         arms=arms,
         rows=rows,
@@ -69,7 +87,9 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
     )
     write_atomically(workdir / "report.html", page)
     captions = {name: alt for name, (_, alt) in figures.items()}
-    write_atomically(workdir / "README.md", _markdown(results, claims, arms, rows, captions))
+    write_atomically(
+        workdir / "README.md", _markdown(results, claims, arms, rows, captions, chance)
+    )
 
 
 def text(results: Results) -> str:
@@ -77,7 +97,7 @@ def text(results: Results) -> str:
     lines = []
     for claim in results["claims"].values():
         lines += textwrap.wrap(f"{claim['verdict']}: {claim['text']}", 80, subsequent_indent="  ")
-    lines += [""] if lines else []
+    lines += ["", *textwrap.wrap(_chance(results), 80), ""] if lines else []
     arms, rows = _arms(results), _rows(results)
     per_line = (80 - 30) // 12
     for start in range(0, len(arms), per_line):
@@ -90,31 +110,58 @@ def text(results: Results) -> str:
     return "\n".join(lines).rstrip()
 
 
+_VERDICTS = (
+    "A difference counts towards the claim: above zero is what it says. Supported: the whole 95 % "
+    "interval is above zero. Refuted: it is below the smallest effect that is worth claiming. "
+    "Supported, but small: both, so there is an effect, and it is smaller than that. Intervals are "
+    "for seeds that were not run and, of accuracies, for images that were not seen. A claim is "
+    "supported where all of its tests are and refuted where one is."
+)
 _CAPTION = (
-    "The mean over seeds, with its 95 % interval by Student's t, which needs three seeds to mean "
-    "anything. An arm whose audit fails in any seed is marked †: its robust accuracies are not to "
-    "be trusted; one that it warns of in any is marked ⚠. ‡: not audited."
+    "The mean over seeds, with its 95 % interval, which needs three seeds to mean anything; an "
+    "accuracy's is also for images that were not seen. An arm whose audit fails in any seed is "
+    "marked †: its robust accuracies are not to be trusted; one that it warns of in any is marked "
+    "⚠. ‡: not audited."
 )
 
 
+def _chance(results: Results) -> str:
+    """How many tests there are, and what that means."""
+    count = results["num_tests"]
+    return (
+        f"Number of tests: {count}. If none of the effects were real, {0.025 * count:.1f} of them "
+        "would be supported by chance, each with a probability of 2.5 %; nothing corrects for that."
+    )
+
+
+def _labels(results: Results) -> dict[str, str]:
+    return {measure: label for label, measure in results["measures"].items()}
+
+
 def _claims(results: Results) -> list[dict[str, Any]]:
-    labels = {measure: label for label, measure in results["measures"].items()}
+    labels = _labels(results)
     return [
         {
             "verdict": claim["verdict"],
             "text": claim["text"],
             "lines": [
-                {"what": _describe(t, labels), "found": _found(t), "verdict": t["verdict"]}
-                for t in claim["tests"]
+                {
+                    "what": _describe(test, labels, results["arms"]),
+                    "found": _found(test),
+                    "smallest": _smallest(test),
+                    "number": _counted([len(test["values"])], [test["images"]]),
+                    "verdict": test["verdict"] + _why(test),
+                }
+                for test in claim["tests"]
             ],
         }
         for claim in results["claims"].values()
     ]
 
 
-def _describe(test: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+def _describe(test: Mapping[str, Any], labels: Mapping[str, str], names: Mapping[str, str]) -> str:
     """The test as a sentence."""
-    arms, by = list(test["arms"]), test.get("by", 0.0)
+    arms, by = [names[arm] for arm in test["arms"]], test.get("by", 0.0)
     measure, unit = test["measure"], measures.unit(test["measure"])
     what = _in_words(measure, labels)
     if test["relation"] in ("rises", "falls"):
@@ -123,8 +170,12 @@ def _describe(test: Mapping[str, Any], labels: Mapping[str, str]) -> str:
             what, relation = f"most of {what}", relation.removesuffix("s")
         return f"{what} {relation} from {arms[0]} to {arms[-1]}"
     other = arms[1] if len(arms) > 1 else _number(test["level"], unit) + unit
-    size = _number(abs(by), unit) + (" points" if unit else "")
-    margin = f" by more than {size}" if by > 0 else f" or at most {size} short of it" if by else ""
+    margin = ""
+    if by:
+        wrong_side = "below" if test["relation"] == "above" else "above"
+        margin = f" or at most {_size(-by, test)} {wrong_side} it"
+        if by > 0:
+            margin = f" by more than {_size(by, test)}"
     return f"{what}: {arms[0]} {test['relation']} {other}{margin}"
 
 
@@ -138,27 +189,64 @@ def _in_words(measure: str, labels: Mapping[str, str]) -> str:
     if "@" in measure:
         name, _, eps = measure.partition("@")
         return f"{words(name)} at {format_eps(float(eps))}"
+    if measure.startswith("training."):
+        _, when, name = measure.split(".")
+        return f"{words(name)} at the {when} validation"
     parts = measure.removeprefix("measurements.").removesuffix("/*").split(".")
     return ", ".join(part.replace("_", " ") for part in parts)
 
 
 def _found(test: Mapping[str, Any]) -> str:
+    """The mean and the interval, of several numbers the share that is on the claimed side."""
     if not test["values"]:
         return "not measured"
-    if test["measure"].endswith("*"):
-        shares = ", ".join(f"{100 * (v + 0.5):.0f} %" for v in test["values"])
-        return f"{shares} of them, by seed"
-    unit = measures.unit(test["measure"])
+    of_many = test["measure"].endswith("*")
+    percent = of_many or measures.is_share(test["measure"])
 
     def signed(x):
-        return f"{100 * x:+.1f}" if unit else f"{x:+.3g}"
+        if of_many:
+            return f"{100 * x + 50:.0f}"
+        return f"{100 * x:+.1f}" if percent else f"{x:+.3g}"
 
-    seeds = ", ".join(map(signed, test["values"]))
-    points = " points" if unit else ""
+    unit = " %" if of_many else " points" if percent else ""
     if test["low"] is None:
-        return f"by {seeds}{points} (one seed)"
-    interval = f"[{signed(test['low'])}, {signed(test['high'])}]"
-    return f"by {signed(test['mean'])}{points} {interval}, seeds {seeds}"
+        return f"{signed(test['mean'])}{unit} (one seed)"
+    return f"{signed(test['mean'])}{unit} [{signed(test['low'])}, {signed(test['high'])}]"
+
+
+def _smallest(test: Mapping[str, Any]) -> str:
+    """The smallest effect that is worth claiming."""
+    size = test["smallest_effect"]
+    if test["measure"].endswith("*"):
+        return f"{50 + 100 * size:.0f} %"
+    return _size(size, test) if size else "any"
+
+
+def _size(size: float, test: Mapping[str, Any]) -> str:
+    """A difference of the measure."""
+    if not measures.is_share(test["measure"]):
+        return f"{size:.3g}"
+    return f"{100 * size:.3g} point{'' if size == 0.01 else 's'}"
+
+
+def _why(test: Mapping[str, Any]) -> str:
+    """Why a test is inconclusive, where more seeds would not help."""
+    too_few = 2 * (test["from_images"] or 0.0) > test["smallest_effect"] > 0
+    return " (too few images)" if test["verdict"] == "inconclusive" and too_few else ""
+
+
+def _counted(num_seeds: Iterable[int], num_images: Iterable[int | None]) -> str:
+    """What intervals rest on."""
+    seeds = " or ".join(map(str, sorted({count for count in num_seeds if count})))
+    images = " or ".join(f"{count:,}" for count in sorted({n for n in num_images if n}))
+    if not seeds:
+        return ""
+    return f"{seeds} seed{'' if seeds == '1' else 's'}" + (f" × {images} images" if images else "")
+
+
+def _axis(measure: str, labels: Mapping[str, str]) -> str:
+    unit = measures.unit(measure)
+    return _in_words(measure, labels) + ("," if unit else "") + unit
 
 
 # By the verdicts of an arm's audits, the worst first.
@@ -171,7 +259,7 @@ def _arms(results: Results) -> list[str]:
     for arm, verdicts in results["audits"].items():
         found = set(verdicts.values())
         mark = next((mark for verdict, mark in _MARKS.items() if verdict in found), " ‡")
-        marked.append(f"{arm.replace('_', ' ')}{mark if found else ''}")
+        marked.append(f"{results['arms'][arm]}{mark if found else ''}")
     return marked
 
 
@@ -195,7 +283,15 @@ def _rows(results: Results) -> list[dict[str, Any]]:
                     "published": "" if published is None else f"{published:g}",
                 }
             )
-        rows.append({"label": f"{label}, %" if unit else label, "cells": cells})
+        measured = [of_arm[label] for of_arm in results["table"].values()]
+        number = _counted((len(m["values"]) for m in measured), (m["images"] for m in measured))
+        rows.append(
+            {
+                "label": f"{label}, %" if unit else label,
+                "number": number,
+                "cells": cells,
+            }
+        )
     return rows
 
 
@@ -205,7 +301,7 @@ def _number(x: float | None, unit: str) -> str:
     return f"{100 * x:.1f}" if unit else f"{x:.3g}"
 
 
-def _markdown(results, claims, arms, rows, captions) -> str:
+def _markdown(results, claims, arms, rows, captions, chance) -> str:
     missing = [f"Not finished: {', '.join(results['missing'])}.", ""] if results["missing"] else []
     lines = [
         f"# {results['title']}",
@@ -220,8 +316,11 @@ def _markdown(results, claims, arms, rows, captions) -> str:
     ]
     for claim in claims:
         lines += [f"**{claim['verdict']}**: {claim['text']}", ""]
-        lines += [f"- {t['what']}: {t['found']}, {t['verdict']}" for t in claim["lines"]] + [""]
-    lines += ["## Numbers", "", f"| | {' | '.join(arms)} |", f"| --- |{' --- |' * len(arms)}"]
+        lines += ["| test | found | smallest effect | from | verdict |", "| --- |" + " --- |" * 4]
+        lines += [f"| {' | '.join(line.values())} |" for line in claim["lines"]] + [""]
+    lines += [_VERDICTS, "", chance, ""]
+    lines += ["## Numbers", "", f"| | {' | '.join(arms)} | from |"]
+    lines += [f"| --- |{' --- |' * (len(arms) + 1)}"]
     for row in rows:
         cells = [
             c["mean"]
@@ -229,7 +328,7 @@ def _markdown(results, claims, arms, rows, captions) -> str:
             + (f", published {c['published']}" if c["published"] else "")
             for c in row["cells"]
         ]
-        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['label']} | {' | '.join(cells)} | {row['number']} |")
     lines += ["", _CAPTION, ""]
     for name, alt in captions.items():
         lines += [f"![{alt}](figures/{name}.svg)", "", alt, ""]

@@ -158,6 +158,36 @@ def along_training(history: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
     return figure
 
 
+@rc_context(STYLE)
+def sweeps(found: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
+    """A panel for each arm: the measure that chooses against the value, the chosen one ringed.
+
+    found: by arm {field, values, by, found, target, chosen}; what was not measured is None, as is a
+    target where there is none. labels: of the measures; those in percent end in "%".
+    """
+    figure, panels = _panels(len(found))
+    for ax, (arm, sweep), color in zip(panels, found.items(), cycle(_COLORS), strict=False):
+        label = labels[sweep["by"]]
+        scale = 100 if label.endswith("%") else 1
+        known = {
+            value: scale * number
+            for value, number in sorted(zip(sweep["values"], sweep["found"], strict=True))
+            if number is not None
+        }
+        ax.plot(list(known), list(known.values()), "o-", color=color, ms=4, lw=1.4)
+        if sweep["chosen"] is not None:
+            ring = sweep["chosen"], known[sweep["chosen"]]
+            ax.plot(*ring, "o", ms=11, mfc="none", mec=color, mew=1.5)
+        if sweep["target"] is not None:
+            ax.axhline(scale * sweep["target"], color="0.4", lw=1, ls="--")
+        if min(sweep["values"]) > 0 and len(sweep["values"]) > 1:
+            ax.set_xscale("log")
+            ax.set_xticks(sorted(sweep["values"]), [f"{v:g}" for v in sorted(sweep["values"])])
+            ax.minorticks_off()
+        ax.set(title=arm, xlabel=sweep["field"], ylabel=label)
+    return figure
+
+
 def _spread_far(values: Iterable[float]) -> bool:
     """Whether values above 0 need a logarithmic axis to be told apart."""
     known = list(values)

@@ -1,0 +1,321 @@
+"""Verdicts follow from intervals that cover seeds and test images as often as they say."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from robust_jax.app import claims, measures
+from robust_jax.app.claims import Run
+from robust_jax.app.intervals import as_wide_as, interval
+from robust_jax.errors import UserError
+
+
+def result(clean=0.9, pgd=0.5):
+    attacks = [{"name": "pgd", "attack": "pgd", "norm": "linf", "eps": 0.1, "robust_accuracy": pgd}]
+    return {"clean": {"accuracy": clean}, "attacks": attacks, "audit": None}
+
+
+def found(**arms):
+    """Made-up runs: by arm, the robust accuracy of each seed."""
+    return {
+        arm: {i: Run(result(pgd=v)) for i, v in enumerate(values)} for arm, values in arms.items()
+    }
+
+
+def seen(**arms):
+    """Made-up runs: by arm, which images each seed holds, [seeds, images]."""
+    return {
+        arm: {
+            seed: Run(result(pgd=np.mean(held)), table(held)) for seed, held in enumerate(by_seed)
+        }
+        for arm, by_seed in arms.items()
+    }
+
+
+def table(held, correct=True):
+    return pd.DataFrame(
+        {"index": np.arange(len(held)), "correct": correct, "pgd@0.1/held": np.array(held, bool)}
+    )
+
+
+def judge(runs, *tests):
+    return claims.judge("", tests, runs)
+
+
+ABOVE = {"measure": "pgd@0.1", "arms": ("b", "a"), "relation": "above"}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "verdict"),
+    [
+        ((0.5, 0.52, 0.48), (0.6, 0.61, 0.59), "supported"),
+        ((0.6, 0.61, 0.59), (0.5, 0.52, 0.48), "refuted"),
+        ((0.5, 0.6, 0.4), (0.55, 0.45, 0.5), "inconclusive"),
+        ((0.5, 0.5, 0.5), (0.6, 0.6, 0.6), "inconclusive"),  # an interval without width
+        ((0.5, 0.4), (0.9, 0.8), "no verdict"),  # an interval needs three
+        ((0.5,), (0.9,), "no verdict"),
+        ((), (), "no verdict"),
+    ],
+)
+def test_a_verdict_follows_from_the_paired_differences(a, b, verdict):
+    assert judge(found(a=a, b=b), ABOVE)["verdict"] == verdict
+
+
+def test_seeds_are_paired_so_that_what_they_share_cancels():
+    a = np.array([0.3, 0.5, 0.7])
+    test = judge(found(a=a, b=a + [0.02, 0.021, 0.019]), ABOVE)["tests"][0]
+    assert test["verdict"] == "supported"
+    np.testing.assert_allclose(test["mean"], 0.02)
+    expected = stats.ttest_1samp([0.02, 0.021, 0.019], 0).confidence_interval(0.95)
+    np.testing.assert_allclose((test["low"], test["high"]), expected)
+
+
+def test_all_tests_of_a_claim_must_hold_and_one_refutes_it():
+    runs = found(a=(0.5, 0.52, 0.48), b=(0.6, 0.61, 0.59), c=(0.4, 0.7, 0.5))
+    unsure = {**ABOVE, "arms": ("c", "a")}
+    wrong = {**ABOVE, "relation": "below"}
+    assert judge(runs, ABOVE, ABOVE)["verdict"] == "supported"
+    assert judge(runs, ABOVE, unsure)["verdict"] == "inconclusive"
+    assert judge(runs, ABOVE, unsure, wrong)["verdict"] == "refuted"
+
+
+def test_margins_levels_and_trends():
+    runs = found(a=(0.5, 0.5, 0.51), b=(0.49, 0.491, 0.5), c=(0.2, 0.21, 0.2))
+    within = {**ABOVE, "by": -0.02}
+    assert judge(runs, within)["verdict"] == "supported"
+    assert judge(runs, ABOVE)["verdict"] == "refuted"
+    level = {"measure": "pgd@0.1", "arms": ("c",), "relation": "below", "level": 0.3}
+    assert judge(runs, level)["verdict"] == "supported"
+    falls = {"measure": "pgd@0.1", "arms": ("a", "b", "c"), "relation": "falls", "at": (0, 1, 2)}
+    judged = judge(runs, falls)
+    assert judged["verdict"] == "supported"
+    np.testing.assert_allclose(judged["tests"][0]["values"], [0.3, 0.29, 0.31])
+    assert judge(runs, {**falls, "relation": "rises"})["verdict"] == "refuted"
+
+
+def test_most_of_several_numbers():
+    spectra = {"weak": [(3, 2, 1), (3, 2, 5)] * 2, "strong": [(2, 1.5, 4)] * 4}
+    runs = {
+        arm: {
+            seed: Run({"measurements": {"spectra": {"spread/a": a, "spread/b": b, "spread/c": c}}})
+            for seed, (a, b, c) in enumerate(by_seed)
+        }
+        for arm, by_seed in spectra.items()
+    }
+    falls = {
+        "measure": "measurements.spectra.spread/*",
+        "arms": ("weak", "strong"),
+        "relation": "falls",
+    }
+    judged = judge(runs, falls)
+    assert judged["verdict"] == "supported"
+    np.testing.assert_allclose(judged["tests"][0]["values"], [1 / 6, 1 / 2] * 2)
+    assert judge(runs, {**falls, "relation": "rises"})["verdict"] == "refuted"
+    other = {**falls, "measure": "measurements.spectra.spread/z*"}
+    assert judge(runs, other)["tests"][0]["values"] == []
+
+
+def test_a_seed_that_one_arm_lacks_is_left_out():
+    runs = found(a=(0.5, 0.52, 0.48, 0.1), b=(0.6, 0.61, 0.59))
+    assert len(judge(runs, ABOVE)["tests"][0]["values"]) == 3
+
+
+def test_intervals_of_accuracies_stay_between_none_and_all():
+    found = interval([0.0, 0.3, 0.1], bounds=measures.bounds("pgd@0.1"))
+    assert found.low == 0 and found.high < 1
+    assert measures.bounds("clean.accuracy - pgd@0.1") == (-1, 1)
+    assert measures.bounds("measurements.outputs.mean_margin")[0] == -np.inf
+
+
+def test_an_interval_has_closed_forms_where_only_one_thing_varies():
+    of_seeds = np.array([0.1, 0.4, 0.2])
+    expected = stats.ttest_1samp(of_seeds, 0).confidence_interval(0.95)
+    np.testing.assert_allclose(interval(of_seeds)[1:3], expected)
+    np.testing.assert_allclose(interval(np.outer(of_seeds, np.ones(400)))[1:3], expected)
+    of_images = np.random.default_rng(0).normal(size=400)
+    expected = stats.ttest_1samp(of_images, 0).confidence_interval(0.95)
+    same = interval(np.tile(of_images, (3, 1)))
+    np.testing.assert_allclose(same[1:3], expected)
+    np.testing.assert_allclose(2 * same.from_images, same.high - same.low)
+    # Nothing varies: an event of 400 images that was not seen has a chance of at most this.
+    never = stats.binomtest(0, 400).proportion_ci(0.95).high
+    np.testing.assert_allclose(interval(np.zeros((3, 400)))[1:3], (-never, never), rtol=0.01)
+
+
+def test_an_interval_is_that_of_a_crossed_analysis_of_variance():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(4, 1)) + rng.normal(size=60) + rng.normal(size=(4, 60))
+    grand, rows, columns = x.mean(), x.mean(1, keepdims=True), x.mean(0)
+    squares = {
+        "seeds": 60 * ((rows - grand) ** 2).sum() / 3,
+        "images": 4 * ((columns - grand) ** 2).sum() / 59,
+        "residual": ((x - rows - columns + grand) ** 2).sum() / (3 * 59),
+    }
+    of_seeds = stats.t.ppf(0.975, 3) ** 2 * squares["seeds"] / 240
+    of_images = stats.t.ppf(0.975, 59) ** 2 * (squares["images"] - squares["residual"]) / 240
+    half = np.sqrt(of_seeds + of_images)
+    np.testing.assert_allclose(interval(x)[:3], (grand, grand - half, grand + half))
+
+
+def differences(rng, num_seeds, num_images, seed, image, both):
+    """Who of two equal networks holds against an attack, -1, 0 or 1, [seeds, images]."""
+
+    def held():
+        x = image * rng.normal(size=num_images) + seed * rng.normal(size=(num_seeds, 1))
+        return shared + x + both * rng.normal(size=(num_seeds, num_images)) > 0
+
+    shared = rng.normal(size=num_images)
+    return held().astype(float) - held()
+
+
+# The standard deviations of what a network owes to its seed, to the image and to both of them.
+@pytest.mark.parametrize("effects", [(0, 1, 1), (0.02, 1, 0.1), (0.1, 0.5, 0.5), (0.3, 0.1, 0.3)])
+@pytest.mark.parametrize("num_seeds", [3, 5, 10])
+def test_an_interval_covers_the_truth_as_often_as_it_says(num_seeds, effects):
+    rng = np.random.default_rng(num_seeds)
+    found = [interval(differences(rng, num_seeds, 500, *effects)) for _ in range(600)]
+    covered = np.mean([i.low <= 0 <= i.high for i in found])
+    assert 0.93 <= covered <= 0.99
+
+
+def test_seeds_alone_would_cover_it_far_too_rarely():
+    rng = np.random.default_rng(0)
+    alike = [differences(rng, 5, 500, 0.02, 1, 0.1) for _ in range(300)]
+    covered = np.mean([i.low <= 0 <= i.high for i in (interval(x.mean(1)) for x in alike)])
+    assert covered < 0.5
+
+
+def alike(count, *, only_b, only_a=0, seeds=3):
+    """Two arms that hold the same half of the images in every seed, but for the first few."""
+    a = np.arange(count) >= count // 2
+    b = a.copy()
+    b[:only_b] = True
+    b[count - only_a :] = False
+    return seen(a=np.tile(a, (seeds, 1)), b=np.tile(b, (seeds, 1)))
+
+
+@pytest.mark.parametrize(
+    ("runs", "smallest", "verdict"),
+    [
+        (alike(1000, only_b=100), 0.01, "supported"),
+        (alike(1000, only_b=20), 0.05, "supported, but small"),
+        (alike(1000, only_b=20), 0.02, "supported"),  # what is worth claiming may be
+        (alike(1000, only_b=0), 0.01, "refuted"),  # no effect of a point or more
+        (alike(1000, only_b=0), 0.0, "inconclusive"),  # whether there is any
+        (alike(100, only_b=0), 0.01, "inconclusive"),  # too few images to tell
+        (alike(1000, only_b=10, only_a=10), 0.001, "inconclusive"),
+        (alike(1000, only_b=0, only_a=50), 0.01, "refuted"),
+        (alike(1000, only_b=100, seeds=2), 0.01, "no verdict"),
+    ],
+)
+def test_images_decide_where_seeds_agree_and_no_effect_is_a_verdict(runs, smallest, verdict):
+    judged = judge(runs, {**ABOVE, "smallest_effect": smallest})
+    assert judged["verdict"] == judged["tests"][0]["verdict"] == verdict
+
+
+def test_an_effect_that_is_small_does_not_make_a_claim_more_than_that():
+    small = {**ABOVE, "smallest_effect": 0.3}
+    runs = alike(1000, only_b=100)
+    assert judge(runs, ABOVE, small)["verdict"] == "supported, but small"
+    other = {**ABOVE, "relation": "below"}
+    assert judge(runs, other, small)["verdict"] == "refuted"
+
+
+def test_images_are_paired_by_their_index_where_every_run_has_them():
+    rng = np.random.default_rng(0)
+    held = rng.random((2, 3, 200)) < 0.5
+    runs = seen(a=held[0], b=held[1])
+    shuffled = runs["b"][1].records.sample(frac=1, random_state=0)
+    runs["b"][1] = runs["b"][1]._replace(records=shuffled.reset_index(drop=True))
+    part = runs["a"][2].records.iloc[:150]  # a smaller evaluation of one run
+    runs["a"][2] = runs["a"][2]._replace(records=part)
+    judged = claims.judge_test(ABOVE, runs)
+    difference = held[1, :, :150].astype(float) - held[0, :, :150]
+    assert judged["images"] == 150
+    np.testing.assert_allclose(judged["values"], difference.mean(1))
+    np.testing.assert_allclose((judged["low"], judged["high"]), interval(difference)[1:3])
+    runs["a"][0] = runs["a"][0]._replace(records=None)
+    assert claims.judge_test(ABOVE, runs)["images"] is None  # and the seeds alone count
+
+
+def test_shares_of_images_are_read_from_the_records():
+    records = table([1, 1, 0, 0, 0], correct=[1, 1, 1, 1, 0])
+    records["fgsm@0.05/held"] = pd.array([True, False, True, None, None], dtype="boolean")
+    attacks = [
+        {"name": "pgd", "attack": "pgd", "norm": "linf", "eps": 0.1},
+        {"name": "fgsm", "attack": "fgsm", "norm": "linf", "eps": 0.05},
+        {"name": "worst_case_linf", "attack": "worst_case", "norm": "linf", "eps": 0.1, "count": 5},
+    ]
+    run = {"attacks": [{**attack, "robust_accuracy": 0} for attack in attacks]}
+
+    def outcomes(measure):
+        found = measures.outcomes(run, records, measure)
+        return None if found is None else found.to_dict()
+
+    assert outcomes("clean.accuracy") == {0: 1, 1: 1, 2: 1, 3: 1, 4: 0}
+    assert outcomes("fgsm@0.05") == {0: 1, 1: 0, 2: 1}
+    assert outcomes("worst_case_linf@0.1") == {0: 1, 1: 0, 2: 0, 3: 0, 4: 0}
+    assert outcomes("clean.accuracy - pgd@0.1") == {0: 0, 1: 0, 2: 1, 3: 1, 4: 0}
+    assert outcomes("clean.accuracy - fgsm@0.05") == {0: 0, 1: 1, 2: 0}
+    for other in ("jacobian.logits.frobenius.mean", "pgd@0.3", "training.last.robust_accuracy"):
+        assert outcomes(other) is None
+
+
+def test_a_smallest_effect_can_be_a_share_of_what_it_is_compared_with():
+    runs = {
+        arm: {i: Run({"jacobian": v}) for i, v in enumerate(values)}
+        for arm, values in {"a": (10.0, 11.0, 9.0), "b": (9.0, 10.0, 8.1)}.items()
+    }
+    below = {"measure": "jacobian", "arms": ("b", "a"), "relation": "below"}
+    for size, verdict in (("5 %", "supported"), ("20 %", "supported, but small")):
+        judged = claims.judge_test({**below, "smallest_effect": size}, runs)
+        np.testing.assert_allclose(judged["smallest_effect"], float(size[:-2]) / 10)
+        assert judged["verdict"] == verdict
+    falls = {**below, "arms": ("a", "b"), "relation": "falls", "smallest_effect": "5 %"}
+    np.testing.assert_allclose(claims.judge_test(falls, runs)["smallest_effect"], 0.5)
+
+
+def test_seeds_are_added_for_widths_and_for_nothing_else():
+    noisy = found(a=(0.5, 0.52, 0.48), b=(0.6, 0.65, 0.55))
+    width = {**ABOVE, "widest": 0.1}
+    judged = claims.judge_test(width, noisy)
+    assert claims.needs_more_seeds(judged)
+    for shift in (-0.5, -0.1, 0.0, 0.3):  # wherever the interval is
+        moved = {**judged, **{end: judged[end] + shift for end in ("mean", "low", "high")}}
+        assert claims.needs_more_seeds(moved)
+    assert not claims.needs_more_seeds(claims.judge_test({**ABOVE, "widest": 0.5}, noisy))
+    assert not claims.needs_more_seeds(claims.judge_test(ABOVE, noisy))  # nothing is asked
+    assert claims.needs_more_seeds(claims.judge_test(width, found(a=(0.5, 0.5), b=(0.6, 0.6))))
+    assert not claims.needs_more_seeds(claims.judge_test(width, found(a=(), b=())))
+    few = alike(100, only_b=10, only_a=10)  # it is the images that are too few
+    assert not claims.needs_more_seeds(claims.judge_test(width, few))
+
+
+@pytest.mark.parametrize("effects", [(0.1, 0.5, 0.5), (0.3, 0.1, 0.3)])
+def test_an_interval_of_the_width_that_was_asked_covers_the_truth(effects):
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(300):
+        outcomes = differences(rng, 10, 500, *effects)
+        for num_seeds in range(3, 11):
+            known = as_wide_as(0.2, interval(outcomes[:num_seeds]))
+            if known.high - known.low <= 0.2 * (1 + 1e-9):
+                break
+        covered.append(known.low <= 0 <= known.high)
+    assert np.mean(covered) >= 0.93
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ({"smallest_effect": "5 %"}, "'5 %'; pgd@0.1 is a share, so a point is 0.01"),
+        ({"smallest_effect": -0.1}, "is -0.1; it is a number in the unit of the measure"),
+        ({"smallest_effect": "much"}, "is 'much'; it is a number"),
+        ({"measure": "m", "level": 0.0, "smallest_effect": "5 %"}, "beside a level it is a number"),
+        ({"measure": "m/*", "smallest_effect": "5 %"}, "is a share"),
+    ],
+)
+def test_a_size_that_is_none_is_told(test, message):
+    with pytest.raises(UserError, match=message):
+        claims.check_size({**ABOVE, **test}, "smallest_effect", "config.claims.a's smallest_effect")
+    claims.check_size({**ABOVE, "measure": "m", "smallest_effect": "5 %"}, "smallest_effect", "")
