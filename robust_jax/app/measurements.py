@@ -41,7 +41,10 @@ class Subject(NamedTuple):
 
 
 def outputs(
-    subject: Subject, *, split: Literal["train", "test"] = "test", num_examples: int = 1000
+    subject: Subject,
+    *,
+    split: Literal["train", "validation", "test"] = "test",
+    num_examples: int = 1000,
 ) -> Found:
     """Output margins z_y - max_j z_j, gaps, confidence p_y, entropy and calibration error.
 
