@@ -75,7 +75,7 @@ def get_config():
                 **SMOKE,
                 "track_margins": 50,
                 "attacks": attacks(num_steps=4, step_size=0.5, num_examples=20, smoke=True),
-                "measurements": measurements(num_examples=20, num_attacked=5, num_samples=4),
+                "measurements": measurements(num_examples=20, num_attacked=20, num_samples=4),
             },
             "arms": {name: {"model": SMOKE["model"]} for name in arms() if name.startswith("cnn")},
         },
