@@ -179,6 +179,7 @@ def get_config():
             },
             "c": {
                 "text": "Margins concentrate near the decision boundary, and confidence falls.",
+                "smallest_effect": "10 %",
                 "tests": [
                     falls(f"measurements.{split}.{what}")
                     for split in ("outputs", "outputs_train")
@@ -187,18 +188,26 @@ def get_config():
             },
             "c, input space": {
                 "text": "In the input space margins rise meanwhile (ours).",
+                "smallest_effect": "10 %",
                 "tests": [
                     falls(f"measurements.{name}.mean", "rises")
                     for name in ("margins", "margins_train")
                 ],
             },
-            "d": {"text": "Standard accuracy falls.", "tests": [falls("clean.accuracy")]},
+            "d": {
+                "text": "Standard accuracy falls.",
+                "smallest_effect": 0.01,
+                "tests": [falls("clean.accuracy")],
+            },
             "d, gap": {
                 "text": "The generalisation gap falls with it, of accuracy and of cross-entropy.",
                 "tests": [
-                    falls("measurements.gaps.accuracy"),
+                    {**falls("measurements.gaps.accuracy"), "smallest_effect": 0.01},
                     # Training less test: below zero where there is a gap.
-                    falls("measurements.gaps.cross_entropy", "rises"),
+                    {
+                        **falls("measurements.gaps.cross_entropy", "rises"),
+                        "smallest_effect": 0.05,  # nats
+                    },
                 ],
             },
         },

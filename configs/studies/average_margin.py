@@ -152,6 +152,7 @@ def get_config():
             "a, minimum": {
                 "text": f"In plain training the minimum margin, from the predicted class as "
                 f"published, rises {from_start}.",
+                "smallest_effect": 0.01,
                 "tests": [
                     above(change("minimum_distance"), f"{name}_plain", level=0.0)
                     for name in NETWORKS
@@ -160,6 +161,7 @@ def get_config():
             "a, average": {
                 "text": f"In plain training the average margin, from the predicted class as "
                 f"published, falls {from_start}.",
+                "smallest_effect": 0.05,
                 "tests": [
                     below(change("average_distance"), f"{name}_plain", level=0.0)
                     for name in NETWORKS
@@ -168,6 +170,7 @@ def get_config():
             "a, signed": {
                 "text": "So they do as distances from the label, negative where misclassified "
                 "(our reading).",
+                "smallest_effect": 0.01,
                 "tests": [
                     test
                     for name in NETWORKS
@@ -180,6 +183,7 @@ def get_config():
             "b, margin": {
                 "text": "The regulariser raises the average margin, over plain training and over "
                 "the constraint alone, by a minimum-norm attack and by the CLEVER-like estimate.",
+                "smallest_effect": "10 %",
                 "tests": [
                     above(f"measurements.margins_{kind}.mean", f"{name}_regularised", other)
                     for name in NETWORKS
@@ -191,6 +195,7 @@ def get_config():
                 f"b, {attack}": {
                     "text": f"The regulariser makes the MLP (at 1) and the CNN (at 2) more robust, "
                     f"over plain training and over the constraint alone, under {words}.",
+                    "smallest_effect": 0.02,
                     "tests": [
                         above(f"{attack}@{SIZES[name]}", f"{name}_regularised", f"{name}_{other}")
                         for name in ("mlp", "cnn")
@@ -206,6 +211,7 @@ def get_config():
             "ours": {
                 "text": "Promoting margins in the input space makes the CNN more robust than plain "
                 "training under AutoAttack (ours, at 1).",
+                "smallest_effect": 0.02,
                 "tests": [above("autoattack@1.0", "cnn_input_margin", "cnn_plain")],
             },
         },

@@ -154,6 +154,7 @@ def get_config():
             "lower bound": {
                 "text": "Adversarial training (PGD and one step) and VAT, which minimise a lower "
                 "bound of the energy, lower it: the oscillation and the total variation.",
+                "smallest_effect": "10 %",
                 "tests": [
                     below(f"measurements.energy.{form}", arm, "ce")
                     for form in ("oscillation", "total_variation")
@@ -162,6 +163,7 @@ def get_config():
             },
             "lower bound, label-free": {
                 "text": "VAT lowers the label-free oscillation and total variation.",
+                "smallest_effect": "10 %",
                 "tests": [
                     below(f"measurements.energy_free.{form}", "vat", "ce")
                     for form in ("oscillation", "total_variation")
@@ -171,6 +173,7 @@ def get_config():
                 f"a, {name.replace('_', ' ')}": {
                     "text": f"Regularising with the {words} beats VAT and adversarial training in "
                     "ℓ₂, by PGD and by one step.",
+                    "smallest_effect": 0.02,
                     "tests": [above(robust, name, arm) for arm in ("vat", "at", "at_one_step")],
                 }
                 for name, words in (
@@ -184,6 +187,7 @@ def get_config():
                 "text": "Adversarial training leaves the interior of the ball: there the energies "
                 "that look at it are more robust under PGD, and their loss is less often largest "
                 "inside.",
+                "smallest_effect": 0.01,
                 "tests": [
                     *(
                         above(f"pgd@{{{size}}}", arm, "at")
@@ -198,6 +202,7 @@ def get_config():
             },
             "b": {
                 "text": "With few labels, a label-free energy beats VAT and plain training.",
+                "smallest_effect": 0.02,
                 "tests": [
                     test
                     for arm in ("total_variation_few", "oscillation_few")

@@ -153,6 +153,7 @@ def get_config():
             "a": {
                 "text": "EntM and LS, each alone, are more robust than CE at a small eps, and by "
                 "two points at most under a strong attack at the eps that AT is trained on.",
+                "smallest_effect": 0.02,
                 "tests": [
                     above("pgd@{faint}", "entm", "ce"),
                     above("pgd@{faint}", "ls", "ce"),
@@ -164,6 +165,7 @@ def get_config():
             },
             "b, clean": {
                 "text": "With AT they beat AT on clean examples.",
+                "smallest_effect": 0.01,
                 "tests": [
                     above("clean.accuracy", "at_entm", "at"),
                     above("clean.accuracy", "at_ls", "at"),
@@ -171,6 +173,7 @@ def get_config():
             },
             "b, attacks": {
                 "text": "With AT they beat AT under attack.",
+                "smallest_effect": 0.02,
                 "tests": [
                     above(measure, arm, "at")
                     for arm in ("at_entm", "at_ls")
@@ -180,6 +183,7 @@ def get_config():
             },
             "b, larger eps": {
                 "text": "They do so most of all at eps larger than trained on.",
+                "smallest_effect": 0.02,
                 "tests": [
                     above(f"{attack}@{{{eps}}} - {attack}@{{trained}}", arm, "at")
                     for arm in ("at_entm", "at_ls")
@@ -190,6 +194,7 @@ def get_config():
             "c, relative slope": {
                 "text": "EntM shrinks the Jacobian, free of the logits' scale: the relative slope "
                 "(ours).",
+                "smallest_effect": "10 %",
                 "tests": [
                     below("relative_slope.median", arm, without)
                     for arm, without in (("entm", "ce"), ("at_entm", "at"))
@@ -199,6 +204,7 @@ def get_config():
                 f"c, {outputs}": {
                     "text": f"EntM shrinks the Jacobian of the {words}, in the Frobenius and in "
                     "the spectral norm.",
+                    "smallest_effect": "10 %",
                     "tests": [
                         below(f"jacobian.{outputs}.{norm}.mean", arm, without)
                         for norm in ("frobenius", "spectral")

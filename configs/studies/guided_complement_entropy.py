@@ -151,6 +151,7 @@ def get_config():
                 f"a, {form}, {following}": {
                     "text": f"GCE ({words}) is more robust than cross-entropy under FGSM, BIM, PGD "
                     f"and MIM at 0.1, 0.2 and 0.3, attacks that follow {what}.",
+                    "smallest_effect": 0.02,
                     "tests": [
                         above(f"{attack}{suffix}@{eps}", form, "ce")
                         for attack in FAMILY
@@ -165,6 +166,7 @@ def get_config():
             },
             "a, unbounded": {
                 "text": "It is so under JSMA and C&W.",
+                "smallest_effect": 0.02,
                 "tests": [
                     above(attack, form, "ce")
                     for form in ("gce", "gce_published")
@@ -173,6 +175,7 @@ def get_config():
             },
             "b": {
                 "text": "Its latent classes form tighter, better separated clusters.",
+                "smallest_effect": "10 %",
                 "tests": [
                     test
                     for form in ("gce", "gce_published")
@@ -193,6 +196,7 @@ def get_config():
             "d": {
                 "text": "The gain survives AutoAttack: GCE keeps more than 5 % at eps 0.2, and "
                 "more than cross-entropy at 0.1.",
+                "smallest_effect": 0.02,
                 "tests": [
                     test
                     for form in ("gce", "gce_published")
@@ -215,10 +219,12 @@ def get_config():
             "constants, PGD": {
                 "text": "They, not the formula, explain the published PGD number (ours): following "
                 "the training loss at 0.2, PGD leaves less of it than of the exact loss.",
+                "smallest_effect": 0.05,
                 "tests": [below("pgd_own@0.2", "gce_published", "gce")],
             },
             "e": {
                 "text": "In adversarial training it beats cross-entropy under AutoAttack.",
+                "smallest_effect": 0.02,
                 "tests": [
                     above("autoattack@0.1", "gce_at", "at"),
                     above("autoattack@0.2", "gce_at", "at"),
