@@ -80,7 +80,7 @@ def accuracy(logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray, batch_size: int 
         losses.correct(logits_fn(x[i : i + batch_size]), jnp.asarray(y[i : i + batch_size]))
         for i in range(0, len(y), batch_size)
     ]
-    return float(np.concatenate(right).mean())
+    return float(np.concatenate(right).mean(dtype=np.float64))
 
 
 def evaluate(

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from benchmarks import authors_networks
-from robust_jax import audit, losses
+from robust_jax import audit, losses, margins
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY
 
 REFERENCE = Path(os.environ.get("ROBUST_JAX_REFERENCE", REPOSITORY.parent / "shared" / "reference"))
+NETWORKS = authors_networks.NETWORKS
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the authors' networks are missing")
 
 
@@ -33,17 +34,18 @@ def networks():
     return {name: authors_networks.load(REFERENCE / f"{name}.npz") for name in NETWORKS}
 
 
-NETWORKS = authors_networks.NETWORKS
-
-
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if "cnn" in n else []) for n in NETWORKS],
+)
 def test_clean_accuracy_is_what_the_authors_report(name, networks, mnist):
     assert 100 * authors_networks.accuracy(networks[name], *mnist) == pytest.approx(NETWORKS[name])
 
 
+@pytest.mark.slow
 def test_the_audit_warns_of_the_regularised_network(networks, mnist):
     """Its logits saturate float32's softmax, where PGD on cross-entropy stands still."""
-    x, y = (a[:50] for a in mnist)
+    x, y = (a[:20] for a in mnist)
     found = audit(
         networks["mnist_cnn_regularized"],
         x,
@@ -52,27 +54,32 @@ def test_the_audit_warns_of_the_regularised_network(networks, mnist):
         eps=2.0,
         norm="l2",
         training_loss=losses.cross_entropy,
-        num_queries=100,
+        num_queries=50,
+        progress=False,
     )
     assert found.verdict in ("warn", "fail")
     flagged = {check.name for check in found.checks if check.verdict in ("warn", "fail")}
-    assert flagged & {"gradients", "losses", "precision"}
+    assert flagged >= {"gradients", "losses"}
 
 
-def test_the_margin_finds_what_cross_entropy_does_not(networks, mnist):
-    x, y = (a[:50] for a in mnist)
+def test_the_command_finds_of_the_linear_network_what_its_margins_say(networks, mnist):
+    """They are exact but for the walls of the box, which can only help it."""
+    x, y = (a[:40] for a in mnist)
+    network = networks["mnist_linear_plain"]
     found = authors_networks.evaluate(
-        networks["mnist_cnn_regularized"],
+        network,
         x,
         y,
-        eps=2.0,
-        num_steps=50,
-        num_audited=10,
-        version=("apgd_t",),
-        overrides={"apgd_t": {"num_steps": 10, "num_targets": 2}},
+        eps=0.5,
+        num_steps=20,
+        step_size=0.1,
+        num_audited=5,
+        version=("apgd_ce",),
+        overrides={"apgd_ce": {"num_steps": 20}},
         progress=False,
     )
-    assert found["clean"] > 0.95
-    assert found["pgd_margin"] < found["pgd_cross_entropy"] - 0.2
-    assert found["autoattack"] < found["pgd_cross_entropy"] - 0.2
-    assert np.isfinite(found["seconds"])
+    head = network.variables["params"]["head"]
+    exact = margins.linear(np.asarray(head["kernel"]).T, np.asarray(head["bias"]), x, y, norm="l2")
+    assert (exact > 0.5).mean() <= found["autoattack"] < found["clean"]
+    assert (exact > 0.5).mean() <= found["pgd_margin"] <= (exact > 0.5).mean() + 0.1
+    assert found["clean"] == (exact > 0).mean() and found["audit"]["verdict"] in ("pass", "warn")
