@@ -222,13 +222,13 @@ def get_config():
 
 def arms():
     """Each network by each objective, and our variant on the CNN."""
-    models = {
+    models: dict[str, dict] = {
         "linear": {"model": {"name": "linear"}, "track_margins": 60_000},
         "mlp": {"model": {"name": "mlp", "hidden": (1024,)}},
         "cnn": {},
     }
     orthogonal = {"orthogonality": {"weight": 2e-3}}  # the authors' 1e-3, which they add twice
-    found = {}
+    found: dict[str, dict] = {}
     for name, tau in NETWORKS.items():
         ramp = {"output_margin_ramp": {"weight": 0.1, "tau": tau}}
         found |= {
