@@ -329,9 +329,10 @@ def relative_slope(
         rows, logits = wide(_jacobian_one(logits_fn, one)), wide(logits_fn(one[None])[0])
         slopes = jax.vmap(threat.slope)(rows[label][None] - rows).astype(logits.dtype)
         gaps = jnp.abs(logits[label] - logits)
-        # The label's own difference is 0 over 0, and says nothing; so does that of equal logits.
         ratios = slopes / jnp.where(gaps > 0, gaps, 1)
-        return jnp.where(gaps > 0, ratios, jnp.where(slopes > 0, jnp.inf, 0)).max()
+        ratios = jnp.where((gaps == 0) & (slopes > 0), jnp.inf, ratios)
+        # The label's own slope is 0 but for rounding.
+        return jnp.where(jnp.arange(len(gaps), dtype=label.dtype) == label, 0, ratios).max()
 
     return in_chunks(slope_one, (x, jnp.asarray(y)), chunk_size)
 
