@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.image_size = 0  # of TFDS: the side images are scaled and cut to; 0: as they are
     config.streaming = False  # of TFDS: read while training, by Grain; else held in memory
     config.validation_size = 197  # examples split off the training set, drawn by seed
+    config.train_size = 0  # how many of the others are trained on, drawn by seed; 0: all
     config.num_labeled = 0  # 0: all. Else a class-balanced subset keeps its labels
     config.labeled_fraction = 0.5  # of each batch, where only num_labeled examples have labels
     config.augmentation = ConfigDict({"crop_padding": 0, "flip": False})  # on the device
@@ -97,8 +98,9 @@ def get_config() -> ConfigDict:
     config.validate_every = "2 epochs"
     config.checkpoint_every = "10 epochs"
     config.validation_attack = ConfigDict({"name": "pgd"})
-    # Of how many training examples the l2 margins are logged, too: their minimum, average and
-    # quantiles, as minimum_margin, average_margin, margin_q10, margin_q50 and margin_q90.
+    # Of how many training examples the l2 margins are logged, too, from initialisation on: their
+    # minimum, average and quantiles, as minimum_margin, average_margin, margin_q10, margin_q50 and
+    # margin_q90; unsigned and from the predicted class, minimum_distance and average_distance.
     config.track_margins = 0
 
     # The final evaluation, of best and last. The key is the attack's name in
@@ -121,8 +123,9 @@ def get_config() -> ConfigDict:
         }
     )
 
-    # What else is measured of the best checkpoint: names in robust_jax.app.measurements, each with
-    # its keywords, as in {"clusters": {"num_examples": 1000}, "spectra": {}}.
+    # What else is measured: names in robust_jax.app.measurements, each with its keywords, as in
+    # {"clusters": {"num_examples": 1000}, "spectra": {}}. "at" is the checkpoint, best (the
+    # default), last or initialisation.
     config.measurements = ConfigDict()
 
     # Is the robustness real? The checks of robust_jax.audit on the best checkpoint.

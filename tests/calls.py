@@ -50,15 +50,19 @@ FUNCTIONS = {
         f, x, k, num_projections=2
     ),
     "spectral_norm": lambda f, x, y, k: jacobian.spectral_norm(f, x, k, num_iterations=2),
+    "relative_slope": lambda f, x, y, k: jacobian.relative_slope(f, x, y),
     "first_order": lambda f, x, y, k: margins.first_order(f, x, y),
     "boundary_distances": lambda f, x, y, k: margins.boundary_distances(f, x, y),
     "minimum_norm": lambda f, x, y, k: margins.minimum_norm(f, x, y, k, attack=NEAREST),
+    "clever": lambda f, x, y, k: margins.clever(f, x, k, num_samples=2),
     "mean_square": lambda f, x, y, k, eps=0.1: energy.mean_square(f, x, y, k, eps=eps),
     "oscillation": lambda f, x, y, k, eps=0.1: energy.oscillation(f, x, y, k, eps=eps, num_steps=2),
     "rise": lambda f, x, y, k, eps=0.1: energy.rise(f, x, y, k, eps=eps, num_steps=2),
+    "total_variation": lambda f, x, y, k, eps=0.1: energy.total_variation(f, x, y, k, eps=eps),
+    "path": lambda f, x, y, k, eps=0.1: energy.path(f, x, y, k, eps=eps, num_steps=2),
 }
 WITH_EPS = [n for n, fn in FUNCTIONS.items() if "eps" in inspect.signature(fn).parameters]
-WITHOUT_KEY = ["is_adversarial", "first_order", "boundary_distances"]
+WITHOUT_KEY = ["is_adversarial", "relative_slope", "first_order", "boundary_distances"]
 WITH_LABELS = [*WITH_EPS, *WITHOUT_KEY, "minimum_norm"]
 AUTOATTACK = {
     "version": ("apgd_ce", "apgd_t", "fab_t", "square"),

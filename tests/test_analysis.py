@@ -176,6 +176,17 @@ def test_feature_change_of_a_linear_network_is_the_gain_of_its_maps(rng):
         gain = np.linalg.norm(delta @ total, axis=-1) / np.linalg.norm(delta, axis=-1)
         np.testing.assert_allclose(found[name], gain, rtol=1e-4)
         assert (found[name] <= np.linalg.norm(total, 2)).all()
+    # As a share of the layer's values it is the same for a layer of another scale.
+    shares = [
+        features.change(
+            lambda x, s=s: {"h": s * features_fn(x)["a second"]}, x, x + 0.1, relative=True
+        )
+        for s in (1, 8)
+    ]
+    size = np.linalg.norm(features_fn(x)["a second"], axis=-1)
+    raw = features.change(features_fn, x, x + 0.1)["a second"]
+    for share in shares:
+        np.testing.assert_allclose(share["h"], raw / size, rtol=1e-4)
 
 
 def test_feature_change_where_nothing_moved_is_not_a_number():
@@ -336,6 +347,13 @@ def test_projection_keeps_what_lies_in_a_plane(rng):
     np.testing.assert_allclose(distances(points), distances(plane), atol=1e-9)
     assert share.sum() == pytest.approx(1)
     assert share[0] > share[1]
+
+
+def test_tsne_keeps_clusters_apart_and_follows_its_seed(blobs):
+    latents, labels = blobs
+    points = latent.tsne(latents, seed=3)
+    assert latent.silhouette(points, labels) > 0.6
+    np.testing.assert_array_equal(points, latent.tsne(latents, seed=3))
 
 
 # The loss surface.

@@ -171,6 +171,7 @@ def test_every_config_says_its_command_and_how_long_it_takes(name):
 EFFECTS = {
     "seed": 1,
     "validation_size": 100,
+    "train_size": 200,
     "num_labeled": 100,
     "augmentation.crop_padding": 1,
     "augmentation.flip": True,

@@ -50,6 +50,15 @@ def test_seed_moves_validation_but_never_the_test_set(digits):
     np.testing.assert_array_equal(other.validation.images, again.validation.images)
 
 
+def test_a_part_of_the_training_set_leaves_validation_and_test_as_they_are(digits):
+    few = data.load("digits", validation_size=197, train_size=50)
+    assert few.train.size == 50
+    assert {im.tobytes() for im in few.train.images} <= {im.tobytes() for im in digits.train.images}
+    np.testing.assert_array_equal(few.validation.images, digits.validation.images)
+    np.testing.assert_array_equal(few.test.images, digits.test.images)
+    assert few.mean == digits.mean
+
+
 def test_labelled_subset_is_balanced_and_seeded():
     one, same, other = (
         data.load("digits", validation_size=197, num_labeled=50, seed=s).train.labels
@@ -374,6 +383,7 @@ def test_unknown_and_unprepared_sources_are_refused(source, message, tmp_path):
     [
         ({"validation_size": 0}, "between 1 and 1296"),
         ({"validation_size": 5000}, "between 1 and 1296"),
+        ({"validation_size": 197, "train_size": 1101}, "train_size is 1101.*between 1 and 1100"),
         ({"validation_size": 197, "num_labeled": 55}, "multiple of the 10 classes"),
         ({"validation_size": 197, "num_labeled": 10**6}, "up to"),
     ],

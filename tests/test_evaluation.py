@@ -57,6 +57,7 @@ def test_its_numbers_are_those_of_its_parts(found):
     columns = {
         "margin": losses.margin(jnp.asarray(logits), jnp.asarray(y)),
         "frobenius_logits": jacobian.frobenius_norm(logits_fn, x),
+        "relative_slope": jacobian.relative_slope(logits_fn, x, jnp.asarray(y)),
         "input_margin": margins.first_order(logits_fn, x, y),
     }
     for name, expected in columns.items():

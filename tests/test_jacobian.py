@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import jacobian
+from robust_jax import jacobian, margins
 from tests.linear import interior_images, make_linear, make_nonlinear
 
 KEY = jax.random.key(0)
@@ -50,6 +50,25 @@ def test_network_matches_finite_differences_and_svd():
         np.linalg.norm(reference, 2, axis=(1, 2)),
         rtol=5e-3,
     )
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_relative_slope_is_one_over_the_margin_whatever_the_scale_of_the_logits(norm):
+    fn = make_nonlinear(KEY)
+    x = interior_images(jax.random.key(1), 5)
+    y = jnp.argmax(fn(x), -1).at[0].set(jnp.argmin(fn(x)[0]))  # the first is misclassified
+    found = jacobian.relative_slope(fn, x, y, norm=norm, chunk_size=2)
+    right = margins.first_order(fn, x, y, norm=norm)[1:]
+    np.testing.assert_allclose(found[1:], 1 / right, rtol=1e-4)
+    rows, logits = exact_by_finite_differences(fn, x)[0], np.asarray(fn(x))[0]
+    order = {"linf": 1, "l2": 2}[norm]
+    slopes = [np.linalg.norm(rows[y[0]] - rows[j], order) for j in range(3) if j != y[0]]
+    gaps = [abs(logits[y[0]] - logits[j]) for j in range(3) if j != y[0]]
+    np.testing.assert_allclose(found[0], np.max(np.divide(slopes, gaps)), rtol=5e-3)
+    scaled = jacobian.relative_slope(lambda x: 50 * fn(x), x, y, norm=norm)
+    np.testing.assert_allclose(scaled, found, rtol=1e-4)
+    twins = jacobian.relative_slope(lambda x: fn(x)[:, jnp.array([0, 0])], x, 0 * y, norm=norm)
+    np.testing.assert_array_equal(twins, np.zeros(5))
 
 
 def test_probabilities_jacobian_is_softmax_after_logits():

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import data, losses, models
-from robust_jax.app import run, runs
+from robust_jax import data, losses, margins, models
+from robust_jax.app import run
 from robust_jax.app.measurements import MEASUREMENTS, NUMBERS, Subject
 from robust_jax.errors import UserError
 from tests.test_study import STUDIES
@@ -56,7 +56,73 @@ def test_what_a_study_draws_is_what_its_numbers_say():
     np.testing.assert_allclose(
         changes["change_random/logits"].mean(), changes["random/logits"], rtol=1e-5
     )
-    assert measured("clusters")["projection"].shape == (60, 2)
+    assert measured("clusters")["projection"].shape == measured("clusters")["tsne"].shape == (60, 2)
+    along = measured("interior")
+    np.testing.assert_allclose(along["loss_along"].mean(0)[2], along["loss/50"], rtol=1e-5)
+    np.testing.assert_allclose(
+        along["loss/0"],
+        losses.cross_entropy(*(jnp.asarray(a) for a in outputs_of(60))).mean(),
+        rtol=1e-5,
+    )
+
+
+def outputs_of(count):
+    """Logits and labels of the first test images."""
+    test = subject().dataset.test
+    return subject().logits_fn(data.to_pixels(test.images[:count])), test.labels[:count]
+
+
+def test_what_is_free_of_scale_does_not_change_with_it():
+    """A layer of other units, and logits of others: their raw numbers move, these do not."""
+    one = subject()
+    params = dict(one.variables["params"])
+    params["head"] = jax.tree.map(lambda a: 5 * a, params["head"])
+    params["Conv_0"] = jax.tree.map(lambda a: 3 * a, params["Conv_0"])
+    params["Conv_1"] = {**params["Conv_1"], "kernel": params["Conv_1"]["kernel"] / 3}
+    variables = {"params": params}
+    other = one._replace(
+        variables=variables, logits_fn=functools.partial(one.model.apply, variables)
+    )
+    for name, free, raw in (
+        ("spectra", "relative_spread/Conv_0", "standard_deviation/Conv_0"),
+        ("features", "relative_random/conv1", "random/conv1"),
+        ("features", "relative_random/logits", "random/logits"),
+    ):
+        keywords = {} if name == "spectra" else {"eps": 0.1, "num_examples": 60}
+        found, scaled = (MEASUREMENTS[name](s, **keywords) for s in (one, other))
+        assert scaled[free] == pytest.approx(found[free], rel=1e-4), free
+        assert scaled[raw] > 2 * found[raw], raw
+
+
+def test_gap_doubt_and_saturation_of_logits_known_by_hand():
+    gap = np.array([2.0, 10.0, 10.0, 40.0])
+    y = subject().dataset.test.labels[:4]
+    logits = jnp.asarray(gap[:, None] * np.eye(10)[y], jnp.float32)
+    network = subject()._replace(logits_fn=lambda x: logits[: len(x)])
+    found = MEASUREMENTS["outputs"](network, num_examples=4)
+    assert found["median_gap"] == pytest.approx(10)
+    assert found["median_doubt"] == pytest.approx(9 / (9 + np.exp(10)), rel=1e-5)  # 4.1e-4
+    assert found["saturated"] == 0.25
+
+
+def test_published_margins_are_distances_from_the_predicted_class():
+    clever = measured("margins", estimate="clever", num_samples=4)["input_margin"]
+    assert (clever >= 0).all() and (clever <= 5).all()
+    train = subject().dataset.train
+    x = data.to_pixels(train.images[:60])
+    predicted = jnp.argmax(subject().logits_fn(x), -1)
+    first_order = margins.first_order(subject().logits_fn, x, predicted, norm="l2")
+    assert (clever < 1.5 * first_order + 1e-6).all()  # gradients around it, not at it alone
+    test = measured("margins", estimate="first_order", split="test")
+    assert test["mean"] != measured("margins", estimate="first_order")["mean"]
+
+
+def test_the_label_free_energies_are_of_another_loss():
+    free, labelled = (measured("energy", label_free=free) for free in (True, False))
+    for found in (free, labelled):
+        assert 0 < found["rise"] <= found["oscillation"] * (1 + 1e-6)
+        assert found["rise"] <= found["path"] * (1 + 1e-6) and found["total_variation"] > 0
+    assert free["oscillation"] < labelled["oscillation"]
 
 
 def test_estimates_of_margins_bound_each_other():
@@ -80,18 +146,22 @@ def test_a_collapsed_network_has_no_margins_and_loses_no_run(estimate):
     assert found == {"count": 0, "not_finite": 6}
 
 
-def test_arrays_are_kept_apart_and_what_is_not_finite_is_null(tmp_path, monkeypatch):
+def test_arrays_are_kept_apart_and_what_is_not_finite_is_null(monkeypatch):
     values = np.arange(3.0)
     found = {"whole": 2, "share": 0.5, "nothing": float("nan"), "values": values}
-    experiment = SimpleNamespace(measurements={"one": lambda subject: found})
-    monkeypatch.setattr(run, "subject_of", lambda *_: None)
-    numbers = run._measurements(experiment, None, tmp_path)
-    assert numbers == {"one": {"whole": 2, "share": 0.5, "nothing": None}}
-    assert [path.name for path in tmp_path.iterdir()] == ["measurements.npz"]
-    np.testing.assert_array_equal(runs.measured(tmp_path)["one/values"], values)
-    experiment.measurements = {}  # what was measured before is not of this config
-    run._measurements(experiment, None, tmp_path)
-    assert runs.measured(tmp_path) == {}
+    monkeypatch.setattr(run, "subject_of", lambda experiment, trained, at: at)
+    seen = []
+    measurements = {label: lambda at: (seen.append(at), found)[1] for label in ("one", "first")}
+    numbers, arrays = run._measured(
+        SimpleNamespace(
+            experiment=SimpleNamespace(measurements=measurements),
+            trained=None,
+            asked=SimpleNamespace(measurements={"one": {}, "first": {"at": "initialisation"}}),
+        )
+    )
+    assert numbers["one"] == {"whole": 2, "share": 0.5, "nothing": None}
+    assert list(numbers) == ["one", "first"] and seen == ["best", "initialisation"]
+    np.testing.assert_array_equal(arrays["one/values"], values)
 
 
 def test_outputs_of_either_split_and_spectra_of_either_output():

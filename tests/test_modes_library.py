@@ -66,6 +66,9 @@ CALLS = {
     "frobenius_norm_of_probabilities": lambda x, key, count: jacobian.frobenius_norm(
         jacobian.probabilities(network), x
     ),
+    "relative_slope": lambda x, key, count: jacobian.relative_slope(
+        network, x, jnp.asarray(LABELS[: len(x)], jnp.int32), chunk_size=2
+    ),
     "singular_values": of_jacobian(jacobian.singular_values),
     "spectral_norm": lambda x, key, count: jacobian.spectral_norm(
         network, x, key, num_iterations=count, chunk_size=2

@@ -94,6 +94,14 @@ def test_reliability_diagram_says_the_error(rng):
     assert all(patch.get_data().values.sum() == pytest.approx(100) for patch in bottom.patches)
 
 
+def test_loss_along_has_a_line_an_arm_at_even_steps(rng):
+    values = {arm: rng.random((20, 5)) + i for i, arm in enumerate(ARMS)}
+    (ax,) = plots.loss_along(values).axes
+    for line, of_arm in zip(ax.lines, values.values(), strict=True):
+        np.testing.assert_allclose(line.get_xdata(), [0, 25, 50, 75, 100])
+        np.testing.assert_allclose(line.get_ydata(), of_arm.mean(0))
+
+
 def test_latent_scatter_writes_each_class_where_it_lies(rng):
     labels = np.repeat(np.arange(8), 5)
     points = {arm: rng.normal(size=(40, 2)) for arm in ARMS}

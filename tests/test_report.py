@@ -50,6 +50,7 @@ def make_records(seed: int, norms=("linf", "l2"), num: int = 120) -> pd.DataFram
             "frobenius_estimate_logits": frobenius + error * rng.normal(size=num),
             "frobenius_estimate_error_logits": error,
             "spectral_logits": 0.7 * frobenius,
+            "relative_slope": frobenius / np.abs(margin),
             "spectral_probabilities": 0.7 * frobenius * confidence * (1 - confidence),
         }
     )
@@ -103,7 +104,19 @@ def summarize(records: pd.DataFrame, step: int, norms=("linf", "l2")) -> dict:
         "count": len(records),
         "cross_entropy": float(records["cross_entropy"].mean()),
     }
-    return {"step": step, "clean": clean, "attacks": attacks, "jacobian": jacobian}
+    matched = ("frobenius_logits", "spectral_logits")
+    jacobian["matched"] = {
+        name.removesuffix("_logits"): {k: v / 2 for k, v in statistics(name).items()}
+        for name in matched
+    }
+    return {
+        "step": step,
+        "clean": clean,
+        "attacks": attacks,
+        "jacobian": jacobian,
+        "temperature": 2.0,
+        "relative_slope": statistics("relative_slope"),
+    }
 
 
 def make_metrics(steps: int, best: int) -> list[dict]:

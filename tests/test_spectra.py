@@ -130,6 +130,26 @@ def test_layers_of_a_residual_network_have_their_strides_and_pads():
     assert [layer.padding[0] for layer in strided] == [(0, 0), (1, 1)] * 3
 
 
+def test_a_batch_norm_right_behind_a_layer_is_folded_into_it(rng):
+    """The stem and the first convolution of each block have one, what ends in a sum has not."""
+    model = PreActResNet(num_classes=3, width=1 / 32)
+    x = jnp.zeros((1, 8, 8, 3))
+    variables = jax.tree.map(
+        lambda a: jnp.asarray(rng.uniform(0.5, 2, a.shape), a.dtype), model.init(KEY, x)
+    )
+    plain, folded = (
+        spectra.layers(model, variables, x.shape[1:], fold_norms=fold) for fold in (False, True)
+    )
+    changed = [
+        name for name in plain if not np.array_equal(plain[name].kernel, folded[name].kernel)
+    ]
+    assert len(changed) == 1 + 8  # the stem's feeds the first block's norm, and its sum
+    params, statistics = variables["params"], variables["batch_stats"]
+    of_norm = params["BatchNorm_1"]["scale"] / jnp.sqrt(statistics["BatchNorm_1"]["var"] + 1e-5)
+    inner = changed[1]
+    np.testing.assert_allclose(folded[inner].kernel, plain[inner].kernel * of_norm, rtol=1e-5)
+
+
 def test_a_layer_of_another_kind_is_refused():
     model = nn.Sequential([nn.Conv(2, (3, 3)), lambda x: x.reshape(len(x), -1), nn.Dense(2)])
     variables = model.init(KEY, jnp.zeros((1, 4, 4, 1)))

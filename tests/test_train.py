@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import re
 import shutil
 import signal
 
@@ -154,7 +155,12 @@ def test_validation_attacks_and_counts_an_example_once():
         "average_margin": distances.mean(),
         **{f"margin_q{q}": np.percentile(distances, q) for q in (10, 50, 90)},
     }
-    found = {name: value for name, value in values.items() if "margin" in name}
+    # From the predicted class, where no distance is negative.
+    expected |= {
+        "minimum_distance": np.abs(distances).min(),
+        "average_distance": np.abs(distances).mean(),
+    }
+    found = {name: value for name, value in values.items() if re.search("margin|distance", name)}
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -185,6 +191,19 @@ def test_validation_leaves_flat_examples_out_of_the_margins():
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
     return loop.train(plan_of(small_config()), workdir), workdir
+
+
+def test_margins_are_tracked_from_initialisation_on(tmp_path):
+    config = small_config()
+    config.track_margins, config.duration = 20, "6 steps"
+    plan = plan_of(config)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')  # stopped before its first checkpoint
+    loop.train(plan, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation/average_margin" in line] == [0, 6]
+    before = plan.validate(plan.init().variables)
+    assert lines[0]["validation/average_distance"] == pytest.approx(before["average_distance"])
+    assert lines[0]["validation/minimum_margin"] < 0 < lines[0]["validation/minimum_distance"]
 
 
 def test_loop_writes_what_it_says(undisturbed):

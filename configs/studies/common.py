@@ -22,12 +22,19 @@ SMOKE = {
 }
 
 
-def attacks(eps, num_examples, *, smoke=False):
-    """FGSM and PGD over the radii, AutoAttack on the first num_examples at the threat model's."""
+def attacks(eps, num_examples, *, autoattack=None, smoke=False):
+    """FGSM and PGD over the radii, AutoAttack on the first num_examples.
+
+    autoattack: its radii; None is the threat model's.
+    """
     return {
         "fgsm": {"eps": eps},
         "pgd": {"eps": eps, "num_steps": 4 if smoke else 20},
-        "autoattack": {"num_examples": num_examples, **(QUICK if smoke else {})},
+        "autoattack": {
+            **({} if autoattack is None else {"eps": autoattack}),
+            "num_examples": num_examples,
+            **(QUICK if smoke else {}),
+        },
     }
 
 

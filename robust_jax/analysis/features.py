@@ -67,20 +67,27 @@ def captured(model: Any, variables: Any, *, every_module: bool = False) -> Featu
 
 
 def change(
-    features_fn: FeaturesFn, x: Images, x_moved: Images, *, chunk_size: int | None = None
+    features_fn: FeaturesFn,
+    x: Images,
+    x_moved: Images,
+    *,
+    relative: bool = False,
+    chunk_size: int | None = None,
 ) -> dict[str, Float[Array, " b"]]:
     """‖h(x_moved) - h(x)‖₂ / ‖x_moved - x‖₂ of each layer h.
 
-    Costs two forward passes an example.
+    Layers differ in scale, and so does one layer in two networks (a norm layer may take back what
+    the weights do): relative, it is divided by ‖h(x)‖₂, too. Costs two forward passes an example.
 
     Args:
         features_fn: As `captured` makes it, [B,...] -> arrays [B,...] by layer.
         x: Examples [B,...].
         x_moved: As many points, adversarial ones from any attack, or `random_neighbour`.
+        relative: Whether the change is a share of the layer's values at x.
         chunk_size: How many examples are in memory at a time; None for all.
 
     Returns:
-        By layer [B], in its units per pixel unit; NaN where x did not move.
+        By layer [B], in its units (or 1, if relative) per pixel unit; NaN where x did not move.
 
     Example:
         >>> import jax.numpy as jnp
@@ -90,18 +97,21 @@ def change(
         {'doubled': Array([2.], dtype=float32)}
 
     Reference:
-        Wen, Li & Jia 2020, arXiv 2011.07478.
+        Wen, Li & Jia 2020, arXiv 2011.07478; the relative form is ours.
     """
-    changes = _change(features_fn, x, x_moved, chunk_size=chunk_size)
+    changes = _change(features_fn, x, x_moved, relative=relative, chunk_size=chunk_size)
     return {name: changes[name] for name in features_fn(x[:1])}  # in the order of the layers
 
 
 @compiled
-def _change(features_fn: FeaturesFn, x: Images, x_moved: Images, *, chunk_size: int | None):
+def _change(
+    features_fn: FeaturesFn, x: Images, x_moved: Images, *, relative: bool, chunk_size: int | None
+):
     def change_one(pair):
         before, after = (features_fn(one[None]) for one in pair)
         distance = _l2(pair[1] - pair[0])
-        return {name: _l2(after[name] - before[name]) / distance for name in before}
+        moved = {name: _l2(after[name] - before[name]) / distance for name in before}
+        return {n: v / _l2(before[n]) for n, v in moved.items()} if relative else moved
 
     return in_chunks(change_one, (x, x_moved), chunk_size)
 

@@ -44,6 +44,36 @@ def projection(latents: Latents, *, num_components: int = 2) -> Projection:
     return Projection(pca.fit_transform(_flat(latents)), pca.explained_variance_ratio_)
 
 
+def tsne(latents: Latents, *, perplexity: float = 30.0, seed: int = 0) -> Float[np.ndarray, "n 2"]:
+    """The latents in the plane by t-SNE, to look at, as the paper's figure shows them.
+
+    Neighbours stay neighbours; distances between clusters and their sizes mean nothing. Costs
+    seconds for a thousand examples.
+
+    Args:
+        latents: [N,...].
+        perplexity: About how many neighbours each has; a third of N at most.
+        seed: Of scikit-learn's random draws, which start from the principal axes.
+
+    Returns:
+        [N,2].
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_jax.analysis import latent
+        >>> latent.tsne(np.eye(6)).shape
+        (6, 2)
+
+    Reference:
+        van der Maaten & Hinton 2008; the figure is that of Chen et al. 2019, arXiv 1903.09799.
+    """
+    from sklearn.manifold import TSNE
+
+    latents = _flat(latents)
+    most = min(perplexity, (len(latents) - 1) / 3)
+    return TSNE(perplexity=most, init="pca", random_state=seed).fit_transform(latents)
+
+
 def silhouette(latents: Latents, labels: Labels) -> float:
     """Mean silhouette: higher where classes are tighter and further apart.
 

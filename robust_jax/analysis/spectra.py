@@ -32,15 +32,20 @@ class Layer(NamedTuple):
     padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
 
 
-def layers(model: Any, variables: Any, image_shape: tuple[int, ...]) -> dict[str, Layer]:
+def layers(
+    model: Any, variables: Any, image_shape: tuple[int, ...], *, fold_norms: bool = False
+) -> dict[str, Layer]:
     """The dense layers and convolutions of a network, by name, in the order they are called.
 
-    Traces model.apply(variables, x) once, which costs nothing on any device.
+    With fold_norms, a BatchNorm that reads nothing but a layer's output is part of the layer: its
+    scale over the running deviation multiplies the kernel's outputs. Traces
+    model.apply(variables, x) once, which costs nothing on any device.
 
     Args:
         model: A linen network of nn.Dense and `models.layers.Conv`.
         variables: Its variables.
         image_shape: [H,W,C] of one example.
+        fold_norms: Whether a BatchNorm right behind a layer is taken into it.
 
     Returns:
         A `Layer` for each.
@@ -63,7 +68,9 @@ def layers(model: Any, variables: Any, image_shape: tuple[int, ...]) -> dict[str
     from robust_jax.models.layers import Conv
 
     params = flatten_dict(variables["params"], sep="/")
+    statistics = flatten_dict(variables.get("batch_stats", {}), sep="/")
     found: dict[str, Layer] = {}
+    made: list[tuple[Any, str]] = []  # outputs, and the layers that they are of
 
     def record(call, args, keywords, context):
         module, name = context.module, "/".join(context.module.path)
@@ -73,6 +80,14 @@ def layers(model: Any, variables: Any, image_shape: tuple[int, ...]) -> dict[str
             if isinstance(module, Conv):
                 image = args[0].shape[1:3]
                 found[name] = Layer(kernel, image, module.strides, _pads(module, image))
+            made.append((call(*args, **keywords), name))
+            return made[-1][0]
+        if fold_norms and context.method_name == "__call__" and isinstance(module, nn.BatchNorm):
+            for layer in (layer for output, layer in made if output is args[0]):
+                scale = np.asarray(params.get(f"{name}/scale", 1.0), np.float64)
+                variance = np.asarray(statistics[f"{name}/var"], np.float64)
+                gain = scale / np.sqrt(variance + module.epsilon)
+                found[layer] = found[layer]._replace(kernel=found[layer].kernel * gain)
         return call(*args, **keywords)
 
     with nn.intercept_methods(record):

@@ -192,6 +192,7 @@ def check(config: ConfigDict, schema: ConfigDict) -> None:
 def check_numbers(config: ConfigDict) -> None:
     at_least = {
         "seed": 0,
+        "train_size": 0,
         "num_labeled": 0,
         "augmentation.crop_padding": 0,
         "weight_decay": 0,

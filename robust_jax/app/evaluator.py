@@ -18,6 +18,7 @@ from absl import logging
 
 from robust_jax import audit, data, jacobian, losses
 from robust_jax._audit import Audit
+from robust_jax.analysis import calibration
 from robust_jax.app.records import What, column
 from robust_jax.attacks import distances
 from robust_jax.batches import Lift, over
@@ -92,6 +93,12 @@ class Evaluator:
         self._split, self._grids, self._settings, self._key = split, grids, settings, key
         # The key is an argument of the compiled programs, which serve every seed.
         self._key_data = np.asarray(jax.random.key_data(key))
+
+    def temperature(self, variables: Any, held_out: data.Split) -> float:
+        """By what the logits are divided for the least cross-entropy on images held out."""
+        rows = data.rows_of(held_out, np.arange(held_out.size))
+        logits = self._lift(_logits, _NUM_SIZES)(variables, *rows, self._key_data)
+        return calibration.temperature(logits, held_out.labels)
 
     def records(
         self,
@@ -285,6 +292,9 @@ class Measurement:
             "top_probability": jax.nn.softmax(logits).max(-1),
             "entropy": losses.entropy(logits),
             **norms_of,
+            "relative_slope": jacobian.relative_slope(
+                logits_fn, x, y, chunk_size=settings.jacobian_chunk
+            ),
             "frobenius_estimate_logits": estimate.norm,
             "frobenius_estimate_error_logits": estimate.standard_error,
         }

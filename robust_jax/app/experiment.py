@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from robust_jax.app import entries, subject, threat, training
-from robust_jax.app.config import bind
+from robust_jax.app.config import bind, choose
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.measurements import MEASUREMENTS
 from robust_jax.app.training import Training
@@ -67,7 +68,9 @@ def _measurement(label: str, entry: ConfigDict) -> Callable:
     path = f"config.measurements.{label}"
     if not isinstance(entry, ConfigDict):
         raise UserError(f'{path} must be an entry like {{"num_examples": 500}}, not {entry!r}')
-    return bind(MEASUREMENTS, {"name": label, **entry}, path)
+    choose(get_args(subject.At), entry.get("at", "best"), f"{path}.at")
+    keywords = {k: v for k, v in entry.items() if k != "at"}
+    return bind(MEASUREMENTS, {"name": label, **keywords}, path)
 
 
 def _transferred(grid: AttackGrid) -> AttackGrid:

@@ -11,10 +11,16 @@ Arrays = Mapping[str, Mapping[str, np.ndarray]]
 # What of a measurement's arrays, one number an example, is drawn as histograms, and its axis.
 _DISTRIBUTIONS = {
     "output_margin": "output margin, in logits",
+    "gap": "logit of the label less the mean of the others",
     "confidence": "probability of the label",
     "input_margin": "margin in the input space, pixel units",
 }
 
+# Of the arrays that are points in a plane: the names of its axes, and what it is.
+_PLANES = {
+    "projection": (("first component", "second component"), "on its principal axes"),
+    "tsne": (("", ""), "by t-SNE, whose distances mean nothing beyond the neighbours"),
+}
 _DRAWN = 400  # points of a scatter plot
 
 
@@ -39,27 +45,39 @@ def of_measurements(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
                 measures.distributions(of(here), xlabel=_DISTRIBUTIONS[array]),
                 f"{measurement}, {_DISTRIBUTIONS[array]}.",
             )
-        elif array == "projection":
+        elif array in _PLANES:
             label = next(iter(of(f"{measurement}/label").values()))
-            figures[measurement] = (
+            axes, said = _PLANES[array]
+            figures[measurement if array == "projection" else f"{measurement}_{array}"] = (
                 measures.latent_scatter(
-                    {arm: points[:_DRAWN] for arm, points in of(here).items()}, label[:_DRAWN]
+                    {arm: points[:_DRAWN] for arm, points in of(here).items()},
+                    label[:_DRAWN],
+                    axes=axes,
                 ),
-                "The last layer's input on its principal axes, a colour for each class.",
+                f"The last layer's input {said}, a colour for each class.",
+            )
+        elif array == "loss_along":
+            figures[measurement] = (
+                measures.loss_along(of(here)),
+                "Mean loss on the way from the images to the worst points found, with the middle "
+                "half of the examples.",
             )
         elif array == "singular_values":
             figures[measurement] = (
                 measures.singular_values(by_layer(f"{here}/")),
                 "Singular values of each layer.",
             )
-        elif array == "change_random":
+        elif array in ("change_random", "relative_change_random"):
+            prefix = array.removesuffix("change_random")
             changes = {
-                f"{kind} δ": by_layer(f"{measurement}/change_{kind}/")
+                f"{kind} δ": by_layer(f"{measurement}/{prefix}change_{kind}/")
                 for kind in ("random", "adversarial")
             }
-            figures[measurement] = (
-                measures.by_layer(changes, ylabel="‖h(x+δ) - h(x)‖ / ‖δ‖"),
-                "The change in each layer over that of the image, median and middle half of the "
-                "examples.",
+            over = "(‖h(x)‖ ‖δ‖)" if prefix else "‖δ‖"
+            figures[f"{prefix}{measurement}"] = (
+                measures.by_layer(changes, ylabel=f"‖h(x+δ) - h(x)‖ / {over}"),
+                "The change in each layer over that of the image"
+                + (" and over the layer's own size" if prefix else "")
+                + ", median and middle half of the examples.",
             )
     return figures

@@ -14,10 +14,10 @@ import numpy as np
 from flax import linen as nn
 
 from robust_jax import data, energy, jacobian, losses, margins, models
-from robust_jax.analysis import calibration, features, latent, spectra
+from robust_jax.analysis import calibration, features, latent, spectra, surface
 from robust_jax.analysis.summaries import gaps as gaps_between
 from robust_jax.analysis.summaries import summary
-from robust_jax.attacks import Norm, fab, pgd
+from robust_jax.attacks import Norm, fab, never, pgd
 from robust_jax.batches import on_one_device
 from robust_jax.errors import UserError
 from robust_jax.keys import fold_in_each
@@ -41,24 +41,37 @@ class Subject(NamedTuple):
 
 
 def outputs(
-    subject: Subject, *, split: Literal["train", "test"] = "test", num_examples: int = 1000
+    subject: Subject,
+    *,
+    split: Literal["train", "validation", "test"] = "test",
+    num_examples: int = 1000,
 ) -> Found:
-    """Output margins z_y - max_j z_j, confidence p_y, entropy and calibration error.
+    """Output margins z_y - max_j z_j, gaps, confidence p_y, entropy and calibration error.
 
-    Arrays: output_margin, confidence [N]. Costs a forward pass an example.
+    The gap is z_y less the mean of the wrong logits; 1 - p_y is computed without cancellation, and
+    an example is saturated whose p_y is 1 in float32, where cross-entropy has no gradient left.
+    Arrays: output_margin, gap, confidence [N]. Costs a forward pass an example.
     """
     x, y = _examples(getattr(subject.dataset, split), num_examples)
     logits = _over(subject, lambda fn, rows: fn(rows["x"]), x, y)
     found = calibration.outcomes(logits, y)
-    margin = np.asarray(losses.margin(jnp.asarray(logits), jnp.asarray(y)))
+    z, labels = jnp.asarray(logits), jnp.asarray(y)
+    margin = np.asarray(losses.margin(z, labels))
+    wrong = losses.complement(z, labels)
+    gap = np.asarray(jnp.take_along_axis(z, labels[:, None], -1)[:, 0] - wrong.mean(-1))
+    doubt = np.exp(jax.nn.logsumexp(wrong, -1) - jax.nn.logsumexp(z, -1))
     curve = calibration.reliability(found["top_probability"], found["correct"])
     return {
         "mean_margin": float(margin.mean()),
         "std_margin": float(margin.std()),
+        "median_gap": float(np.median(gap)),
         "mean_confidence": float(found["confidence"].mean()),
+        "median_doubt": float(np.median(doubt)),
+        "saturated": float((losses.confidence(z, labels) == 1).mean()),
         "mean_entropy": float(found["entropy"].mean()),
         "calibration_error": calibration.expected_calibration_error(curve),
         "output_margin": margin,
+        "gap": gap,
         "confidence": found["confidence"],
     }
 
@@ -66,19 +79,23 @@ def outputs(
 def input_margins(
     subject: Subject,
     *,
-    estimate: Literal["first_order", "minimum_norm", "lipschitz"] = "first_order",
+    estimate: Literal["first_order", "minimum_norm", "lipschitz", "clever"] = "first_order",
+    split: Literal["train", "test"] = "train",
     num_examples: int = 500,
     norm: Norm = "l2",
     num_steps: int = 100,
+    radius: float = 5.0,
+    num_samples: int = 1024,
 ) -> Found:
-    """Margins of training images in the input space, by one of three estimates (arXiv 1907.11780).
+    """Margins in the input space, by one of four estimates (arXiv 1907.11780).
 
-    first_order costs K backward passes an example; minimum_norm, an upper bound, two attacks (FAB)
-    of num_steps; lipschitz, a lower bound for a network of one layer after another, a forward pass
-    and the layers' norms. Array: input_margin [N], pixel units. Raises UserError where lipschitz
-    does not hold for the model.
+    first_order, exact for a linear network, costs K backward passes an example; minimum_norm, an
+    upper bound, two attacks (FAB) of num_steps; lipschitz, a lower bound for a network of one layer
+    after another, a forward pass and the layers' norms; clever, as published from the predicted
+    class, unsigned and at most radius, K backward passes for each of num_samples points. Array:
+    input_margin [N], pixel units. Raises UserError where lipschitz does not hold for the model.
     """
-    x, y = _examples(subject.dataset.train, num_examples)
+    x, y = _examples(getattr(subject.dataset, split), num_examples)
     if estimate == "lipschitz":
         if not isinstance(subject.model, _CHAINS):
             kind, chains = type(subject.model).__name__, ", ".join(c.__name__ for c in _CHAINS)
@@ -94,6 +111,15 @@ def input_margins(
             return margins.minimum_norm(fn, rows["x"], rows["y"], keys, norm=norm, attack=nearest)
 
         found = _over(subject, measure, x, y)
+    elif estimate == "clever":
+
+        def distance(fn, rows):
+            keys = fold_in_each(jax.random.fold_in(subject.key, 3), rows["index"])
+            return margins.clever(
+                fn, rows["x"], keys, norm=norm, eps=radius, num_samples=num_samples
+            )
+
+        found = _over(subject, distance, x, y)
     else:
         found = _over(
             subject, lambda fn, rows: margins.first_order(fn, rows["x"], rows["y"], norm=norm), x, y
@@ -105,24 +131,27 @@ def input_margins(
 
 
 def layer_spectra(subject: Subject) -> Found:
-    """Standard deviation and maximum of each layer's singular values, and their means.
+    """How far each layer's singular values spread: standard deviation, maximum, and std/mean.
 
-    Of dense layers, and of convolutions with circular padding (arXiv 1805.10408). Arrays:
-    singular_values/LAYER, at most _SHOWN of each. Costs the layers' SVDs, on the host.
+    relative_spread is std/mean with BatchNorm's scale folded into its layer, which no scale of the
+    weights changes (ours; arXiv 2011.07478 has the standard deviation). Of dense layers, and of
+    convolutions with circular padding (arXiv 1805.10408). Arrays: singular_values/LAYER, norms not
+    folded, at most _SHOWN of each. Costs two SVDs of the layers, on the host.
     """
-    shape = subject.dataset.image_shape
-    values = {
-        name: np.asarray(spectra.circular(layer))
-        for name, layer in spectra.layers(subject.model, subject.variables, shape).items()
-    }
-    deviations = {name: float(v.std()) for name, v in values.items()}
-    maxima = {name: float(v.max()) for name, v in values.items()}
+    plain, folded = (
+        {
+            name: np.asarray(spectra.circular(layer))
+            for name, layer in spectra.layers(
+                subject.model, subject.variables, subject.dataset.image_shape, fold_norms=fold
+            ).items()
+        }
+        for fold in (False, True)
+    )
     return {
-        **{f"standard_deviation/{name}": v for name, v in deviations.items()},
-        **{f"maximum/{name}": v for name, v in maxima.items()},
-        "mean_standard_deviation": float(np.mean(list(deviations.values()))),
-        "mean_maximum": float(np.mean(list(maxima.values()))),
-        **{f"singular_values/{name}": _thinned(v) for name, v in values.items()},
+        **{f"standard_deviation/{name}": float(v.std()) for name, v in plain.items()},
+        **{f"maximum/{name}": float(v.max()) for name, v in plain.items()},
+        **{f"relative_spread/{name}": float(v.std() / v.mean()) for name, v in folded.items()},
+        **{f"singular_values/{name}": _thinned(v) for name, v in plain.items()},
     }
 
 
@@ -139,8 +168,10 @@ def feature_change(
 ) -> Found:
     """‖h(x+δ) - h(x)‖ / ‖δ‖ of each layer, for random and adversarial δ (arXiv 2011.07478).
 
-    On test images. Arrays: change_random/LAYER, change_adversarial/LAYER [N]. Costs PGD and four
-    forward passes an example.
+    relative_… is over ‖h(x)‖ too, and adversarial_over_random the one mean over the other, 1 where
+    a layer is smooth alike in all directions: both ours, free of the layer's scale. On test images.
+    Arrays: change_random/LAYER, change_adversarial/LAYER and the same with relative_ [N]. Costs PGD
+    and eight forward passes an example.
     """
     x, y = _examples(subject.dataset.test, num_examples)
     key = jax.random.fold_in(subject.key, 0)
@@ -152,25 +183,38 @@ def feature_change(
             "random": features.random_neighbour(x, keys, eps=eps, norm=norm),
             "adversarial": pgd(fn, x, rows["y"], keys, eps=eps, norm=norm),
         }
-        return {kind: features.change(features_fn, x, there) for kind, there in moved.items()}
+        return {
+            f"{prefix}{kind}": features.change(features_fn, x, there, relative=bool(prefix))
+            for kind, there in moved.items()
+            for prefix in ("", "relative_")
+        }
 
+    changes = _over(subject, measure, x, y)
     # A compiled program gives dicts back in the order of their keys.
     layers = list(features_fn(jnp.asarray(x[:1])))
-    found: Found = {}
-    for kind, changes in _over(subject, measure, x, y).items():
-        by_layer = {name: changes[name] for name in layers}
-        means = {name: float(np.nanmean(v)) for name, v in by_layer.items()}
-        found |= {f"{kind}/{name}": mean for name, mean in means.items()}
-        found[f"mean_{kind}"] = float(np.mean(list(means.values())))
-        found |= {f"change_{kind}/{name}": v for name, v in by_layer.items()}
-    return found
+    means = {
+        kind: {layer: float(np.nanmean(by_layer[layer])) for layer in layers}
+        for kind, by_layer in changes.items()
+    }
+    means["adversarial_over_random"] = {
+        layer: means["adversarial"][layer] / means["random"][layer] for layer in layers
+    }
+    return {
+        **{f"{kind}/{layer}": v for kind, found in means.items() for layer, v in found.items()},
+        **{
+            f"{prefix}change_{kind}/{layer}": changes[f"{prefix}{kind}"][layer]
+            for prefix in ("", "relative_")
+            for kind in ("random", "adversarial")
+            for layer in layers
+        },
+    }
 
 
 def clusters(subject: Subject, *, num_examples: int = 1000) -> Found:
     """Silhouette and intra/inter-class distance of the last layer's input, on test images.
 
-    Arrays: projection [N,2] on the principal axes, label [N]. Costs a forward pass an example and
-    N² distances.
+    Arrays: projection [N,2] on the principal axes, tsne [N,2], label [N]. Costs a forward pass an
+    example, N² distances and seconds of t-SNE.
     """
     x, y = _examples(subject.dataset.test, num_examples)
     features_fn = features.captured(subject.model, subject.variables)
@@ -179,6 +223,7 @@ def clusters(subject: Subject, *, num_examples: int = 1000) -> Found:
         "silhouette": latent.silhouette(latents, y),
         "distance_ratio": latent.distance_ratio(latents, y),
         "projection": latent.projection(latents).points,
+        "tsne": latent.tsne(latents),
         "label": y,
     }
 
@@ -188,30 +233,75 @@ def loss_energy(
     *,
     eps: float,
     norm: Norm = "linf",
+    label_free: bool = False,
     num_examples: int = 500,
     num_samples: int = 10,
     num_steps: int = 10,
 ) -> Found:
-    """Mean-square and oscillation energy of the loss on test images (arXiv 1911.06479).
+    """The energies of the loss on test images, and the term of adversarial training, `rise`.
 
-    Costs num_samples forward passes and two ascents of num_steps an example.
+    Ours, after arXiv 1911.06479. label_free: of KL(p(x) ‖ p(x+r)) instead of the cross-entropy.
+    Costs num_samples forward passes and as many gradients, and four ascents of num_steps an
+    example.
     """
     x, y = _examples(subject.dataset.test, num_examples)
     key = jax.random.fold_in(subject.key, 1)
+    drawn = (energy.mean_square, energy.total_variation)
+    ascended = (energy.oscillation, energy.rise, energy.path)
 
     def measure(fn, rows):
-        x, y, keys = rows["x"], rows["y"], fold_in_each(key, rows["index"])
+        args = (
+            fn,
+            rows["x"],
+            None if label_free else rows["y"],
+            fold_in_each(key, rows["index"]),
+        )
+        around: dict[str, Any] = {"eps": eps, "norm": norm}
         return {
-            "mean_square": energy.mean_square(
-                fn, x, y, keys, eps=eps, norm=norm, num_samples=num_samples
-            ),
-            "oscillation": energy.oscillation(
-                fn, x, y, keys, eps=eps, norm=norm, num_steps=num_steps
-            ),
+            **{f.__name__: f(*args, **around, num_samples=num_samples) for f in drawn},
+            **{f.__name__: f(*args, **around, num_steps=num_steps) for f in ascended},
         }
 
     found = _over(subject, measure, x, y)
     return {name: float(values.mean()) for name, values in found.items()}
+
+
+def interior(
+    subject: Subject,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    num_examples: int = 500,
+    num_steps: int = 10,
+    num_pieces: int = 4,
+) -> Found:
+    """Mean cross-entropy on the way to the worst point of the ball, on test images.
+
+    Numbers: loss/PERCENT of the way, and worst_inside, the share of the examples whose loss is
+    largest before the end: what arXiv 1911.06479 says adversarial training does not look at. Array:
+    loss_along [N,num_pieces+1]. Costs an ascent of num_steps and num_pieces + 1 forward passes an
+    example.
+    """
+    x, y = _examples(subject.dataset.test, num_examples)
+    key = jax.random.fold_in(subject.key, 4)
+    shares = np.linspace(0, 1, num_pieces + 1)
+
+    def measure(fn, rows):
+        keys = fold_in_each(key, rows["index"])
+        worst = pgd(
+            fn, rows["x"], rows["y"], keys, eps=eps, norm=norm, num_steps=num_steps, criterion=never
+        )
+        return surface.loss_along(fn, rows["x"], rows["y"], worst, steps=shares.tolist())
+
+    along = np.asarray(_over(subject, measure, x, y))
+    return {
+        **{
+            f"loss/{100 * share:.0f}": float(v)
+            for share, v in zip(shares, along.mean(0), strict=True)
+        },
+        "worst_inside": float((along[:, :-1].max(-1) > along[:, -1]).mean()),
+        "loss_along": along,
+    }
 
 
 def gaps(subject: Subject, *, num_examples: int = 1000) -> Found:
@@ -256,6 +346,7 @@ MEASUREMENTS: Mapping[str, Callable[..., Found]] = {
     "features": feature_change,
     "clusters": clusters,
     "energy": loss_energy,
+    "interior": interior,
     "gaps": gaps,
     "jacobian_spectrum": jacobian_spectrum,
 }
@@ -266,15 +357,25 @@ NUMBERS: Mapping[str, tuple[str, ...]] = {
     "outputs": (
         "mean_margin",
         "std_margin",
+        "median_gap",
         "mean_confidence",
+        "median_doubt",
+        "saturated",
         "mean_entropy",
         "calibration_error",
     ),
     "margins": _SUMMARY,
-    "spectra": ("standard_deviation/*", "maximum/*", "mean_standard_deviation", "mean_maximum"),
-    "features": ("random/*", "adversarial/*", "mean_random", "mean_adversarial"),
+    "spectra": ("standard_deviation/*", "maximum/*", "relative_spread/*"),
+    "features": (
+        "random/*",
+        "adversarial/*",
+        "relative_random/*",
+        "relative_adversarial/*",
+        "adversarial_over_random/*",
+    ),
     "clusters": ("silhouette", "distance_ratio"),
-    "energy": ("mean_square", "oscillation"),
+    "energy": ("mean_square", "total_variation", "oscillation", "rise", "path"),
+    "interior": ("loss/*", "worst_inside"),
     "gaps": ("accuracy", "cross_entropy"),
     "jacobian_spectrum": ("[0-9]*",),
 }

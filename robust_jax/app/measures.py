@@ -38,7 +38,10 @@ AUDIT_CHECKS = (
     "transfer",
 )
 _VALIDATION = ("clean_accuracy", "robust_accuracy", "cross_entropy")
-_MARGINS = ("minimum_margin", "average_margin", "margin_q10", "margin_q50", "margin_q90")
+_MARGINS = (
+    *(f"{of}_{what}" for what in ("margin", "distance") for of in ("minimum", "average")),
+    *(f"margin_q{q}" for q in (10, 50, 90)),
+)
 
 
 def value(results: Results, measure: str) -> float | None:
@@ -190,7 +193,10 @@ def _known(config: ConfigDict) -> _Tree:
                 "frobenius_estimate": {**_STATISTICS, "mean_error_of_estimate": _ANYTHING},
             },
             "probabilities": _JACOBIAN,
+            "matched": _JACOBIAN,
         },
+        "temperature": _ANYTHING,
+        "relative_slope": _STATISTICS,
         "training": dict.fromkeys(("first", "best", "last"), validation),
         "measurements": numbers,
         "audit": {"checks": dict.fromkeys(AUDIT_CHECKS, check), "num_examples": _ANYTHING},

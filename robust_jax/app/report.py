@@ -250,11 +250,20 @@ def _summary(results: Results) -> list[tuple[str, list[str]]]:
             values = [e["jacobian"][fn][norm] for e in entries]
             rows.append(
                 (
-                    f"{_JACOBIAN_WORDS.get(norm, norm)}, {fn}",
+                    f"{_JACOBIAN_WORDS.get(norm, norm)}, {_OF_WHAT.get(fn, fn)}",
                     [f"{v['mean']:.3g} ± {v['standard_error']:.1g}" for v in values],
                 )
             )
+    if all(e.get("temperature") for e in entries):
+        rows.append(("temperature T", [f"{e['temperature']:.3g}" for e in entries]))
+    if all("relative_slope" in e for e in entries):
+        medians = [number(e["relative_slope"]["median"]) for e in entries]
+        rows.append(("relative slope, median", medians))
     return rows
+
+
+# T makes networks equally sure of themselves: by it the logits' scale is taken out.
+_OF_WHAT = {"matched": "logits / T"}
 
 
 _JACOBIAN_WORDS = {

@@ -29,15 +29,20 @@ def compose(
     experiment: Experiment,
     trained: Trained,
     tables: Mapping[str, pd.DataFrame],
+    temperatures: Mapping[str, float],
     kept: Collection[str] = (),
 ) -> dict[str, Any]:
     """What the records of best and last add up to, and how they were made.
 
-    kept: the attacks whose results are those of an earlier evaluation.
+    temperatures: of each, on images held out. kept: the attacks whose results are those of an
+    earlier evaluation.
     """
     states = {"best": trained.best, "last": trained.last}
     summaries = {
-        name: {"step": int(states[name].step), **summarize(table, experiment.grids, kept)}
+        name: {
+            "step": int(states[name].step),
+            **summarize(table, experiment.grids, kept, temperatures[name]),
+        }
         for name, table in tables.items()
     }
     dataset = experiment.dataset
@@ -120,13 +125,18 @@ def validations(workdir: Path) -> dict[str, dict[str, float]]:
 
 
 def summarize(
-    records: pd.DataFrame, grids: Mapping[str, AttackGrid], kept: Collection[str] = ()
+    records: pd.DataFrame,
+    grids: Mapping[str, AttackGrid],
+    kept: Collection[str] = (),
+    temperature: float | None = None,
 ) -> dict[str, Any]:
     """The means over a table of records: clean, attacks[] and jacobian, as results.json has them.
 
     The worst case of a norm at an eps is over every attack of that norm with a radius up to it, and
     over all examples. Where an attack saw only the first of them, there is a worst case over those
     too, on which all can be compared. kept: the attacks of an earlier evaluation.
+    temperature: by what the logits are divided for jacobian.matched, so that networks are equally
+    sure of themselves.
     """
     attacks = []
     for name, grid in grids.items():
@@ -172,7 +182,16 @@ def summarize(
             "count": len(records),
         },
         "attacks": attacks,
-        "jacobian": {fn: _jacobian_summary(records, fn) for fn in ("logits", "probabilities")},
+        "jacobian": {
+            **{fn: _jacobian_summary(records, fn) for fn in ("logits", "probabilities")},
+            **({} if temperature is None else {"matched": _matched(records, temperature)}),
+        },
+        "temperature": temperature,
+        **(
+            {"relative_slope": _statistics(records["relative_slope"])}
+            if "relative_slope" in records  # not of an older version
+            else {}
+        ),
     }
 
 
@@ -192,18 +211,25 @@ def _members(records: pd.DataFrame, name: str, grid: AttackGrid, eps: float) -> 
     return shares
 
 
-def _jacobian_summary(records: pd.DataFrame, fn: str) -> dict[str, dict[str, float]]:
-    def statistics(values):
-        return {
-            "mean": float(values.mean()),
-            "median": float(values.median()),
-            "standard_error": float(values.sem()),
-        }
+def _statistics(values: pd.Series) -> dict[str, float | None]:
+    """None where a value is infinite."""
+    found = {"mean": values.mean(), "median": values.median(), "standard_error": values.sem()}
+    return {name: float(v) if np.isfinite(v) else None for name, v in found.items()}
 
-    summary = {norm: statistics(records[f"{norm}_{fn}"]) for norm in ("frobenius", "spectral")}
+
+def _matched(records: pd.DataFrame, temperature: float) -> dict[str, dict[str, float | None]]:
+    """Norms of the Jacobian of logits / temperature."""
+    return {
+        norm: _statistics(records[f"{norm}_logits"] / temperature)
+        for norm in ("frobenius", "spectral")
+    }
+
+
+def _jacobian_summary(records: pd.DataFrame, fn: str) -> dict[str, dict[str, float | None]]:
+    summary = {norm: _statistics(records[f"{norm}_{fn}"]) for norm in ("frobenius", "spectral")}
     if fn == "logits":
         summary["frobenius_estimate"] = {
-            **statistics(records["frobenius_estimate_logits"]),
+            **_statistics(records["frobenius_estimate_logits"]),
             "mean_error_of_estimate": float(records["frobenius_estimate_error_logits"].mean()),
         }
     return summary

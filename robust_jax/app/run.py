@@ -169,7 +169,12 @@ def _evaluate(run: Finished) -> str:
         )
         if kept:
             tables[name] = merge.with_kept(tables[name], earlier.records[name], kept)
-    results = compose(run.experiment, run.trained, tables, kept)
+    held_out = run.experiment.dataset.validation
+    temperatures = {
+        name: run.experiment.evaluator.temperature(state.variables, held_out)
+        for name, state in {"best": best, "last": last}.items()
+    }
+    results = compose(run.experiment, run.trained, tables, temperatures, kept)
     results["training"] = validations(run.workdir)
     numbers, arrays = _measured(run)
     results["measurements"] = {**earlier.measurements, **numbers}
@@ -202,14 +207,14 @@ def _speed(timings: Mapping[str, float]) -> str:
 def _measured(
     run: Finished,
 ) -> tuple[dict[str, dict[str, float | None]], dict[str, np.ndarray]]:
-    """The measurements asked for, of the best checkpoint: numbers, and arrays by label/name.
+    """The measurements asked for: numbers, and arrays by label/name.
 
     None stands for a number that is not finite.
     """
-    subject = subject_of(run.experiment, run.trained)
     numbers: dict[str, dict[str, float | None]] = {}
     arrays: dict[str, np.ndarray] = {}
-    for label in run.asked.measurements:
+    for label, entry in run.asked.measurements.items():
+        subject = subject_of(run.experiment, run.trained, entry.get("at", "best"))
         numbers[label] = {}
         for key, value in run.experiment.measurements[label](subject).items():
             if isinstance(value, np.ndarray):

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 
@@ -11,6 +12,8 @@ from robust_jax.app.training import Training
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
 from robust_jax.train.loop import Trained, restore
+
+At = Literal["best", "last", "initialisation"]
 
 
 def load(workdir: Path | str) -> Subject:
@@ -26,9 +29,10 @@ def load(workdir: Path | str) -> Subject:
     return subject_of(run, restore(run.plan, workdir))
 
 
-def subject_of(run: Training, trained: Trained) -> Subject:
-    """The best network of a run that was trained."""
-    variables = parallel.on_this_device(trained.best.variables)
+def subject_of(run: Training, trained: Trained, at: At = "best") -> Subject:
+    """The network of a run that was trained: its best or last state, or where it began."""
+    state = run.plan.init() if at == "initialisation" else getattr(trained, at)
+    variables = parallel.on_this_device(state.variables)
     return Subject(
         run.model,
         variables,

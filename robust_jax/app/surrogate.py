@@ -22,6 +22,7 @@ SHARED = (
     "image_size",
     "streaming",
     "validation_size",
+    "train_size",
     "normalize",
     "batch_size",
     "parallel",

@@ -73,6 +73,7 @@ def build(config: ConfigDict) -> Training:
     dataset = data.load(
         config.dataset,
         validation_size=config.validation_size,
+        train_size=config.train_size or None,
         num_labeled=config.num_labeled or None,
         seed=config.seed,
         data_dir=config.data_dir or None,
@@ -166,6 +167,7 @@ def build(config: ConfigDict) -> Training:
         batch_size=config.batch_size,
         log_every=steps("log_every"),
         validate_every=steps("validate_every"),
+        validate_first=count > 0,
         checkpoint_every=steps("checkpoint_every"),
     )
     uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)

@@ -32,7 +32,9 @@ def compare(
         found = records.disagreements(stored[name], fresh)
         logging.info("%s: %d columns agree", name, len(stored[name].columns) - len(found))
         wrong += [f"records/{name}.csv {column}: {count} rows" for column, count in found.items()]
-        summary = json.loads(json.dumps(summarize(stored[name], experiment.grids, kept)))
+        temperature = results[name].get("temperature")
+        summary = summarize(stored[name], experiment.grids, kept, temperature)
+        summary = json.loads(json.dumps(summary))
         for part, value in summary.items():
             if not _alike(value, results[name][part]):
                 wrong.append(f"results.json {name}.{part} is not what the records add up to")

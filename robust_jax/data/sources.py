@@ -44,6 +44,7 @@ def load(
     source: str,
     *,
     validation_size: int,
+    train_size: int | None = None,
     num_labeled: int | None = None,
     seed: int = 0,
     data_dir: str | None = None,
@@ -53,11 +54,11 @@ def load(
 ) -> Dataset:
     """The data set `source` names: digits, tfds:<name> or npz:<path>.
 
-    validation_size examples, drawn by seed, are split off the training set. num_labeled, a
-    multiple of the number of classes, keeps that many labels, the same number in each class, and
-    sets the others to -1. Of a TFDS set: test_split names the split that becomes test; image_size
-    is the side that images are scaled and cut to (0: as they are); with streaming, train and test
-    stay on disk. Raises UserError for anything a user can mend.
+    validation_size examples, drawn by seed, are split off the training set, of whose others
+    train_size are kept. num_labeled, a multiple of the number of classes, keeps that many labels,
+    the same number in each class, and sets the others to -1. Of a TFDS set: test_split names the
+    split that becomes test; image_size is the side that images are scaled and cut to (0: as they
+    are); with streaming, train and test stay on disk. Raises UserError for what a user can correct.
     """
     kind, _, argument = source.partition(":")
     for_tfds = {
@@ -86,7 +87,7 @@ def load(
     some = np.linspace(0, train.size - 1, min(train.size, _MOST_MEASURED)).astype(int)
     measured = train if isinstance(train, Split) else train.take(some)
     mean, std = _pixel_statistics(measured.images)
-    train, validation = _split_off(train, validation_size, seed)
+    train, validation = _split_off(train, validation_size, train_size, seed)
     if num_labeled is not None and isinstance(train, Split):
         train = _keep_labels(train, num_labeled, num_classes, seed)
     return Dataset(source, train, validation, test, num_classes, mean, std)
@@ -237,15 +238,23 @@ def _npz_labels(path: Path, key: str, labels: np.ndarray, num_images: int) -> np
     return labels.astype(np.int32)
 
 
-def _split_off(train: Split | Streamed, size: int, seed: int) -> tuple[Split | Streamed, Split]:
+def _split_off(
+    train: Split | Streamed, size: int, train_size: int | None, seed: int
+) -> tuple[Split | Streamed, Split]:
     num_examples = train.size
     if not 0 < size < num_examples:
         raise UserError(
             f"config.validation_size is {size}; it must be between 1 and "
             f"{num_examples - 1}, {num_examples} being the training set"
         )
+    if train_size is not None and not 0 < train_size <= num_examples - size:
+        raise UserError(
+            f"config.train_size is {train_size}; it must be between 1 and {num_examples - size}, "
+            "or 0 for all"
+        )
     order = np.random.default_rng([seed, 2]).permutation(num_examples)
-    return train.part(np.sort(order[size:])), train.take(np.sort(order[:size]))
+    left = order[size:][:train_size]
+    return train.part(np.sort(left)), train.take(np.sort(order[:size]))
 
 
 def _keep_labels(train: Split, num_labeled: int, num_classes: int, seed: int) -> Split:

@@ -176,7 +176,12 @@ def reliability_diagram(curves: Mapping[str, Reliability]) -> Figure:
 
 
 @rc_context(STYLE)
-def latent_scatter(points: Mapping[str, ArrayLike], labels: ArrayLike) -> Figure:
+def latent_scatter(
+    points: Mapping[str, ArrayLike],
+    labels: ArrayLike,
+    *,
+    axes: tuple[str, str] = ("first component", "second component"),
+) -> Figure:
     """Projected latents [N,2] by arm, coloured by label [N], each class's label at its median.
 
     Write what should be read with a panel, such as a silhouette, into the arm's name.
@@ -210,9 +215,28 @@ def latent_scatter(points: Mapping[str, ArrayLike], labels: ArrayLike) -> Figure
                 fontsize=11,
                 path_effects=outline,
             )
-        ax.set(title=_wrapped(arm, 38), xlabel="first component", ylabel="second component")
+        ax.set(title=_wrapped(arm, 38), xlabel=axes[0], ylabel=axes[1])
         ax.set_aspect("equal", adjustable="datalim")
         ax.set_rasterization_zorder(1.1)  # all points of a panel as one picture
+    return figure
+
+
+@rc_context(STYLE)
+def loss_along(losses: Mapping[str, ArrayLike]) -> Figure:
+    """The loss on the way to the worst point: its mean by arm, and the middle half of the examples.
+
+    losses: by arm, [N,n] at n even steps.
+    """
+    figure = Figure(figsize=(WIDTH, 3.4))
+    ax = figure.subplots()
+    for i, (arm, values) in enumerate(losses.items()):
+        values = np.asarray(values, float)
+        share = np.linspace(0, 100, values.shape[1])
+        low, high = np.quantile(values, (0.25, 0.75), axis=0)
+        ax.plot(share, values.mean(0), label=arm, marker=MARKERS[i % len(MARKERS)], ms=4, **_arm(i))
+        ax.fill_between(share, low, high, color=_arm(i)["color"], alpha=0.12, lw=0)
+    ax.set(xlabel="share of the way to the worst point, %", ylabel="cross-entropy, nats")
+    legend_below(figure, [ax])
     return figure
 
 

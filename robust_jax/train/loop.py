@@ -48,6 +48,7 @@ class Plan:
     log_every: int
     validate_every: int
     checkpoint_every: int
+    validate_first: bool = False  # the network at initialisation, too
     description: str = "train"
 
 
@@ -204,6 +205,9 @@ def _run(
         contextlib.closing(MetricsWriter(workdir, resumed_at=start)) as writer,
         progress(plan.total_steps, plan.description, "step", initial=start, shown=shown) as bar,
     ):
+        if plan.validate_first and not start:
+            values = plan.validate(state.variables)
+            writer.write(0, {f"validation/{name}": v for name, v in values.items()})
         batches = plan.batches.starting_at(start)
         for done in range(start + 1, plan.total_steps + 1):
             state, sums = yield state, next(batches)

@@ -35,9 +35,9 @@ class MetricsWriter:
             return
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_at
-        ]
+        lines = [line for line in lines if line.endswith("\n")]
+        # A run that starts over writes its line of step 0 once more.
+        kept = [line for line in lines if resumed_at and json.loads(line)["step"] <= resumed_at]
         write_atomically(path, "".join(kept))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(

@@ -27,8 +27,10 @@ def make_validation(
     """validate(variables) -> {clean_accuracy, robust_accuracy, cross_entropy} over the whole split.
 
     And, of the split margins_of, if there is one: minimum_margin, average_margin and the quantiles
-    margin_q10, margin_q50 and margin_q90, first-order in the input space, l2, in pixel units
-    (arXiv 1907.11780), of the examples whose gradient does not vanish; none where all do.
+    margin_q10, margin_q50 and margin_q90, first-order in the input space (exact for a linear
+    network), l2, in pixel units, negative where misclassified, of the examples whose gradient does
+    not vanish; none where all do. minimum_distance and average_distance are those from the
+    predicted class, which are never negative: the margins of arXiv 1907.11780.
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
     where both the example and its x_adv are classified right.
@@ -51,8 +53,11 @@ def make_validation(
 
     def measure_margins(logits_fn, batch):
         x = data.to_pixels(batch["image"])
-        y = jnp.maximum(batch["label"], 0)
-        return {"margin": margins.first_order(logits_fn, x, y, norm="l2")}
+        predicted = jnp.argmax(logits_fn(x), -1).astype(batch["label"].dtype)
+        return {
+            name: margins.first_order(logits_fn, x, y, norm="l2")
+            for name, y in (("margin", jnp.maximum(batch["label"], 0)), ("distance", predicted))
+        }
 
     lift = parallel.lifted(network, method, batch_size=batch_size)
     mapped, mapped_margins = lift(measure), lift(measure_margins)
@@ -62,14 +67,14 @@ def make_validation(
         found = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
         if margins_of is not None:
             rows = data.rows_of(margins_of, margins_of.labeled)
-            margin = mapped_margins(variables, *rows)["margin"]
-            margin = margin[np.isfinite(margin)]  # infinite where the gradient vanishes
-            if len(margin):
-                found["minimum_margin"] = float(margin.min())
-                found["average_margin"] = float(margin.mean(dtype=np.float64))
-                # The minimum is one example's, and a few far ones move the average.
-                for q in (10, 50, 90):
-                    found[f"margin_q{q}"] = float(np.percentile(margin, q))
+            for name, values in mapped_margins(variables, *rows).items():
+                values = values[np.isfinite(values)]  # infinite where the gradient vanishes
+                if len(values):
+                    found[f"minimum_{name}"] = float(values.min())
+                    found[f"average_{name}"] = float(values.mean(dtype=np.float64))
+                    # The minimum is one example's, and a few far ones move the average.
+                    for q in (10, 50, 90) if name == "margin" else ():
+                        found[f"margin_q{q}"] = float(np.percentile(values, q))
         return found
 
     return validate

@@ -1,0 +1,85 @@
+"""The networks that the authors of arXiv 1907.11780 trained; skipped without them or MNIST.
+
+They lie in the folder that ROBUST_JAX_REFERENCE names, ../shared/reference by default, and are not
+part of the repository.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import authors_networks
+from robust_jax import audit, losses, margins
+from robust_jax.errors import UserError
+from tests.conftest import REPOSITORY
+
+REFERENCE = Path(os.environ.get("ROBUST_JAX_REFERENCE", REPOSITORY.parent / "shared" / "reference"))
+NETWORKS = authors_networks.NETWORKS
+pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the authors' networks are missing")
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    try:
+        return authors_networks.mnist(10_000)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {name: authors_networks.load(REFERENCE / f"{name}.npz") for name in NETWORKS}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if "cnn" in n else []) for n in NETWORKS],
+)
+def test_clean_accuracy_is_what_the_authors_report(name, networks, mnist):
+    assert 100 * authors_networks.accuracy(networks[name], *mnist) == pytest.approx(NETWORKS[name])
+
+
+@pytest.mark.slow
+def test_the_audit_warns_of_the_regularised_network(networks, mnist):
+    """Its logits saturate float32's softmax, where PGD on cross-entropy stands still."""
+    x, y = (a[:20] for a in mnist)
+    found = audit(
+        networks["mnist_cnn_regularized"],
+        x,
+        y,
+        jax.random.key(0),
+        eps=2.0,
+        norm="l2",
+        training_loss=losses.cross_entropy,
+        num_queries=50,
+        progress=False,
+    )
+    assert found.verdict in ("warn", "fail")
+    flagged = {check.name for check in found.checks if check.verdict in ("warn", "fail")}
+    assert flagged >= {"gradients", "losses"}
+
+
+def test_the_command_finds_of_the_linear_network_what_its_margins_say(networks, mnist):
+    """They are exact but for the walls of the box, which can only help it."""
+    x, y = (a[:40] for a in mnist)
+    network = networks["mnist_linear_plain"]
+    found = authors_networks.evaluate(
+        network,
+        x,
+        y,
+        eps=0.5,
+        num_steps=20,
+        step_size=0.1,
+        num_audited=5,
+        version=("apgd_ce",),
+        overrides={"apgd_ce": {"num_steps": 20}},
+        progress=False,
+    )
+    head = network.variables["params"]["head"]
+    exact = margins.linear(np.asarray(head["kernel"]).T, np.asarray(head["bias"]), x, y, norm="l2")
+    assert (exact > 0.5).mean() <= found["autoattack"] < found["clean"]
+    assert (exact > 0.5).mean() <= found["pgd_margin"] <= (exact > 0.5).mean() + 0.1
+    assert found["clean"] == (exact > 0).mean() and found["audit"]["verdict"] in ("pass", "warn")
