@@ -94,7 +94,7 @@ def get_config():
     config.scales = {
         "smoke": {
             "seeds": (0, 1),
-            "base": {**SMOKE, "measurements": {**base.measurements.to_dict()}},
+            "base": {**SMOKE, "validate_every": "2 epochs"},
             "arms": {
                 arm: {
                     "attacks": attacks(arm, 20, 20, smoke=True),
