@@ -470,14 +470,17 @@ def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, m
 @pytest.mark.parametrize(
     ("name", "arm"),
     [
-        ("entm", "at_entm"),
+        ("entm", "at"),
         pytest.param("adversarial_strength", "eps_1", marks=pytest.mark.slow),
         pytest.param("average_margin", "cnn_regularised", marks=pytest.mark.slow),
-        ("energy", "oscillation_few"),
+        ("energy", "at_one_step"),
+        pytest.param("energy", "oscillation_few", marks=pytest.mark.slow),
     ],
 )
 def test_a_seed_of_each_study_runs_at_smoke(name, arm, tmp_path):
     config = config_of(name, scale="smoke")
+    if "sweep" in config.arms[arm]:
+        study.execute(config, tmp_path, only=f"{arm}/sweep")
     study.execute(config, tmp_path, only=f"{arm}/0")
     said = study.execute(config, tmp_path, "report")
     assert "no verdict" in said and max(map(len, said.splitlines())) <= 80

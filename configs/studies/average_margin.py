@@ -241,7 +241,14 @@ def arms():
             },
         }
     own = {"input_margin": {"weight": 1.0, "tau": 0.5, "norm": "l2", "num_boundaries": 3}}
-    return {**found, "cnn_input_margin": {"regularizers": own}}
+    return {
+        **found,
+        "cnn_input_margin": {
+            "regularizers": own,
+            "validation_attack": {"name": "pgd", "eps": 1.0},
+            "sweep": {"field": "regularizers.input_margin.weight", "values": (0.3, 1.0, 3.0)},
+        },
+    }
 
 
 def longer(linear, mlp):
