@@ -14,6 +14,7 @@ from robust_jax.app import report
 from robust_jax.app.run import execute
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY
+from tests.pages import code
 
 TINY = (
     "--config=configs/default.py",
@@ -428,12 +429,23 @@ def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
         )
 
 
+def test_the_page_on_reading_runs_runs_on_the_demo(demo, monkeypatch, tmp_path):
+    for name in ("demo", "other"):
+        shutil.copytree(demo[1], tmp_path / "runs" / name)
+    monkeypatch.chdir(tmp_path)
+    for example in code("docs/analyse_runs.md"):
+        exec(example, {})
+
+
 @pytest.mark.parametrize("name", sorted(p.name for p in (REPOSITORY / "notebooks").glob("*.ipynb")))
-def test_notebook_runs_on_the_demo(name, demo, monkeypatch):
+def test_notebook_runs_on_the_demo(name, demo, monkeypatch, tmp_path):
     import nbclient
     import nbformat
 
+    other = tmp_path / "other"  # to compare with
+    shutil.copytree(demo[1], other)
     monkeypatch.setenv("ROBUST_JAX_RUN", str(demo[1]))
+    monkeypatch.setenv("ROBUST_JAX_RUNS", f"{demo[1]} {other}")
     path = REPOSITORY / "notebooks" / name
     notebook = nbformat.read(path, as_version=4)
     committed = sum(len(cell.get("outputs", ())) for cell in notebook.cells)
