@@ -84,11 +84,15 @@ def differences(compared: Mapping[str, Compared]) -> pd.DataFrame:
     """The fields in which the configs differ, a column for each run."""
     configs = {name: flatten(run.results["config"]) for name, run in compared.items()}
     fields = sorted({field for config in configs.values() for field in config})
+
+    def shown(value):
+        return number(value) if isinstance(value, float) else str(value)
+
     differ = [
         f for f in fields if len({repr(config.get(f, "–")) for config in configs.values()}) > 1
     ]
     return pd.DataFrame(
-        {name: [str(config.get(f, "–")) for f in differ] for name, config in configs.items()},
+        {name: [shown(config.get(f, "–")) for f in differ] for name, config in configs.items()},
         index=pd.Index(differ, name="field"),
     )
 
@@ -145,6 +149,7 @@ def write(folders: Sequence[Path | str], workdir: Path) -> str:
     return f"{text(compared)}\n\nreport: {workdir / 'report.html'}"
 
 
+_NORMS = {"frobenius": "Frobenius", "spectral": "spectral"}
 _NONE: Mapping[str, Any] = {"checks": ()}
 
 
@@ -172,8 +177,8 @@ def _numbers(run: Compared) -> dict[str, str]:
                 f" of {entry['count']:,}" if part else ""
             )
     for fn, norms in results["jacobian"].items():
-        for norm in ("frobenius", "spectral"):
-            found[f"‖J‖ {norm}, {fn}"] = number(norms[norm]["mean"])
+        for norm in _NORMS:
+            found[f"‖J‖ {_NORMS[norm]}, {report.OF_WHAT.get(fn, fn)}"] = number(norms[norm]["mean"])
     for label, numbers in results["measurements"].items():
         found |= {f"{label}: {name.replace('_', ' ')}": number(v) for name, v in numbers.items()}
     found["audit"] = results["audit"]["verdict"] if results["audit"] else "not audited"

@@ -250,7 +250,7 @@ def _summary(results: Results) -> list[tuple[str, list[str]]]:
             values = [e["jacobian"][fn][norm] for e in entries]
             rows.append(
                 (
-                    f"{_JACOBIAN_WORDS.get(norm, norm)}, {_OF_WHAT.get(fn, fn)}",
+                    f"{_JACOBIAN_WORDS.get(norm, norm)}, {OF_WHAT.get(fn, fn)}",
                     [f"{v['mean']:.3g} ± {v['standard_error']:.1g}" for v in values],
                 )
             )
@@ -263,7 +263,7 @@ def _summary(results: Results) -> list[tuple[str, list[str]]]:
 
 
 # T makes networks equally sure of themselves: by it the logits' scale is taken out.
-_OF_WHAT = {"matched": "logits / T"}
+OF_WHAT = {"matched": "logits / T"}
 
 
 _JACOBIAN_WORDS = {
