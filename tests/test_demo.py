@@ -13,7 +13,7 @@ from configs import default
 from robust_jax.app import report
 from robust_jax.app.run import execute
 from robust_jax.errors import UserError
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, environment_of
 from tests.pages import code
 
 TINY = (
@@ -189,7 +189,7 @@ def test_best_is_the_step_of_the_highest_robust_validation_accuracy(demo, result
 
 def test_results_say_how_they_were_made(results):
     assert results["seed"] == 0
-    assert results["config"]["adversary"]["eps"] == 0.15
+    assert results["threat"] == results["trained_against"] == {"norm": "linf", "eps": 0.15}
     assert results["device"] == {"platform": "cpu", "kind": "cpu", "count": 1}
     assert {"jax", "flax", "optax", "python", "robust_jax"} <= set(results["versions"])
     assert results["timings"]["examples_per_second"] > 0
@@ -312,7 +312,7 @@ def test_verify_finds_every_adversarial_again_or_says_what_differs(launch, copie
     flags, workdir = copied
     verified = launch(*flags, "--mode=verify")
     assert verified.returncode == 0, verified.stderr[-3000:]
-    assert "confirmed: every adversarial" in verified.stderr
+    assert "confirmed: every adversarial" in verified.stdout
     results = json.loads((workdir / "results.json").read_text())
     counts = {a["name"]: a["count"] for a in results["attacks"]}
     assert counts == {"pgd_linf": 500, "autoattack_linf": 100, "worst_case_linf": 500}
@@ -446,6 +446,8 @@ def test_notebook_runs_on_the_demo(name, demo, monkeypatch, tmp_path):
     shutil.copytree(demo[1], other)
     monkeypatch.setenv("ROBUST_JAX_RUN", str(demo[1]))
     monkeypatch.setenv("ROBUST_JAX_RUNS", f"{demo[1]} {other}")
+    # One device, as a reader has: with eight on a busy machine LAPACK's singular values may hang.
+    monkeypatch.setenv("XLA_FLAGS", environment_of(1)["XLA_FLAGS"])
     path = REPOSITORY / "notebooks" / name
     notebook = nbformat.read(path, as_version=4)
     committed = sum(len(cell.get("outputs", ())) for cell in notebook.cells)

@@ -146,6 +146,8 @@ def _relative_step_size(
     choices: Mapping[str, Callable], entry: Mapping[str, Any] | ConfigDict, path: str
 ) -> tuple[dict[str, Any], float | None]:
     """The entry without its step in units of the radius, and that."""
+    if not isinstance(entry, Mapping | ConfigDict):  # which `bind` refuses
+        return entry, None
     keywords = dict(entry)
     relative = keywords.pop("relative_step_size", None)
     if relative is None:

@@ -111,7 +111,7 @@ def threat_of(config: ConfigDict) -> dict[str, Any]:
 
 def validations(workdir: Path) -> dict[str, dict[str, float]]:
     """What the first, the last and the best checkpoint's validation found."""
-    metrics = runs.load(workdir).metrics.dropna(subset=["validation/cross_entropy"])
+    metrics = runs.metrics(workdir).dropna(subset=["validation/cross_entropy"])
     columns = [name for name in metrics if name.startswith("validation/")]
     best = int(metrics["validation/robust_accuracy"].argmax())  # the earlier on a tie, as chosen
     return {

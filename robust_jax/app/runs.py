@@ -46,15 +46,20 @@ def write_results(workdir: Path, results: dict[str, Any]) -> None:
 def load(workdir: Path | str) -> Run:
     """Reads the rest of an evaluated run; nothing in it is unpickled."""
     workdir = Path(workdir)
-    metrics = workdir / "metrics.jsonl"  # what `evaluate` leaves was not trained here
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
     files = ((name, workdir / "records" / f"{name}.csv") for name in ("best", "last"))
     return Run(
         records={name: records.read(path) for name, path in files if path.exists()},
-        # A value that was not finite is null there.
-        metrics=pd.DataFrame([json.loads(line) for line in lines]).astype(float),
+        metrics=metrics(workdir),
         images=_arrays(workdir / "examples.npz"),
     )
+
+
+def metrics(workdir: Path) -> pd.DataFrame:
+    """A row per line of metrics.jsonl; none where nothing was trained, as `evaluate` leaves it."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    # A value that was not finite is null there.
+    return pd.DataFrame([json.loads(line) for line in lines]).astype(float)
 
 
 def measured(workdir: Path | str) -> dict[str, np.ndarray]:

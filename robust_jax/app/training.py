@@ -187,7 +187,7 @@ def apply_fn(model: nn.Module) -> Apply:
         variables = {"params": params, "batch_stats": batch_stats}
         if not train:
             return model.apply(variables, x), batch_stats
-        trained = model.clone(dropout_keys=keys)
+        trained = model.clone(dropout_keys=keys) if hasattr(model, "dropout_keys") else model
         logits, mutated = trained.apply(variables, x, train=True, mutable=["batch_stats"])
         return logits, mutated.get("batch_stats", batch_stats)
 
