@@ -290,7 +290,7 @@ def relative_slope(
     norm: Norm = "l2",
     chunk_size: int | None = None,
 ) -> PerExample:
-    """max_{j≠y} ‖∇_x (z_y - z_j)‖_q / |z_y - z_j|, a size of J that no scale of the logits changes.
+    """max_{j≠y} ‖∇_x (z_y - z_j)‖_q over the size of z_y - z_j: no scale of the logits changes it.
 
     q is dual to the norm. Of an example that is classified correctly it is the inverse of the
     first-order margin: what shrinks with it is not just the logits. Multiplying the logits by a
