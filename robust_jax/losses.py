@@ -385,7 +385,7 @@ def complement(logits: Logits, labels: Labels) -> Float[Array, "b k-1"]:
         Array([[2., 0.]], dtype=float32)
     """
     columns = jnp.arange(logits.shape[-1] - 1)[None]
-    columns = columns + (columns >= labels[:, None]).astype(columns.dtype)
+    columns += (columns >= labels[:, None].astype(columns.dtype)).astype(columns.dtype)
     return jnp.take_along_axis(logits, columns, axis=-1)
 
 
