@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from robust_jax import models
+from robust_jax import losses, models
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import accelerator, compare_attacks, torch_models  # noqa: E402
+from benchmarks import accelerator, compare_attacks, torch_bridges, torch_models  # noqa: E402
 from benchmarks.attack_peers import Budget  # noqa: E402
 from benchmarks.compare_attacks import Outcome, Side  # noqa: E402
 
@@ -22,6 +22,21 @@ NETWORKS = {
         3,
     ),
 }
+
+
+def test_bridges_have_the_modules_logits_and_gradients(monkeypatch):
+    monkeypatch.setattr(torch_bridges, "NUM_EPOCHS", 1)
+    module, x, y = torch_bridges.trained()
+    images, labels = torch.tensor(x[:3].transpose(0, 3, 1, 2).copy()), torch.tensor(y[:3])
+    images.requires_grad_(True)
+    logits = module(images)
+    loss = torch.nn.functional.cross_entropy(logits, labels.long(), reduction="sum")
+    gradient = torch.autograd.grad(loss, images)[0].numpy().transpose(0, 2, 3, 1)
+    for bridge in (torch_bridges.through_callback, torch_bridges.converted):
+        network = bridge(module)
+        np.testing.assert_allclose(network(x[:3]), logits.detach().numpy(), atol=1e-5)
+        found = jax.grad(lambda x, f=network: losses.cross_entropy(f(x), y[:3]).sum())(x[:3])
+        np.testing.assert_allclose(found, gradient, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
