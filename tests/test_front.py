@@ -39,7 +39,7 @@ def network(weights):
     return lambda x: jax.nn.relu(x.reshape(x.shape[0], -1) @ weights[0]) @ weights[1]
 
 
-def examples(seed=0, count=6):
+def examples(seed=0, count=8):  # one for each device
     x = jax.random.uniform(jax.random.key(seed), (count, *SHAPE), minval=0.2, maxval=0.8)
     return x, jnp.argmax(network(weights_of(0))(x), -1)
 
@@ -88,7 +88,7 @@ def test_the_cache_is_bounded_and_memory_does_not_grow():
     from robust_jax import _front
 
     x, y = examples()
-    for seed in range(1000):
+    for seed in range(300):  # more than the caches hold
         attacks.fgsm(network(weights_of(0)), x, y, jax.random.key(seed), eps=0.1)
     gc.collect()
     assert _front._program.cache_info().currsize <= _front._program.cache_info().maxsize
@@ -107,8 +107,13 @@ def test_traces_through_the_callers_transformations(name):
     jitted = jax.jit(lambda w, x, y, k: fn(network(w), x, y, k))(weights, x, y, KEY)
     chex_close(jitted, plain)
     per_key = fn(network(weights), x, y, keys)
-    lifted = jax.vmap(lambda x, y, k: fn(network(weights), x[None], y[None], k[None]))(x, y, keys)
-    chex_close(jax.tree.map(lambda a: a[:, 0], lifted), per_key)
+
+    @jax.jit
+    @jax.vmap
+    def lifted(x, y, k):
+        return fn(network(weights), x[None], y[None], k[None])
+
+    chex_close(jax.tree.map(lambda a: a[:, 0], lifted(x, y, keys)), per_key)
 
     def body(carry, _):
         return carry, fn(network(weights), x, y, KEY)
@@ -124,6 +129,7 @@ def chex_close(one, other):
 def test_differentiates_through_the_callers_grad():
     x, y = examples()
 
+    @jax.jit
     def loss(weights):
         x_adv = attacks.pgd(network(weights), x, y, KEY, eps=0.1, num_steps=2)
         return losses.cross_entropy(network(weights)(x_adv), y).mean()
@@ -292,7 +298,7 @@ def test_a_network_outside_jax_is_attacked_by_its_outputs_alone():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_sharded_examples_are_attacked_where_they_lie(name, kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    x, y = examples(count=8)
+    x, y = examples()
     plain = FUNCTIONS[name](network(weights_of(0)), x, y, KEY)
     shared = NamedSharding(mesh, PartitionSpec("data"))
     found = FUNCTIONS[name](
@@ -358,10 +364,10 @@ def mistakes():
         "NaN": ({"x": nan}, r"x\w* holds NaN"),
         "one image": ({"x": x[0], "y": y[0]}, r"y has the shape \[\].*batch axis"),
         "no image": ({"x": x[:0], "y": y[:0]}, r"x\w* has the shape \[0, 3, 4, 1\]; give a batch"),
-        "one-hot": ({"y": np.eye(4)[y]}, r"y has the shape \[6, 4\]; labels are integers \[B\]"),
+        "one-hot": ({"y": np.eye(4)[y]}, r"y has the shape \[8, 4\]; labels are integers \[B\]"),
         "float labels": ({"y": y * 1.0}, "y is float.*; labels are integers from 0 to 3"),
         "from 1": ({"y": y * 0 + 4}, "y has the label 4; the network has 4 classes"),
-        "too few": ({"y": y[:3]}, r"y has the shape \[3\]; one label for each of the 6"),
+        "too few": ({"y": y[:3]}, r"y has the shape \[3\]; one label for each of the 8"),
         "an int as key": ({"key": 0}, r"key is 0; give a key such as jax.random.key\(0\)"),
         "two keys": ({"key": jax.random.split(KEY, 2)}, r"key has the shape \[2\]; give one key"),
         "one logit": (
@@ -412,7 +418,7 @@ def test_a_radius_that_is_none_is_told_in_one_line(mistake):
 
 @pytest.mark.parametrize("name", WITH_LABELS)
 def test_legacy_keys_lists_and_numpy_are_taken(name):
-    x, y = examples(count=2)
+    x, y = examples()
     plain = FUNCTIONS[name](network(weights_of(0)), x, y, KEY)
     other = FUNCTIONS[name](
         network(weights_of(0)), np.asarray(x), list(map(int, y)), jax.random.PRNGKey(0)
@@ -424,7 +430,7 @@ def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():
     x, y = examples()
     f = network(weights_of(0))
     masked = autoattack(lambda x: jnp.where(jnp.arange(4) == 3, -jnp.inf, f(x)), x, y % 3, KEY)
-    assert "6 of 6 points have logits that are not finite" in masked.warnings[0]
+    assert "8 of 8 points have logits that are not finite" in masked.warnings[0]
     whole = autoattack(lambda x: f(x) - f(x).mean(0), x, y, KEY)
     assert any("alone in its batch" in warning for warning in whole.warnings)
 
