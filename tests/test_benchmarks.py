@@ -32,7 +32,7 @@ def test_bridges_have_the_modules_logits_and_gradients(monkeypatch):
     logits = module(images)
     loss = torch.nn.functional.cross_entropy(logits, labels.long(), reduction="sum")
     gradient = torch.autograd.grad(loss, images)[0].numpy().transpose(0, 2, 3, 1)
-    for bridge in (torch_bridges.through_callback, torch_bridges.converted):
+    for bridge in (torch_bridges.through_callback, torch_bridges.plainly):
         network = bridge(module)
         np.testing.assert_allclose(network(x[:3]), logits.detach().numpy(), atol=1e-5)
         found = jax.grad(lambda x, f=network: losses.cross_entropy(f(x), y[:3]).sum())(x[:3])
