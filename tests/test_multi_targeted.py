@@ -23,19 +23,17 @@ def test_is_the_best_of_one_run_of_pgd_for_each_wrong_class(norm):
     together = multi_targeted(logits_fn, x, y, KEY, **keywords)
     targets = jax.vmap(lambda z, y: likeliest_wrong(z, y, 9)[0])(logits_fn(x), y)
     assert targets.shape == (24, 4)
-    apart = []
-    for rank in range(4):
-        keys = fold_each(example_keys(KEY, 24), rank + 2)
 
-        @jax.jit
-        @jax.vmap
-        def run(x, y, key, target):
-            def loss(logits, y):
-                return losses.targeted_margin(logits, y, target[None])
+    @jax.jit
+    @jax.vmap
+    def run(x, y, key, target):
+        def loss(logits, y):
+            return losses.targeted_margin(logits, y, target[None])
 
-            return pgd(logits_fn, x[None], y[None], key[None], loss=loss, **keywords)[0]
+        return pgd(logits_fn, x[None], y[None], key[None], loss=loss, **keywords)[0]
 
-        apart.append(run(x, y, keys, targets[:, rank]))
+    keys = [fold_each(example_keys(KEY, 24), rank + 2) for rank in range(4)]
+    apart = [run(x, y, key, target) for key, target in zip(keys, targets.T, strict=True)]
     margins = np.stack([losses.margin(logits_fn(z), y) for z in apart])
     np.testing.assert_allclose(losses.margin(logits_fn(together), y), margins.min(0), atol=1e-4)
     assert len(set(margins.argmin(0))) > 1
