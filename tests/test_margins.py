@@ -71,6 +71,7 @@ def test_a_flat_network_has_no_boundary_near_and_pulls_nothing(norm):
     """The first example is right, the second wrong, the third on the boundary."""
     logits = jnp.asarray([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
 
+    @jax.jit
     def term(scale):
         def logits_fn(x):
             which = (2 * x[:, 0, 0, 0]).astype(int)
