@@ -15,8 +15,7 @@ import tests.typechecker  # noqa: F401 - jaxtyping's hook finds it as an attribu
 
 # Small networks: the suite spends its time compiling, half of it with these.
 COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-# XLA's threads within an operation now and then wait for one another for ever where many devices
-# share few busy cores.
+# Eight devices and two workers on two cores have threads enough.
 COMPILED_QUICKLY += " --xla_cpu_multi_thread_eigen=false"
 if jax.__version_info__ < (0, 11):  # which does not know it any more
     COMPILED_QUICKLY += " --xla_cpu_use_fusion_emitters=false"

@@ -449,13 +449,11 @@ def test_notebook_runs_on_the_demo(name, demo, monkeypatch, tmp_path):
 
     other = tmp_path / "other"  # to compare with
     shutil.copytree(demo[1], other)
-    if name == "jacobian_norms.ipynb":  # computes for much longer than it compiles
-        flags = environment_of(1, as_users_do=True)["XLA_FLAGS"]
-        monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("ROBUST_JAX_RUN", str(demo[1]))
     monkeypatch.setenv("ROBUST_JAX_RUNS", f"{demo[1]} {other}")
-    # One device, as a reader has: with eight on a busy machine LAPACK's singular values may hang.
-    monkeypatch.setenv("XLA_FLAGS", environment_of(1)["XLA_FLAGS"])
+    # That on Jacobians computes for much longer than it compiles.
+    flags = environment_of(1, as_users_do=name == "jacobian_norms.ipynb")["XLA_FLAGS"]
+    monkeypatch.setenv("XLA_FLAGS", flags)
     path = REPOSITORY / "notebooks" / name
     notebook = nbformat.read(path, as_version=4)
     committed = sum(len(cell.get("outputs", ())) for cell in notebook.cells)

@@ -105,7 +105,7 @@ def test_attacks_work_in_half_precision_where_jax_is_strict(name, norm):
 @pytest.mark.parametrize(
     "dtype",
     # In default runs float64 is traced, for every norm.
-    [pytest.param(jnp.float64, marks=pytest.mark.slow), jnp.bfloat16],
+    [jnp.float64, jnp.bfloat16],
 )
 @pytest.mark.parametrize(("name", "norm"), ONE_NORM.items())
 def test_attacks_work_in_other_precisions(name, norm, dtype):

@@ -395,9 +395,13 @@ def _keys(rows, salt):
 
 def _is_right(logits, y) -> tuple[np.ndarray, np.ndarray]:
     """Whether each example is classified right, and its output margin."""
-    logits, y = jnp.asarray(logits), jnp.asarray(y)
-    right = losses.correct(logits, y)
-    return np.array(right, bool), np.array(losses.margin(logits, y))
+    right, margin = _judged(jnp.asarray(logits), jnp.asarray(y))
+    return np.array(right, bool), np.array(margin)
+
+
+@jax.jit
+def _judged(logits, y):
+    return losses.correct(logits, y), losses.margin(logits, y)
 
 
 def _is_flat(logits_fn, rows):
