@@ -155,6 +155,8 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
             )
         )
         return _wide_conv(g, kernel, geometry=Geometry(strides, around, g.shape[1:3], window))
+    if channels < 64 and min(window) > max(strides):
+        return _gradient_by_phases(g, k, geometry=geometry)
     # A convolution over the dilated g would mostly multiply zeros: one product per tap, each added
     # to the pixels that the tap reads.
     wide_g, wide_k = _widen(g, k)
@@ -180,6 +182,31 @@ def _gradient_of_few(g: Array, k: Array, *, geometry: Geometry) -> Array:
         margins = [(0, 0, 0), (0, 0, 0), *_pixels_read_by(tap, geometry)]
         x += lax.pad(parts[tap], zero, margins)
     return jnp.moveaxis(x, 0, -1).astype(g.dtype)
+
+
+def _gradient_by_phases(g: Array, k: Array, *, geometry: Geometry) -> Array:
+    """The image's gradient of a strided convolution, as one of g at stride 1.
+
+    The pixels of one phase, every stride-th from some first, are read by every stride-th tap. All
+    phases are computed at once, as channels, and then put between one another.
+    """
+    (down, right), ((top, _), (left, _)), (image, width), window = geometry
+    batch, height, out_width, outputs = g.shape
+    channels = k.shape[2]
+    zero = jnp.zeros((), g.dtype)
+    rows, columns = -(-window[0] // down), -(-window[1] // right)
+    beyond = [(0, rows * down - window[0], 0), (0, columns * right - window[1], 0)]
+    k = lax.pad(k, zero, [*beyond, (0, 0, 0), (0, 0, 0)])
+    k = k.reshape(rows, down, columns, right, channels, outputs)
+    k = jnp.flip(k, (0, 2)).transpose(0, 2, 5, 1, 3, 4).reshape(rows, columns, outputs, -1)
+    full = ((rows - 1, rows - 1), (columns - 1, columns - 1))
+    by_phase = Geometry((1, 1), full, (height, out_width), (rows, columns))
+    x = _wide_conv(g, k, geometry=by_phase)
+    tall, wide = by_phase.output
+    x = x.reshape(batch, tall, wide, down, right, channels).swapaxes(2, 3)
+    x = x.reshape(batch, tall * down, wide * right, channels)
+    ends = [(-top, image + top - tall * down, 0), (-left, width + left - wide * right, 0)]
+    return lax.pad(x, zero, [(0, 0, 0), *ends, (0, 0, 0)])
 
 
 def _pixels_read_by(tap: tuple[int, ...], geometry: Geometry) -> list[tuple[int, int, int]]:

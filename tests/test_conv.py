@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.test_util import check_grads
 
+from robust_jax import _convolution
 from robust_jax._convolution import conv2d, max_pool2d
 from robust_jax.models.layers import Conv
 
@@ -348,3 +349,26 @@ def test_xla_takes_its_fast_convolutions(channels, padding):
         assert "ynn_fusion" not in forward
     if is_old:
         assert "ynn_fusion" not in backward
+
+
+@pytest.mark.parametrize(
+    ("image", "window", "strides", "padding"),
+    [
+        ((9, 8), (4, 4), (2, 2), ((1, 1), (1, 1))),
+        ((10, 11), (3, 3), (2, 2), ((1, 0), (0, 2))),
+        ((11, 7), (5, 4), (3, 2), ((0, 0), (2, 3))),
+        ((8, 9), (3, 5), (2, 1), ((1, 1), (4, 4))),
+    ],
+)
+def test_the_gradient_of_a_strided_convolution_is_put_together_from_its_phases(
+    image, window, strides, padding
+):
+    geometry = _convolution.Geometry(strides, padding, image, window)
+    rng = np.random.default_rng(0)
+    g = jnp.asarray(rng.standard_normal((2, *geometry.output, 10)))
+    k = jnp.asarray(rng.standard_normal((*window, 12, 10)))
+    found = _convolution._gradient_by_phases(g, k, geometry=geometry)
+    expected = _convolution._plain_input_gradient(g, k, geometry=geometry)
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+    text = jax.jit(partial(_convolution._cpu_input_gradient, geometry=geometry)).lower(g, k)
+    assert text.as_text().count("stablehlo.convolution") == 1  # it is what this one takes
