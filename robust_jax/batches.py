@@ -28,8 +28,11 @@ def batches(
 
     The batches are of one size and as even as they can be in num_sizes steps up to batch_size; the
     last is filled up with copies. So few rows cost little, and at most num_sizes programs are
-    compiled. Sizes are rounded up to a multiple_of the devices.
+    compiled: two on an accelerator, where compiling takes longer than the rows that it saves.
+    Sizes are rounded up to a multiple_of the devices.
     """
+    if jax.default_backend() != "cpu":
+        num_sizes = min(num_sizes, 2)
 
     def rounded(size, step):
         return -(-size // step) * step

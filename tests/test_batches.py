@@ -1,5 +1,6 @@
 """Even batches of a few sizes cover every row once, in order."""
 
+import jax
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +36,12 @@ def test_few_rows_take_a_small_batch():
     assert [len(rows) for rows, _ in batches(5, 128)] == [8]
     assert [len(rows) for rows, _ in batches(329, 500, num_sizes=4)] == [375]
     assert [len(rows) for rows, _ in batches(5, 128, num_sizes=1)] == [128]
+
+
+def test_an_accelerator_compiles_two_sizes(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    sizes = {len(rows) for count in range(1, 501) for rows, _ in batches(count, 500)}
+    assert sizes == {250, 500}
 
 
 def test_results_come_in_the_order_of_the_rows_and_padding_counts_for_nothing():

@@ -8,7 +8,7 @@ from robust_jax import losses, models
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import accelerator, compare_attacks, torch_bridges, torch_models  # noqa: E402
+from benchmarks import compare_attacks, torch_bridges, torch_models  # noqa: E402
 from benchmarks.attack_peers import Budget  # noqa: E402
 from benchmarks.compare_attacks import Outcome, Side  # noqa: E402
 
@@ -142,20 +142,3 @@ def test_folder_belongs_to_one_comparison(tmp_path):
     compare_attacks.claim(tmp_path, {"eps": 0.1})
     with pytest.raises(SystemExit, match="another --out"):
         compare_attacks.claim(tmp_path, {"eps": 0.2})
-
-
-@pytest.mark.slow
-def test_the_accelerators_script_with_small_sizes(tmp_path, monkeypatch, capsys):
-    arguments = (
-        "--nets=lenet5 --batch_size=8 --num_steps=1 --repeats=1 "
-        "--config=configs/digits_cnn_fast_at.py --num_examples=20 --num_queries=20"
-    )
-    monkeypatch.setattr(
-        "sys.argv", ["accelerator", f"--workdir={tmp_path / 'run'}", *arguments.split()]
-    )
-    accelerator.main()
-    printed = capsys.readouterr().out
-    steps, robust = (printed.rindex(start) for start in ("| step | lenet5 |", "| digits_cnn_fast"))
-    assert steps < robust
-    clean, autoattack, count = (float(cell) for cell in printed[robust:].split("|")[3:6])
-    assert clean >= 90 and 30 <= autoattack < clean and count == 20

@@ -126,10 +126,13 @@ def test_several_radii_are_nested_and_the_first_is_the_headline(found):
 def test_a_network_that_is_always_wrong_has_no_audit_and_says_so():
     x, y = points()
     result = robust_jax.evaluate(
-        lambda x: trained()(x)[:, ::-1] * 0 - jnp.arange(10.0), x[y > 0], y[y > 0], KEY, **SETTINGS
+        lambda x: x[:, 4, 4] * (jnp.arange(10) == 0), x[y > 0], y[y > 0], KEY, **SETTINGS
     )
     assert result.clean_accuracy == result.robust_accuracy == 0 and result.audit is None
     assert any("classified correctly" in warning for warning in result.warnings)
+    # Where that pixel is black all logits are equal, and their slope over that gap has no bound.
+    assert np.isinf(result.records["relative_slope"]).any()
+    assert result.summary["relative_slope"]["standard_error"] is None
 
 
 def test_mistakes_are_told_in_one_line():

@@ -1,5 +1,6 @@
 """What results.json holds: how a run was made, and the means over its records."""
 
+import math
 import platform
 from collections.abc import Collection, Mapping
 from importlib import metadata
@@ -213,7 +214,8 @@ def _members(records: pd.DataFrame, name: str, grid: AttackGrid, eps: float) -> 
 
 def _statistics(values: pd.Series) -> dict[str, float | None]:
     """None where a value is infinite."""
-    found = {"mean": values.mean(), "median": values.median(), "standard_error": values.sem()}
+    error = math.inf if np.isinf(values).any() else values.sem()  # pandas warns of inf - inf
+    found = {"mean": values.mean(), "median": values.median(), "standard_error": error}
     return {name: float(v) if np.isfinite(v) else None for name, v in found.items()}
 
 
