@@ -4,6 +4,7 @@ import importlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -235,6 +236,24 @@ def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monk
     ran = fake_runs(monkeypatch, apart)
     study.execute(narrow, tmp_path / "limit")
     assert len(ran) <= 9 + 2
+
+
+def test_a_study_keeps_no_programs_of_its_runs(tmp_path, monkeypatch):
+    # A process may have 65,530 memory maps, and the programs of a run are some thousand.
+    fake_runs(monkeypatch)
+    fake, compiled = study.run.execute, []
+    loaded = jax.devices()[0].client.live_executables
+
+    def execute(config, *arguments):
+        compiled.append(jax.jit(lambda x: x * len(compiled)))  # kept by someone
+        compiled[-1](float(config.seed))
+        held.append(len(loaded()))
+        return fake(config, *arguments)
+
+    held: list[int] = []
+    monkeypatch.setattr(study.run, "execute", execute)
+    study.execute(small_study(), tmp_path)
+    assert len(held) == 9 and max(held[1:]) <= held[0]
 
 
 SWEEP = {"field": "regularizers.entropy.weight", "values": (0.1, 1.0, 3.0)}

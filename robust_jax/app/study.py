@@ -5,6 +5,7 @@ the table, and the claims as tests on them. Nothing here is typed in: a verdict 
 intervals over seeds and test images.
 """
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -234,6 +235,9 @@ def _run(config: ConfigDict, chosen: Sequence[Trial], workdir: Path, mode: Mode)
     for i, trial in enumerate(chosen):
         logging.info("%s: %s (%d of %d)", config.title, trial.name, i + 1, len(chosen))
         run.execute(trial.config, workdir / trial.name, mode)
+        # Its programs serve no other run, and fill the memory maps that a process may have.
+        jax.clear_caches()
+        gc.collect()
 
 
 def _chosen(config: ConfigDict, workdir: Path) -> dict[str, float]:
