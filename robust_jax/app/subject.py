@@ -24,7 +24,10 @@ def load(workdir: Path | str) -> Subject:
     workdir = Path(workdir).absolute()
     config = stored.config_of(workdir)
     if config is None or stored.holds(workdir) != "a run":
-        raise UserError(f"{workdir} holds {stored.holds(workdir)} and no run")
+        raise UserError(
+            f"{workdir} holds {stored.holds(workdir)} and no run; train one with launch.py (`make "
+            "demo` does), or name the folder of a finished one"
+        )
     run = training.build(config)
     return subject_of(run, restore(run.plan, workdir))
 

@@ -250,15 +250,15 @@ def loss_surfaces(
 ) -> Figure:
     """Contours of `surface.loss_surface`, [n,m] by arm, of one example or a mean of many.
 
-    All panels share the scale of the colours. The clean point is a white disc, the adversarial one
-    a red diamond.
+    Each panel has its own scale of colours, or the steepest would flatten the others. The clean
+    point is a white disc, the adversarial one a red diamond.
     """
     a, b = np.asarray(along_adversarial, float), np.asarray(along_direction, float)
     surfaces = {arm: np.asarray(values, float) for arm, values in losses.items()}
-    every = np.concatenate([values.ravel() for values in surfaces.values()])
-    levels = MaxNLocator(12).tick_values(every.min(), max(every.max(), every.min() + 1e-6))
     figure, panels = _panels(len(surfaces), columns=min(len(surfaces), 2), height=3.2)
     for ax, (arm, values) in zip(panels, surfaces.items(), strict=True):
+        highest = max(values.max(), values.min() + 1e-6)
+        levels = MaxNLocator(10).tick_values(values.min(), highest)
         filled = ax.contourf(a, b, values.T, levels=levels, cmap="cividis")
         ax.contour(a, b, values.T, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
         style: dict[str, Any] = dict(ls="", marker="o", ms=8, mec="black", clip_on=False, zorder=3)
@@ -269,7 +269,7 @@ def loss_surfaces(
             xlabel="along the adversarial direction",
             ylabel="along the random one",
         )
-    figure.colorbar(filled, ax=list(panels), label=label)
+        figure.colorbar(filled, ax=ax, label=label)
     legend_below(figure, panels)
     return figure
 
