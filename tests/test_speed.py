@@ -94,6 +94,16 @@ def test_training_says_how_fast_it_was_and_leaves_a_trace(tmp_path, monkeypatch)
     assert speed.memory_high_water() > 2**20
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel resets it")
+def test_the_memory_of_what_came_before_is_forgotten():
+    x = np.ones(2**27, np.uint8)
+    with_it = speed.memory_high_water()
+    del x
+    assert speed.memory_high_water() > with_it - 2**22  # the kernel counts in rounds
+    speed.forget_memory_high_water()
+    assert speed.memory_high_water() < with_it - 2**26
+
+
 FAULTS = """
 import resource, sys, jax, jax.numpy as jnp
 from robust_jax.devices import speed

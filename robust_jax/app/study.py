@@ -42,7 +42,7 @@ from robust_jax.app.claims import Found, Run
 from robust_jax.app.config import choose
 from robust_jax.app.folder import Mode
 from robust_jax.app.intervals import interval
-from robust_jax.devices import processes
+from robust_jax.devices import processes, speed
 from robust_jax.errors import UserError
 from robust_jax.files import write_json
 
@@ -238,6 +238,7 @@ def _run(config: ConfigDict, chosen: Sequence[Trial], workdir: Path, mode: Mode)
         # Its programs serve no other run, and fill the memory maps that a process may have.
         jax.clear_caches()
         gc.collect()
+        speed.forget_memory_high_water()
 
 
 def _chosen(config: ConfigDict, workdir: Path) -> dict[str, float]:
