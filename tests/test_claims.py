@@ -94,14 +94,17 @@ def test_margins_levels_and_trends():
     assert judge(runs, {**falls, "relation": "rises"})["verdict"] == "refuted"
 
 
-def test_most_of_several_numbers():
-    spectra = {"weak": [(3, 2, 1), (3, 2, 5)] * 2, "strong": [(2, 1.5, 4)] * 4}
+def test_most_of_several_entries_each_with_a_verdict_of_its_own():
+    weak = {"a": (3.0, 3.1, 2.9, 3.0), "b": (2.0, 2.1, 1.9, 2.0), "c": (1.0, 5.0, 1.0, 5.0)}
+    strong = {"a": (2.0, 2.1, 2.0, 1.9), "b": (1.5, 1.4, 1.6, 1.5), "c": (3.0, 3.0, 3.0, 3.0)}
     runs = {
         arm: {
-            seed: Run({"measurements": {"spectra": {"spread/a": a, "spread/b": b, "spread/c": c}}})
-            for seed, (a, b, c) in enumerate(by_seed)
+            seed: Run(
+                {"measurements": {"spectra": {f"spread/{k}": v[seed] for k, v in of.items()}}}
+            )
+            for seed in range(4)
         }
-        for arm, by_seed in spectra.items()
+        for arm, of in {"weak": weak, "strong": strong}.items()
     }
     falls = {
         "measure": "measurements.spectra.spread/*",
@@ -110,10 +113,38 @@ def test_most_of_several_numbers():
     }
     judged = judge(runs, falls)
     assert judged["verdict"] == "supported"
-    np.testing.assert_allclose(judged["tests"][0]["values"], [1 / 6, 1 / 2] * 2)
+    (test,) = judged["tests"]
+    verdicts = {name: entry["verdict"] for name, entry in test["entries"].items()}
+    assert verdicts == {"a": "supported", "b": "supported", "c": "inconclusive"}
+    alone = judge(runs, {**falls, "measure": "measurements.spectra.spread/a"})["tests"][0]
+    for of in ("values", "mean", "low", "high"):
+        np.testing.assert_allclose(test["entries"]["a"][of], alone[of])
+    np.testing.assert_allclose(test["values"], [2 / 3, 1, 2 / 3, 1])
     assert judge(runs, {**falls, "relation": "rises"})["verdict"] == "refuted"
+    small = judge(runs, {**falls, "smallest_effect": "70 %"})["tests"][0]
+    assert small["verdict"] == "supported, but small"  # a falls by a third, b by a quarter
+    np.testing.assert_allclose(small["entries"]["a"]["smallest_effect"], 2.1)
     other = {**falls, "measure": "measurements.spectra.spread/z*"}
-    assert judge(runs, other)["tests"][0]["values"] == []
+    assert judge(runs, other)["verdict"] == "no verdict"
+    two = {arm: {seed: runs[arm][seed] for seed in range(2)} for arm in runs}
+    assert judge(two, falls)["verdict"] == "no verdict"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ("sss-r", "supported"),
+        ("ss--", "inconclusive"),  # half is not most
+        ("ss-r", "inconclusive"),
+        ("s-rr", "refuted"),
+        ("r", "refuted"),
+        ("sm-", "supported, but small"),
+        ("m--", "inconclusive"),
+    ],
+)
+def test_most(verdicts, expected):
+    words = {"s": "supported", "m": "supported, but small", "r": "refuted", "-": "inconclusive"}
+    assert claims.most([words[v] for v in verdicts]) == expected
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out():
@@ -312,7 +343,7 @@ def test_an_interval_of_the_width_that_was_asked_covers_the_truth(effects):
         ({"smallest_effect": -0.1}, "is -0.1; it is a number in the unit of the measure"),
         ({"smallest_effect": "much"}, "is 'much'; it is a number"),
         ({"measure": "m", "level": 0.0, "smallest_effect": "5 %"}, "beside a level it is a number"),
-        ({"measure": "m/*", "smallest_effect": "5 %"}, "is a share"),
+        ({"measure": "pgd@0.1", "smallest_effect": "5 %"}, "is a share"),
     ],
 )
 def test_a_size_that_is_none_is_told(test, message):

@@ -56,6 +56,8 @@ def test_what_a_study_draws_is_what_its_numbers_say():
     np.testing.assert_allclose(
         changes["change_random/logits"].mean(), changes["random/logits"], rtol=1e-5
     )
+    layers = [name for name in changes if name.startswith("random/")]
+    assert layers == ["random/conv1", "random/conv2", "random/dense1", "random/logits"], layers
     assert measured("clusters")["projection"].shape == measured("clusters")["tsne"].shape == (60, 2)
     along = measured("interior")
     np.testing.assert_allclose(along["loss_along"].mean(0)[2], along["loss/50"], rtol=1e-5)

@@ -35,6 +35,7 @@ def get_config():
         "margins in the input space are first-order, in the threat model's norm. ",
         "Published, at scale full: Rice, Wong, Kolter 2020, the best epoch, PGD of 10 steps.",
     )
+    config.labels = dict(zip(ARMS, ("0", "½ε", "ε", "1½ε"), strict=True))
     config.scale = "small"
     config.seeds = (0, 1, 2)
 
@@ -131,6 +132,7 @@ def get_config():
         ("margin spread", "measurements.outputs.std_margin"),
         ("mean confidence", "measurements.outputs.mean_confidence"),
         ("mean margin, training set", "measurements.outputs_train.mean_margin"),
+        ("margin spread, training set", "measurements.outputs_train.std_margin"),
         ("mean confidence, training set", "measurements.outputs_train.mean_confidence"),
         ("accuracy gap", "measurements.gaps.accuracy"),
         ("loss gap", "measurements.gaps.cross_entropy"),
@@ -151,15 +153,18 @@ def get_config():
         {
             "a": {
                 "text": "Singular values of most layers get less spread as eps grows.",
+                "smallest_effect": "10 %",
                 "tests": [falls("measurements.spectra.standard_deviation/*")],
             },
             "a, scale-free": {
                 "text": "So does their standard deviation over their mean (ours).",
+                "smallest_effect": "10 %",
                 "tests": [falls("measurements.spectra.relative_spread/*")],
             },
             "b": {
                 "text": "The change that a change of the image makes in feature space gets "
                 "smaller in most layers.",
+                "smallest_effect": "10 %",
                 "tests": [
                     falls("measurements.features.random/*"),
                     falls("measurements.features.adversarial/*"),
@@ -167,6 +172,7 @@ def get_config():
             },
             "b, scale-free": {
                 "text": "So it does over the layer's own size (ours).",
+                "smallest_effect": "10 %",
                 "tests": [
                     falls("measurements.features.relative_random/*"),
                     falls("measurements.features.relative_adversarial/*"),
@@ -175,6 +181,7 @@ def get_config():
             "b, uniform": {
                 "text": "Layers get smooth alike in all directions: in most, adversarial over "
                 "random change falls (ours).",
+                "smallest_effect": "10 %",
                 "tests": [falls("measurements.features.adversarial_over_random/*")],
             },
             "c": {

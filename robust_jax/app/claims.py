@@ -4,7 +4,7 @@ Nothing is typed in: a verdict follows from the 95 % interval of a quantity that
 above zero, and from the smallest effect that is worth claiming, which the config sets.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -60,24 +60,74 @@ def judge(
 def judge_test(
     test: Mapping[str, Any], found: Found, *, adds_seeds: bool = False
 ) -> dict[str, Any]:
-    """The test with the quantity that it claims to be above zero, and its verdict."""
+    """The test with the quantity that it claims to be above zero, and its verdict.
+
+    Of "a.path/*" the claim is that it is so of most entries, say layers: each has an interval and a
+    verdict of its own.
+    """
     shared = sorted(set.intersection(*(set(found[arm]) for arm in test["arms"])))
     runs = [[found[arm][seed] for arm in test["arms"]] for seed in shared]
+    if test["measure"].endswith("/*"):
+        return _judge_most(test, runs)
     outcomes = _outcomes(test, runs)
-    smallest = _size(test.get("smallest_effect", 0.0), test, runs)
-    widest = _size(test["widest"], test, runs) if "widest" in test else smallest
+    numbers = [[measures.value(run.results, test["measure"]) for run in arms] for arms in runs]
+    measured = np.array([of_seed for of_seed in numbers if None not in of_seed], float)
+    smallest = _size(test.get("smallest_effect", 0.0), test, measured)
+    widest = _size(test["widest"], test, measured) if "widest" in test else smallest
     known = interval(outcomes)
     if adds_seeds:
         known = as_wide_as(widest, known)
     return {
         **test,
         "values": [float(np.mean(of_seed)) for of_seed in outcomes],
-        **{k: v if np.isfinite(v) else None for k, v in known._asdict().items()},
+        **_known(known),
         "images": outcomes.shape[1] if outcomes.ndim == 2 else None,
         "smallest_effect": smallest,
         "widest": widest,
         "verdict": verdict(known, len(outcomes), smallest),
     }
+
+
+def _judge_most(test: Mapping[str, Any], runs: Sequence[Sequence[Run]]) -> dict[str, Any]:
+    by_seed = [[measures.by_entry(run.results, test["measure"]) for run in arms] for arms in runs]
+    measured = [of_seed for of_seed in by_seed if all(of_seed)]
+    entries: dict[str, dict[str, Any]] = {}
+    for name in measured[0][0] if measured else ():
+        numbers = np.array([[of_arm[name] for of_arm in of_seed] for of_seed in measured])
+        outcomes = [float(_margin(test, of_seed)) for of_seed in numbers]
+        smallest = _size(test.get("smallest_effect", 0.0), test, numbers)
+        known = interval(outcomes)
+        entries[name] = {
+            "values": outcomes,
+            **_known(known),
+            "smallest_effect": smallest,
+            "verdict": verdict(known, len(outcomes), smallest),
+        }
+    verdicts = [entry["verdict"] for entry in entries.values()]
+    return {
+        **test,
+        "entries": entries,
+        "values": [
+            float(np.mean([entry["values"][i] > 0 for entry in entries.values()]))
+            for i in range(len(measured))
+        ],
+        "images": None,
+        "verdict": most(verdicts),
+    }
+
+
+def most(verdicts: Sequence[Verdict]) -> Verdict:
+    """What the verdicts on several entries say of the claim that it is so of most of them."""
+    if not verdicts or "no verdict" in verdicts:
+        return "no verdict"
+    large, small = (verdicts.count(v) for v in ("supported", "supported, but small"))
+    if 2 * (large + small) > len(verdicts):
+        return "supported" if 2 * large > len(verdicts) else "supported, but small"
+    return "refuted" if 2 * verdicts.count("refuted") >= len(verdicts) else "inconclusive"
+
+
+def _known(known: Interval) -> dict[str, float | None]:
+    return {k: v if np.isfinite(v) else None for k, v in known._asdict().items()}
 
 
 def verdict(known: Interval, num_seeds: int, smallest_effect: float = 0.0) -> Verdict:
@@ -103,7 +153,7 @@ def needs_more_seeds(judged: Mapping[str, Any]) -> bool:
     hold both it and zero, so there is a verdict. Nothing here looks at where the interval is: to
     add seeds until it leaves out zero would find effects that are not there.
     """
-    widest = judged["widest"]
+    widest = judged.get("widest")
     if not widest or not judged["values"]:
         return False
     if len(judged["values"]) < FEWEST_SEEDS:
@@ -116,8 +166,7 @@ def check_size(test: Mapping[str, Any], field: str, path: str) -> None:
     """Checks a test's smallest effect or width. Raises UserError for what is not one."""
     size = test.get(field, 0.0)
     relative = _relative(size)
-    of_many = test["measure"].endswith("/*")
-    if relative is not None and (of_many or measures.is_share(test["measure"])):
+    if relative is not None and measures.is_share(test["measure"]):
         raise UserError(f"{path} is {size!r}; {test['measure']} is a share, so a point is 0.01")
     if relative is not None and "level" in test:
         raise UserError(f"{path} is {size!r}; beside a level it is a number")
@@ -128,15 +177,13 @@ def check_size(test: Mapping[str, Any], field: str, path: str) -> None:
         )
 
 
-def _size(size: float | str, test: Mapping[str, Any], runs: Collection[Sequence[Run]]) -> float:
-    """In the unit of the measure: a share of the other arm's mean where it is given in percent."""
+def _size(size: float | str, test: Mapping[str, Any], numbers: np.ndarray) -> float:
+    """In the unit of the numbers [seeds, arms]: a share of the other arm's mean if in percent."""
     relative = _relative(size)
     if relative is None:
         return float(size)
     reference = 0 if test["relation"] in ("rises", "falls") else 1
-    values = [measures.value(of_seed[reference].results, test["measure"]) for of_seed in runs]
-    known = [value for value in values if value is not None]
-    return relative * abs(float(np.mean(known))) if known else 0.0
+    return relative * abs(float(np.mean(numbers[:, reference]))) if len(numbers) else 0.0
 
 
 def _relative(size: Any) -> float | None:
@@ -171,14 +218,13 @@ def _outcomes(test: Mapping[str, Any], runs: Sequence[Sequence[Run]]) -> np.ndar
     measure = test["measure"]
     if (shares := by_image(measure, runs)) is not None:
         return np.stack([_margin(test, of_seed) for of_seed in shares])
-    numbers = [[measures.values(run.results, measure) for run in of_seed] for of_seed in runs]
+    numbers = [[measures.value(run.results, measure) for run in of_seed] for of_seed in runs]
     known = [np.array(of_seed, float) for of_seed in numbers if None not in of_seed]
-    margins = [_margin(test, of_seed) for of_seed in known]
-    return np.array([m[0] if len(m) == 1 else np.mean(m > 0) - 0.5 for m in margins])
+    return np.array([_margin(test, of_seed) for of_seed in known])
 
 
 def _margin(test: Mapping[str, Any], values: np.ndarray) -> np.ndarray:
-    """How far one seed is on the claimed side; values [arms, images or entries].
+    """How far one seed is on the claimed side; values [arms] or [arms, images].
 
     "above"/"below" compare the first arm with the second, or with a level; "rises"/"falls" take the
     change from the first arm to the last of a line fitted over the arms, against `at` (or their

@@ -191,7 +191,13 @@ def feature_change(
 
     changes = _over(subject, measure, x, y)
     # A compiled program gives dicts back in the order of their keys.
-    layers = list(features_fn(jnp.asarray(x[:1])))
+    of_one = features_fn(jnp.asarray(x[:1]))
+    layers = [
+        layer
+        for layer in of_one
+        if layer != "features"  # where it is a layer that has a name, it counts once
+        or not any(np.array_equal(of_one[layer], h) for n, h in of_one.items() if n != layer)
+    ]
     means = {
         kind: {layer: float(np.nanmean(by_layer[layer])) for layer in layers}
         for kind, by_layer in changes.items()

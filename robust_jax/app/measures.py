@@ -56,14 +56,11 @@ def value(results: Results, measure: str) -> float | None:
     return None if node is None else float(node)
 
 
-def values(results: Results, measure: str) -> list[float] | None:
-    """The number of a run, or all of "a.path/*" in the order of their names."""
-    if not measure.endswith("/*"):
-        one = value(results, measure)
-        return None if one is None else [one]
+def by_entry(results: Results, measure: str) -> dict[str, float]:
+    """The numbers of "a.path/*", by what stands for the star."""
     path, _, start = measure[:-1].rpartition(".")
-    node = _node(results, path) or {}
-    return [float(v) for name, v in sorted(node.items()) if name.startswith(start)] or None
+    found = (_node(results, path) or {}).items()
+    return {k.removeprefix(start): float(v) for k, v in sorted(found) if k.startswith(start)}
 
 
 def outcomes(results: Results, table: pd.DataFrame | None, measure: str) -> pd.Series | None:

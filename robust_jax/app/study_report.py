@@ -16,6 +16,8 @@ from robust_jax.files import write_atomically
 from robust_jax.plots import study as plots
 
 Results = Mapping[str, Any]
+# Of a figure; more would be too large a file to read in a repository.
+_PANELS = 12
 
 
 def write(workdir: Path, results: Results, arrays: Arrays) -> None:
@@ -33,22 +35,29 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
             "Worst-case accuracy against ε: the mean over seeds with its 95 % interval, for other "
             "seeds and images.",
         ),
-        "measures": (
-            plots.measures_by_arm(named(results["table"])),
-            "The measures of the table: the mean over seeds with its 95 % interval.",
-        ),
     }
+    labels = list(results["measures"])
+    for i, start in enumerate(range(0, len(labels), _PANELS)):
+        part = labels[start : start + _PANELS]
+        table = {
+            arm: dict(_in_percent(label, results["measures"][label], row[label]) for label in part)
+            for arm, row in results["table"].items()
+        }
+        figures[f"measures_{i + 1}" if i else "measures"] = (
+            plots.measures_by_arm(named(table)),
+            "Measures of the table: the mean over seeds with its 95 % interval.",
+        )
     if results["pairs"]:
         figures["pairs"] = (
             plots.measures_against_each_other(named(results["table"]), results["pairs"]),
             "Measures against each other, a point for each arm and seed.",
         )
     if results["sweeps"]:
-        labels = _labels(results)
+        words_of = _labels(results)
         figures["sweeps"] = (
             plots.sweeps(
                 named(results["sweeps"]),
-                {s["by"]: _axis(s["by"], labels) for s in results["sweeps"].values()},
+                {s["by"]: _axis(s["by"], words_of) for s in results["sweeps"].values()},
             ),
             "Sweeps: what each value came to, on a seed that the study does not use again. A ring "
             "marks the value that was chosen; where there is a dashed line, the nearest to it.",
@@ -90,6 +99,14 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
     write_atomically(
         workdir / "README.md", _markdown(results, claims, arms, rows, captions, chance)
     )
+
+
+def _in_percent(label: str, measure: str, entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The label and what was found, in the unit of the table."""
+    if not measures.unit(measure):
+        return label, dict(entry)
+    ends = {end: entry[end] and 100 * entry[end] for end in ("mean", "low", "high")}
+    return f"{label}, %", {"values": {s: 100 * v for s, v in entry["values"].items()}, **ends}
 
 
 def text(results: Results) -> str:
@@ -196,19 +213,30 @@ def _in_words(measure: str, labels: Mapping[str, str]) -> str:
     return ", ".join(part.replace("_", " ") for part in parts)
 
 
+_OF_ENTRIES = {
+    "so": ("supported",),
+    "so, but small": ("supported, but small",),
+    "not so": ("refuted",),
+    "open": ("inconclusive", "no verdict"),
+}
+
+
 def _found(test: Mapping[str, Any]) -> str:
-    """The mean and the interval, of several numbers the share that is on the claimed side."""
+    """The mean and the interval; of several entries which of them do what is claimed."""
     if not test["values"]:
         return "not measured"
-    of_many = test["measure"].endswith("*")
-    percent = of_many or measures.is_share(test["measure"])
+    if entries := test.get("entries"):
+        return "; ".join(
+            f"{words}: {', '.join(names)}"
+            for words, verdicts in _OF_ENTRIES.items()
+            if (names := [name for name, e in entries.items() if e["verdict"] in verdicts])
+        )
+    percent = measures.is_share(test["measure"])
 
     def signed(x):
-        if of_many:
-            return f"{100 * x + 50:.0f}"
         return f"{100 * x:+.1f}" if percent else f"{x:+.3g}"
 
-    unit = " %" if of_many else " points" if percent else ""
+    unit = " points" if percent else ""
     if test["low"] is None:
         return f"{signed(test['mean'])}{unit} (one seed)"
     return f"{signed(test['mean'])}{unit} [{signed(test['low'])}, {signed(test['high'])}]"
@@ -216,9 +244,9 @@ def _found(test: Mapping[str, Any]) -> str:
 
 def _smallest(test: Mapping[str, Any]) -> str:
     """The smallest effect that is worth claiming."""
+    if "entries" in test:
+        return f"{test.get('smallest_effect', 'any')} in most"
     size = test["smallest_effect"]
-    if test["measure"].endswith("*"):
-        return f"{50 + 100 * size:.0f} %"
     return _size(size, test) if size else "any"
 
 
@@ -231,6 +259,8 @@ def _size(size: float, test: Mapping[str, Any]) -> str:
 
 def _why(test: Mapping[str, Any]) -> str:
     """Why a test is inconclusive, where more seeds would not help."""
+    if "entries" in test:
+        return ""
     too_few = 2 * (test["from_images"] or 0.0) > test["smallest_effect"] > 0
     return " (too few images)" if test["verdict"] == "inconclusive" and too_few else ""
 

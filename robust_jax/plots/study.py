@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
+from textwrap import fill
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from robust_jax.plots.style import COLORS, STYLE, WIDTH, legend_below, norm_symbol
 
@@ -68,7 +70,7 @@ def measures_by_arm(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Fig
     ]
     columns = 3
     rows = max(1, -(-len(measures) // columns))
-    figure = Figure(figsize=(WIDTH, rows * (0.6 + 0.24 * len(arms)) + 0.3))
+    figure = Figure(figsize=(WIDTH, rows * (0.75 + 0.24 * len(arms)) + 0.3))
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for ax in panels.flat[len(measures) :]:
         ax.set_visible(False)
@@ -81,11 +83,13 @@ def measures_by_arm(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Fig
                 ax.plot([entry["low"], entry["high"]], [i, i], color=color, lw=1.5)
             if entry["mean"] is not None:
                 ax.plot(entry["mean"], i, "|", color=color, ms=11, mew=2)
-        if _spread_far(v for arm in arms for v in table[arm][name]["values"].values()):
+        values = (v for arm in arms for v in table[arm][name]["values"].values())
+        if not name.endswith("%") and _spread_far(values):
             ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
         else:
             ax.locator_params(axis="x", nbins=4)
-        ax.set_title(name)
+        ax.set_title(fill(name, 24), fontsize="medium")
         ax.set_yticks(range(len(arms)), arms)
         ax.set_ylim(len(arms) - 0.5, -0.5)
     return figure
