@@ -88,7 +88,7 @@ def carry_out(arguments: list[str]) -> str:
     import jax
 
     from configs import default
-    from robust_jax.app import entries, run, study
+    from robust_jax.app import entries, folder, run, study
     from robust_jax.devices import processes, speed, stopping
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
@@ -100,18 +100,20 @@ def carry_out(arguments: list[str]) -> str:
     if not processes.is_first():
         logging.set_verbosity(logging.ERROR)
     config, schema = FLAGS.config, default.get_config()
+    flag: Any = FLAGS["config"]
+    typed = flag.override_values
     with stopping.watched():
         if study.is_study(config):
             if FLAGS.profile:
                 raise UserError("--profile is for one run: give it a run's config and folder")
-            flag: Any = FLAGS["config"]
-            config = study.settled(config, flag.override_values)
+            config = study.settled(config, typed)
             study.check(config, schema)
             said = study.execute(config, workdir, FLAGS.mode, only=FLAGS.only)
         else:
             if FLAGS.only:
                 raise UserError("--only is a study's; this config is that of one run")
             entries.check(config, schema)
+            folder.check_heeded(workdir, config, typed, FLAGS.mode)
             said = run.execute(config, workdir, FLAGS.mode, profile=FLAGS.profile)
     return said if processes.is_first() else ""
 

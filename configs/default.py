@@ -128,11 +128,10 @@ def get_config() -> ConfigDict:
     # default), last or initialisation.
     config.measurements = ConfigDict()
 
-    # Is the robustness real? The checks of robust_jax.audit on the best checkpoint.
+    # Is the robustness real? The checks of robust_jax.audit on the best checkpoint. A "norm" and an
+    # "eps" of its own may be added.
     config.audit = ConfigDict(
         {
-            "norm": None,  # None: those of threat
-            "eps": None,
             "num_examples": 200,  # the first of the test set; 0: no audit
             "num_queries": 1000,  # of random search
             # Whose adversarials are tried: "train" trains an undefended CNN; else the folder of a

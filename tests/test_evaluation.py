@@ -12,6 +12,7 @@ import pytest
 import robust_jax
 from robust_jax import attacks, jacobian, losses, margins
 from robust_jax.attacks import _autoattack
+from robust_jax.errors import UserError
 from robust_jax.keys import fold_each, fold_in_each
 from tests.digits import EPS, test_points, trained
 
@@ -106,6 +107,22 @@ def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, mo
     again = robust_jax.evaluate(trained(), x, y, KEY, folder=tmp_path, **SETTINGS)
     assert started == ["square"]
     pd.testing.assert_frame_equal(again.records, result.records)
+
+
+def test_a_folder_of_something_else_is_left_alone(found, tmp_path):
+    _, folder = found
+    x, y = points()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for where, holds, keywords in (
+        (tmp_path, "other files", {}),
+        (folder, "an evaluation of something else", {"name": "another", "dataset": "digits"}),
+        (folder, "an evaluation of something else", {"name": "an MLP", "num_audited": 3}),
+    ):
+        before = {path: path.read_bytes() for path in where.rglob("*.*")}
+        key = jax.random.key(1) if "num_audited" in keywords else KEY
+        with pytest.raises(UserError, match=f"holds {holds}; give another folder"):
+            robust_jax.evaluate(trained(), x, y, key, folder=where, **{**SETTINGS, **keywords})
+        assert {path: path.read_bytes() for path in where.rglob("*.*")} == before
 
 
 def test_several_radii_are_nested_and_the_first_is_the_headline(found):

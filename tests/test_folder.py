@@ -1,13 +1,15 @@
 """Folders know what they hold and whose they are; launch.py finds the config in them."""
 
+import errno
 import importlib
 import json
 import re
 
+import pandas as pd
 import pytest
 
 from configs import default
-from robust_jax.app import command_line, folder, runs, stored, study
+from robust_jax.app import arms, command_line, folder, runs, stored, study
 from robust_jax.app import config as config_lib
 from robust_jax.app.run import execute
 from robust_jax.errors import UserError
@@ -97,6 +99,61 @@ def test_another_config_is_refused_with_every_field_that_differs(tmp_path):
         assert re.search(f"config.{field}", str(error.value))
 
 
+def test_a_finished_run_says_that_other_attacks_are_evaluated_and_not_trained(tmp_path):
+    a_run(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    config = default.get_config()
+    config.attacks.pgd_linf.num_steps = 7
+    with pytest.raises(UserError, match="is finished, .*num_steps: 20 → 7.*--mode=evaluate"):
+        folder.claim(tmp_path, config, "train")
+
+
+@pytest.mark.parametrize(
+    ("mode", "heeded", "ignored"),
+    [
+        ("audit", {"audit.num_queries": 5}, {"threat.eps": 0.3}),
+        ("measure", {"measurements": {"outputs": {}}}, {"attacks.pgd_linf.eps": (0.9,)}),
+        ("report", {"data_dir": "x", "seed": 0}, {"evaluation.num_images": 3}),
+        ("verify", {"parallel": "shard_map"}, {"audit.num_examples": 3}),
+        ("evaluate", {"threat.eps": 0.3, "attacks": {}}, {}),
+    ],
+)
+def test_what_is_typed_for_a_finished_run_is_heeded_or_refused(mode, heeded, ignored, tmp_path):
+    a_run(tmp_path)
+    for fields in (heeded, ignored):
+        config = default.get_config()
+        for path, value in fields.items():
+            arms.set_field(config, path, value)
+        if fields is heeded:
+            folder.check_heeded(tmp_path, config, fields, mode)
+    for path in ignored:
+        with pytest.raises(UserError, match=f"--mode={mode} does not heed config.{path}"):
+            folder.check_heeded(tmp_path, config, ignored, mode)
+
+
+def test_a_full_disk_leaves_the_earlier_evaluation(tmp_path, monkeypatch):
+    for name in ("results.json", "card.json", "examples.npz"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "best.csv").write_text("old")
+
+    def full(self, path, **_):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(OSError, match="No space"):
+        folder.write_evaluation(tmp_path, {}, {"best": pd.DataFrame()}, {}, {})
+    kept = [path for path in tmp_path.rglob("*.*") if path.suffix != ".pending"]
+    assert len(kept) == 4 and {path.read_text() for path in kept} == {"old"}
+
+
+def test_a_config_of_something_else_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match="holds other files and no run"):
+        folder.claim(tmp_path, default.get_config(), "train")
+
+
 @pytest.mark.parametrize("config", [default.get_config(), settled()])
 def test_a_folder_remembers_its_config(config, tmp_path):
     claim = folder.claim_study if study.is_study(config) else folder.claim
@@ -124,6 +181,7 @@ CONFIGS = "--config=configs/NAME.py for a run, NAME one of .*default.*; --config
         ("--workdir=none", f"--config is missing and .*none holds no run; {CONFIGS}"),
         ("--workdir none --mode=audit", "none holds no run; --mode=audit needs a finished one$"),
         ("--config=configs/defualt.py --workdir=none", f"no config configs/defualt.py; {CONFIGS}"),
+        ("--config=configs --workdir=none", f"there is no config configs; {CONFIGS}"),
         ("--config configs/defualt.py:x --workdir=none", "no config configs/defualt.py:x; --conf"),
     ],
 )

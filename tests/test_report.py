@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from robust_jax import plots
 from robust_jax.analysis.summaries import wilson_interval
 from robust_jax.app import pages, report, runs
+from robust_jax.app import results as results_lib
+from robust_jax.app.evaluator import AttackGrid
 from robust_jax.app.records import breaking_eps, fates, first_to_break, held, read
 from robust_jax.app.wording import format_eps
 from robust_jax.errors import UserError
@@ -484,7 +486,7 @@ def test_where_an_attack_saw_the_first_images_all_say_so(tmp_path):
         assert label in page
     assert "only the first N images were attacked" in page
     lines = report.table(results).splitlines()
-    assert any(line.startswith("autoattack, first 4") and share in line for line in lines)
+    assert any(line.startswith("autoattack of 40 ") and share in line for line in lines)
     drawn = (
         plots.accuracy_against_eps(report._attack_table(results), {"best": 0.9}, chance=0.1)
         .axes[0]
@@ -492,6 +494,34 @@ def test_where_an_attack_saw_the_first_images_all_say_so(tmp_path):
     )
     hollow = {line.get_label() for line in drawn if line.get_markerfacecolor() == "white"}
     assert hollow == {"autoattack, first 40", "worst case, first 40"}
+
+
+def test_the_worst_case_counts_nobody_whom_no_attack_saw(tmp_path):
+    results = make_run(tmp_path, norms=("linf",))
+    table = runs.load(tmp_path).records["best"]
+    held = table["pgd_linf@0.1/held"].astype("boolean")
+    for what in ("held", "distance", "margin"):  # AutoAttack on 20, at a radius of its own
+        column = held & (np.arange(len(table)) % 4 == 0) if what == "held" else 0.2
+        table[f"few@0.2/{what}"] = column
+        table.loc[20:, f"few@0.2/{what}"] = pd.NA
+    grids = {
+        name: AttackGrid(kind, lambda: None, "linf", eps, count, members)
+        for name, kind, eps, count, members in (
+            ("pgd_linf", "pgd", (0.1,), None, ()),
+            ("few", "fgsm", (0.2,), 20, ()),
+        )
+    }
+    worst = {
+        (a["eps"], a["count"]): a["robust_accuracy"]
+        for a in results_lib.summarize(table, grids)["attacks"]
+        if a["attack"].startswith("worst_case")
+    }
+    assert set(worst) == {(0.1, len(table)), (0.1, 20), (0.2, 20)}
+    assert worst[0.1, len(table)] == held.mean() and worst[0.2, 20] <= worst[0.1, 20]
+    alone = results_lib.summarize(table, {"few": grids["few"]})["attacks"]
+    assert [(a["attack"], a["count"]) for a in alone] == [("fgsm", 20), ("worst_case", 20)]
+    results.update(results_lib.summarize(table, {"few": grids["few"]}), threat=None)
+    assert re.search(r"\d+\.\d %.* of the first 20 still under the worst", report.headline(results))
 
 
 def test_what_an_earlier_evaluation_left_is_named(tmp_path):

@@ -103,7 +103,6 @@ def test_what_is_typed_wins_over_the_scale_or_is_refused():
         "seeds": (0,),
         "scale": "smoke",
         "base.duration": "3 steps",
-        "arms.ls.seed": 1,
         "arms.at.duration": "4 steps",
         "base.model.hidden": 9,
     }
@@ -119,8 +118,16 @@ def test_what_is_typed_wins_over_the_scale_or_is_refused():
     for typed in ({"base.seed": 3}, {"base.adversary.eps": 0.2}, {"base.loss_on": "both"}):
         with pytest.raises(UserError, match="config.base.* changes nothing: every run"):
             config_of("adversarial_strength", typed)
-    with pytest.raises(UserError, match="scales.full.seeds changes nothing: the scale is small"):
-        config_of("entm", {"scales.full.seeds": (1,)})
+    for path, why in (
+        ("scales.full.seeds", "the scale is small"),
+        ("arms.ls.seed", "every arm has config.seeds"),
+        ("arms.at_ls.loss.label_smoothing", "the sweep of at_ls sets it"),
+    ):
+        with pytest.raises(UserError, match=f"{path} changes nothing: {why}"):
+            config_of("entm", {path: 1})
+    for seeds in ((), (0, 0, 0)):
+        with pytest.raises(UserError, match="give one at least, and each once"):
+            study.check(config_of("entm", {"seeds": seeds}), default.get_config())
 
 
 WRONG = {
@@ -172,6 +179,7 @@ def fake_runs(monkeypatch, accuracy=lambda config: 0.5, num_images=200):
         results["measurements"] = {"outputs": {"mean_confidence": 2 * accuracy(config)}}
         (workdir / "records").mkdir(parents=True, exist_ok=True)
         table(held).to_csv(workdir / "records" / "best.csv", index=False)
+        (workdir / "config.json").write_text(json.dumps(results["config"]))
         (workdir / "results.json").write_text(json.dumps(results))
 
     monkeypatch.setattr(study.run, "execute", execute)
@@ -236,6 +244,17 @@ def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monk
     ran = fake_runs(monkeypatch, apart)
     study.execute(narrow, tmp_path / "limit")
     assert len(ran) <= 9 + 2
+
+
+def test_a_finished_study_cannot_become_another(tmp_path, monkeypatch):
+    fake_runs(monkeypatch)
+    study.execute(small_study(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    with pytest.raises(UserError, match="holds another study, 'Uncertainty promotion"):
+        study.execute(config_of("energy"), tmp_path, "report")
+    with pytest.raises(UserError, match="at/0 holds a run of another config.*batch_size: 128 → 64"):
+        study.execute(small_study(**{"base.batch_size": 64}), tmp_path, "report")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
 
 
 def test_a_study_keeps_no_programs_of_its_runs(tmp_path, monkeypatch):

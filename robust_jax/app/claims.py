@@ -74,7 +74,7 @@ def judge_test(
     measured = np.array([of_seed for of_seed in numbers if None not in of_seed], float)
     smallest = _size(test.get("smallest_effect", 0.0), test, measured)
     widest = _size(test["widest"], test, measured) if "widest" in test else smallest
-    known = interval(outcomes)
+    known = interval(outcomes, bounds=_bounds(test))
     if adds_seeds:
         known = as_wide_as(widest, known)
     return {
@@ -86,6 +86,15 @@ def judge_test(
         "widest": widest,
         "verdict": verdict(known, len(outcomes), smallest),
     }
+
+
+def _bounds(test: Mapping[str, Any]) -> tuple[float, float]:
+    """Between which numbers the mean of what is claimed can lie."""
+    low, high = measures.bounds(test["measure"])
+    if test["relation"] in ("rises", "falls"):  # of a line, which may overshoot
+        return -np.inf, np.inf
+    by = test.get("by", 0.0)
+    return low - high - by, high - low - by
 
 
 def _judge_most(test: Mapping[str, Any], runs: Sequence[Sequence[Run]]) -> dict[str, Any]:

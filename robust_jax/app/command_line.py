@@ -29,7 +29,7 @@ def with_stored_config(argv: list[str], configs: Path) -> list[str]:
     known, rest = given.parse_known_args(argv[1:])
     if any(arg.lstrip("-") in _HELP for arg in rest):
         return argv
-    if known.config and not Path(known.config.partition(":")[0]).exists():
+    if known.config and not Path(known.config.partition(":")[0]).is_file():
         raise UserError(f"there is no config {known.config}; {_choices(configs)}")
     if not known.workdir:
         choices = "" if known.config or known.mode != "train" else f"; {_choices(configs)}"

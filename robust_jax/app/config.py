@@ -47,9 +47,13 @@ def check_fields(config: ConfigDict, schema: ConfigDict) -> None:
     _check_section(config, schema, "config")
 
 
+# What a section may leave out: without it, the audit follows config.threat.
+_MAY_BE_MISSING = {"config.audit": ("norm", "eps")}
+
+
 def _check_section(config: ConfigDict, schema: ConfigDict, path: str) -> None:
     for field in config:
-        if field not in schema:
+        if field not in schema and field not in _MAY_BE_MISSING.get(path, ()):
             raise UserError(f"{path}.{field} is not a field of a config; {_choices(field, schema)}")
     for field in schema:
         here, default = f"{path}.{field}", schema[field]

@@ -17,13 +17,13 @@ import pandas as pd
 from robust_jax import _checks, data, margins
 from robust_jax._audit import Audit
 from robust_jax._front import Mapper
-from robust_jax.app import cards, report, runs
+from robust_jax.app import cards, report, runs, stored
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.results import audit_to_json, device, summarize, versions
 from robust_jax.attacks import autoattack
 from robust_jax.attacks._autoattack import check_arguments
 from robust_jax.batches import NUM_SIZES, Lift
-from robust_jax.errors import NothingToAudit
+from robust_jax.errors import NothingToAudit, UserError
 from robust_jax.files import write_json
 from robust_jax.losses import Loss
 from robust_jax.types import LogitsFn
@@ -96,6 +96,7 @@ def evaluate(
 
     Raises:
         ValueError: An argument is not as described; the message says what to do.
+        UserError: The folder holds something else.
 
     Example:
         >>> import jax, jax.numpy as jnp, robust_jax
@@ -122,10 +123,12 @@ def evaluate(
     key = _checks.example_keys_of(key, len(x))
     if key.ndim:
         raise ValueError(f"key has the shape {list(key.shape)}; give one key")
-    unfinished = None
+    unfinished, digest = None, ""
     if folder is not None:
         folder = Path(folder)
-        unfinished = folder / "unfinished" / _digest(x, y, key, radii, norm, version, overrides)
+        digest = _digest(x, y, key, radii, norm, version, overrides)
+        _claim(folder, name, digest)
+        unfinished = folder / "unfinished" / digest
         unfinished.mkdir(parents=True, exist_ok=True)
     attack = f"autoattack_{norm}"
     run = partial(autoattack, norm=norm, version=version, overrides=overrides, progress=progress)
@@ -170,6 +173,7 @@ def evaluate(
         "device": device(),
         "versions": versions("jax", "jaxlib", "numpy"),
         "timings": {"evaluate_seconds": time.perf_counter() - start},
+        "evaluated": digest,
     }
     card = cards.card(results)
     if folder is not None:
@@ -182,6 +186,18 @@ def evaluate(
     clean = summary["clean"]["accuracy"]
     robust = next(a["robust_accuracy"] for a in summary["attacks"] if a["eps"] == radii[0])
     return Evaluation(clean, robust, records, summary, audited, card, tuple(warnings))
+
+
+def _claim(folder: Path, name: str, digest: str) -> None:
+    """Checks that the folder holds nothing, or this evaluation, finished or not."""
+    found = stored.holds(folder)
+    begun = found == "other files" and {path.name for path in folder.iterdir()} == {"unfinished"}
+    if found == "an evaluation":
+        old = runs.results(folder)
+        if old.get("evaluated") != digest or old["model"]["name"] != name:
+            raise UserError(f"{folder} holds an evaluation of something else; give another folder")
+    elif found != "nothing" and not begun:
+        raise UserError(f"{folder} holds {found}; give another folder")
 
 
 def _digest(x: np.ndarray, y: np.ndarray, key: jax.Array, *settings: Any) -> str:

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,9 +34,14 @@ def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
         _claim_new(workdir, found, stored.RUN, config, mode)
         return
     if changed := _differences(workdir, config, mode):
+        if (workdir / "results.json").exists() and not _differences(workdir, config, "report"):
+            raise UserError(
+                f"{workdir} is finished, and was evaluated with another config "
+                f"({'; '.join(changed)}); --mode=evaluate, measure and audit add to it"
+            )
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}); take another "
-            "--workdir or the same config (other attacks: --mode=evaluate)"
+            "--workdir or the same config"
         )
 
 
@@ -59,8 +64,10 @@ def _differences(workdir: Path, config: ConfigDict, mode: Mode) -> list[str]:
 
 
 def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:
-    """Makes workdir this study's, or checks that it holds one; its runs check their configs."""
+    """Makes workdir this study's, or checks that it holds it; `check_run` is for its runs."""
     found = stored.holds(workdir)
+    if found == "a study" and (old := stored.config_of(workdir)) and old.paper != config.paper:
+        raise UserError(f"{workdir} holds another study, {old.title!r}; take another --workdir")
     own = {*config.arms, stored.STUDY}  # of an older study, or of one that another process begins
     if found == "other files" and own.issuperset(
         path.name for path in workdir.iterdir() if path.suffix != ".pending"
@@ -68,6 +75,38 @@ def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:
         return
     if found != "a study":
         _claim_new(workdir, found, stored.STUDY, config, mode)
+
+
+def check_run(workdir: Path, config: ConfigDict) -> None:
+    """Checks that a finished run was trained as its study says. Raises UserError otherwise."""
+    if stored.holds(workdir) == "a run" and (changed := _differences(workdir, config, "report")):
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(changed)}); what trains cannot "
+            "be changed in a study that has runs"
+        )
+
+
+# What a mode takes of the config, beside where the data are and how devices share them.
+_HEEDED: Mapping[Mode, tuple[str, ...]] = {
+    "measure": ("measurements",),
+    "audit": ("audit",),
+    "verify": (),
+    "report": (),
+}
+
+
+def check_heeded(workdir: Path, config: ConfigDict, typed: Iterable[str], mode: Mode) -> None:
+    """Checks what is typed for a finished run. Raises UserError for what the mode would ignore."""
+    old = stored.config_of(workdir)
+    if mode not in _HEEDED or old is None:
+        return
+    was, asked = (config_lib.flatten(config_lib.to_json(c)) for c in (old, config))
+    for path in typed:
+        if path.partition(".")[0] in (*_HEEDED[mode], "data_dir", "parallel"):
+            continue
+        for field in {*was, *asked}:
+            if f"{field}.".startswith(f"{path}.") and was.get(field) != asked.get(field):
+                raise UserError(f"--mode={mode} does not heed config.{path}; --mode=evaluate may")
 
 
 def _claim_new(
@@ -139,13 +178,17 @@ def write_evaluation(
 ) -> None:
     """Replaces an evaluation by one that has more in it.
 
-    A folder that has results.json is whole, so it goes first and comes last.
+    A folder that has results.json is whole, so it goes first and comes last. The tables, which are
+    the largest, are written beside the old ones before: a full disk is found while those are there.
     """
+    (workdir / "records").mkdir(exist_ok=True)
+    pending = {name: workdir / "records" / f"{name}.csv.pending" for name in tables}
+    for name, table in tables.items():
+        table.to_csv(pending[name], index=False)
     for name in ("results.json", "examples.npz", "card.json"):
         (workdir / name).unlink(missing_ok=True)
-    (workdir / "records").mkdir(exist_ok=True)
-    for name, table in tables.items():
-        table.to_csv(workdir / "records" / f"{name}.csv", index=False)
+    for path in pending.values():
+        path.rename(path.with_suffix(""))
     if images:
         save_arrays(workdir / "examples.npz", **images)
     write_arrays(workdir, arrays)

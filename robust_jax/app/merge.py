@@ -39,6 +39,9 @@ def merged(old: ConfigDict, new: ConfigDict, mode: Mode) -> ConfigDict:
             old.evaluation.num_examples, new.evaluation.num_examples, "config.evaluation"
         )
     if mode in ("evaluate", "measure"):
+        was, asked = threat.complete(old).measurements, threat.complete(new).measurements
+        for label in set(was) & set(asked):
+            _check_same("config.measurements", label, was[label], asked[label])
         result.measurements = ConfigDict({**old.measurements, **new.measurements})
     if mode == "audit" or (mode == "evaluate" and new.audit.num_examples):
         result.audit = new.audit
@@ -70,12 +73,8 @@ def _attacks(old: ConfigDict, new: ConfigDict) -> ConfigDict:
             {k: v for k, v in attacks[label].items() if k not in ("eps", "num_examples")}
             for attacks in (was, asked)
         )
+        _check_same("config.attacks", label, one, other)
         path = f"config.attacks.{label}"
-        if changed := config_lib.differences({label: one}, {label: other}):
-            raise UserError(
-                f"{path} is not the attack that was evaluated ({'; '.join(changed)}); give it "
-                "another label, so that the results of both are kept"
-            )
         radii = sorted({*_tuple(was[label].eps), *_tuple(asked[label].eps)})
         count = _larger(
             was[label].get("num_examples", 0), asked[label].get("num_examples", 0), path
@@ -85,6 +84,14 @@ def _attacks(old: ConfigDict, new: ConfigDict) -> ConfigDict:
         ):
             result[label] = {**asked[label], "eps": tuple(radii), "num_examples": count}
     return ConfigDict(result)
+
+
+def _check_same(path: str, label: str, was: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    if changed := config_lib.differences({label: was}, {label: asked}):
+        raise UserError(
+            f"{path}.{label} is not what was evaluated under that label ({'; '.join(changed)}); "
+            "give it another label, so that the results of both are kept"
+        )
 
 
 def _tuple(eps: float | tuple[float, ...]) -> tuple[float, ...]:

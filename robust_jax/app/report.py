@@ -76,10 +76,19 @@ def table(results: Results) -> str:
             lines += ["", _row(f"{block['norm']}, accuracy in % at ε =", block["eps"][part], 26, 9)]
             for attack, by_checkpoint in block["rows"]:
                 for i, (name, cells) in enumerate(by_checkpoint.items()):
-                    label = f"{attack[:19] if i == 0 else '':<19} {name}"
+                    label = f"{_cut(attack, 19) if i == 0 else '':<19} {name}"
                     values = [cell["accuracy"] for cell in cells[part]]
                     lines.append(_row(label, values, 26, 9))
     return "\n".join(lines)
+
+
+def _cut(label: str, width: int) -> str:
+    """A label that is too long, without the end of its name; of how many it speaks stays."""
+    if len(label) <= width:
+        return label
+    name, first, count = label.partition(", first ")
+    end = f" of {count}" if first else ""
+    return name[: width - len(end)] + end
 
 
 def measurements_text(numbers: Mapping[str, Mapping[str, float | None]]) -> str:
@@ -127,8 +136,9 @@ def headline(results: Results) -> str:
         return f"{text}. No attack was evaluated."
     entry = _worst_case(results, radius)
     trained = "the size" if radius.trained else "not a size"
+    some = "" if entry["count"] == clean["count"] else f"of the first {entry['count']:,} "
     text = (
-        f"{text}, and {with_interval(entry['robust_accuracy'], entry['count'])} still under "
+        f"{text}, and {with_interval(entry['robust_accuracy'], entry['count'])} {some}still under "
         f"the worst of all {threat(radius.norm, radius.eps, 'attacks at ')}, "
         f"{trained} it was trained against."
     )
@@ -136,10 +146,8 @@ def headline(results: Results) -> str:
         if entry["attack"] == "autoattack" and entry["norm"] == radius.norm:
             at = f" AutoAttack at ε = {format_eps(entry['eps'])} leaves"
             text += f"{at} {percent(entry['robust_accuracy'])} %"
-            if entry["count"] < clean["count"]:
-                worst = _find(
-                    results, f"worst_case_{radius.norm}_first_{entry['count']}", entry["eps"]
-                )
+            first = f"worst_case_{radius.norm}_first_{entry['count']}"
+            if worst := _find(results, first, entry["eps"]):
                 text += f" of the first {entry['count']:,}, all attacks together "
                 text += f"{percent(worst['robust_accuracy'])} % of these"
             text += "."
@@ -204,8 +212,9 @@ def _worst_case(results: Results, radius: Radius) -> Mapping[str, Any]:
     )
 
 
-def _find(results: Results, name: str, eps: float) -> Mapping[str, Any]:
-    return next(a for a in results["attacks"] if (a["name"], a["eps"]) == (name, eps))
+def _find(results: Results, name: str, eps: float) -> Mapping[str, Any] | None:
+    these = (a for a in results["attacks"] if (a["name"], a["eps"]) == (name, eps))
+    return next(these, None)
 
 
 def _attack_table(results: Results) -> pd.DataFrame:

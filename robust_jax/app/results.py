@@ -133,9 +133,10 @@ def summarize(
 ) -> dict[str, Any]:
     """The means over a table of records: clean, attacks[] and jacobian, as results.json has them.
 
-    The worst case of a norm at an eps is over every attack of that norm with a radius up to it, and
-    over all examples. Where an attack saw only the first of them, there is a worst case over those
-    too, on which all can be compared. kept: the attacks of an earlier evaluation.
+    The worst case of a norm at an eps is over every attack of that norm with a radius up to it, at
+    the radii and over the examples of those that saw most. Where an attack saw fewer, there is a
+    worst case over those too, on which all can be compared.
+    kept: the attacks of an earlier evaluation.
     temperature: by what the logits are divided for jacobian.matched, so that networks are equally
     sure of themselves.
     """
@@ -160,10 +161,11 @@ def summarize(
             )
     for norm in dict.fromkeys(grid.norm for grid in grids.values()):
         of_norm = {name: grid for name, grid in grids.items() if grid.norm == norm}
-        sizes = {_count(records, name, grid) for name, grid in of_norm.items()}
-        for count in sorted({len(records)} | sizes, reverse=True):
-            part = "" if count == len(records) else f"_first_{count}"
-            for eps in sorted({eps for grid in of_norm.values() for eps in grid.eps}):
+        sizes = {name: _count(records, name, grid) for name, grid in of_norm.items()}
+        for count in sorted(set(sizes.values()), reverse=True):
+            part = "" if count == max(sizes.values()) else f"_first_{count}"
+            seen = [grid.eps for name, grid in of_norm.items() if sizes[name] >= count]
+            for eps in sorted({eps for radii in seen for eps in radii}):
                 held = worst_case(records[:count], of_norm, eps)
                 attacks.append(
                     {

@@ -123,6 +123,8 @@ def _measure(run: Finished) -> str:
 
 def _audit(run: Finished) -> str:
     results = _results(run.workdir, "audit")
+    if old := results["audit"]:
+        logging.info("this replaces the audit of %d images", old["num_examples"])
     results["config"]["audit"] = config_lib.to_json(run.experiment.config.audit)
     results["audit"] = _audited(run)
     processes.on_first(partial(folder.write, run.workdir, results))

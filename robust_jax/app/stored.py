@@ -14,7 +14,7 @@ Holds = Literal["nothing", "a run", "a study", "an evaluation", "other files"]
 
 def holds(workdir: Path) -> Holds:
     """What is in the folder, by its config; "an evaluation" is what `robust_jax.evaluate` left."""
-    if (workdir / RUN).exists():
+    if (workdir / RUN).exists() and "dataset" in _read(workdir / RUN):
         return "a run"
     if (workdir / STUDY).exists():
         return "a study"
@@ -30,10 +30,10 @@ def holds(workdir: Path) -> Holds:
 
 def config_of(workdir: Path) -> ConfigDict | None:
     """The config that a run or a study was made with; None where there is none."""
-    for path in (workdir / RUN, workdir / STUDY):
-        if path.exists():
-            return from_json(_upgraded(_read(path)))
-    return None
+    name = {"a run": RUN, "a study": STUDY}.get(holds(workdir))
+    if name is None or not (workdir / name).exists():
+        return None
+    return from_json(_upgraded(_read(workdir / name)))
 
 
 def from_json(tree: dict[str, Any]) -> ConfigDict:
@@ -60,9 +60,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
-    """A run's config from before there was config.threat, when every norm was linf by default."""
-    if "threat" in tree or "audit" not in tree:
+    """A run's config from before there was config.threat, when every norm was linf by default.
+
+    Later the audit had a norm and an eps of None, which stood for those of the threat model.
+    """
+    if "audit" not in tree:
         return tree
+    if "threat" in tree:
+        audit = {k: v for k, v in tree["audit"].items() if v is not None}
+        return {**tree, "audit": audit}
     audit = tree["audit"]
     for entry in (
         tree["adversary"],

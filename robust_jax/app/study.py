@@ -123,6 +123,15 @@ def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
                 f"config.{path} changes nothing: every run of the study has a {field} of its own; "
                 f"set that of an arm (config.arms.ARM.{field}) or config.seeds"
             )
+        if section == "arms":
+            arm, _, own = field.partition(".")
+            if own == "seed":
+                raise UserError(f"config.{path} changes nothing: every arm has config.seeds")
+            if own and own == result.arms.get(arm, {}).get(SWEEP, {}).get("field"):
+                raise UserError(
+                    f"config.{path} changes nothing: the sweep of {arm} sets it; type "
+                    f"config.arms.{arm}.sweep.values"
+                )
     return result
 
 
@@ -131,6 +140,8 @@ def check(config: ConfigDict, schema: ConfigDict) -> None:
 
     Raises UserError, naming the field, the value and the choices.
     """
+    if not config.seeds or len({*config.seeds}) < len(config.seeds):
+        raise UserError(f"config.seeds is {tuple(config.seeds)}; give one at least, and each once")
     arms.check_sweeps(config, schema)
     for trial in trials(config):
         entries.check(trial.config, schema)
@@ -223,10 +234,12 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: st
         _run(config, first, workdir, mode)
         if mode == "train" and not only:
             _add_seeds(config, chosen, workdir)
-    processes.on_first(partial(write_json, workdir / stored.STUDY, config_lib.to_json(config)))
+    write = partial(write_json, workdir / stored.STUDY, config_lib.to_json(config))
     if only:
+        processes.on_first(write)
         return f"{only} of {config.title} is finished; --mode=report collects it"
     results = collect(config, workdir)
+    processes.on_first(write)
     processes.on_first(partial(_write, workdir, results))
     return study_report.text(results)
 
@@ -300,9 +313,11 @@ def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
     """The finished runs by arm and seed, and the names of the first seeds' that are missing."""
     found: dict[str, dict[int, Run]] = {arm: {} for arm in config.arms}
     missing = []
-    for trial in trials(config, seeds=(*config.seeds, *arms.extra_seeds(config))):
+    chosen = _chosen(config, workdir)
+    for trial in trials(config, chosen, seeds=(*config.seeds, *arms.extra_seeds(config))):
         here = workdir / trial.name
         if is_finished(here):
+            folder.check_run(here, trial.config)
             found[trial.arm][trial.seed] = Run(
                 runs.results(here), records.read(here / "records" / "best.csv")
             )
@@ -433,4 +448,7 @@ def _history(workdirs: Sequence[Path], name: str) -> list[dict[str, Any]]:
         for _, line in metrics.dropna(subset=[f"validation/{name}"]).iterrows():
             epoch = round(line["step"] / steps_per_epoch, 3)
             by_epoch.setdefault(epoch, []).append(line[f"validation/{name}"])
-    return [{"epoch": epoch, **_interval(values)} for epoch, values in sorted(by_epoch.items())]
+    bounds = (0.0, 1.0) if name.endswith("accuracy") else (-np.inf, np.inf)
+    return [
+        {"epoch": epoch, **_interval(values, bounds)} for epoch, values in sorted(by_epoch.items())
+    ]

@@ -43,14 +43,7 @@ def complete(config: ConfigDict) -> ConfigDict:
     eps = radius(config.threat.eps, "config.threat.eps")
     result = ConfigDict(config)
     result.threat = ConfigDict({"norm": norm, "eps": eps})
-    result.audit = _followed(
-        ConfigDict({k: v for k, v in config.audit.items() if v is not None}),
-        "audit",
-        {"audit": audit},
-        norm,
-        eps,
-        "config.audit",
-    )
+    result.audit = _followed(config.audit, "audit", {"audit": audit}, norm, eps, "config.audit")
     for field in ("adversary", "validation_attack"):
         result[field] = _followed(config[field], field, ATTACKS, norm, eps, f"config.{field}")
     for table, choices in (
