@@ -351,7 +351,8 @@ def correct(logits: Logits, labels: Labels) -> PerExample:
     """1 where the label's logit is the largest, else 0.
 
     Args:
-        logits: [B,K]; those of an example that are not all finite count as wrong.
+        logits: [B,K]. An example with NaN, +inf or a label at -inf counts as wrong. Another class
+            at -inf is one that the network rules out.
         labels: [B].
 
     Returns:
@@ -363,9 +364,9 @@ def correct(logits: Logits, labels: Labels) -> PerExample:
         >>> losses.correct(jnp.array([[2.0, 1.0], [2.0, jnp.nan]]), jnp.array([0, 0]))
         Array([1., 0.], dtype=float32)
     """
-    finite = jnp.isfinite(logits).all(-1)
+    known = (logits < jnp.inf).all(-1)  # and not NaN
     top = jnp.argmax(logits, -1).astype(labels.dtype)
-    return ((top == labels) & finite).astype(jnp.float32)
+    return ((top == labels) & known & (logits.max(-1) > -jnp.inf)).astype(jnp.float32)
 
 
 def complement(logits: Logits, labels: Labels) -> Float[Array, "b k-1"]:

@@ -136,7 +136,7 @@ def boundary_distances(
 
     Returns:
         [B,n], in pixel units, the classes in falling order of their logits. ±inf where the gradient
-        vanishes.
+        vanishes, inf for a class that the network rules out (a logit of -inf).
 
     Raises:
         ValueError: The norm is unknown, or num_boundaries not in 1…K-1.
@@ -160,9 +160,11 @@ def boundary_distances(
     if not 1 <= n < num_classes:
         raise ValueError(f"num_boundaries must be in 1…{num_classes - 1}, not {num_boundaries!r}")
     label = jax.nn.one_hot(y, num_classes, dtype=logits.dtype)
-    _, nearest = jax.lax.top_k(jnp.where(label == 1, -jnp.inf, logits), n)
+    others = jnp.maximum(logits, jnp.finfo(logits.dtype).min)  # a class at -inf is not the label
+    _, nearest = jax.lax.top_k(jnp.where(label == 1, -jnp.inf, others), n)
     differences = label[:, None] - jax.nn.one_hot(nearest, num_classes, dtype=logits.dtype)
-    gaps = (differences * logits[:, None]).sum(-1)
+    of_label = jnp.take_along_axis(logits, y[:, None], -1)
+    gaps = of_label - jnp.take_along_axis(logits, nearest, -1)
     gradients = jax.vmap(lambda d: pull_back(d)[0], in_axes=1, out_axes=1)(differences)
     slopes = jax.vmap(jax.vmap(threat.slope))(gradients).astype(gaps.dtype)
     steep = slopes > 0

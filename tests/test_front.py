@@ -16,6 +16,7 @@ from robust_jax import attacks, energy, jacobian, losses, margins
 from robust_jax._network import as_network
 from tests.calls import (
     ALL,
+    ATTACKS,
     EPS,
     FUNCTIONS,
     WITH_EPS,
@@ -430,9 +431,44 @@ def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():
     x, y = examples()
     f = network(weights_of(0))
     masked = autoattack(lambda x: jnp.where(jnp.arange(4) == 3, -jnp.inf, f(x)), x, y % 3, KEY)
-    assert "8 of 8 points have logits that are not finite" in masked.warnings[0]
+    assert "8 of 8 points have logits of -inf" in masked.warnings[0]
+    broken = autoattack(lambda x: jnp.where(jnp.arange(4) == 3, jnp.nan, f(x)), x, y % 3, KEY)
+    assert "8 of 8 points have logits that are NaN" in broken.warnings[0]
+    inside = 0.2 + 0.6 * jnp.asarray(x)
+    low, high = inside.min(), inside.max()
+
+    def with_a_hole(z):  # off the images only, where attacks lead
+        outside = ((z < low) | (z > high)).reshape(len(z), -1).any(-1)
+        return jnp.where(outside[:, None], jnp.nan, f(z))
+
+    found = autoattack(with_a_hole, inside, f(inside).argmax(-1), KEY)
+    assert not found.robust.all() and any("attacks led" in line for line in found.warnings)
     whole = autoattack(lambda x: f(x) - f(x).mean(0), x, y, KEY)
     assert any("alone in its batch" in warning for warning in whole.warnings)
+
+
+@pytest.mark.parametrize("name", [n for n in ATTACKS if n not in ("jsma", "apgd_targeted")])
+def test_a_class_that_is_ruled_out_protects_nobody(name):
+    # Its logit is -inf. The targeted DLR loss has no value there, and AutoAttack says so.
+    x, _ = examples(count=16)
+    f = network(weights_of(0))
+    y = f(x)[:, :3].argmax(-1)
+
+    def ruled_out(x):
+        return jnp.where(jnp.arange(4) == 3, -jnp.inf, f(x))
+
+    def plain(x):
+        return f(x)[:, :3]
+
+    broken = [
+        float((plain(FUNCTIONS[name](fn, x, y, KEY)).argmax(-1) != y).mean())
+        for fn in (ruled_out, plain)
+    ]
+    assert broken[0] >= broken[1] - 0.2, broken
+    assert not attacks.is_adversarial(ruled_out, x, y).any()
+    np.testing.assert_allclose(
+        margins.first_order(ruled_out, x, y), margins.first_order(plain, x, y), rtol=1e-5
+    )
 
 
 def test_a_batch_too_large_for_memory_is_halved_with_a_warning(monkeypatch):

@@ -125,7 +125,7 @@ def autoattack(
         overrides: Keywords for attacks by name, as in {"square": {"num_queries": 1000}}.
         state_path: An .npz file written after each pass, from which a run with the same arguments
             (but for batch_size) continues.
-        map_examples: How batches reach the devices; by default one device takes them.
+        map_examples: How batches reach the devices; by default all local ones take a share.
         progress: Whether a bar shows how far it has come.
 
     Returns:
@@ -190,6 +190,7 @@ def autoattack(
     inputs = _fingerprint(rows, eps, threat, ensemble)
     broken_by = np.where(right, "", "clean").astype("U32")
     state = _State(x.copy(), broken_by, margin, 0, {"clean": float(right.mean())})
+    strange = np.zeros(len(x), bool)  # what an attack leads it to
     if state_path is not None and Path(state_path).exists():
         state = _load(Path(state_path), inputs, logits, x.dtype)
 
@@ -209,6 +210,7 @@ def autoattack(
                 )
                 x_try = attempt(some, x.dtype.type(eps), ranks, _salt(salt))
                 fresh = classify({**some, "x": x_try}, _salt(f"check {salt}"))
+                strange[standing] |= _is_strange(fresh)
                 holds, margin = _is_right(fresh, y[standing])
                 state.margin[standing] = np.where(
                     holds, np.minimum(margin, state.margin[standing]), margin
@@ -221,6 +223,11 @@ def autoattack(
             if state_path is not None and jax.process_index() == 0:
                 _save(Path(state_path), state, inputs, logits)
             bar.update()
+    if strange.any():
+        warnings.append(
+            f"attacks led {strange.sum()} points to logits that are NaN or infinite, which count "
+            "as misclassified"
+        )
     return _result(state, x, threat, warnings)
 
 
@@ -363,10 +370,15 @@ class _Classify:
 def _doubts(logits_fn, x, logits, is_randomised) -> list[str]:
     """Reasons to doubt whatever is found, that the outputs themselves give."""
     warnings = []
-    if strange := int((~np.isfinite(logits)).any(-1).sum()):
+    if strange := int(_is_strange(logits).sum()):
         warnings.append(
-            f"{strange} of {len(logits)} points have logits that are not finite: they count as "
-            "misclassified, and gradients near them mean little"
+            f"{strange} of {len(logits)} points have logits that are NaN or infinite: they count "
+            "as misclassified, and gradients near them mean little"
+        )
+    if ruled_out := int(np.isneginf(logits).any(-1).sum()):
+        warnings.append(
+            f"{ruled_out} of {len(logits)} points have logits of -inf, at which DLR losses are not "
+            "defined: leave those classes out, or give a number such as -100 instead"
         )
     if are_probabilities(logits):
         warnings.append(
@@ -382,6 +394,11 @@ def _doubts(logits_fn, x, logits, is_randomised) -> list[str]:
             "use running statistics (train=False)"
         )
     return warnings
+
+
+def _is_strange(logits: np.ndarray) -> np.ndarray:
+    """Where logits are NaN or +inf."""
+    return ~(logits < np.inf).all(-1)
 
 
 def _salt(name: str) -> np.uint32:
