@@ -156,10 +156,24 @@ def test_mistakes_are_told_in_one_line():
     x, y = points()
     for changes, message in [
         ({"eps": "8/255"}, "eps is '8/255'"),
+        ({"eps": ()}, r"eps is \(\); give a radius above 0"),
+        ({"eps": np.array([0.1, 0.0])}, r"eps is \(0.1, 0.0\); give a radius above 0"),
         ({"norm": "l0"}, "norm must be one of"),
+        ({"norm": attacks.NORMS["l2"]}, "evaluate takes linf, l2 or l1 by name"),
+        ({"version": "rand"}, "evaluate is for deterministic networks"),
+        ({"num_audited": -1}, "num_audited is -1; it must be an integer, 0 or more"),
+        ({"batch_size": 0}, "batch_size is 0; it must be an integer, 1 or more"),
+        ({"folder": __file__}, "which is a file"),
         ({"x": 255 * x}, "pixels must be in"),
         ({"key": jax.random.split(KEY, len(x))}, r"key has the shape \[60\]; give one key"),
     ]:
         arguments = {"x": x, "y": y, "key": KEY, **SETTINGS, **changes}
         with pytest.raises(ValueError, match=message):
             robust_jax.evaluate(trained(), **arguments)
+
+    def black_box(x):
+        out = jax.ShapeDtypeStruct((len(x), 10), jnp.float32)
+        return jax.pure_callback(lambda x: np.zeros((len(x), 10), np.float32), out, x)
+
+    with pytest.raises(ValueError, match="leaves JAX by pure_callback, and Jacobians"):
+        robust_jax.evaluate(black_box, x, y, KEY, **SETTINGS)

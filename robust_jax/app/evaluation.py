@@ -82,7 +82,7 @@ def evaluate(
         overrides: Keywords for members of AutoAttack by name.
         training_loss: The loss that the network was trained with, for the audit.
         surrogates: Other networks for the same task, for the audit. Give an undefended one.
-        num_audited: How many of the first examples are audited.
+        num_audited: How many of the first examples are audited; 0 for no audit.
         num_queries: The budget of the audit's random search.
         batch_size: How many examples are in memory at a time.
         folder: Where to leave records/best.csv, card.json, results.json and report.html. A call
@@ -110,14 +110,20 @@ def evaluate(
         1.0
     """
     start = time.perf_counter()
-    radii = tuple(eps) if isinstance(eps, tuple | list) else (eps,)
+    radii = tuple(np.atleast_1d(eps).tolist()) if np.ndim(eps) else (eps,)
     for radius in radii:
         _checks.length("eps", radius)
     radii = tuple(float(radius) for radius in radii)
+    _check_settings(radii, norm, version, num_audited, batch_size, folder)
     members = check_arguments(eps=radii[0], norm=norm, version=version, overrides=overrides)
     x = np.asarray(_checks.pixels(x), np.float32)
     y = _checks.one_row_each(y, x)
     network = _checks.network(logits_fn, x)
+    if outside := network.program.outside:
+        raise ValueError(
+            f"the network leaves JAX by {outside}, and Jacobians need derivatives of both kinds; "
+            "attacks.autoattack does with gradients by jax.custom_vjp, its square without"
+        )
     num_classes = _checks.num_classes(network)
     _checks.labels(y, num_classes)
     key = _checks.example_keys_of(key, len(x))
@@ -148,8 +154,9 @@ def evaluate(
     records["input_margin"] = evaluator.over(network, _InputMargin(norm))
     audited: Audit | None = None
     try:
-        settings = AuditSettings(norm, radii[0], num_audited, num_queries, training_loss)
-        audited = evaluator.audit(network, settings, surrogates or {})
+        if num_audited:
+            settings = AuditSettings(norm, radii[0], num_audited, num_queries, training_loss)
+            audited = evaluator.audit(network, settings, surrogates or {})
     except NothingToAudit as error:
         warnings.append(f"no audit: {error}")
     summary = summarize(records, {attack: grid})
@@ -186,6 +193,21 @@ def evaluate(
     clean = summary["clean"]["accuracy"]
     robust = next(a["robust_accuracy"] for a in summary["attacks"] if a["eps"] == radii[0])
     return Evaluation(clean, robust, records, summary, audited, card, tuple(warnings))
+
+
+def _check_settings(radii, norm, version, num_audited, batch_size, folder) -> None:
+    """Raises ValueError for what would be found after hours of AutoAttack, or never said."""
+    if not radii or not min(radii) > 0:
+        raise ValueError(f"eps is {radii}; give a radius above 0, or several")
+    if not isinstance(norm, str):
+        raise ValueError(f"norm is {type(norm).__name__}; evaluate takes linf, l2 or l1 by name")
+    if version == "rand":
+        raise ValueError('evaluate is for deterministic networks; version="rand" is autoattack\'s')
+    for name, value, least in (("num_audited", num_audited, 0), ("batch_size", batch_size, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; it must be an integer, {least} or more")
+    if folder is not None and Path(folder).is_file():
+        raise ValueError(f"folder is {str(folder)!r}, which is a file")
 
 
 def _claim(folder: Path, name: str, digest: str) -> None:

@@ -398,7 +398,7 @@ def _doubts(logits_fn, x, logits, is_randomised) -> list[str]:
 
 def _is_strange(logits: np.ndarray) -> np.ndarray:
     """Where logits are NaN or +inf."""
-    return ~(logits < np.inf).all(-1)
+    return np.asarray(~(logits < np.inf).all(-1))
 
 
 def _salt(name: str) -> np.uint32:
