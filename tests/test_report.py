@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from robust_jax import plots
 from robust_jax.analysis.summaries import wilson_interval
-from robust_jax.app import pages, report, runs
+from robust_jax.app import pages, report, runs, wording
 from robust_jax.app import results as results_lib
 from robust_jax.app.evaluator import AttackGrid
 from robust_jax.app.records import breaking_eps, fates, first_to_break, held, read
@@ -391,7 +391,7 @@ def test_the_audit_stands_beside_the_numbers(tmp_path):
     assert " ".join(said.split()).startswith(sentence)
     for line in (
         "pass    steps: evidence of steps",
-        "fail    square: evidence of square advice on",
+        "fail    square: evidence of square. Advice on",
     ):
         assert line in said
     for verdicts, start in (
@@ -545,6 +545,27 @@ def test_measurements_have_a_table_and_figures_and_lines_in_the_terminal(tmp_pat
     lines = report.measurements_text(results["measurements"]).splitlines()
     assert lines[0] == "outputs:" and lines[1].split() == ["mean", "margin", "1.25"]
     assert max(map(len, lines)) <= 80
+    assert "asked for, of the best checkpoint." in page.text
+
+
+def test_a_measurement_of_another_checkpoint_says_so(tmp_path):
+    asked = {"spectra": {}, "energy_0": {"name": "energy", "at": "initialisation"}}
+    results = make_run(tmp_path, measurements=asked)
+    results["measurements"] = {"spectra": {"mean": 1.0}, "energy_0": {"path": 2.0}}
+    page = Page(report.write(tmp_path, results).read_text(encoding="utf-8"))
+    assert "of the best checkpoint but for energy 0: initialisation." in page.text
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        *((name, name.upper()) for name in ("fgsm", "pgd", "apgd", "jsma", "mlp", "kl", "vat")),
+        *((name, name) for name in ("mean", "q5", "path", "rise", "mine")),
+        ("boosted_cross_entropy", "boosted cross-entropy"),
+    ],
+)
+def test_only_abbreviations_are_in_capitals(name, said):
+    assert wording.words(name) == said
 
 
 TITLES = {

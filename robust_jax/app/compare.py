@@ -4,7 +4,10 @@
 parts.
 """
 
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +18,8 @@ from matplotlib.figure import Figure
 from robust_jax import plots
 from robust_jax.analysis.summaries import wilson_interval
 from robust_jax.app import figures as figures_lib
-from robust_jax.app import report, runs, stored
-from robust_jax.app.config import flatten
+from robust_jax.app import report, runs, stored, threat
+from robust_jax.app.config import flatten, to_json
 from robust_jax.app.pages import image, template
 from robust_jax.app.wording import format_eps, number, percent
 from robust_jax.errors import UserError
@@ -36,17 +39,23 @@ class Compared(NamedTuple):
 
 
 def load(folders: Sequence[Path | str]) -> dict[str, Compared]:
-    """The runs by the shortest ends of their paths that tell them apart.
+    """The runs by the shortest ends of their paths that tell them apart, a number not alone.
 
     Raises UserError where a folder holds no finished run, or there are fewer than two.
     """
     paths = [Path(folder).absolute() for folder in folders]
     if len(set(paths)) < 2:
-        raise UserError(f"--mode=compare needs two runs or more, not {len(set(paths))}")
+        raise UserError(
+            f"to compare takes two runs or more, not {len(set(paths))}: name their folders, as in "
+            "launch.py --mode=compare --workdir=OUT RUN RUN"
+        )
     found = {}
     for name, path in _names(paths).items():
         if stored.holds(path) not in ("a run", "an evaluation"):
-            raise UserError(f"{path} holds {stored.holds(path)} and no run")
+            raise UserError(
+                f"{path} holds {stored.holds(path)} and no run; train one with launch.py (`make "
+                "demo` does), or name the folder of a finished one"
+            )
         try:
             results, records = runs.results(path), runs.load(path).records["best"]
         except (OSError, KeyError) as error:
@@ -81,9 +90,13 @@ def audits(compared: Mapping[str, Compared]) -> pd.DataFrame:
 
 
 def differences(compared: Mapping[str, Compared]) -> pd.DataFrame:
-    """The fields in which the configs differ, a column for each run."""
-    configs = {name: flatten(run.results["config"]) for name, run in compared.items()}
-    fields = sorted({field for config in configs.values() for field in config})
+    """The fields in which the configs differ, a column for each run.
+
+    A radius that follows the threat model is compared as if it were written there.
+    """
+    given = [flatten(run.results["config"]) for run in compared.values()]
+    fields = sorted({field for config in given for field in config})
+    configs = {name: flatten(_completed(run.results["config"])) for name, run in compared.items()}
 
     def shown(value):
         return number(value) if isinstance(value, float) else str(value)
@@ -138,7 +151,7 @@ def write(folders: Sequence[Path | str], workdir: Path) -> str:
         titles={name: report.title(run.results) for name, run in compared.items()},
         verdicts={name: report.verdict(run.results) for name, run in compared.items()},
         tables=[
-            ("Numbers", "Accuracies in %, of the best checkpoint.", table(compared)),
+            ("Numbers", _CAPTION, table(compared)),
             ("Audits", "What each check says.", audits(compared)),
             ("Configs", "The fields that differ.", differences(compared)),
         ],
@@ -149,16 +162,29 @@ def write(folders: Sequence[Path | str], workdir: Path) -> str:
     return f"{text(compared)}\n\nreport: {workdir / 'report.html'}"
 
 
+_CAPTION = (
+    "Accuracies in %. Of the best checkpoint; a measurement of the one that its config names."
+)
 _NORMS = {"frobenius": "Frobenius", "spectral": "spectral"}
+_WIDEST = 44  # column of the plain text
 _NONE: Mapping[str, Any] = {"checks": ()}
 
 
 def _names(paths: Sequence[Path]) -> dict[str, Path]:
+    # A seed's folder is called by a number, which says nothing without the one above it.
+    numbered = {path: bool(re.fullmatch(r"[0-9.]+", path.name)) for path in paths}
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = {"/".join(path.parts[-depth:]): path for path in paths}
+        names = {"/".join(path.parts[-depth - numbered[path] :]): path for path in paths}
         if len(names) == len(set(paths)):
             return names
     raise AssertionError("different paths have different names")
+
+
+def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with its radii and norms; as it is where it is older or of `evaluate`."""
+    if "threat" not in config:
+        return config
+    return to_json(threat.complete(stored.from_json(dict(config))))
 
 
 def _numbers(run: Compared) -> dict[str, str]:
@@ -204,6 +230,17 @@ def _point(eps: float, share: float, count: int) -> dict[str, float]:
 
 
 def _plain(frame: pd.DataFrame) -> str:
+    """The table in columns, in which what is long takes several lines."""
     if frame.empty:
         return ""
-    return frame.rename_axis(None).to_string(max_colwidth=40)
+    rows = [["", *frame.columns], *([label, *row] for label, row in frame.T.items())]
+    cells = [[textwrap.wrap(cell, _WIDEST) or [""] for cell in row] for row in rows]
+    widths = [
+        max(len(line) for cell in column for line in cell) for column in zip(*cells, strict=True)
+    ]
+    lines = []
+    for row in cells:
+        for label, *values in zip_longest(*row, fillvalue=""):
+            parts = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
+            lines.append("  ".join([f"{label:<{widths[0]}}", *parts]).rstrip())
+    return "\n".join(lines)

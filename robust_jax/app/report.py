@@ -50,6 +50,7 @@ def write(workdir: Path, results: Results) -> Path:
         first=_first_to_break(results, records["best"]),
         figures=figures,
         measurements=_measurements(results),
+        elsewhere=_elsewhere(results),
         drawn=[image(figure, alt) for figure, alt in drawn.values()],
         kept=sorted({a["name"] for a in results["attacks"] if a.get("earlier")}),
         checkpoints=names,
@@ -105,7 +106,7 @@ def audit_text(results: Results) -> str:
     for check in (results["audit"] or {"checks": ()})["checks"]:
         said = f"{check['verdict']:<8}{check['name']}: {check['evidence']}"
         if check["verdict"] != "pass":
-            said += f" {check['advice']}"
+            said += f". {check['advice'][0].upper()}{check['advice'][1:]}"
         lines += textwrap.wrap(said, _LINE, subsequent_indent=" " * 8)
     return "\n".join(lines)
 
@@ -347,6 +348,17 @@ def _measurements(results: Results) -> list[dict[str, str]]:
         for label, found in results.get("measurements", {}).items()
         for name, value in found.items()
     ]
+
+
+def _elsewhere(results: Results) -> str:
+    """The measurements of another checkpoint than the best, and which."""
+    entries = results["config"].get("measurements") or {}
+    places = {label: entry["at"] for label, entry in entries.items() if "at" in entry}
+    return ", ".join(
+        f"{label.replace('_', ' ')}: {at}"
+        for label, at in places.items()
+        if at != "best" and label in results["measurements"]
+    )
 
 
 def _counts(data: Mapping[str, Any]) -> str:

@@ -36,20 +36,24 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
             "seeds and images.",
         ),
     }
-    labels = list(results["measures"])
-    for i, start in enumerate(range(0, len(labels), _PANELS)):
-        part = labels[start : start + _PANELS]
-        table = {
-            arm: dict(_in_percent(label, results["measures"][label], row[label]) for label in part)
-            for arm, row in results["table"].items()
-        }
+    of = results["measures"]
+    labels = {label: _with_unit(label, measure) for label, measure in of.items()}
+    table = {
+        arm: {labels[label]: _in_percent(measure, row[label]) for label, measure in of.items()}
+        for arm, row in named(results["table"]).items()
+    }
+    shown = list(labels.values())
+    for i, start in enumerate(range(0, len(shown), _PANELS)):
+        part = shown[start : start + _PANELS]
         figures[f"measures_{i + 1}" if i else "measures"] = (
-            plots.measures_by_arm(named(table)),
+            plots.measures_by_arm({arm: {m: row[m] for m in part} for arm, row in table.items()}),
             "Measures of the table: the mean over seeds with its 95 % interval.",
         )
     if results["pairs"]:
         figures["pairs"] = (
-            plots.measures_against_each_other(named(results["table"]), results["pairs"]),
+            plots.measures_against_each_other(
+                table, [[labels[label] for label in pair] for pair in results["pairs"]]
+            ),
             "Measures against each other, a point for each arm and seed.",
         )
     if results["sweeps"]:
@@ -101,12 +105,17 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
     )
 
 
-def _in_percent(label: str, measure: str, entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The label and what was found, in the unit of the table."""
+def _in_percent(measure: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What was found, in the unit of the table."""
     if not measures.unit(measure):
-        return label, dict(entry)
+        return dict(entry)
     ends = {end: entry[end] and 100 * entry[end] for end in ("mean", "low", "high")}
-    return f"{label}, %", {"values": {s: 100 * v for s, v in entry["values"].items()}, **ends}
+    return {"values": {s: 100 * v for s, v in entry["values"].items()}, **ends}
+
+
+def _with_unit(label: str, measure: str) -> str:
+    unit = measures.unit(measure)
+    return f"{label},{unit}" if unit else label
 
 
 def text(results: Results) -> str:
@@ -275,8 +284,7 @@ def _counted(num_seeds: Iterable[int], num_images: Iterable[int | None]) -> str:
 
 
 def _axis(measure: str, labels: Mapping[str, str]) -> str:
-    unit = measures.unit(measure)
-    return _in_words(measure, labels) + ("," if unit else "") + unit
+    return _with_unit(_in_words(measure, labels), measure)
 
 
 # By the verdicts of an arm's audits, the worst first.
@@ -317,7 +325,7 @@ def _rows(results: Results) -> list[dict[str, Any]]:
         number = _counted((len(m["values"]) for m in measured), (m["images"] for m in measured))
         rows.append(
             {
-                "label": f"{label}, %" if unit else label,
+                "label": _with_unit(label, measure),
                 "number": number,
                 "cells": cells,
             }

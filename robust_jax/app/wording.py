@@ -29,9 +29,26 @@ def with_interval(share: float, count: int) -> str:
     return f"{percent(share)} % (95 % interval {percent(low)} to {percent(high)} %)"
 
 
+# Names of attacks, models, losses and regularisers that people write in capitals.
+_ABBREVIATIONS = (
+    "apgd",
+    "bim",
+    "cnn",
+    "dlr",
+    "fab",
+    "fgsm",
+    "jsma",
+    "kl",
+    "mim",
+    "mlp",
+    "pgd",
+    "vat",
+)
+
+
 def words(name: str) -> str:
-    """guided_complement_entropy as words; a short name such as pgd is an abbreviation."""
-    if len(name) <= 4:
+    """guided_complement_entropy as words, pgd as PGD."""
+    if name in _ABBREVIATIONS:
         return name.upper()
     return name.replace("_", " ").replace("cross entropy", "cross-entropy")
 

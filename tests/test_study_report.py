@@ -1,0 +1,29 @@
+"""The figures of a study's page, of one that is in docs/."""
+
+import pytest
+
+from robust_jax.app import runs, study_report
+from tests.conftest import REPOSITORY
+
+
+def test_pairs_are_drawn_in_the_unit_of_the_table(tmp_path, monkeypatch):
+    drawn = {}
+    plot = study_report.plots.measures_against_each_other
+
+    def noted(table, pairs):
+        drawn.update(table=table, pairs=pairs)
+        return plot(table, pairs)
+
+    monkeypatch.setattr(study_report.plots, "measures_against_each_other", noted)
+    results = runs.results(REPOSITORY / "docs/studies/adversarial_strength")
+    study_report.write(tmp_path, results, {})
+    assert ["mean margin", "input-space margin"] in drawn["pairs"]
+    assert ["mean confidence", "clean, %"] in drawn["pairs"]
+    for arm, name in results["arms"].items():
+        for label, unit in (("clean", 100), ("mean margin", 1)):
+            shown = drawn["table"][name][label + (", %" if unit == 100 else "")]
+            entry = results["table"][arm][label]
+            assert shown["mean"] == pytest.approx(unit * entry["mean"])
+            assert shown["values"] == pytest.approx(
+                {seed: unit * value for seed, value in entry["values"].items()}
+            )
