@@ -1,5 +1,6 @@
 """The front door: each public function is compiled once, takes any input, and tells mistakes."""
 
+import functools
 import gc
 import warnings
 
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from robust_jax import attacks, energy, jacobian, losses, margins
 from robust_jax._network import as_network
+from robust_jax.keys import example_keys
 from tests.calls import (
     ALL,
     ATTACKS,
@@ -445,6 +447,24 @@ def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():
     assert not found.robust.all() and any("attacks led" in line for line in found.warnings)
     whole = autoattack(lambda x: f(x) - f(x).mean(0), x, y, KEY)
     assert any("alone in its batch" in warning for warning in whole.warnings)
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd", "square", "frobenius_norm"])
+def test_works_within_the_callers_shard_map(name):
+    x, y = examples(count=16)
+    f = network(weights_of(0))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("d")
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows, check_vma=False
+    )
+    def on_each_device(x, y, keys):
+        return FUNCTIONS[name](f, x, y, keys)
+
+    keys = example_keys(KEY, len(x))
+    found = jax.jit(on_each_device)(jnp.asarray(x), jnp.asarray(y), keys)
+    np.testing.assert_allclose(found, FUNCTIONS[name](f, x, y, keys), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [n for n in ATTACKS if n not in ("jsma", "apgd_targeted")])
