@@ -75,6 +75,14 @@ MISTAKES = {
     "eps of one of 255 levels": ({"threat__eps": 8.0}, "eps is 8; pixels are in .*255 levels are"),
     "eps of an attack too large": ({"attacks__pgd_l2__eps": (1.0, 9.0)}, "no two images are furth"),
     "eps of the audit too large": ({"audit__eps": "2/1"}, "config.audit.eps is 2; pixels are in"),
+    "eps of a measurement too large": (
+        {"measurements": {"energy": {"eps": 8.0}}},
+        "energy.eps is 8; ",
+    ),
+    "eps of a regulariser too large": (
+        {"regularizers__energy_mean_square": {"weight": 1.0, "eps": 8.0}},
+        "energy_mean_square.eps is 8; pixels",
+    ),
     "eps no fraction": ({"threat__eps": "8/255/2"}, "'8/255/2'; a radius is a number or a fracti"),
     "eps by zero": ({"threat__eps": "8/0"}, "'8/0'; a radius is a number or a fraction"),
     "unknown threat": ({"threat__norm": "l7"}, "config.threat.norm is 'l7'; .*choices: linf, l2"),

@@ -215,8 +215,15 @@ def test_a_fraction_of_255_levels_is_a_radius_on_the_command_line_too():
         "--config.threat.eps=8/255",
         "--config.attacks.pgd.eps=(4 / 255, 0.1)",
         "--workdir=8/2",
+        "--config.attacks={'pgd': {'eps': (8/255, 0.1), 'num_steps': 3}, 'x/2': {\"eps\": 4/255}}",
     ]
-    eps, several, other = command_line.with_fractions(given)
+    eps, several, other, table = command_line.with_fractions(given)
+    assert eval(table.partition("=")[2]) == {
+        "pgd": {"eps": (8 / 255, 0.1), "num_steps": 3},
+        "x/2": {"eps": 4 / 255},
+    }
+    with pytest.raises(UserError, match="8/0 is no number"):
+        command_line.with_fractions(["--config.threat.eps=8/0"])
     assert float(eps.partition("=")[2]) == 8 / 255
     assert eval(several.partition("=")[2]) == (4 / 255, 0.1)
     assert other == given[2]

@@ -45,14 +45,21 @@ def with_stored_config(argv: list[str], configs: Path) -> list[str]:
 
 
 def with_fractions(argv: list[str]) -> list[str]:
-    """The arguments with 8/255 as a number in every --config.….eps."""
+    """The arguments with 8/255 as a number in every --config.….eps, and in tables of entries."""
 
     def decimal(match):
+        if float(match[2]) == 0:
+            raise UserError(f"{match[0]} is no number: it divides by 0")
         return repr(float(match[1]) / float(match[2]))
 
+    def in_place(match):
+        return match[1] + re.sub(fraction, decimal, match[2])
+
+    fraction = r"(\d+(?:\.\d*)?)\s*/\s*(\d+(?:\.\d*)?)"
+
     return [
-        re.sub(r"(\d+(?:\.\d*)?)\s*/\s*(\d+(?:\.\d*)?)", decimal, arg)
-        if re.match(r"--?config\.[^=]*eps=", arg)
+        re.sub(r"(--?config\.[^=]*eps=|['\"]eps['\"]\s*:\s*)([^'\"}]*)", in_place, arg)
+        if re.match(r"--?config\.", arg)
         else arg
         for arg in argv
     ]

@@ -41,6 +41,8 @@ def build(config: ConfigDict) -> Experiment:
     audit = entries.audit_settings(full)
     run = training.build(config)
     training.check_radius(full.audit, "config.audit", run.dataset)
+    for label, entry in full.measurements.items():
+        training.check_radius(entry, f"config.measurements.{label}", run.dataset)
     for name, grid in grids.items():
         path = f"config.attacks.{name}"
         training.check_radius(full.attacks[name], path, run.dataset)

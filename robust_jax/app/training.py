@@ -84,6 +84,8 @@ def build(config: ConfigDict) -> Training:
     for field in ("threat", "adversary", "validation_attack"):
         if config[field] is not None:
             check_radius(config[field], f"config.{field}", dataset)
+    for name, entry in config.regularizers.items():
+        check_radius(entry, f"config.regularizers.{name}", dataset)
     if dataset.train.size < config.batch_size:
         raise UserError(
             f"config.batch_size is {config.batch_size}, and the training set holds "
@@ -216,7 +218,7 @@ def check_radius(entry: Mapping[str, Any], path: str, dataset: data.Dataset) -> 
     Raises UserError for the 8 of 8/255.
     """
     model = norms.NORMS.get(str(entry.get("norm")))
-    if model is None:
+    if model is None or "eps" not in entry:
         return
     largest = float(model.size(jnp.ones(dataset.image_shape)))
     eps = entry["eps"]
