@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import math
 import re
 
@@ -145,3 +146,17 @@ def test_the_readme_library_example_runs():
     assert namespace["result"].robust.shape == (3,)
     assert namespace["report"].verdict in ("pass", "warn", "fail")
     assert namespace["norms"].shape == (3,)
+
+
+def test_the_verdicts_in_findings_are_those_of_the_studies():
+    studies = REPOSITORY / "docs" / "studies"
+    verdicts = {
+        (claim["text"], claim["verdict"])
+        for path in studies.glob("*/results.json")
+        for claim in json.loads(path.read_text())["claims"].values()
+    }
+    rows = re.findall(
+        r"^\| ([^|]+\.) \| (\w[^|]*) \|", (REPOSITORY / "docs" / "findings.md").read_text(), re.M
+    )
+    assert len(rows) > 20
+    assert [row for row in rows if row not in verdicts] == []
