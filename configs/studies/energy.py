@@ -41,6 +41,16 @@ def get_config():
         "Label-free energies are of KL(p(x) ‖ p(x+r)), whose bound VAT lowers. One-step training "
         "is the baseline of Miyato et al. 2018: x + eps·g/‖g‖, the loss on both halves.",
     )
+    config.labels = {
+        "ce": "CE",
+        "at": "AT",
+        "at_one_step": "AT, one step",
+        "vat": "VAT",
+        "ce_few": "CE, 100 labels",
+        "vat_few": "VAT, 100 labels",
+        "total_variation_few": "total variation, 100 labels",
+        "oscillation_few": "oscillation, 100 labels",
+    }
     config.scale = "small"
     config.seeds = (0, 1, 2)
 

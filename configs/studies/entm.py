@@ -52,6 +52,15 @@ def get_config():
         "an undefended CNN break. Published, at scale full: Rice, Wong, Kolter 2020, the best "
         "epoch, PGD of 10 steps.",
     )
+    config.labels = {
+        "ce": "CE",
+        "entm": "EntM",
+        "ls": "LS",
+        "at": "AT",
+        "at_entm": "AT + EntM",
+        "at_ls": "AT + LS",
+        "at_ls_matched": "AT + LS, matched",
+    }
     config.scale = "small"
     config.seeds = (0, 1, 2)
 

@@ -45,6 +45,14 @@ def get_config():
         "COT takes one step on the sum of its two losses, where the paper takes two steps (our "
         "reading). JSMA: γ is a share of the pixels; C&W has no bound.",
     )
+    config.labels = {
+        "ce": "CE",
+        "cot": "COT",
+        "gce": "GCE, exact",
+        "gce_published": "GCE, published",
+        "at": "AT",
+        "gce_at": "GCE + AT",
+    }
     config.scale = "small"
     config.seeds = (0, 1, 2)
 
