@@ -199,6 +199,7 @@ def small_study(**fields):
         },
         sort_keys=False,
     )
+    config.labels = ConfigDict()
     config.measures, config.pairs, config.published = (("PGD", "pgd@0.1"),), (), ()
     test = {"measure": "pgd@0.1", "arms": ("entm", "at"), "relation": "above"}
     config.claims = {"a": {"text": "Better.", "tests": (test,), "smallest_effect": 0.05}}
