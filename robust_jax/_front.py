@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_jax import _checks
-from robust_jax._network import MOST_PROGRAMS, Network
+from robust_jax._network import MOST_PROGRAMS, Network, comparable
 from robust_jax.batches import NUM_SIZES, batches, counted, joined
 from robust_jax.devices.parallel import Placement, placement_of
 from robust_jax.keys import example_keys
@@ -39,6 +39,8 @@ def compiled(fn: Callable) -> Callable:
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})
+        # numpy's whole numbers have a dtype, which those of Python do not.
+        given = {n: int(v) if isinstance(v, np.integer) else v for n, v in given.items()}
         if _checks.is_traced(given):
             return fn(**given)
         values = _checked(given, defaults)
@@ -105,7 +107,7 @@ def _run(fn: Callable, values: dict[str, Any]) -> Any:
             rows = {name: value[where] for name, value in rows.items()}
         rows, rest = placement.shared(rows), placement.replicated(rest)
     programs = tuple(value.program for value in rest.values() if isinstance(value, Network))
-    out = _program(fn, tuple(sorted(static.items())), programs, placement)(rows, rest)
+    out = _program(fn, _Setting(static), programs, placement)(rows, rest)
     if count % placement.count:
         out = jax.tree.map(lambda a: a[:count], out)
     return placement.brought_back(out)
@@ -116,15 +118,30 @@ def _keys(key, count):
     return example_keys(key, count)
 
 
+class _Setting:
+    """Static values as a key of the kept programs: see `comparable`."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        self._comparable = comparable(value)
+        self._hash = hash(self._comparable)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Setting) and self._comparable == other._comparable
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 @functools.lru_cache(MOST_PROGRAMS)
-def _program(fn: Callable, static: tuple, programs: tuple, placement: Placement) -> Callable:
+def _program(fn: Callable, static: _Setting, programs: tuple, placement: Placement) -> Callable:
     """fn as a program of (rows, rest), one for each structure of its networks.
 
     A jax.jit for each, so that what is dropped from this cache is dropped by JAX as well.
     """
 
     def run(rows, rest):
-        return fn(**rows, **rest, **dict(static))
+        return fn(**rows, **rest, **static.value)
 
     return placement.compiled(run, rows_at=0)
 
@@ -169,7 +186,7 @@ class Mapper:
         self, fn: Callable, count: int, take: Callable, scalars: tuple, num_sizes: int
     ) -> Any:
         where = self._placement
-        program = _rows_program(fn, self._network.program, where)
+        program = _rows_program(_Setting(fn), self._network.program, where)
         sizes = list(batches(count, self._batch_size, multiple_of=where.count, num_sizes=num_sizes))
         scalars = where.replicated(scalars)  # another network may be among them
         parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]
@@ -177,8 +194,8 @@ class Mapper:
 
 
 @functools.lru_cache(MOST_PROGRAMS)
-def _rows_program(fn: Callable, program: Any, placement: Placement) -> Callable:
+def _rows_program(fn: _Setting, program: Any, placement: Placement) -> Callable:
     def run(network, rows, scalars):
-        return fn(network, rows, *scalars)
+        return fn.value(network, rows, *scalars)
 
     return placement.compiled(run, rows_at=1)

@@ -1,5 +1,6 @@
 """The front door: each public function is compiled once, takes any input, and tells mistakes."""
 
+import functools
 import gc
 import warnings
 
@@ -72,6 +73,70 @@ def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
             eps = {"eps": EPS.get(name, 0.1) * (1 - i / 4)} if name in WITH_EPS else {}
             fn(logits_fn, x, y, key, **eps)
             assert not seen, f"{name} compiled {len(seen)} programs again"
+
+
+def test_a_wrong_setting_spoils_no_later_call():
+    x, y = examples()
+    f = network(weights_of(0))
+    for wrong in (2.0, "2"):
+        with pytest.raises(ValueError, match=f"not {wrong!r}"):
+            attacks.pgd(f, x, y, KEY, eps=0.1, num_steps=wrong)
+    plain = attacks.pgd(f, x, y, KEY, eps=0.1, num_steps=2)
+    np.testing.assert_array_equal(attacks.pgd(f, x, y, KEY, eps=0.1, num_steps=np.int64(2)), plain)
+
+    def called(num_steps):
+        overrides = {"apgd_ce": {"num_steps": num_steps}}
+        return attacks.autoattack(
+            f, x, y, KEY, eps=0.1, version=("apgd_ce",), overrides=overrides, progress=False
+        )
+
+    with pytest.raises(ValueError, match="not 3.0"):
+        called(3.0)
+    np.testing.assert_array_equal(called(np.int64(3)).x_adv, called(3).x_adv)
+
+
+def test_settings_made_again_are_the_same_program():
+    x, y = examples()
+
+    def smoothed(amount):
+        loss = functools.partial(losses.cross_entropy, label_smoothing=amount)
+        return attacks.pgd(network(weights_of(0)), x, y, KEY, eps=0.1, num_steps=2, loss=loss)
+
+    def nearest(num_steps):
+        attack = functools.partial(attacks.deepfool, num_steps=num_steps)
+        return margins.minimum_norm(network(weights_of(0)), x, y, KEY, attack=attack)
+
+    for call, settings in ((smoothed, (0.1, 0.9)), (nearest, (1, 2))):
+        one, other = (np.asarray(call(setting)) for setting in settings)
+        assert (one != other).any()
+        with lowerings() as seen:
+            for setting, expected in zip(settings, (one, other), strict=True):
+                np.testing.assert_array_equal(call(setting), expected)
+        assert not seen
+
+
+def test_a_custom_vjp_around_weights_is_compiled_once():
+    x, y = examples()
+
+    def made(weights):
+        @jax.custom_vjp
+        def logits_fn(x):
+            return x.reshape(len(x), -1) @ weights
+
+        def pull(shape, cotangent):
+            return ((cotangent @ weights.T).reshape(shape),)
+
+        logits_fn.defvjp(lambda x: (logits_fn(x), x.shape), pull)
+        return logits_fn
+
+    one, other = (jax.random.normal(jax.random.key(seed), (12, 4)) for seed in (0, 1))
+    first = attacks.fgsm(made(one), x, y, KEY, eps=0.1)
+    with lowerings() as seen:
+        np.testing.assert_array_equal(attacks.fgsm(made(one), x, y, KEY, eps=0.1), first)
+    assert not seen
+    second = attacks.fgsm(made(other), x, y, KEY, eps=0.1)
+    expected = attacks.fgsm(lambda x: x.reshape(len(x), -1) @ other, x, y, KEY, eps=0.1)
+    chex_close(second, expected)
 
 
 def test_a_programs_size_does_not_grow_with_the_network():
