@@ -75,11 +75,9 @@ def example_keys_of(key: Any, count: int) -> jax.Array:
     """A typed key [] or keys [B]. Raises ValueError for anything that is no key."""
     if isinstance(key, jax.Array | np.ndarray):
         is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if not is_typed and key.dtype == np.uint32 and key.shape in ((2,), (count, 2)):
-            key, is_typed = (
-                jax.random.wrap_key_data(jnp.asarray(key)),
-                True,
-            )  # as jax.random.PRNGKey makes it
+        words = jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
+        if not is_typed and key.dtype == np.uint32 and key.shape in (words, (count, *words)):
+            key, is_typed = jax.random.wrap_key_data(jnp.asarray(key)), True
         if is_typed and key.shape in ((), (count,)):
             return key
         if is_typed:
@@ -104,7 +102,7 @@ def length(name: str, value: Any, *, infinite: bool = False) -> None:
 
 
 def network(
-    fn: Callable, x: Any, name: str = "logits_fn", *, is_randomised: bool = False
+    fn: Callable, x: Any, name: str = "logits_fn", *, key: jax.Array | None = None
 ) -> Network:
     """fn as a network of examples like x; what usually keeps a function from being traced, told."""
     if not callable(fn):
@@ -116,7 +114,7 @@ def network(
         )
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     try:
-        return as_network(fn, x.shape[1:], dtype, is_randomised=is_randomised)
+        return as_network(fn, x.shape[1:], dtype, key=key)
     except jax.errors.TracerArrayConversionError as error:
         raise ValueError(
             f"{name} hands its input to numpy, which has no gradient: use jax.numpy, or "

@@ -62,10 +62,13 @@ def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     labels = [name for name in _LABELS if values.get(name) is not None]
     for name in labels:
         values[name] = _checks.one_row_each(values[name], x, name)
+    if "key" in values:
+        values["key"] = _checks.example_keys_of(values["key"], len(x))
     for name in _NETWORKS:
         if name in values:
-            is_randomised = name == "logits_fn" and bool(values.get("eot_samples"))
-            values[name] = _checks.network(values[name], x, name, is_randomised=is_randomised)
+            is_randomised = name == "logits_fn" and values.get("eot_samples")
+            key = values["key"] if is_randomised else None
+            values[name] = _checks.network(values[name], x, name, key=key)
             if "y" in values:
                 num_classes = _checks.num_classes(values[name], name)
     for name in labels:
@@ -73,8 +76,6 @@ def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         is_reference = name == "y" and getattr(values.get("criterion"), "__name__", "") == "never"
         if not is_reference:
             _checks.labels(values[name], num_classes, name)
-    if "key" in values:
-        values["key"] = _checks.example_keys_of(values["key"], len(x))
     for name in _LENGTHS:
         if name in values and (values[name] is not None or defaults[name] is not None):
             _checks.length(name, values[name], infinite=defaults.get(name) == np.inf)

@@ -100,17 +100,17 @@ def as_network(
     dtype: Any,
     *,
     batch_size: int = 1,
-    is_randomised: bool = False,
+    key: jax.Array | None = None,
 ) -> Network:
     """fn, [B,...] -> arrays [B,...], traced for a batch of examples of a shape and dtype.
 
-    is_randomised: fn takes a key as well. Raises whatever fn raises.
+    key: One such as fn takes as well, where it does. Raises whatever fn raises.
     """
     if isinstance(fn, Network):
         return fn
     inputs = [jax.ShapeDtypeStruct((batch_size, *shape), dtype)]
-    if is_randomised:
-        inputs.append(jax.eval_shape(lambda: jax.random.key(0)))
+    if key is not None:
+        inputs.append(jax.ShapeDtypeStruct((), key.dtype))
 
     def traced():
         # Not of fn itself: JAX would remember the trace, though what fn refers to may have changed.

@@ -13,8 +13,10 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import robust_jax
 from robust_jax import attacks, energy, jacobian, losses, margins
 from robust_jax._network import as_network
+from robust_jax.keys import example_keys
 from tests.calls import (
     ALL,
     EPS,
@@ -489,6 +491,52 @@ def test_legacy_keys_lists_and_numpy_are_taken(name):
         network(weights_of(0)), np.asarray(x), list(map(int, y)), jax.random.PRNGKey(0)
     )
     chex_close(other, plain)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in WITHOUT_KEY])
+def test_keys_of_another_implementation_are_taken(name):
+    x, y = examples()
+    key = jax.random.key(0, impl="rbg")
+    found = ALL[name](network(weights_of(0)), x, y, key)
+    keys = ALL[name](network(weights_of(0)), x, y, example_keys(key, len(x)))
+    assert jax.tree.structure(found) == jax.tree.structure(keys)
+    if name not in ("autoattack", "audit"):
+        chex_close(found, keys)
+
+
+def test_an_evaluation_takes_keys_of_another_implementation():
+    x, y = examples()
+    found = robust_jax.evaluate(
+        network(weights_of(0)),
+        x,
+        y,
+        jax.random.key(0, impl="rbg"),
+        eps=0.1,
+        version=("apgd_ce",),
+        overrides={"apgd_ce": {"num_steps": 2}},
+        num_queries=5,
+        progress=False,
+    )
+    assert found.clean_accuracy == 1
+
+
+def test_a_randomised_network_takes_keys_of_another_implementation():
+    x, y = examples()
+
+    def logits_fn(x, key):
+        return network(weights_of(0))(x) + jax.random.normal(key, (len(x), 4))
+
+    found = attacks.autoattack(
+        logits_fn,
+        x,
+        y,
+        jax.random.key(0, impl="rbg"),
+        eps=0.1,
+        version="rand",
+        overrides=dict.fromkeys(("apgd_ce", "apgd_dlr"), {"num_steps": 2, "eot_samples": 2}),
+        progress=False,
+    )
+    assert found.x_adv.shape == x.shape
 
 
 def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():
