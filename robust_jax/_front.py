@@ -8,8 +8,9 @@ traced values (within the caller's jit, grad, vmap, scan or shard_map) is the pl
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from types import NoneType
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ def compiled(fn: Callable) -> Callable:
     """The public form of fn(logits_fn, x, …): compiled, or within a trace fn itself."""
     signature = inspect.signature(fn)
     defaults = {name: p.default for name, p in signature.parameters.items()}
+    needed = {n for n, p in signature.parameters.items() if NoneType not in get_args(p.annotation)}
 
     @functools.wraps(fn)
     def call(*args, **keywords):
@@ -43,7 +45,7 @@ def compiled(fn: Callable) -> Callable:
         given = {n: int(v) if isinstance(v, np.integer) else v for n, v in given.items()}
         if _checks.is_traced(given):
             return fn(**given)
-        values = _checked(given, defaults)
+        values = _checked(given, defaults, needed)
         within_a_trace = _checks.is_traced([values[n].arrays for n in _NETWORKS if n in values])
         # JAX declares its flags at run time, where mypy does not see them.
         if within_a_trace or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
@@ -53,13 +55,18 @@ def compiled(fn: Callable) -> Callable:
     return call
 
 
-def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with networks traced, and arrays for everything that has one row an example."""
+def _checked(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], needed: Collection[str]
+) -> dict[str, Any]:
+    """The arguments with networks traced, and arrays for everything that has one row an example.
+
+    needed: those that must not be None.
+    """
     values = dict(given)
     # A Jacobian is asked for anywhere; labels and radii are of images in [0,1].
     name = _examples(values)
     x = values[name] = _checks.pixels(values[name], name, bounded="y" in values)
-    labels = [name for name in _LABELS if values.get(name) is not None]
+    labels = [name for name in _LABELS if values.get(name) is not None or name in needed]
     for name in labels:
         values[name] = _checks.one_row_each(values[name], x, name)
     if "key" in values:
@@ -69,6 +76,8 @@ def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
             is_randomised = name == "logits_fn" and values.get("eot_samples")
             key = values["key"] if is_randomised else None
             values[name] = _checks.network(values[name], x, name, key=key)
+            if name != "features_fn":
+                _checks.output(values[name], name)
             if "y" in values:
                 num_classes = _checks.num_classes(values[name], name)
     for name in labels:
@@ -155,6 +164,7 @@ class Mapper:
     """
 
     def __init__(self, network: Network, batch_size: int):
+        _checks.on_the_host(network.arrays)
         self._network = network
         self._placement = placement_of(None, batch_size)
         self._placed = self._placement.replicated(self._network)

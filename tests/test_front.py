@@ -409,6 +409,12 @@ def remembering():
     return logits_fn
 
 
+def jitted_nnx():
+    """An NNX module in evaluation mode, called as its training loop does."""
+    model, call = flax_nnx(0), nnx.jit(lambda model, x: model(x))
+    return lambda x: call(model, x)
+
+
 def outside():
     """A network outside JAX, without a gradient."""
     first, second = map(np.asarray, weights_of(0))
@@ -427,6 +433,10 @@ def mistakes():
     return {
         "uint8": ({"x": (255 * x).astype(np.uint8)}, r"x\w* is uint8; pixels are floats .* by 255"),
         "0 to 255": ({"x": 255 * x}, r"x\w* ranges over .*; pixels must be in \[0, 1\]"),
+        "a rounding error": (
+            {"x": np.where(x == x.max(), np.float32(1.0000001), x)},
+            r"x\w* ranges over \[0.\d+, 1.0000001\]; .* jnp.clip\(x\w*, 0, 1\)",
+        ),
         "-1 to 1": ({"x": 2 * x - 1}, r"x\w* ranges over .*; pixels must be in \[0, 1\]"),
         "NaN": ({"x": nan}, r"x\w* holds NaN"),
         "one image": ({"x": x[0], "y": y[0]}, r"y has the shape \[\].*batch axis"),
@@ -434,6 +444,7 @@ def mistakes():
         "one-hot": ({"y": np.eye(4)[y]}, r"y has the shape \[8, 4\]; labels are integers \[B\]"),
         "float labels": ({"y": y * 1.0}, "y is float.*; labels are integers from 0 to 3"),
         "from 1": ({"y": y * 0 + 4}, "y has the label 4; the network has 4 classes"),
+        "no labels": ({"y": None}, "y is None; give a label for each of the 8 examples"),
         "too few": ({"y": y[:3]}, r"y has the shape \[3\]; one label for each of the 8"),
         "an int as key": ({"key": 0}, r"key is 0; give a key such as jax.random.key\(0\)"),
         "two keys": ({"key": jax.random.split(KEY, 2)}, r"key has the shape \[2\]; give one key"),
@@ -443,6 +454,7 @@ def mistakes():
         ),
         "no classes": ({"logits_fn": lambda x: f(x)[:, 0]}, r"returns the shape \[1\] for one"),
         "with aux": ({"logits_fn": lambda x: (f(x), x)}, r"a tuple, .*lambda x: f\(x\)\[0\]"),
+        "a dict": ({"logits_fn": lambda x: {"z": f(x)}}, r"a dict, .*lambda x: f\(x\)\['z'\]"),
         "numpy": ({"logits_fn": lambda x: np.asarray(x)}, "hands its input to numpy"),
         "no function": ({"logits_fn": 3}, "logits_fn is 3; give a function"),
         "a branch": ({"logits_fn": lambda x: f(x) if x.sum() > 0 else x}, "use jnp.where or"),
@@ -453,6 +465,8 @@ def mistakes():
     }
 
 
+# Of the energies; they compare outputs then.
+LABEL_FREE = ("mean_square", "oscillation", "rise", "total_variation", "path")
 RADII = {
     "text": ("8/255", "eps is '8/255'; give a number in pixel units, 8/255 without quotes"),
     "negative": (-0.1, "eps must not be negative"),
@@ -469,9 +483,62 @@ def test_a_mistake_is_told_in_one_line(mistake):
         arguments = {"logits_fn": network(weights_of(0)), "x": x, "y": y, "key": KEY, **changes}
         if name in WITHOUT_KEY and "key" in changes:
             continue
+        if name in LABEL_FREE and "y" in changes and changes["y"] is None:
+            continue
         with pytest.raises(ValueError, match=message) as caught:
             ALL[name](*arguments.values())
         assert "\n" not in str(caught.value), name
+
+
+IMAGE = np.ones(SHAPE, np.float32)
+OTHER_MISTAKES = {
+    "one image": (
+        lambda: jacobian.frobenius_norm(convolution(0), IMAGE),
+        r"fn takes an example of the shape \[3, 4, 1\], .* \(x\[None\]\)",
+    ),
+    "a function that returns a dict": (
+        lambda: jacobian.frobenius_norm(lambda x: {"z": x[:, 0, :, 0]}, IMAGE[None]),
+        r"fn returns a dict, not an array; .* lambda x: f\(x\)\['z'\]",
+    ),
+    # Apart from the others, as a failed call leaves the module damaged.
+    "NNX within nnx.jit": (
+        lambda: attacks.pgd(jitted_nnx(), *examples(), KEY, eps=0.1),
+        r"or calls nnx.jit: call its eval\(\) first and the model itself",
+    ),
+    "other points": (
+        lambda: attacks.distances(np.ones((8, 3)), np.ones((3, 3))),
+        r"x has the shape \[8, 3\] and x_adv \[3, 3\]; give as many points",
+    ),
+    **{
+        f"{name} within {transformation.__name__}": (
+            lambda name=name, transformation=transformation: transformation(
+                lambda scale: (
+                    ALL[name](lambda x: scale * network(weights_of(0))(x), *examples(), KEY).x_adv
+                )
+            )(jnp.ones(2)[:, None, None]),
+            "loops on the host: call them outside jit, vmap",
+        )
+        for name in ("autoattack", "audit")
+        for transformation in (jax.jit, jax.vmap)
+    },
+    **{
+        f"{name} of a traced radius": (
+            lambda name=name: jax.jit(
+                lambda eps: ALL[name](network(weights_of(0)), *examples(), KEY, eps=eps)
+            )(0.1),
+            "loops on the host: call them outside jit, vmap",
+        )
+        for name in ("autoattack", "audit")
+    },
+}
+
+
+@pytest.mark.parametrize("mistake", OTHER_MISTAKES)
+def test_another_mistake_is_told_in_one_line(mistake):
+    call, message = OTHER_MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mistake", RADII)
