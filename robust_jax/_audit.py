@@ -24,7 +24,7 @@ from robust_jax.attacks import mim, pgd, square
 from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import MapExamples
 from robust_jax.errors import NothingToAudit
-from robust_jax.keys import example_keys, fold_each
+from robust_jax.keys import example_keys, fold_each, with_keys
 from robust_jax.progress import progress as progress_bar
 from robust_jax.types import KeyOrKeys, LogitsFn
 
@@ -123,7 +123,7 @@ def audit(
     keys = example_keys(_checks.example_keys_of(key, len(x)), len(x))
     others = {n: _checks.network(fn, x, f"surrogate {n!r}") for n, fn in (surrogates or {}).items()}
     rows = {"x": x, "y": y, "key": np.asarray(jax.random.key_data(keys))}
-    mapping = map_examples or Mapper(network, batch_size)
+    mapping = with_keys(map_examples or Mapper(network, batch_size), keys)
     logits = mapping(_logits)(rows)
     right = np.asarray(losses.correct(jnp.asarray(logits), jnp.asarray(y)), bool)
     if not right.any():
@@ -135,8 +135,8 @@ def audit(
 
     def double_mapping() -> MapExamples:
         if map_examples:
-            return map_examples
-        return Mapper(in_double(logits_fn, x.shape[1:]), batch_size)
+            return mapping
+        return with_keys(Mapper(in_double(logits_fn, x.shape[1:]), batch_size), keys)
 
     lab = _Lab(mapping, double_mapping, rows, logits, eps, norm, training_loss)
     checks = []
@@ -177,7 +177,7 @@ class _Attack:
 
     def __call__(self, logits_fn, rows, eps, which, scale):
         def loss(logits, labels):
-            return jax.lax.switch(which, self.losses, logits * scale, labels)
+            return jax.lax.switch(which, self.losses, logits * scale.astype(logits.dtype), labels)
 
         x_adv = pgd(
             logits_fn,
@@ -250,7 +250,7 @@ class _Lab:
     ) -> Bool[np.ndarray, " n"]:
         attack = _Attack(tuple(self.losses.values()), self.norm, **settings)
         return self.map_examples(attack)(
-            self.rows, np.float32(eps or self.eps), np.int32(which), np.float32(scale)
+            self.rows, self.radius(eps or self.eps), np.int32(which), np.float32(scale)
         )
 
     def double_precision(self) -> Bool[np.ndarray, " n"]:
@@ -258,6 +258,10 @@ class _Lab:
         with jax.enable_x64(True):
             mapping = self._double_mapping()
             return mapping(_AttackInDouble(self.norm))(self.rows, np.float64(self.eps))
+
+    def radius(self, eps: float) -> np.floating:
+        """A radius in the type of the examples."""
+        return self.rows["x"].dtype.type(eps)
 
     def share(self, name: str) -> float:
         """The share of the points that held against one of the attacks."""
@@ -317,7 +321,7 @@ def _check_batch(logits_fn, x) -> Check:
 
 
 def _check_gradients(lab: _Lab) -> Check:
-    found = lab.map_examples(_Trajectory(lab.norm))(lab.rows, np.float32(lab.eps))
+    found = lab.map_examples(_Trajectory(lab.norm))(lab.rows, lab.radius(lab.eps))
     # Any step of an example's path counts: attacks start where gradients are, and get stuck later.
     shares = {
         "zero": float((found["cross_entropy"] == 0).mean()),
@@ -412,8 +416,8 @@ def _check_precision(lab: _Lab) -> Check:
 
 def _check_noise(lab: _Lab) -> Check:
     run = lab.map_examples(_Noise(lab.norm))
-    faint = 1 - float(run(lab.rows, np.float32(lab.eps / 100)).mean())
-    broken, standing = _broken(lab, lambda rows: run(rows, np.float32(lab.eps)))
+    faint = 1 - float(run(lab.rows, lab.radius(lab.eps / 100)).mean())
+    broken, standing = _broken(lab, lambda rows: run(rows, lab.radius(lab.eps)))
     verdict = _worse(lab.grade(broken, _LEFT_OVER), lab.grade(faint, (0.05, 0.2)))
     return Check(
         "noise",
@@ -432,7 +436,7 @@ def _check_square(lab: _Lab, num_queries: int) -> Check:
         evidence = f"Square's patches need images [N,H,W,C], not {list(lab.rows['x'].shape)}"
         return Check("square", "skipped", evidence, advice, {})
     attack = lab.map_examples(_Square(lab.norm, num_queries))
-    broken, standing = _broken(lab, lambda rows: attack(rows, np.float32(lab.eps)))
+    broken, standing = _broken(lab, lambda rows: attack(rows, lab.radius(lab.eps)))
     return Check(
         "square",
         lab.grade(broken, _LEFT_OVER),
@@ -449,7 +453,7 @@ def _check_transfer(lab: _Lab, surrogates: Mapping[str, Network]) -> Check:
     for name, network in surrogates.items():
 
         def held(rows, network=network):
-            return attack(rows, np.float32(lab.eps), network)
+            return attack(rows, lab.radius(lab.eps), network)
 
         shares[name], _ = _broken(lab, held)
     if not shares:
@@ -565,7 +569,7 @@ def _logits(logits_fn, rows):
 
 
 def _keys(rows: Mapping[str, Any], use: Any):
-    return fold_each(jax.random.wrap_key_data(rows["key"]), use)
+    return fold_each(rows["key"], use)
 
 
 def _grade(value: float, limits: tuple[float, float]) -> Verdict:

@@ -1,7 +1,7 @@
 """Mistakes in a call, told in one line. Traced values cannot be looked at: they are not checked."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,11 +17,21 @@ def is_traced(*trees: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
+def on_the_host(*values: Any) -> None:
+    """Raises ValueError within a trace."""
+    if is_traced(values):
+        raise ValueError(
+            "autoattack, audit and evaluate are loops on the host: call them outside jit, vmap, "
+            "grad and scan"
+        )
+
+
 def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.ndarray:
     """x [B,...] as an array. Raises ValueError unless it is floating, in [0,1] and not empty.
 
     bounded: whether it has to be in [0,1].
     """
+    on_the_host(x)
     if not isinstance(x, jax.Array):
         x = np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -31,19 +41,24 @@ def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.n
         raise ValueError(
             f"{name} has the shape {list(x.shape)}; give a batch, [B,...], of one example at least"
         )
-    low, high = (float(end) for end in _ends(x))
+    low, high = _ends(x)
     if math.isnan(low) or math.isnan(high):
         raise ValueError(f"{name} holds NaN")
     if bounded and not (low >= 0 and high <= 1):
+        is_rounding = low > -1e-3 and high < 1 + 1e-3
+        advice = "rescale them, and let logits_fn undo it"
+        ends = ", ".join(str(end).removesuffix(".0") for end in (low, high))
         raise ValueError(
-            f"{name} ranges over [{low:g}, {high:g}]; pixels must be in [0, 1]: rescale them, and "
-            "let logits_fn undo it"
+            f"{name} ranges over [{ends}]; pixels must be in [0, 1]: "
+            + (f"jnp.clip({name}, 0, 1)" if is_rounding else advice)
         )
     return x
 
 
 def one_row_each(y: Any, x: Any, name: str = "y") -> jax.Array | np.ndarray:
     """y [B,...] as an array. Raises ValueError unless it has a row for each example of x."""
+    if y is None:
+        raise ValueError(f"{name} is None; give a label for each of the {len(x)} examples of x")
     y = y if isinstance(y, jax.Array) else np.asarray(y)
     if y.ndim == 0 or len(y) != len(x):
         batch = "; is the batch axis of x missing (x[None])?" if y.size == 1 else ""
@@ -75,11 +90,9 @@ def example_keys_of(key: Any, count: int) -> jax.Array:
     """A typed key [] or keys [B]. Raises ValueError for anything that is no key."""
     if isinstance(key, jax.Array | np.ndarray):
         is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if not is_typed and key.dtype == np.uint32 and key.shape in ((2,), (count, 2)):
-            key, is_typed = (
-                jax.random.wrap_key_data(jnp.asarray(key)),
-                True,
-            )  # as jax.random.PRNGKey makes it
+        words = jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
+        if not is_typed and key.dtype == np.uint32 and key.shape in (words, (count, *words)):
+            key, is_typed = jax.random.wrap_key_data(jnp.asarray(key)), True
         if is_typed and key.shape in ((), (count,)):
             return key
         if is_typed:
@@ -92,6 +105,7 @@ def example_keys_of(key: Any, count: int) -> jax.Array:
 
 def length(name: str, value: Any, *, infinite: bool = False) -> None:
     """Raises ValueError for a radius or a step that is no number, negative or infinite."""
+    on_the_host(value)
     if isinstance(value, np.ndarray | np.generic | jax.Array) and np.ndim(value) == 0:
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -104,7 +118,7 @@ def length(name: str, value: Any, *, infinite: bool = False) -> None:
 
 
 def network(
-    fn: Callable, x: Any, name: str = "logits_fn", *, is_randomised: bool = False
+    fn: Callable, x: Any, name: str = "logits_fn", *, key: jax.Array | None = None
 ) -> Network:
     """fn as a network of examples like x; what usually keeps a function from being traced, told."""
     if not callable(fn):
@@ -116,7 +130,7 @@ def network(
         )
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     try:
-        return as_network(fn, x.shape[1:], dtype, is_randomised=is_randomised)
+        return as_network(fn, x.shape[1:], dtype, key=key)
     except jax.errors.TracerArrayConversionError as error:
         raise ValueError(
             f"{name} hands its input to numpy, which has no gradient: use jax.numpy, or "
@@ -134,9 +148,14 @@ def network(
     except Exception as error:
         if type(error).__name__ in _IN_TRAINING:
             raise ValueError(
-                f"{name} is in training mode: call its eval() first (NNX), or pass train=False or "
-                "what it calls that, so that dropout is off and BatchNorm takes its running "
-                "statistics"
+                f"{name} is in training mode, or calls nnx.jit: call its eval() first and the "
+                "model itself (NNX), or pass train=False or what it calls that, so that dropout is "
+                "off and BatchNorm takes its running statistics"
+            ) from error
+        if _takes(fn, x.shape, dtype):
+            raise ValueError(
+                f"{name} takes an example of the shape {list(x.shape)}, and none of the shape "
+                f"{list(x.shape[1:])}: is the batch axis of x missing (x[None])?"
             ) from error
         error.add_note(f"{name} was called with one example, {dtype} {[1, *x.shape[1:]]}")
         raise
@@ -151,15 +170,33 @@ _IN_TRAINING = (
 )
 
 
+def _takes(fn: Callable, shape: tuple[int, ...], dtype: Any) -> bool:
+    try:
+        as_network(fn, shape, dtype)
+    except Exception:
+        return False
+    return True
+
+
+def output(network: Network, name: str = "logits_fn") -> jax.ShapeDtypeStruct:
+    """What a network returns for one example. Raises ValueError unless it is one array."""
+    out = network.program.outputs
+    if isinstance(out, jax.ShapeDtypeStruct):
+        return out
+    example = ""
+    if isinstance(out, tuple | list):
+        example = ", as in lambda x: f(x)[0]"
+    elif isinstance(out, Mapping) and out:
+        which = "logits" if "logits" in out else next(iter(out))
+        example = f", as in lambda x: f(x)[{which!r}]"
+    raise ValueError(
+        f"{name} returns a {type(out).__name__}, not an array; return the logits alone{example}"
+    )
+
+
 def num_classes(network: Network, name: str = "logits_fn") -> int:
     """K of a network with logits [B,K]. Raises ValueError where it has anything else."""
-    out = network.program.outputs
-    if not isinstance(out, jax.ShapeDtypeStruct):
-        what = type(out).__name__
-        raise ValueError(
-            f"{name} returns a {what}, not an array; return the logits alone, as in "
-            "lambda x: f(x)[0]"
-        )
+    out = output(network, name)
     if len(out.shape) != 2 or out.shape[0] != 1:
         raise ValueError(
             f"{name} returns the shape {list(out.shape)} for one example; logits are [1,K] then"

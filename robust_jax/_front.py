@@ -8,15 +8,16 @@ traced values (within the caller's jit, grad, vmap, scan or shard_map) is the pl
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from types import NoneType
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from robust_jax import _checks
-from robust_jax._network import MOST_PROGRAMS, Network
+from robust_jax._network import MOST_PROGRAMS, Network, comparable
 from robust_jax.batches import NUM_SIZES, batches, counted, joined
 from robust_jax.devices.parallel import Placement, placement_of
 from robust_jax.keys import example_keys
@@ -32,6 +33,7 @@ def compiled(fn: Callable) -> Callable:
     """The public form of fn(logits_fn, x, …): compiled, or within a trace fn itself."""
     signature = inspect.signature(fn)
     defaults = {name: p.default for name, p in signature.parameters.items()}
+    needed = {n for n, p in signature.parameters.items() if NoneType not in get_args(p.annotation)}
 
     @functools.wraps(fn)
     def call(*args, **keywords):
@@ -39,9 +41,11 @@ def compiled(fn: Callable) -> Callable:
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})
+        # numpy's whole numbers have a dtype, which those of Python do not.
+        given = {n: int(v) if isinstance(v, np.integer) else v for n, v in given.items()}
         if _checks.is_traced(given):
             return fn(**given)
-        values = _checked(given, defaults)
+        values = _checked(given, defaults, needed)
         within_a_trace = _checks.is_traced([values[n].arrays for n in _NETWORKS if n in values])
         # JAX declares its flags at run time, where mypy does not see them.
         if within_a_trace or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
@@ -51,19 +55,29 @@ def compiled(fn: Callable) -> Callable:
     return call
 
 
-def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with networks traced, and arrays for everything that has one row an example."""
+def _checked(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], needed: Collection[str]
+) -> dict[str, Any]:
+    """The arguments with networks traced, and arrays for everything that has one row an example.
+
+    needed: those that must not be None.
+    """
     values = dict(given)
     # A Jacobian is asked for anywhere; labels and radii are of images in [0,1].
     name = _examples(values)
     x = values[name] = _checks.pixels(values[name], name, bounded="y" in values)
-    labels = [name for name in _LABELS if values.get(name) is not None]
+    labels = [name for name in _LABELS if values.get(name) is not None or name in needed]
     for name in labels:
         values[name] = _checks.one_row_each(values[name], x, name)
+    if "key" in values:
+        values["key"] = _checks.example_keys_of(values["key"], len(x))
     for name in _NETWORKS:
         if name in values:
-            is_randomised = name == "logits_fn" and bool(values.get("eot_samples"))
-            values[name] = _checks.network(values[name], x, name, is_randomised=is_randomised)
+            is_randomised = name == "logits_fn" and values.get("eot_samples")
+            key = values["key"] if is_randomised else None
+            values[name] = _checks.network(values[name], x, name, key=key)
+            if name != "features_fn":
+                _checks.output(values[name], name)
             if "y" in values:
                 num_classes = _checks.num_classes(values[name], name)
     for name in labels:
@@ -71,8 +85,6 @@ def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         is_reference = name == "y" and getattr(values.get("criterion"), "__name__", "") == "never"
         if not is_reference:
             _checks.labels(values[name], num_classes, name)
-    if "key" in values:
-        values["key"] = _checks.example_keys_of(values["key"], len(x))
     for name in _LENGTHS:
         if name in values and (values[name] is not None or defaults[name] is not None):
             _checks.length(name, values[name], infinite=defaults.get(name) == np.inf)
@@ -105,7 +117,7 @@ def _run(fn: Callable, values: dict[str, Any]) -> Any:
             rows = {name: value[where] for name, value in rows.items()}
         rows, rest = placement.shared(rows), placement.replicated(rest)
     programs = tuple(value.program for value in rest.values() if isinstance(value, Network))
-    out = _program(fn, tuple(sorted(static.items())), programs, placement)(rows, rest)
+    out = _program(fn, _Setting(static), programs, placement)(rows, rest)
     if count % placement.count:
         out = jax.tree.map(lambda a: a[:count], out)
     return placement.brought_back(out)
@@ -116,15 +128,30 @@ def _keys(key, count):
     return example_keys(key, count)
 
 
+class _Setting:
+    """Static values as a key of the kept programs: see `comparable`."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        self._comparable = comparable(value)
+        self._hash = hash(self._comparable)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Setting) and self._comparable == other._comparable
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 @functools.lru_cache(MOST_PROGRAMS)
-def _program(fn: Callable, static: tuple, programs: tuple, placement: Placement) -> Callable:
+def _program(fn: Callable, static: _Setting, programs: tuple, placement: Placement) -> Callable:
     """fn as a program of (rows, rest), one for each structure of its networks.
 
     A jax.jit for each, so that what is dropped from this cache is dropped by JAX as well.
     """
 
     def run(rows, rest):
-        return fn(**rows, **rest, **dict(static))
+        return fn(**rows, **rest, **static.value)
 
     return placement.compiled(run, rows_at=0)
 
@@ -137,6 +164,7 @@ class Mapper:
     """
 
     def __init__(self, network: Network, batch_size: int):
+        _checks.on_the_host(network.arrays)
         self._network = network
         self._placement = placement_of(None, batch_size)
         self._placed = self._placement.replicated(self._network)
@@ -169,7 +197,7 @@ class Mapper:
         self, fn: Callable, count: int, take: Callable, scalars: tuple, num_sizes: int
     ) -> Any:
         where = self._placement
-        program = _rows_program(fn, self._network.program, where)
+        program = _rows_program(_Setting(fn), self._network.program, where)
         sizes = list(batches(count, self._batch_size, multiple_of=where.count, num_sizes=num_sizes))
         scalars = where.replicated(scalars)  # another network may be among them
         parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]
@@ -177,8 +205,8 @@ class Mapper:
 
 
 @functools.lru_cache(MOST_PROGRAMS)
-def _rows_program(fn: Callable, program: Any, placement: Placement) -> Callable:
+def _rows_program(fn: _Setting, program: Any, placement: Placement) -> Callable:
     def run(network, rows, scalars):
-        return fn(network, rows, *scalars)
+        return fn.value(network, rows, *scalars)
 
     return placement.compiled(run, rows_at=1)

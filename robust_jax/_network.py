@@ -5,6 +5,7 @@ whatever its weights are. The function is traced at every call, which costs mill
 traces that do the same, by the description below, are one program.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -99,17 +100,17 @@ def as_network(
     dtype: Any,
     *,
     batch_size: int = 1,
-    is_randomised: bool = False,
+    key: jax.Array | None = None,
 ) -> Network:
     """fn, [B,...] -> arrays [B,...], traced for a batch of examples of a shape and dtype.
 
-    is_randomised: fn takes a key as well. Raises whatever fn raises.
+    key: One such as fn takes as well, where it does. Raises whatever fn raises.
     """
     if isinstance(fn, Network):
         return fn
     inputs = [jax.ShapeDtypeStruct((batch_size, *shape), dtype)]
-    if is_randomised:
-        inputs.append(jax.eval_shape(lambda: jax.random.key(0)))
+    if key is not None:
+        inputs.append(jax.ShapeDtypeStruct((), key.dtype))
 
     def traced():
         # Not of fn itself: JAX would remember the trace, though what fn refers to may have changed.
@@ -322,7 +323,7 @@ def _described(jaxpr: core.Jaxpr, rules: bool = True) -> tuple:
 
     def operand(var):
         if isinstance(var, core.Literal):
-            return "literal", _value(var.val, rules), var.aval
+            return "literal", comparable(var.val, rules), var.aval
         return numbers[var]
 
     inputs = tuple(number(var) for var in (*jaxpr.constvars, *jaxpr.invars))
@@ -334,7 +335,7 @@ def _described(jaxpr: core.Jaxpr, rules: bool = True) -> tuple:
             params = {"call_jaxpr": params["call_jaxpr"], "rule": rule}
         operands = tuple(operand(var) for var in eqn.invars)
         outputs = tuple(number(var) for var in eqn.outvars)
-        equations.append((eqn.primitive.name, operands, _value(params, rules), outputs))
+        equations.append((eqn.primitive.name, operands, comparable(params, rules), outputs))
     return inputs, tuple(equations), tuple(operand(var) for var in jaxpr.outvars)
 
 
@@ -351,16 +352,25 @@ class _Itself:
         return id(self._value)
 
 
-def _value(value: Any, rules: bool) -> Any:
-    """A parameter of a primitive, or a constant, as something to compare."""
+def comparable(value: Any, rules: bool = True) -> Any:
+    """A parameter of a primitive, a constant or a setting, as something to compare.
+
+    Numbers are equal if they are of one type; records and partials if what they hold is.
+    """
     if isinstance(value, core.ClosedJaxpr):
-        return _described(value.jaxpr, rules), tuple(_value(one, rules) for one in value.consts)
+        return _described(value.jaxpr, rules), tuple(comparable(one, rules) for one in value.consts)
     if isinstance(value, core.Jaxpr):
         return _described(value, rules)
     if isinstance(value, dict):
-        return tuple((name, _value(one, rules)) for name, one in sorted(value.items()))
+        return tuple((name, comparable(one, rules)) for name, one in sorted(value.items()))
     if type(value) in (tuple, list):
-        return tuple(_value(one, rules) for one in value)
+        return tuple(comparable(one, rules) for one in value)
+    if isinstance(value, partial):
+        return partial, *(comparable(v, rules) for v in (value.func, value.args, value.keywords))
+    if _is_record(value):
+        return type(value), *(
+            comparable(getattr(value, field.name), rules) for field in dataclasses.fields(value)
+        )
     if isinstance(value, np.ndarray | np.generic):
         return value.shape, value.dtype, value.tobytes()
     if isinstance(value, jax.Array):  # inside the body of a loop: weights in it stay constants
@@ -372,6 +382,12 @@ def _value(value: Any, rules: bool) -> Any:
     except TypeError:
         return _Itself(value)
     return value
+
+
+def _is_record(value: Any) -> bool:
+    """Whether it is of a dataclass that compares its fields."""
+    is_instance = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return is_instance and type(value).__eq__ is not object.__eq__
 
 
 def jax_function_of(eqn: core.JaxprEqn) -> str:
@@ -395,13 +411,20 @@ def _rule(jaxpr: core.Jaxpr, eqn: core.JaxprEqn) -> Any:
     if jax_function_of(eqn):
         return _place(eqn)
     variables, fn = variables_and_function(jaxpr, eqn)
+    # What the function closes over comes first and has no derivative by such a rule.
+    arguments = eqn.invars[eqn.params["num_consts"] :]
+    moved = [i for i, var in enumerate(variables) if any(var is one for one in arguments)]
 
     def derivative(*args):
-        outputs, pull = jax.vjp(fn, *args)
+        def of_arguments(*some):
+            whole = dict(enumerate(args)) | dict(zip(moved, some, strict=True))
+            return fn(*whole.values())
+
+        outputs, pull = jax.vjp(of_arguments, *(args[i] for i in moved))
         return pull([_cotangent(out) for out in outputs])
 
     try:
-        return _value(jax.make_jaxpr(derivative)(*(var.aval for var in variables)), False)
+        return comparable(jax.make_jaxpr(derivative)(*(var.aval for var in variables)), False)
     except Exception:  # a derivative that cannot be taken is like no other
         return _Itself(eqn)
 

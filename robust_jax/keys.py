@@ -1,9 +1,14 @@
 """Random keys that follow the example, not the batch or the device it happens to be in."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
+from robust_jax.batches import MapExamples
 from robust_jax.types import KeyOrKeys
 
 
@@ -22,3 +27,20 @@ def fold_in_each(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b
 def fold_each(keys: Key[Array, " b"], data: int | Int[Array, ""]) -> Key[Array, " b"]:
     """Each example's key folded with the same number: one for every use of randomness."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def with_keys(map_examples: MapExamples, keys: Key[Array, " b"]) -> MapExamples:
+    """The mapping where rows["key"] holds the data of keys like these: fn gets the keys."""
+    return lambda fn: map_examples(_WithKeys(fn, jax.random.key_impl(keys)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithKeys:
+    """fn(logits_fn, rows, *scalars); equal ones are one program."""
+
+    fn: Callable
+    impl: Any
+
+    def __call__(self, logits_fn, rows, *scalars):
+        keys = jax.random.wrap_key_data(rows["key"], impl=self.impl)
+        return self.fn(logits_fn, {**rows, "key": keys}, *scalars)

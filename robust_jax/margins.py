@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from robust_jax._front import compiled
+from robust_jax._precision import wide_dtype
 from robust_jax.analysis.spectra import GAINS, Layer, operator_norm
 from robust_jax.attacks import Norm, ThreatModel, distances, fab, is_adversarial
 from robust_jax.attacks._best import check_counts, check_lengths
@@ -328,14 +329,15 @@ def clever(
         def steepest(most, i):
             r = threat.random_in_ball(jax.random.fold_in(key, i), x, radius)
             rows = jax.jacrev(lambda x: logits_fn(x[None])[0])(x + r)
-            return jnp.maximum(most, jax.vmap(threat.slope)(rows[top][None] - rows)), None
+            slopes = jax.vmap(threat.slope)(rows[top][None] - rows)
+            return jnp.maximum(most, slopes.astype(most.dtype)), None
 
-        zeros = jnp.zeros(logits.shape, logits.dtype)
+        zeros = jnp.zeros(logits.shape, wide_dtype(x.dtype))
         slopes, _ = jax.lax.scan(steepest, zeros, jnp.arange(num_samples))
-        gaps = logits[top] - logits
+        gaps = (logits[top] - logits).astype(slopes.dtype)
         reached = jnp.where(slopes > 0, gaps / jnp.where(slopes > 0, slopes, 1), jnp.inf)
         others = jnp.arange(len(logits), dtype=top.dtype) != top
-        return jnp.minimum(jnp.where(others, reached, jnp.inf).min(), radius.astype(logits.dtype))
+        return jnp.minimum(jnp.where(others, reached, jnp.inf).min(), radius.astype(slopes.dtype))
 
     return in_chunks(distance_one, (x, example_keys(key, len(x))), chunk_size)
 

@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import robust_jax
 from robust_jax import attacks, energy, jacobian, losses, margins
 from robust_jax._network import as_network
 from robust_jax.keys import example_keys
@@ -75,6 +76,70 @@ def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
             eps = {"eps": EPS.get(name, 0.1) * (1 - i / 4)} if name in WITH_EPS else {}
             fn(logits_fn, x, y, key, **eps)
             assert not seen, f"{name} compiled {len(seen)} programs again"
+
+
+def test_a_wrong_setting_spoils_no_later_call():
+    x, y = examples()
+    f = network(weights_of(0))
+    for wrong in (2.0, "2"):
+        with pytest.raises(ValueError, match=f"not {wrong!r}"):
+            attacks.pgd(f, x, y, KEY, eps=0.1, num_steps=wrong)
+    plain = attacks.pgd(f, x, y, KEY, eps=0.1, num_steps=2)
+    np.testing.assert_array_equal(attacks.pgd(f, x, y, KEY, eps=0.1, num_steps=np.int64(2)), plain)
+
+    def called(num_steps):
+        overrides = {"apgd_ce": {"num_steps": num_steps}}
+        return attacks.autoattack(
+            f, x, y, KEY, eps=0.1, version=("apgd_ce",), overrides=overrides, progress=False
+        )
+
+    with pytest.raises(ValueError, match="not 3.0"):
+        called(3.0)
+    np.testing.assert_array_equal(called(np.int64(3)).x_adv, called(3).x_adv)
+
+
+def test_settings_made_again_are_the_same_program():
+    x, y = examples()
+
+    def smoothed(amount):
+        loss = functools.partial(losses.cross_entropy, label_smoothing=amount)
+        return attacks.pgd(network(weights_of(0)), x, y, KEY, eps=0.1, num_steps=2, loss=loss)
+
+    def nearest(num_steps):
+        attack = functools.partial(attacks.deepfool, num_steps=num_steps)
+        return margins.minimum_norm(network(weights_of(0)), x, y, KEY, attack=attack)
+
+    for call, settings in ((smoothed, (0.1, 0.9)), (nearest, (1, 2))):
+        one, other = (np.asarray(call(setting)) for setting in settings)
+        assert (one != other).any()
+        with lowerings() as seen:
+            for setting, expected in zip(settings, (one, other), strict=True):
+                np.testing.assert_array_equal(call(setting), expected)
+        assert not seen
+
+
+def test_a_custom_vjp_around_weights_is_compiled_once():
+    x, y = examples()
+
+    def made(weights):
+        @jax.custom_vjp
+        def logits_fn(x):
+            return x.reshape(len(x), -1) @ weights
+
+        def pull(shape, cotangent):
+            return ((cotangent @ weights.T).reshape(shape),)
+
+        logits_fn.defvjp(lambda x: (logits_fn(x), x.shape), pull)
+        return logits_fn
+
+    one, other = (jax.random.normal(jax.random.key(seed), (12, 4)) for seed in (0, 1))
+    first = attacks.fgsm(made(one), x, y, KEY, eps=0.1)
+    with lowerings() as seen:
+        np.testing.assert_array_equal(attacks.fgsm(made(one), x, y, KEY, eps=0.1), first)
+    assert not seen
+    second = attacks.fgsm(made(other), x, y, KEY, eps=0.1)
+    expected = attacks.fgsm(lambda x: x.reshape(len(x), -1) @ other, x, y, KEY, eps=0.1)
+    chex_close(second, expected)
 
 
 def test_a_programs_size_does_not_grow_with_the_network():
@@ -345,6 +410,12 @@ def remembering():
     return logits_fn
 
 
+def jitted_nnx():
+    """An NNX module in evaluation mode, called as its training loop does."""
+    model, call = flax_nnx(0), nnx.jit(lambda model, x: model(x))
+    return lambda x: call(model, x)
+
+
 def outside():
     """A network outside JAX, without a gradient."""
     first, second = map(np.asarray, weights_of(0))
@@ -363,6 +434,10 @@ def mistakes():
     return {
         "uint8": ({"x": (255 * x).astype(np.uint8)}, r"x\w* is uint8; pixels are floats .* by 255"),
         "0 to 255": ({"x": 255 * x}, r"x\w* ranges over .*; pixels must be in \[0, 1\]"),
+        "a rounding error": (
+            {"x": np.where(x == x.max(), np.float32(1.0000001), x)},
+            r"x\w* ranges over \[0.\d+, 1.0000001\]; .* jnp.clip\(x\w*, 0, 1\)",
+        ),
         "-1 to 1": ({"x": 2 * x - 1}, r"x\w* ranges over .*; pixels must be in \[0, 1\]"),
         "NaN": ({"x": nan}, r"x\w* holds NaN"),
         "one image": ({"x": x[0], "y": y[0]}, r"y has the shape \[\].*batch axis"),
@@ -370,6 +445,7 @@ def mistakes():
         "one-hot": ({"y": np.eye(4)[y]}, r"y has the shape \[8, 4\]; labels are integers \[B\]"),
         "float labels": ({"y": y * 1.0}, "y is float.*; labels are integers from 0 to 3"),
         "from 1": ({"y": y * 0 + 4}, "y has the label 4; the network has 4 classes"),
+        "no labels": ({"y": None}, "y is None; give a label for each of the 8 examples"),
         "too few": ({"y": y[:3]}, r"y has the shape \[3\]; one label for each of the 8"),
         "an int as key": ({"key": 0}, r"key is 0; give a key such as jax.random.key\(0\)"),
         "two keys": ({"key": jax.random.split(KEY, 2)}, r"key has the shape \[2\]; give one key"),
@@ -379,6 +455,7 @@ def mistakes():
         ),
         "no classes": ({"logits_fn": lambda x: f(x)[:, 0]}, r"returns the shape \[1\] for one"),
         "with aux": ({"logits_fn": lambda x: (f(x), x)}, r"a tuple, .*lambda x: f\(x\)\[0\]"),
+        "a dict": ({"logits_fn": lambda x: {"z": f(x)}}, r"a dict, .*lambda x: f\(x\)\['z'\]"),
         "numpy": ({"logits_fn": lambda x: np.asarray(x)}, "hands its input to numpy"),
         "no function": ({"logits_fn": 3}, "logits_fn is 3; give a function"),
         "a branch": ({"logits_fn": lambda x: f(x) if x.sum() > 0 else x}, "use jnp.where or"),
@@ -389,6 +466,8 @@ def mistakes():
     }
 
 
+# Of the energies; they compare outputs then.
+LABEL_FREE = ("mean_square", "oscillation", "rise", "total_variation", "path")
 RADII = {
     "text": ("8/255", "eps is '8/255'; give a number in pixel units, 8/255 without quotes"),
     "negative": (-0.1, "eps must not be negative"),
@@ -405,9 +484,62 @@ def test_a_mistake_is_told_in_one_line(mistake):
         arguments = {"logits_fn": network(weights_of(0)), "x": x, "y": y, "key": KEY, **changes}
         if name in WITHOUT_KEY and "key" in changes:
             continue
+        if name in LABEL_FREE and "y" in changes and changes["y"] is None:
+            continue
         with pytest.raises(ValueError, match=message) as caught:
             ALL[name](*arguments.values())
         assert "\n" not in str(caught.value), name
+
+
+IMAGE = np.ones(SHAPE, np.float32)
+OTHER_MISTAKES = {
+    "one image": (
+        lambda: jacobian.frobenius_norm(convolution(0), IMAGE),
+        r"fn takes an example of the shape \[3, 4, 1\], .* \(x\[None\]\)",
+    ),
+    "a function that returns a dict": (
+        lambda: jacobian.frobenius_norm(lambda x: {"z": x[:, 0, :, 0]}, IMAGE[None]),
+        r"fn returns a dict, not an array; .* lambda x: f\(x\)\['z'\]",
+    ),
+    # Apart from the others, as a failed call leaves the module damaged.
+    "NNX within nnx.jit": (
+        lambda: attacks.pgd(jitted_nnx(), *examples(), KEY, eps=0.1),
+        r"or calls nnx.jit: call its eval\(\) first and the model itself",
+    ),
+    "other points": (
+        lambda: attacks.distances(np.ones((8, 3)), np.ones((3, 3))),
+        r"x has the shape \[8, 3\] and x_adv \[3, 3\]; give as many points",
+    ),
+    **{
+        f"{name} within {transformation.__name__}": (
+            lambda name=name, transformation=transformation: transformation(
+                lambda scale: (
+                    ALL[name](lambda x: scale * network(weights_of(0))(x), *examples(), KEY).x_adv
+                )
+            )(jnp.ones(2)[:, None, None]),
+            "loops on the host: call them outside jit, vmap",
+        )
+        for name in ("autoattack", "audit")
+        for transformation in (jax.jit, jax.vmap)
+    },
+    **{
+        f"{name} of a traced radius": (
+            lambda name=name: jax.jit(
+                lambda eps: ALL[name](network(weights_of(0)), *examples(), KEY, eps=eps)
+            )(0.1),
+            "loops on the host: call them outside jit, vmap",
+        )
+        for name in ("autoattack", "audit")
+    },
+}
+
+
+@pytest.mark.parametrize("mistake", OTHER_MISTAKES)
+def test_another_mistake_is_told_in_one_line(mistake):
+    call, message = OTHER_MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mistake", RADII)
@@ -427,6 +559,52 @@ def test_legacy_keys_lists_and_numpy_are_taken(name):
         network(weights_of(0)), np.asarray(x), list(map(int, y)), jax.random.PRNGKey(0)
     )
     chex_close(other, plain)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in WITHOUT_KEY])
+def test_keys_of_another_implementation_are_taken(name):
+    x, y = examples()
+    key = jax.random.key(0, impl="rbg")
+    found = ALL[name](network(weights_of(0)), x, y, key)
+    keys = ALL[name](network(weights_of(0)), x, y, example_keys(key, len(x)))
+    assert jax.tree.structure(found) == jax.tree.structure(keys)
+    if name not in ("autoattack", "audit"):
+        chex_close(found, keys)
+
+
+def test_an_evaluation_takes_keys_of_another_implementation():
+    x, y = examples()
+    found = robust_jax.evaluate(
+        network(weights_of(0)),
+        x,
+        y,
+        jax.random.key(0, impl="rbg"),
+        eps=0.1,
+        version=("apgd_ce",),
+        overrides={"apgd_ce": {"num_steps": 2}},
+        num_queries=5,
+        progress=False,
+    )
+    assert found.clean_accuracy == 1
+
+
+def test_a_randomised_network_takes_keys_of_another_implementation():
+    x, y = examples()
+
+    def logits_fn(x, key):
+        return network(weights_of(0))(x) + jax.random.normal(key, (len(x), 4))
+
+    found = attacks.autoattack(
+        logits_fn,
+        x,
+        y,
+        jax.random.key(0, impl="rbg"),
+        eps=0.1,
+        version="rand",
+        overrides=dict.fromkeys(("apgd_ce", "apgd_dlr"), {"num_steps": 2, "eot_samples": 2}),
+        progress=False,
+    )
+    assert found.x_adv.shape == x.shape
 
 
 def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():

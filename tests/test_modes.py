@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import robust_jax
 from robust_jax import attacks, margins
 from robust_jax.analysis import features, surface
 from tests.linear import POINTWISE, WITH_NORMS
@@ -147,6 +148,8 @@ MEASURES = {
     "first order in l1": lambda f, x, y, key: margins.first_order(f, x, y, norm="l1", chunk_size=3),
     "truncated": lambda f, x, y, key: margins.truncate(margins.boundary_distances(f, x, y), 0.1),
     "minimum norm": minimum_norm,
+    # Exact for a linear network, whatever is drawn.
+    "clever": lambda f, x, y, key: margins.clever(f, x, key, num_samples=2),
     "feature change": feature_change,
     "loss surface": loss_surface,
     "distances": lambda f, x, y, key: attacks.distances(x, x[::-1], norm="l2"),
@@ -197,3 +200,21 @@ def test_autoattack_keeps_the_dtype_and_takes_rows(tmp_path):
             assert_inside(x, result.x_adv, "linf")
             assert 0 < result.robust.sum() < 4
             np.testing.assert_array_equal(run().x_adv, result.x_adv)  # from its state
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+def test_the_audit_takes_any_dtype(dtype):
+    with strictly(), jax.enable_x64(dtype == jnp.float64):
+        logits_fn, x, y = problem(IMAGES, dtype)
+        found = robust_jax.audit(
+            logits_fn, x, y, KEY, eps=1 / 8, num_queries=3, surrogates={"itself": logits_fn},
+            progress=False,
+        )  # fmt: skip
+    assert "skipped" not in {check.verdict for check in found.checks}
+
+
+def test_a_network_that_computes_in_half_precision_is_measured():
+    logits_fn, x, y = problem(ROWS, jnp.float32)
+    exact = margins.clever(logits_fn, x, KEY, num_samples=2)
+    found = margins.clever(lambda x: logits_fn(x.astype(jnp.bfloat16)), x, KEY, num_samples=2)
+    np.testing.assert_allclose(found, exact, rtol=0.05, atol=0.05)

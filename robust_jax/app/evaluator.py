@@ -93,6 +93,7 @@ class Evaluator:
         self._split, self._grids, self._settings, self._key = split, grids, settings, key
         # The key is an argument of the compiled programs, which serve every seed.
         self._key_data = np.asarray(jax.random.key_data(key))
+        self._key_impl = jax.random.key_impl(key)
 
     def temperature(self, variables: Any, held_out: data.Split) -> float:
         """By what the logits are divided for the least cross-entropy on images held out."""
@@ -191,11 +192,12 @@ class Evaluator:
         return self._lift(fn, _NUM_SIZES)(variables, *rows, self._key_data, *scalars)
 
     def _measure(self, variables: Any, index: np.ndarray) -> dict[str, Any]:
-        return self.over(variables, Measurement(self._settings), index)
+        return self.over(variables, Measurement(self._settings, self._key_impl), index)
 
     def _attack(self, variables: Any, name: str, index: np.ndarray, eps: float) -> dict:
         grid = self._grids[name]
-        return self.over(variables, Attempt(grid.attack, grid.norm, name), index, eps)
+        attempt = Attempt(grid.attack, grid.norm, name, self._key_impl)
+        return self.over(variables, attempt, index, eps)
 
     def _autoattack(self, variables, name, standing, eps, unfinished) -> dict[str, np.ndarray]:
         images, labels = self._split.take(standing)
@@ -254,10 +256,11 @@ class Measurement:
     """What is measured of each example, by column: outputs, losses and norms of the Jacobian."""
 
     settings: Settings
+    key_impl: Any = None
 
     def __call__(self, logits_fn, batch, key_data):
         settings = self.settings
-        key = jax.random.wrap_key_data(key_data)
+        key = jax.random.wrap_key_data(key_data, impl=self.key_impl)
         estimate_key, spectral_key = (_named_key(key, name) for name in ("estimate", "spectral"))
         x, y, index = data.to_pixels(batch["image"]), batch["label"], batch["index"]
         logits = logits_fn(x)
@@ -307,9 +310,10 @@ class Attempt:
     attack: Callable
     norm: str
     name: str
+    key_impl: Any = None
 
     def __call__(self, logits_fn, batch, key_data, eps):
-        key = jax.random.wrap_key_data(key_data)
+        key = jax.random.wrap_key_data(key_data, impl=self.key_impl)
         x, y = data.to_pixels(batch["image"]), batch["label"]
         keys = _attack_keys(key, self.name, batch["index"])
         x_adv = self.attack(logits_fn, x, y, keys, eps=eps)

@@ -31,7 +31,7 @@ from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.batches import MapExamples
 from robust_jax.errors import UnusableState
 from robust_jax.files import UNREADABLE_NPZ, save_arrays
-from robust_jax.keys import example_keys, fold_each
+from robust_jax.keys import example_keys, fold_each, with_keys
 from robust_jax.progress import progress as progress_bar
 from robust_jax.types import KeyOrKeys, LogitsFn
 
@@ -162,17 +162,18 @@ def autoattack(
     y = np.asarray(_checks.one_row_each(y, x))
     if any(component.attack is square for component in ensemble.values()):
         check_images(x.shape[1:])
-    network = _checks.network(logits_fn, x, is_randomised=is_randomised)
+    key = _checks.example_keys_of(key, len(x))
+    network = _checks.network(logits_fn, x, key=key if is_randomised else None)
     num_classes = _checks.num_classes(network)
     _checks.labels(y, num_classes)
-    keys = example_keys(_checks.example_keys_of(key, len(x)), len(x))
+    keys = example_keys(key, len(x))
     rows = {
         "x": x,
         "y": y.astype(np.int32),
         "key": np.asarray(jax.random.key_data(keys)),
     }
     x, y = rows["x"], rows["y"]
-    map_examples = map_examples or Mapper(network, batch_size)
+    map_examples = with_keys(map_examples or Mapper(network, batch_size), keys)
     classify = map_examples(_Classify(is_randomised))
 
     logits = classify(rows, _salt("clean"))
@@ -407,7 +408,7 @@ def _salt(name: str) -> np.uint32:
 
 
 def _keys(rows, salt):
-    return fold_each(jax.random.wrap_key_data(rows["key"]), salt)
+    return fold_each(rows["key"], salt)
 
 
 def _is_right(logits, y) -> tuple[np.ndarray, np.ndarray]:

@@ -82,7 +82,7 @@ def check_lengths(*, infinite: bool = False, **lengths) -> None:
 def check_counts(**counts) -> None:
     """Raises ValueError for the first count that is not a whole number of at least 1."""
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 

@@ -127,7 +127,7 @@ def distances(x: Images, x_adv: Images, *, norm: str | Measure = "linf") -> PerE
         [B].
 
     Raises:
-        ValueError: The norm has no such name.
+        ValueError: The norm has no such name, or the shapes differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -135,7 +135,13 @@ def distances(x: Images, x_adv: Images, *, norm: str | Measure = "linf") -> PerE
         >>> attacks.distances(jnp.zeros((1, 2)), jnp.array([[0.3, 0.4]]), norm="l2")
         Array([0.5], dtype=float32)
     """
-    return jax.vmap(measure(norm).size)(jnp.asarray(x_adv) - jnp.asarray(x))
+    x, x_adv = jnp.asarray(x), jnp.asarray(x_adv)
+    if x.shape != x_adv.shape:
+        raise ValueError(
+            f"x has the shape {list(x.shape)} and x_adv {list(x_adv.shape)}; give as many points "
+            "as examples, of the same shape"
+        )
+    return jax.vmap(measure(norm).size)(x_adv - x)
 
 
 def _check_labels(y: Labels) -> None:
