@@ -120,7 +120,7 @@ def _run(fn: Callable, values: dict[str, Any]) -> Any:
     out = _program(fn, _Setting(static), programs, placement)(rows, rest)
     if count % placement.count:
         out = jax.tree.map(lambda a: a[:count], out)
-    return placement.brought_back(out)
+    return placement.brought_back(out, like=x)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -373,7 +373,19 @@ def test_sharded_examples_are_attacked_where_they_lie(name, kind):
         network(weights_of(0)), jax.device_put(x, shared), jax.device_put(y, shared), KEY
     )
     chex_close(found, plain)
-    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(found))
+    assert all(leaf.sharding.is_equivalent_to(shared, leaf.ndim) for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("axes", [("d",), (("d", "m"),), ("d", None, "m"), (None, None, "m"), ()])
+def test_the_result_is_divided_as_the_examples_are(axes, kind):
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(kind,) * 2)
+    x, y = examples()
+    plain = attacks.pgd(network(weights_of(0)), x, y, KEY, eps=0.1, num_steps=2)
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+    x_adv = attacks.pgd(network(weights_of(0)), x, y, KEY, eps=0.1, num_steps=2)
+    np.testing.assert_allclose(x_adv, plain, atol=1e-5)
+    assert x_adv.sharding.is_equivalent_to(x.sharding, x.ndim)
 
 
 def test_every_local_device_takes_its_share_and_the_result_is_on_one():

@@ -129,9 +129,20 @@ class Placement:
         """The arrays [B,...] with a share of their rows on each device."""
         return self._put(tree, PartitionSpec(self.axes))
 
-    def brought_back(self, tree: Any) -> Any:
-        """Results on one device, where the examples came from none in particular."""
-        return jax.device_put(tree, jax.local_devices()[0]) if self._is_ours else tree
+    def brought_back(self, tree: Any, like: Any) -> Any:
+        """Results on one device, where the examples came from none in particular.
+
+        Of examples on a mesh, results of their shape are divided as the examples (like) are.
+        """
+        if self._is_ours:
+            return jax.device_put(tree, jax.local_devices()[0])
+        if self.mesh is None:
+            return tree
+
+        def put(leaf):
+            return jax.device_put(leaf, like.sharding) if leaf.shape == like.shape else leaf
+
+        return jax.tree.map(put, tree)
 
     def compiled(self, run: Callable, rows_at: int) -> Callable:
         """run as a program, each device on its share of the argument of that number."""
