@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from configs import default
 from robust_jax import losses
 from robust_jax.app import config as config_lib
-from robust_jax.app import entries, threat
+from robust_jax.app import entries, threat, training
 from robust_jax.app.evaluator import Attempt, Settings
 from robust_jax.app.experiment import build
 from robust_jax.app.surrogate import SHARED, surrogate_config
@@ -311,6 +311,16 @@ def test_one_override_moves_all_that_follow():
     assert grid.attack.relative == 0.5
     step = dataclasses.replace(grid.attack, attack=lambda *_, **keywords: keywords)
     assert step(eps=0.4) == {"eps": 0.4, "step_size": 0.2}
+
+
+def test_an_adversary_of_another_radius_than_the_threat_models_is_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr(training.logging, "warning", lambda text, *v: said.append(text % v))
+    build(changed(adversary__eps=8 / 255))
+    build(changed(threat__eps=8 / 255))
+    assert said == [
+        "config.adversary.eps is 8/255 and config.threat.eps, which it is judged at, 0.15"
+    ]
 
 
 def test_an_entry_is_named_by_its_label_unless_it_says_otherwise():

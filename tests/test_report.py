@@ -736,6 +736,15 @@ def test_training_curves_draw_what_there_is():
     assert [len(ax.lines) for ax in check_labels(plots.training_curves(few), 2)] == [1, 1]
 
 
+def test_a_mean_over_the_rest_of_the_steps_is_not_drawn():
+    steps = [10.0, 20.0, 30.0, 40.0, 43.0]
+    rows = pd.DataFrame({"step": steps, "train/loss": [5.0, 4.0, 3.0, 2.0, 9.0]})
+    (ax,) = check_labels(plots.training_curves(rows), 1)
+    assert list(ax.lines[0].get_xdata()) == steps[:-1]
+    (ax,) = check_labels(plots.training_curves(rows.iloc[:-1]), 1)
+    assert list(ax.lines[0].get_xdata()) == steps[:-1]
+
+
 def test_jacobian_histograms_count_every_example_and_mark_medians():
     records = {"best": make_records(0), "last": make_records(1)}
     records["best"].loc[:3, "frobenius_probabilities"] = 0.0

@@ -247,6 +247,15 @@ def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monk
     assert len(ran) <= 9 + 2
 
 
+def test_fewer_than_three_seeds_are_warned_of(tmp_path, monkeypatch):
+    fake_runs(monkeypatch)
+    said = []
+    monkeypatch.setattr(study.logging, "warning", lambda text, *values: said.append(text % values))
+    study.execute(small_study(seeds=(0, 1)), tmp_path / "two")
+    study.execute(small_study(), tmp_path / "three")
+    assert said == ["2 seeds: no verdicts, an interval needs three"]
+
+
 def test_a_finished_study_cannot_become_another(tmp_path, monkeypatch):
     fake_runs(monkeypatch)
     study.execute(small_study(), tmp_path)
