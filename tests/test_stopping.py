@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM: at once where there is nothing to save, and with one line."""
 
 import signal
+import socket
 import subprocess
 import sys
 
@@ -34,8 +35,8 @@ raise SystemExit(stop.exit_code)
 """
 
 
-def started(code):
-    process = subprocess.Popen(
+def begun(code):
+    return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
         env=environment_of(1),
@@ -43,6 +44,10 @@ def started(code):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def started(code):
+    process = begun(code)
     assert process.stdout.readline() == "at work\n", process.communicate()[1]
     return process
 
@@ -57,6 +62,21 @@ def test_outside_training_a_process_ends_at_once_with_a_line(kind, code):
     assert errors.strip() == (
         f"{kind.name}: stopped; what is finished is kept, and the same command continues from there"
     )
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_outside_training_the_other_processes_end_as_well(asked):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    join = "from robust_jax.devices import processes; processes.initialize('{},2,{}')\n"
+    both = [begun(join.format(address, i) + AT_WORK) for i in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "at work\n", process.communicate()[1]
+    both[asked].send_signal(signal.SIGINT)
+    for process in both:
+        process.communicate(timeout=20)
+        assert process.returncode == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
