@@ -159,6 +159,14 @@ def test_intervals_of_accuracies_stay_between_none_and_all():
     assert measures.bounds("measurements.outputs.mean_margin")[0] == -np.inf
 
 
+def test_intervals_of_differences_of_accuracies_stay_between_minus_and_plus_one():
+    runs = found(a=(0.0, 1.0, 0.0), b=(1.0, 0.0, 1.0))
+    (test,) = judge(runs, ABOVE)["tests"]
+    assert test["low"] == -1 and test["high"] == 1
+    (test,) = judge(runs, {**ABOVE, "by": 0.25})["tests"]
+    assert test["low"] == -1.25 and test["high"] == 0.75
+
+
 def test_an_interval_has_closed_forms_where_only_one_thing_varies():
     of_seeds = np.array([0.1, 0.4, 0.2])
     expected = stats.ttest_1samp(of_seeds, 0).confidence_interval(0.95)

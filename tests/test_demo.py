@@ -386,6 +386,9 @@ def test_audit_mode_looks_again(demo, results, launch, tmp_path):
     )
     assert wrong.returncode == 1
     assert "config.audit.surrogate is 'nowhere', which holds no run" in wrong.stderr
+    ignored = launch(f"--workdir={workdir}", "--mode=audit", "--config.threat.eps=0.3")
+    assert ignored.returncode == 1
+    assert "--mode=audit does not heed config.threat.eps" in ignored.stderr
     assert (workdir / "results.json").read_bytes() == before
     result = launch(
         "--config=configs/default.py",

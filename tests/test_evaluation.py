@@ -125,6 +125,17 @@ def test_a_folder_of_something_else_is_left_alone(found, tmp_path):
         assert {path: path.read_bytes() for path in where.rglob("*.*")} == before
 
 
+def test_another_network_of_the_same_name_does_not_replace_an_evaluation(found):
+    _, folder = found
+    x, y = points()
+    page = (folder / "report.html").read_bytes()
+    with pytest.raises(UserError, match="an evaluation of something else; give another folder"):
+        robust_jax.evaluate(
+            lambda x: 0.9 * trained()(x), x, y, KEY, folder=folder, name="an MLP", **SETTINGS
+        )
+    assert (folder / "report.html").read_bytes() == page
+
+
 def test_several_radii_are_nested_and_the_first_is_the_headline(found):
     result, _ = found
     x, y = points()

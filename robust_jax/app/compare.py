@@ -52,10 +52,7 @@ def load(folders: Sequence[Path | str]) -> dict[str, Compared]:
     found = {}
     for name, path in _names(paths).items():
         if stored.holds(path) not in ("a run", "an evaluation"):
-            raise UserError(
-                f"{path} holds {stored.holds(path)} and no run; train one with launch.py (`make "
-                "demo` does), or name the folder of a finished one"
-            )
+            raise stored.no_run(path)
         try:
             results, records = runs.results(path), runs.load(path).records["best"]
         except (OSError, KeyError) as error:

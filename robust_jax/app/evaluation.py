@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from robust_jax import _checks, data, margins
+from robust_jax import _checks, data, losses, margins
 from robust_jax._audit import Audit
 from robust_jax._front import Mapper
 from robust_jax.app import cards, report, runs, stored
+from robust_jax.app import records as records_lib
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.results import audit_to_json, device, summarize, versions
 from robust_jax.attacks import autoattack
@@ -27,6 +29,8 @@ from robust_jax.errors import NothingToAudit, UserError
 from robust_jax.files import write_json
 from robust_jax.losses import Loss
 from robust_jax.types import LogitsFn
+
+_FEW = 8  # examples by which a network is known again
 
 
 class Evaluation(NamedTuple):
@@ -133,7 +137,7 @@ def evaluate(
     if folder is not None:
         folder = Path(folder)
         digest = _digest(x, y, key, radii, norm, version, overrides)
-        _claim(folder, name, digest)
+        _claim(folder, name, digest, logits_fn, x, y)
         unfinished = folder / "unfinished" / digest
         unfinished.mkdir(parents=True, exist_ok=True)
     attack = f"autoattack_{norm}"
@@ -204,19 +208,28 @@ def _check_settings(radii, norm, version, num_audited, batch_size, folder) -> No
     if version == "rand":
         raise ValueError('evaluate is for deterministic networks; version="rand" is autoattack\'s')
     for name, value, least in (("num_audited", num_audited, 0), ("batch_size", batch_size, 1)):
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name} is {value!r}; it must be an integer, {least} or more")
     if folder is not None and Path(folder).is_file():
         raise ValueError(f"folder is {str(folder)!r}, which is a file")
 
 
-def _claim(folder: Path, name: str, digest: str) -> None:
-    """Checks that the folder holds nothing, or this evaluation, finished or not."""
+def _claim(folder: Path, name: str, digest: str, logits_fn: LogitsFn, x, y) -> None:
+    """Checks that the folder holds nothing, or this evaluation, finished or not.
+
+    Another network of the same name has other margins.
+    """
     found = stored.holds(folder)
     begun = found == "other files" and {path.name for path in folder.iterdir()} == {"unfinished"}
     if found == "an evaluation":
         old = runs.results(folder)
-        if old.get("evaluated") != digest or old["model"]["name"] != name:
+        is_same = old.get("evaluated") == digest and old["model"]["name"] == name
+        if is_same:
+            known = records_lib.read(folder / "records" / "best.csv")["margin"][:_FEW]
+            logits = logits_fn(jnp.asarray(x[:_FEW]))
+            found_now = losses.margin(logits, jnp.asarray(y[:_FEW], jnp.int32))
+            is_same = np.allclose(found_now, known, rtol=0.01, atol=0.01 * np.abs(known).max())
+        if not is_same:
             raise UserError(f"{folder} holds an evaluation of something else; give another folder")
     elif found != "nothing" and not begun:
         raise UserError(f"{folder} holds {found}; give another folder")

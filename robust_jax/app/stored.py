@@ -28,6 +28,14 @@ def holds(workdir: Path) -> Holds:
     return "a study" if "claims" in _read(results) else "an evaluation"
 
 
+def no_run(workdir: Path) -> UserError:
+    """That the folder holds no run, and what to do."""
+    return UserError(
+        f"{workdir} holds {holds(workdir)} and no run; train one with launch.py (`make demo` "
+        "does), or name the folder of a finished one"
+    )
+
+
 def config_of(workdir: Path) -> ConfigDict | None:
     """The config that a run or a study was made with; None where there is none."""
     name = {"a run": RUN, "a study": STUDY}.get(holds(workdir))

@@ -10,7 +10,6 @@ from robust_jax.app import stored, training
 from robust_jax.app.measurements import Subject
 from robust_jax.app.training import Training
 from robust_jax.devices import parallel
-from robust_jax.errors import UserError
 from robust_jax.train.loop import Trained, restore
 
 At = Literal["best", "last", "initialisation"]
@@ -24,10 +23,7 @@ def load(workdir: Path | str) -> Subject:
     workdir = Path(workdir).absolute()
     config = stored.config_of(workdir)
     if config is None or stored.holds(workdir) != "a run":
-        raise UserError(
-            f"{workdir} holds {stored.holds(workdir)} and no run; train one with launch.py (`make "
-            "demo` does), or name the folder of a finished one"
-        )
+        raise stored.no_run(workdir)
     run = training.build(config)
     return subject_of(run, restore(run.plan, workdir))
 

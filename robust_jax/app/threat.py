@@ -29,8 +29,9 @@ def radius(value: Any, path: str) -> Any:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(?:/\s*([0-9.eE+]+)\s*)?", value)
         try:
-            return float(match[1]) / float(match[2] or 1)  # type: ignore[index]
-        except (TypeError, ValueError, ZeroDivisionError):
+            number, divisor = match.groups() if match else ("", "")
+            return float(number) / float(divisor or 1)
+        except (ValueError, ZeroDivisionError):
             raise UserError(
                 f'{path} is {value!r}; a radius is a number or a fraction, as in "8/255"'
             ) from None
