@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from robust_jax import _checks, losses
 from robust_jax._double import NotInDouble, in_double
-from robust_jax._front import Mapper
+from robust_jax._front import Mapper, on_the_host
 from robust_jax._network import Network
 from robust_jax._outputs import are_probabilities, change_with_the_batch, is_random
 from robust_jax.analysis.summaries import wilson_interval
@@ -58,6 +58,7 @@ class Audit(NamedTuple):
     num_examples: int
 
 
+@on_the_host
 def audit(
     logits_fn: LogitsFn,
     x: Float[np.ndarray, "n ..."],

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_jax._network import Network, as_network
+from robust_jax.devices.parallel import off_any_mesh
 
 
 def is_traced(*trees: Any) -> bool:
@@ -130,7 +131,8 @@ def network(
         )
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     try:
-        return as_network(fn, x.shape[1:], dtype, key=key)
+        # The program of a network would keep the mesh that its weights were on.
+        return as_network(off_any_mesh(fn), x.shape[1:], dtype, key=key)
     except jax.errors.TracerArrayConversionError as error:
         raise ValueError(
             f"{name} hands its input to numpy, which has no gradient: use jax.numpy, or "

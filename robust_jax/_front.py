@@ -5,10 +5,11 @@ settings: networks, radii and everything with a row an example are arguments of 
 traced values (within the caller's jit, grad, vmap, scan or shard_map) is the plain function.
 """
 
-import functools
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial, wraps
 from types import NoneType
 from typing import Any, get_args
 
@@ -19,7 +20,13 @@ import numpy as np
 from robust_jax import _checks
 from robust_jax._network import MOST_PROGRAMS, Network, comparable
 from robust_jax.batches import NUM_SIZES, batches, counted, joined
-from robust_jax.devices.parallel import Placement, placement_of
+from robust_jax.devices.parallel import (
+    Placement,
+    has_explicit_axes,
+    on_automatic_axes,
+    outside_any_mesh,
+    placement_of,
+)
 from robust_jax.keys import example_keys
 
 # What parameters are, by their names.
@@ -35,7 +42,7 @@ def compiled(fn: Callable) -> Callable:
     defaults = {name: p.default for name, p in signature.parameters.items()}
     needed = {n for n, p in signature.parameters.items() if NoneType not in get_args(p.annotation)}
 
-    @functools.wraps(fn)
+    @wraps(fn)
     def call(*args, **keywords):
         given = dict(signature.bind(*args, **keywords).arguments)
         for name, parameter in signature.parameters.items():
@@ -44,13 +51,14 @@ def compiled(fn: Callable) -> Callable:
         # numpy's whole numbers have a dtype, which those of Python do not.
         given = {n: int(v) if isinstance(v, np.integer) else v for n, v in given.items()}
         if _checks.is_traced(given):
-            return fn(**given)
-        values = _checked(given, defaults, needed)
-        within_a_trace = _checks.is_traced([values[n].arrays for n in _NETWORKS if n in values])
-        # JAX declares its flags at run time, where mypy does not see them.
-        if within_a_trace or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-            return fn(**given)
-        return _run(fn, values)
+            return _within_a_trace(fn, given)
+        with outside_any_mesh():
+            values = _checked(given, defaults, needed)
+            within_a_trace = _checks.is_traced([values[n].arrays for n in _NETWORKS if n in values])
+            # JAX declares its flags at run time, where mypy does not see them.
+            if within_a_trace or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+                return fn(**given)
+            return _run(fn, values)
 
     return call
 
@@ -92,6 +100,55 @@ def _checked(
     return values
 
 
+def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
+    x = given[_examples(given)]
+    if not has_explicit_axes(x):
+        return fn(**given)
+    # vmap wants everything divided alike, which keys and labels need not be.
+    leaves, structure = jax.tree.flatten(dict(given), is_leaf=lambda leaf: leaf is None)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+
+    def run(arrays):
+        values = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return fn(**jax.tree.unflatten(structure, values))
+
+    with _meshes_told():
+        return on_automatic_axes(run, x)(arrays)
+
+
+@contextmanager
+def _meshes_told() -> Iterator[None]:
+    """JAX's errors about two meshes in one program, told as what leads to them."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        if not any(text in str(error) for text in _TWO_MESHES):
+            raise
+        raise ValueError(
+            "the network closes over weights that lie on a mesh; give them as a part of it: "
+            "jax.tree_util.Partial(apply, weights), which is called as apply(weights, x)"
+        ) from error
+
+
+_TWO_MESHES = (
+    "Mesh for all inputs should be equal",
+    "should match the aval mesh",
+    "Closing over inputs to shard_map",
+)
+
+
+def on_the_host(fn: Callable) -> Callable:
+    """The public form of a loop on the host: it refuses traces, and chooses its devices itself."""
+
+    @wraps(fn)
+    def call(*args, **keywords):
+        _checks.on_the_host()
+        with outside_any_mesh():
+            return fn(*args, **keywords)
+
+    return call
+
+
 def _examples(values: Mapping[str, Any]) -> str:
     """The name of the examples that a call is about."""
     return "x" if "x" in values else "x_adv"
@@ -117,13 +174,14 @@ def _run(fn: Callable, values: dict[str, Any]) -> Any:
             rows = {name: value[where] for name, value in rows.items()}
         rows, rest = placement.shared(rows), placement.replicated(rest)
     programs = tuple(value.program for value in rest.values() if isinstance(value, Network))
-    out = _program(fn, _Setting(static), programs, placement)(rows, rest)
+    with _meshes_told():
+        out = _program(fn, _Setting(static), programs, placement)(rows, rest)
     if count % placement.count:
         out = jax.tree.map(lambda a: a[:count], out)
     return placement.brought_back(out, like=x)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@partial(jax.jit, static_argnums=1)
 def _keys(key, count):
     return example_keys(key, count)
 
@@ -143,7 +201,7 @@ class _Setting:
         return self._hash
 
 
-@functools.lru_cache(MOST_PROGRAMS)
+@lru_cache(MOST_PROGRAMS)
 def _program(fn: Callable, static: _Setting, programs: tuple, placement: Placement) -> Callable:
     """fn as a program of (rows, rest), one for each structure of its networks.
 
@@ -200,11 +258,12 @@ class Mapper:
         program = _rows_program(_Setting(fn), self._network.program, where)
         sizes = list(batches(count, self._batch_size, multiple_of=where.count, num_sizes=num_sizes))
         scalars = where.replicated(scalars)  # another network may be among them
-        parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]
+        with _meshes_told():
+            parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]
         return joined(jax.device_get(parts), [real for _, real in sizes])
 
 
-@functools.lru_cache(MOST_PROGRAMS)
+@lru_cache(MOST_PROGRAMS)
 def _rows_program(fn: _Setting, program: Any, placement: Placement) -> Callable:
     def run(network, rows, scalars):
         return fn.value(network, rows, *scalars)

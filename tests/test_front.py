@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import robust_jax
 from robust_jax import attacks, energy, jacobian, losses, margins
@@ -359,45 +358,6 @@ def test_a_network_outside_jax_is_attacked_by_its_outputs_alone():
             ALL[name](outside(), x, y, KEY)
 
 
-# Sharded inputs.
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_sharded_examples_are_attacked_where_they_lie(name, kind):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    x, y = examples()
-    plain = FUNCTIONS[name](network(weights_of(0)), x, y, KEY)
-    shared = NamedSharding(mesh, PartitionSpec("data"))
-    found = FUNCTIONS[name](
-        network(weights_of(0)), jax.device_put(x, shared), jax.device_put(y, shared), KEY
-    )
-    chex_close(found, plain)
-    assert all(leaf.sharding.is_equivalent_to(shared, leaf.ndim) for leaf in jax.tree.leaves(found))
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("axes", [("d",), (("d", "m"),), ("d", None, "m"), (None, None, "m"), ()])
-def test_the_result_is_divided_as_the_examples_are(axes, kind):
-    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(kind,) * 2)
-    x, y = examples()
-    plain = attacks.pgd(network(weights_of(0)), x, y, KEY, eps=0.1, num_steps=2)
-    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
-    x_adv = attacks.pgd(network(weights_of(0)), x, y, KEY, eps=0.1, num_steps=2)
-    np.testing.assert_allclose(x_adv, plain, atol=1e-5)
-    assert x_adv.sharding.is_equivalent_to(x.sharding, x.ndim)
-
-
-def test_every_local_device_takes_its_share_and_the_result_is_on_one():
-    x, y = examples(count=11)
-    x_adv = attacks.pgd(network(weights_of(0)), np.asarray(x), y, KEY, eps=0.1, num_steps=2)
-    assert x_adv.shape == x.shape and len(x_adv.sharding.device_set) == 1
-    here = jax.device_put(x, jax.devices()[3])
-    there = attacks.pgd(network(weights_of(0)), here, y, KEY, eps=0.1, num_steps=2)
-    np.testing.assert_allclose(there, x_adv, atol=1e-6)
-    assert there.sharding.device_set == {jax.devices()[3]}
-
-
 # Mistakes.
 
 
@@ -637,24 +597,6 @@ def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():
     assert not found.robust.all() and any("attacks led" in line for line in found.warnings)
     whole = autoattack(lambda x: f(x) - f(x).mean(0), x, y, KEY)
     assert any("alone in its batch" in warning for warning in whole.warnings)
-
-
-@pytest.mark.parametrize("name", ["pgd", "apgd", "square", "frobenius_norm"])
-def test_works_within_the_callers_shard_map(name):
-    x, y = examples(count=16)
-    f = network(weights_of(0))
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    rows = PartitionSpec("d")
-
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows, check_vma=False
-    )
-    def on_each_device(x, y, keys):
-        return FUNCTIONS[name](f, x, y, keys)
-
-    keys = example_keys(KEY, len(x))
-    found = jax.jit(on_each_device)(jnp.asarray(x), jnp.asarray(y), keys)
-    np.testing.assert_allclose(found, FUNCTIONS[name](f, x, y, keys), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [n for n in ATTACKS if n not in ("jsma", "apgd_targeted")])

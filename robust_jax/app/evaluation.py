@@ -17,7 +17,7 @@ import pandas as pd
 
 from robust_jax import _checks, data, losses, margins
 from robust_jax._audit import Audit
-from robust_jax._front import Mapper
+from robust_jax._front import Mapper, on_the_host
 from robust_jax.app import cards, report, runs, stored
 from robust_jax.app import records as records_lib
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
@@ -52,6 +52,7 @@ class Evaluation(NamedTuple):
     warnings: tuple[str, ...]
 
 
+@on_the_host
 def evaluate(
     logits_fn: LogitsFn,
     x: Any,

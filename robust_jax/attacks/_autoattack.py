@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from robust_jax import _checks, losses
-from robust_jax._front import Mapper
+from robust_jax._front import Mapper, on_the_host
 from robust_jax._outputs import are_probabilities, change_with_the_batch, is_random
 from robust_jax.attacks._apgd import apgd, apgd_targeted
 from robust_jax.attacks._best import check_counts, check_lengths
@@ -89,6 +89,7 @@ class AutoAttackResult(NamedTuple):
     warnings: tuple[str, ...]
 
 
+@on_the_host
 def autoattack(
     logits_fn: LogitsFn | Callable,
     x: Float[np.ndarray, "n ..."],

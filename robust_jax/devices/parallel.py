@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any, Literal, get_args
 
@@ -135,7 +136,7 @@ class Placement:
         Of examples on a mesh, results of their shape are divided as the examples (like) are.
         """
         if self._is_ours:
-            return jax.device_put(tree, jax.local_devices()[0])
+            return jax.tree.map(jnp.asarray, jax.device_get(tree))
         if self.mesh is None:
             return tree
 
@@ -173,6 +174,42 @@ def placement_of(x: Any, num_rows: int) -> Placement:
     if len(devices) == 1 or (isinstance(x, jax.Array) and x.committed):
         return Placement()
     return Placement(_mesh(devices), AXIS, True)
+
+
+def outside_any_mesh() -> AbstractContextManager:
+    """Work in it chooses its devices by itself, whatever mesh the caller has set."""
+    return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+
+
+def has_explicit_axes(array: Any) -> bool:
+    """Whether it lies on a mesh with explicit axes, which jax.make_mesh gives by default."""
+    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
+
+
+def on_automatic_axes(fn: Callable, x: Any) -> Callable:
+    """fn of arrays with explicit axes, in a trace: XLA chooses how to divide what is in between.
+
+    x: one of them, whose first axis is that of the results too.
+    """
+    sharding = jax.typeof(x).sharding
+    automatic = jax.sharding.auto_axes(fn, out_sharding=PartitionSpec(*sharding.spec[:1]))
+
+    def call(*args):
+        with jax.sharding.use_abstract_mesh(sharding.mesh):
+            return automatic(*args)
+
+    return call
+
+
+def off_any_mesh(tree: Any) -> Any:
+    """The tree with those of its arrays that several devices share on one of them."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def put(leaf):
+        is_shared = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+        return jax.device_put(leaf, here) if is_shared else leaf
+
+    return jax.tree.map(put, tree)
 
 
 def replicated() -> NamedSharding:
