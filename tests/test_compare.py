@@ -10,7 +10,7 @@ from robust_jax.app import compare, runs
 from robust_jax.app.config import to_json
 from robust_jax.errors import UserError
 from robust_jax.files import write_json
-from tests.test_report import HOSTILE, Page, make_audit, make_run
+from tests.made_up import HOSTILE, Page, make_audit, make_run
 
 ADVICE = "train one with launch.py"
 
