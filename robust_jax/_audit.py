@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 
 from robust_jax import _checks, losses
 from robust_jax._double import NotInDouble, in_double
@@ -26,7 +26,7 @@ from robust_jax.batches import MapExamples
 from robust_jax.errors import NothingToAudit
 from robust_jax.keys import example_keys, fold_each, with_keys
 from robust_jax.progress import progress as progress_bar
-from robust_jax.types import KeyOrKeys, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 Verdict = Literal["skipped", "pass", "warn", "fail"]  # from good to bad
 _FEW_STEPS, _MANY_STEPS, _RESTARTS, _DRAWS = 10, 50, 5, 10
@@ -61,8 +61,8 @@ class Audit(NamedTuple):
 @on_the_host
 def audit(
     logits_fn: LogitsFn,
-    x: Float[np.ndarray, "n ..."],
-    y: Int[np.ndarray, " n"],
+    x: Images,
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: float,

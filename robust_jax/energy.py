@@ -90,7 +90,7 @@ def oscillation(
     eps: Length,
     norm: Norm = "linf",
     num_steps: int = 10,
-    step_size: float | None = None,
+    step_size: Length | None = None,
 ) -> PerExample:
     """(max ℓ(x+r) - min ℓ(x+r))², each end the best point that PGD and x itself offer.
 
@@ -147,7 +147,7 @@ def rise(
     eps: Length,
     norm: Norm = "linf",
     num_steps: int = 10,
-    step_size: float | None = None,
+    step_size: Length | None = None,
 ) -> PerExample:
     """(max ℓ(x+r) - ℓ(x))², what adversarial training pushes down: at most `oscillation`.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Integer, Key
 
 from robust_jax.batches import MapExamples
 from robust_jax.types import KeyOrKeys
@@ -24,7 +24,7 @@ def fold_in_each(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
-def fold_each(keys: Key[Array, " b"], data: int | Int[Array, ""]) -> Key[Array, " b"]:
+def fold_each(keys: Key[Array, " b"], data: int | Integer[Array, ""]) -> Key[Array, " b"]:
     """Each example's key folded with the same number: one for every use of randomness."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from robust_jax._front import compiled
 from robust_jax._precision import wide_dtype
@@ -22,17 +22,17 @@ from robust_jax.attacks._best import check_counts, check_lengths
 from robust_jax.attacks.norms import L2, Length, threat_model
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn, PerExample
+from robust_jax.types import Images, KeyOrKeys, Labels, Logits, LogitsFn, PerExample
 
 # Where training takes a boundary to be that does not exist: far enough to pull nothing.
 _FAR = 1e12
 
 
 def linear(
-    weights: Float[np.ndarray, "k d"],
-    bias: Float[np.ndarray, " k"],
-    x: Float[np.ndarray, "b ..."],
-    y: Int[np.ndarray, " b"],
+    weights: Float[Array | np.ndarray, "k d"],
+    bias: Float[Array | np.ndarray, " k"],
+    x: Images,
+    y: Labels,
     *,
     norm: Norm = "linf",
 ) -> Float[np.ndarray, " b"]:
@@ -63,9 +63,9 @@ def linear(
         >>> margins.linear(weights, bias, np.array([[0.2, 0.1]]), np.array([0]), norm="l2")
         array([0.2])
     """
-    weights, x = np.asarray(weights, np.float64), np.asarray(x, np.float64)
-    logits = x.reshape(len(x), -1) @ weights.T + np.asarray(bias, np.float64)
-    shaped = weights.reshape(len(weights), *x.shape[1:])
+    rows, flat = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (weights, x))
+    logits = flat @ rows.T + np.asarray(bias, np.float64)
+    shaped = rows.reshape(len(rows), *x.shape[1:])
     return _over_weights(logits, np.asarray(y), shaped, threat_model(norm))
 
 
@@ -173,7 +173,7 @@ def boundary_distances(
     return jnp.where(steep, gaps / jnp.where(steep, slopes, 1), nowhere)
 
 
-def truncate(boundaries: Float[Array, "b n"], tau: float) -> PerExample:
+def truncate(boundaries: Float[Array, "b n"], tau: Length) -> PerExample:
     """ψ(m/τ), with ψ(u) = 1/(1 + e^u) and m the smooth minimum of the distances to boundaries.
 
     m = -τ log Σ_j exp(-m_j/τ) is below the least distance by τ log n at most. ψ falls strictly, and
@@ -343,8 +343,8 @@ def clever(
 
 
 def lipschitz(
-    logits: Float[np.ndarray, "b k"],
-    y: Int[np.ndarray, " b"],
+    logits: Logits,
+    y: Labels,
     layers: Mapping[str, Layer],
     *,
     norm: Norm = "linf",

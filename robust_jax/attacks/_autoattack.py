@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from robust_jax import _checks, losses
 from robust_jax._front import Mapper, on_the_host
@@ -33,7 +33,7 @@ from robust_jax.errors import UnusableState
 from robust_jax.files import UNREADABLE_NPZ, save_arrays
 from robust_jax.keys import example_keys, fold_each, with_keys
 from robust_jax.progress import progress as progress_bar
-from robust_jax.types import KeyOrKeys, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 
 class Component(NamedTuple):
@@ -92,8 +92,8 @@ class AutoAttackResult(NamedTuple):
 @on_the_host
 def autoattack(
     logits_fn: LogitsFn | Callable,
-    x: Float[np.ndarray, "n ..."],
-    y: Int[np.ndarray, " n"],
+    x: Images,
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: float,

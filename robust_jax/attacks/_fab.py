@@ -52,7 +52,7 @@ def fab(
     y: Int[Array, " b"],
     key: KeyOrKeys,
     *,
-    eps: float = jnp.inf,
+    eps: Length = jnp.inf,
     norm: Norm = "linf",
     num_steps: int = 100,
     num_targets: int | None = 9,

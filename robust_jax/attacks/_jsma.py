@@ -13,7 +13,7 @@ from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import check_lengths
 from robust_jax.attacks._success import classified_as, misclassified
-from robust_jax.attacks.norms import L0, tiny
+from robust_jax.attacks.norms import L0, Length, tiny
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 # How many pairs of features are held in memory at a time, for each example.
@@ -27,7 +27,7 @@ def jsma(
     y: Int[Array, " b"],
     key: KeyOrKeys,
     *,
-    eps: float,
+    eps: Length,
     norm: Literal["l0"] = "l0",
     theta: float = 1.0,
     targets: Int[Array, " b"] | None = None,
@@ -113,7 +113,7 @@ def most_salient_pair(
     cost: Float[Array, " p"],
     free: Bool[Array, " p"],
     changed: Bool[Array, " p"],
-    budget: float | Float[Array, ""],
+    budget: Length,
 ) -> tuple[Int[Array, " 2"], Bool[Array, ""]]:
     """The pair (i, j) with the largest -(gain_i + gain_j)·(cost_i + cost_j), and if there is one.
 

@@ -10,7 +10,7 @@ from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, check_counts, value_dtype
 from robust_jax.attacks._pgd import pgd
 from robust_jax.attacks._success import misclassified
-from robust_jax.attacks.norms import Norm
+from robust_jax.attacks.norms import Length, Norm
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
@@ -22,10 +22,10 @@ def multi_targeted(
     y: Int[Array, " b"],
     key: KeyOrKeys,
     *,
-    eps: float,
+    eps: Length,
     norm: Norm = "linf",
     num_steps: int = 20,
-    step_size: float | None = None,
+    step_size: Length | None = None,
     num_targets: int | None = None,
     num_restarts: int = 1,
 ) -> Images:

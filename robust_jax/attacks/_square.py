@@ -68,7 +68,7 @@ def square(
     y: Int[Array, " b"],
     key: KeyOrKeys,
     *,
-    eps: float,
+    eps: Length,
     norm: Norm = "linf",
     num_queries: int = 5000,
     num_restarts: int = 1,

@@ -8,6 +8,7 @@ from jaxtyping import Array, Int
 from robust_jax._front import compiled
 from robust_jax.attacks._pgd import pgd
 from robust_jax.attacks._success import is_adversarial
+from robust_jax.attacks.norms import Length
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 
@@ -20,7 +21,7 @@ def transfer(
     *,
     surrogate: LogitsFn,
     attack: Callable = pgd,
-    eps: float,
+    eps: Length,
     **keywords,
 ) -> Images:
     """The adversarials of a surrogate network, to be shown to this one.

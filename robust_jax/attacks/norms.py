@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Real
 
 from robust_jax._precision import wide_dtype
 
 Perturbation = Float[Array, "..."]
 Scalar = Float[Array, ""]
-Length = float | Scalar
+Length = float | Real[Array, ""]
 
 # A gradient of a smaller dual norm counts as none.
 _FLAT = 1e-12
