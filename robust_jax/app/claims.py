@@ -72,8 +72,10 @@ def judge_test(
     outcomes = _outcomes(test, runs)
     numbers = [[measures.value(run.results, test["measure"]) for run in arms] for arms in runs]
     measured = np.array([of_seed for of_seed in numbers if None not in of_seed], float)
-    smallest = _size(test.get("smallest_effect", 0.0), test, measured)
-    widest = _size(test["widest"], test, measured) if "widest" in test else smallest
+    # A negative `by` is a tolerance: to be within it is the claim, so no effect is too small.
+    tolerance = -min(test.get("by", 0.0), 0.0)
+    smallest = 0.0 if tolerance else _size(test.get("smallest_effect", 0.0), test, measured)
+    widest = _size(test["widest"], test, measured) if "widest" in test else smallest or tolerance
     known = interval(outcomes, bounds=_bounds(test))
     if adds_seeds:
         known = as_wide_as(widest, known)
