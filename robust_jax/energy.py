@@ -11,9 +11,10 @@ in a small neighbourhood. The formula of neither was at hand: these are our read
   each example; not of `mean_square`, which averages what adversarial training maximises.
 
 The neighbourhood is the eps-ball cut to [0,1]. ℓ is the cross-entropy with labels y [B], in nats;
-with y=None it is label-free, KL(p(x) ‖ p) from the prediction at x itself, which is held fixed (as
-in VAT, arXiv 1704.03976, whose term is a lower bound of the square root of the label-free `rise`).
-All are differentiable in the network's parameters at the points they look at.
+with y=None it is label-free, KL(p(x) ‖ p) from the prediction at x itself, which is held fixed, as
+in VAT (arXiv 1704.03976). VAT's term is that KL at one r of length eps, not cut to [0,1]: where
+x + r is in the box, a lower bound of √`rise` label-free, if the attack finds the maximum. All are
+differentiable in the network's parameters at the points they look at.
 """
 
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def mean_square(
     norm: Norm = "linf",
     num_samples: int = 1,
 ) -> PerExample:
-    """E (ℓ(x+r) - ℓ(x))², r uniform in the ball and moved into the box.
+    """E (ℓ(x+r) - ℓ(x))², r uniform in the ball and moved into the box (our reading).
 
     Costs num_samples + 1 forward passes of the whole batch, one at a time; its gradient keeps the
     activations of all.
@@ -92,7 +93,7 @@ def oscillation(
     num_steps: int = 10,
     step_size: Length | None = None,
 ) -> PerExample:
-    """(max ℓ(x+r) - min ℓ(x+r))², each end the best point that PGD and x itself offer.
+    """(max ℓ(x+r) - min ℓ(x+r))², each end the best that PGD and x offer (our reading).
 
     x is among the points, so this is never below (max ℓ(x+r) - ℓ(x))², the term that adversarial
     training pushes down (`rise`). Costs two attacks of num_steps, or one if label-free (KL is least
@@ -196,10 +197,10 @@ def total_variation(
     num_samples: int = 1,
     squared: bool = False,
 ) -> PerExample:
-    """E ‖∇ℓ(x+r)‖, r uniform in the ball and moved into the box; the norm is dual to the ball's.
+    """E ‖∇ℓ(x+r)‖, r uniform in the ball and moved into the box, of the dual norm (our reading).
 
-    Times eps it is how much the loss moves at a step of that length, to first order. Costs a
-    forward and a backward pass of the whole batch for each sample, one at a time; its gradient
+    Times eps it is how much the loss moves at most at a step of that length, to first order. Costs
+    a forward and a backward pass of the whole batch for each sample, one at a time; its gradient
     keeps the activations of all.
 
     Args:
@@ -250,9 +251,10 @@ def path(
     step_size: Length | None = None,
     num_pieces: int = 4,
 ) -> PerExample:
-    """n · Σ_i (ℓ(x + r·i/n) - ℓ(x + r·(i-1)/n))², on the way to the point x + r that PGD finds.
+    """n · Σ_i (ℓ(x + r·i/n) - ℓ(x + r·(i-1)/n))², to the point x + r that PGD finds (our reading).
 
-    For n = num_pieces = 1 it is `rise`, and for any n at least that (Cauchy-Schwarz); doubled, n
+    For n = num_pieces = 1 it is `rise` where PGD raises the loss at all, and for any n at least
+    that (Cauchy-Schwarz); doubled, n
     never lowers it, towards ∫₀¹ (∇ℓ(x+tr)·r)² dt, the squared variation of the loss on the way. So
     it also sees what lies between x and the worst point. Costs an attack of num_steps and n + 1
     forward passes.

@@ -1,8 +1,9 @@
 """Pure per-example losses and output measures: logits [B,K] and labels [B] in, [B] out, in nats.
 
-Nothing here reduces over the batch: the caller does, with (sum, count) pairs. All of it is
-computed in log space, so values and gradients stay finite for logits of ±1e4 in float32. Logits of
-16 bits are computed in float32, which is what comes back.
+Nothing here reduces over the batch: the caller does, with (sum, count) pairs. Values and gradients
+stay finite for logits of ±1e4 in float32: all is computed in log space, but for the form of guided
+complement entropy that follows its authors' code, epsilons and all. Logits of 16 bits are computed
+in float32, which is what comes back.
 """
 
 import math

@@ -2,9 +2,10 @@
 
 Four estimates of one quantity, [B] in pixel units of the threat norm: the distance to the nearest
 point that is misclassified or, negated, from a misclassified example to the nearest that is not.
-`linear` is exact, `first_order` exact for a linear network; `minimum_norm` is never smaller and
-`lipschitz` never larger in magnitude. Source: arXiv 1907.11780, which means by minimum and average
-margin the least and the mean over the training set.
+Of examples that are classified correctly `linear` is exact, and `first_order` for a linear network;
+`minimum_norm` is never smaller and `lipschitz` never larger in magnitude. arXiv 1907.11780 means by
+minimum and average margin the least and the mean over the training set, measured from the predicted
+class, unsigned, as `clever` does; the sign and the other estimates are ours.
 """
 
 from collections.abc import Callable, Mapping
@@ -151,7 +152,7 @@ def boundary_distances(
         Array([[0.2]], dtype=float32)
 
     Reference:
-        Wu & Yu 2019, arXiv 1907.11780.
+        Ours; what `config.regularizers.input_margin` is made of.
     """
     threat = threat_model(norm)
     x, y = jnp.asarray(x), jnp.asarray(y)

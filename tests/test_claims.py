@@ -87,9 +87,9 @@ def test_margins_levels_and_trends():
     assert judge(runs, ABOVE)["verdict"] == "refuted"
     # A tolerance takes the place of a smallest effect: -1.2 points or so are within two.
     assert judge(runs, {**within, "smallest_effect": 0.02})["verdict"] == "supported"
-    worse = found(a=(0.47, 0.46, 0.48), b=(0.5, 0.49, 0.51))
+    worse = found(b=(0.47, 0.461, 0.48), a=(0.51, 0.5, 0.519))
     assert judge(worse, {**within, "smallest_effect": 0.02})["verdict"] == "refuted"
-    unsure = found(a=(0.47, 0.48, 0.5), b=(0.49, 0.49, 0.49))
+    unsure = found(b=(0.47, 0.48, 0.5), a=(0.49, 0.49, 0.49))
     judged = judge(unsure, {**within, "smallest_effect": 0.02})
     assert judged["verdict"] == "inconclusive" and judged["tests"][0]["widest"] == 0.02
     level = {"measure": "pgd@0.1", "arms": ("c",), "relation": "below", "level": 0.3}

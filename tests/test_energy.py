@@ -10,6 +10,7 @@ import pytest
 from scipy.special import expit
 
 from robust_jax import attacks, energy, losses
+from robust_jax.train.regularizers import Half, vat
 from tests.linear import interior_images
 
 KEY = jax.random.key(0)
@@ -139,6 +140,17 @@ def test_oscillation_is_above_the_adversarial_term_on_every_example(trained, nor
     rise = energy.rise(logits_fn, x, y, KEY, **keywords)
     assert (rise <= oscillation).all() and (rise > 0).all()
     np.testing.assert_allclose(rise.mean(), ((at_adv - at_x) ** 2).mean(), rtol=0.1)
+
+
+def test_the_label_free_rise_is_above_vats_term_on_every_example_inside_the_box(trained):
+    logits_fn, x, _ = trained
+    x, eps = 0.25 + x / 2, 0.2  # nothing within eps of x is cut
+    keys = jax.random.split(KEY, len(x))
+    term = vat(logits_fn, Half(x, logits_fn(x)), keys, eps=eps, num_iterations=10)
+    # The KL has two maxima, on either side of x; an attack finds one of them.
+    keywords = {"eps": eps, "norm": "l2", "num_steps": 40, "step_size": 0.02}
+    rises = [energy.rise(logits_fn, x, None, jax.random.key(i), **keywords) for i in range(16)]
+    assert (np.sqrt(np.max(rises, 0)) >= 0.999 * term).all() and (term > 0).all()
 
 
 @pytest.mark.parametrize("labelled", [True, False])

@@ -87,13 +87,14 @@ def input_margins(
     radius: float = 5.0,
     num_samples: int = 1024,
 ) -> Found:
-    """Margins in the input space, by one of four estimates (arXiv 1907.11780).
+    """Margins in the input space, by one of four estimates.
 
-    first_order, exact for a linear network, costs K backward passes an example; minimum_norm, an
-    upper bound, two attacks (FAB) of num_steps; lipschitz, a lower bound for a network of one layer
-    after another, a forward pass and the layers' norms; clever, as published from the predicted
-    class, unsigned and at most radius, K backward passes for each of num_samples points. Array:
-    input_margin [N], pixel units. Raises UserError where lipschitz does not hold for the model.
+    clever as in arXiv 1907.11780, from the predicted class, unsigned and at most radius: K backward
+    passes for each of num_samples points. Ours, from the label: first_order, exact for a linear
+    network where it is right, K backward passes an example; minimum_norm, an upper bound, two
+    attacks (FAB) of num_steps; lipschitz, a lower bound for a network of one layer after another, a
+    forward pass and the layers' norms. Array: input_margin [N], pixel units. Raises UserError where
+    lipschitz does not hold for the model.
     """
     x, y = _examples(getattr(subject.dataset, split), num_examples)
     if estimate == "lipschitz":
