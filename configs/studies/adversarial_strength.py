@@ -77,6 +77,7 @@ def get_config():
         "small": {"radii": {"trained": 0.1}, "arms": arms(0.1)},
         "medium": {
             "seeds": (0, 1, 2, 3, 4),
+            "seeds_limit": 10,
             "radii": {"trained": 0.1},
             "base": {
                 "train_size": 5000,

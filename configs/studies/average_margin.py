@@ -83,6 +83,7 @@ def get_config():
         "small": {"arms": longer("10 epochs", "3 epochs")},
         "medium": {
             "seeds": (0, 1, 2, 3, 4),
+            "seeds_limit": 10,
             "base": {
                 "duration": "5 epochs",
                 "validate_every": "1 epoch",

@@ -116,6 +116,7 @@ def get_config():
         "small": {"radii": radii(EPS)},
         "medium": {
             "seeds": (0, 1, 2, 3, 4),
+            "seeds_limit": 10,
             "radii": radii(EPS),
             "base": {
                 "adversary": {"num_steps": 10},

@@ -20,6 +20,16 @@ ENTM = {
 }
 SMOOTHED = {"loss": {"name": "cross_entropy", "label_smoothing": 0.2}}
 LS = {**SMOOTHED, "sweep": {"field": "loss.label_smoothing", "values": (0.1, 0.2, 0.4)}}
+# At scale small, beside an adversary, the largest of each was the best.
+LARGER = {
+    arm: {"sweep": {"values": values}}
+    for arm, values in {
+        "entm": (0.1, 0.3, 1.0, 2.0, 4.0),
+        "at_entm": (0.1, 0.3, 1.0, 2.0, 4.0),
+        "at_ls": (0.1, 0.2, 0.4, 0.6),
+        "at_ls_matched": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+    }.items()
+}
 MATCHED = {
     **SMOOTHED,
     "sweep": {
@@ -86,11 +96,10 @@ def get_config():
 
     # Nothing that is trained on clean images alone is left at the eps of adversarial training.
     clean = {"loss_on": "clean", "validation_attack": {"eps": radii["faint"]}}
+    alone = {"ce": clean, "entm": {**clean, **ENTM}, "ls": {**clean, **LS}}
     config.arms = ConfigDict(
         {
-            "ce": clean,
-            "entm": {**clean, **ENTM},
-            "ls": {**clean, **LS},
+            **alone,
             "at": {},
             "at_entm": ENTM,
             "at_ls": LS,
@@ -114,7 +123,9 @@ def get_config():
         "small": {"radii": radii},
         "medium": {
             "seeds": (0, 1, 2, 3, 4),
+            "seeds_limit": 10,
             "radii": radii,
+            "arms": LARGER,
             "base": {
                 "adversary": {"num_steps": 10},
                 "duration": "20 epochs",
@@ -128,7 +139,11 @@ def get_config():
             "seeds": (0, 1, 2),
             "radii": dict(zip(radii, levels, strict=True)),
             "arms": {
-                arm: {"validation_attack": {"eps": levels[0]}} for arm in ("ce", "entm", "ls")
+                arm: {
+                    **LARGER.get(arm, {}),
+                    **({"validation_attack": {"eps": levels[0]}} if arm in alone else {}),
+                }
+                for arm in {**LARGER, **alone}
             },
             "published": (("at", PREACT_RESNET18_AT),),
             "base": {
@@ -176,6 +191,8 @@ def get_config():
         ("relative slope", "AutoAttack at {trained}"),
         ("‖J‖ logits", "PGD at {faint}"),
         ("‖J‖ probabilities", "PGD at {faint}"),
+        ("‖J‖ logits", "PGD at {largest}"),
+        ("‖J‖ logits", "AutoAttack at {largest}"),
     )
     config.along_training = ()
     config.published = ()

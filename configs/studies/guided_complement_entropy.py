@@ -6,8 +6,8 @@
 The authors' table whole, following cross-entropy and following the loss of the training, for the
 exact loss and for that of the authors' code, and AutoAttack, which nobody has published. smoke:
 digits, seconds. small: the authors' 20 epochs (adversarial arms: 3, of twice the batch), 3 seeds,
-about two hours of 2 CPU cores. medium: 5 seeds, AutoAttack on 1,000 images, hours. full: 20 epochs
-of every arm, the whole test set.
+an hour and a half of 2 CPU cores. medium: 5 seeds, AutoAttack on 1,000 images, hours. full: 20
+epochs of every arm, the whole test set.
 """
 
 from ml_collections import ConfigDict
@@ -43,7 +43,9 @@ def get_config():
         "is the label's logit less the mean of the others, and 1 - p the label's missing "
         "probability, 4.1e-4 at that gap.",
         "COT takes one step on the sum of its two losses, where the paper takes two steps (our "
-        "reading). JSMA: γ is a share of the pixels; C&W has no bound.",
+        "reading); its rows that follow the training loss follow cross-entropy, the half of it "
+        "that attacks can follow, and its published JSMA number, for which no γ is given, stands "
+        "at 0.25. JSMA: γ is a share of the pixels; C&W has no bound.",
     )
     config.labels = {
         "ce": "CE",
@@ -119,6 +121,7 @@ def get_config():
         "small": {"arms": {arm: {"attacks": attacks(arm, 200, 50)} for arm in objectives}},
         "medium": {
             "seeds": (0, 1, 2, 3, 4),
+            "seeds_limit": 10,
             "arms": {arm: {"attacks": attacks(arm, 1000, 200)} for arm in objectives},
         },
         "full": {
@@ -226,7 +229,10 @@ def get_config():
                     above("measurements.outputs_train.median_gap", "gce_published", level=7.0),
                     below("measurements.outputs_train.median_gap", "gce_published", level=13.0),
                     above("measurements.outputs_train.median_gap", "gce", level=13.0),
-                    below("measurements.outputs.saturated", "gce_published", "gce"),
+                    {
+                        **below("measurements.outputs.saturated", "gce_published", "gce"),
+                        "smallest_effect": 0.02,
+                    },
                 ],
             },
             "constants, PGD": {

@@ -64,7 +64,8 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
                 {s["by"]: _axis(s["by"], words_of) for s in results["sweeps"].values()},
             ),
             "Sweeps: what each value came to, on a seed that the study does not use again. A ring "
-            "marks the value that was chosen; where there is a dashed line, the nearest to it.",
+            "marks the value that was chosen; where there is a dashed line, the nearest to it."
+            + _at_an_edge(named(results["sweeps"])),
         )
     if results["along_training"]:
         figures["training"] = (
@@ -103,6 +104,17 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
     write_atomically(
         workdir / "README.md", _markdown(results, claims, arms, rows, captions, chance)
     )
+
+
+def _at_an_edge(sweeps: Mapping[str, Any]) -> str:
+    """A sentence on sweeps that chose their least or largest value: a better one may lie beyond."""
+    chosen = [
+        f"{arm} ({sweep['chosen']:g})"
+        for arm, sweep in sweeps.items()
+        if len(sweep["values"]) > 1
+        and sweep["chosen"] in (min(sweep["values"]), max(sweep["values"]))
+    ]
+    return f" At an edge, so a better value may lie beyond: {', '.join(chosen)}." if chosen else ""
 
 
 def _in_percent(measure: str, entry: Mapping[str, Any]) -> dict[str, Any]:
