@@ -134,9 +134,7 @@ def audit(
     all_logits = logits
     rows, logits = {name: array[right] for name, array in rows.items()}, logits[right]
 
-    def double_mapping() -> MapExamples:
-        if map_examples:
-            return mapping
+    def double_mapping() -> MapExamples:  # map_examples is of the network as it is
         return with_keys(Mapper(in_double(logits_fn, x.shape[1:]), batch_size), keys)
 
     lab = _Lab(mapping, double_mapping, rows, logits, eps, norm, training_loss)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_jax._network import Network, as_network
-from robust_jax.devices.parallel import off_any_mesh
 
 
 def is_traced(*trees: Any) -> bool:
@@ -68,6 +67,11 @@ def one_row_each(y: Any, x: Any, name: str = "y") -> jax.Array | np.ndarray:
             f"x is needed, [{len(x)}]{batch}"
         )
     return y
+
+
+def looks_like_labels(y: Any) -> bool:
+    """Whether y is one whole number an example."""
+    return bool(y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer))
 
 
 def labels(y: Any, num_classes: int, name: str = "y") -> None:
@@ -131,8 +135,7 @@ def network(
         )
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     try:
-        # The program of a network would keep the mesh that its weights were on.
-        return as_network(off_any_mesh(fn), x.shape[1:], dtype, key=key)
+        return as_network(fn, x.shape[1:], dtype, key=key)
     except jax.errors.TracerArrayConversionError as error:
         raise ValueError(
             f"{name} hands its input to numpy, which has no gradient: use jax.numpy, or "

@@ -57,9 +57,10 @@ def compiled(fn: Callable) -> Callable:
             within_a_trace = _checks.is_traced([values[n].arrays for n in _NETWORKS if n in values])
             # JAX declares its flags at run time, where mypy does not see them.
             if within_a_trace or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-                return fn(**given)
+                return _within_a_trace(fn, given)
             return _run(fn, values)
 
+    call.is_compiled = True  # type: ignore[attr-defined] # which tests look for
     return call
 
 
@@ -73,7 +74,8 @@ def _checked(
     values = dict(given)
     # A Jacobian is asked for anywhere; labels and radii are of images in [0,1].
     name = _examples(values)
-    x = values[name] = _checks.pixels(values[name], name, bounded="y" in values)
+    takes_images = "y" in values or "logits_fn" in values
+    x = values[name] = _checks.pixels(values[name], name, bounded=takes_images)
     labels = [name for name in _LABELS if values.get(name) is not None or name in needed]
     for name in labels:
         values[name] = _checks.one_row_each(values[name], x, name)
@@ -86,12 +88,12 @@ def _checked(
             values[name] = _checks.network(values[name], x, name, key=key)
             if name != "features_fn":
                 _checks.output(values[name], name)
-            if "y" in values:
+            if takes_images and name != "features_fn":
                 num_classes = _checks.num_classes(values[name], name)
     for name in labels:
-        # What a loss compares outputs with need not be labels, where no success is looked for.
-        is_reference = name == "y" and getattr(values.get("criterion"), "__name__", "") == "never"
-        if not is_reference:
+        # What a loss and a criterion of the caller's compare outputs with need not be labels.
+        is_of_any_kind = name == "y" and values.get("criterion") is not None
+        if not is_of_any_kind or _checks.looks_like_labels(values[name]):
             _checks.labels(values[name], num_classes, name)
     for name in _LENGTHS:
         if name in values and (values[name] is not None or defaults[name] is not None):
@@ -102,6 +104,8 @@ def _checked(
 
 def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
     x = given[_examples(given)]
+    if given.get("key") is not None:  # its type is known even here
+        given = {**given, "key": _checks.example_keys_of(given["key"], len(x))}
     if not has_explicit_axes(x):
         return fn(**given)
     # vmap wants everything divided alike, which keys and labels need not be.
@@ -112,29 +116,33 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
         values = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
         return fn(**jax.tree.unflatten(structure, values))
 
-    with _meshes_told():
+    with _told():
         return on_automatic_axes(run, x)(arrays)
 
 
 @contextmanager
-def _meshes_told() -> Iterator[None]:
-    """JAX's errors about two meshes in one program, told as what leads to them."""
+def _told() -> Iterator[None]:
+    """JAX's errors while a program is traced, told as what leads to them."""
     try:
         yield
-    except (ValueError, NotImplementedError) as error:
-        if not any(text in str(error) for text in _TWO_MESHES):
-            raise
-        raise ValueError(
-            "the network closes over weights that lie on a mesh; give them as a part of it: "
-            "jax.tree_util.Partial(apply, weights), which is called as apply(weights, x)"
-        ) from error
+    except (TypeError, ValueError, NotImplementedError) as error:
+        for said, meant in _MEANT.items():
+            if said in str(error):
+                raise ValueError(meant) from error
+        raise
 
 
-_TWO_MESHES = (
-    "Mesh for all inputs should be equal",
-    "should match the aval mesh",
-    "Closing over inputs to shard_map",
+_ON_A_MESH = (
+    "the network closes over weights that lie on a mesh; give them as a part of it: "
+    "jax.tree_util.Partial(apply, weights), which is called as apply(weights, x)"
 )
+_MEANT = {
+    "Mesh for all inputs should be equal": _ON_A_MESH,
+    "should match the aval mesh": _ON_A_MESH,
+    "Closing over inputs to shard_map": _ON_A_MESH,
+    "(jvp) to a custom_vjp function": "the network has a derivative by jax.custom_vjp, which cannot"
+    " be taken forwards, as spectral norms and projections need; use jax.custom_jvp",
+}
 
 
 def on_the_host(fn: Callable) -> Callable:
@@ -174,7 +182,7 @@ def _run(fn: Callable, values: dict[str, Any]) -> Any:
             rows = {name: value[where] for name, value in rows.items()}
         rows, rest = placement.shared(rows), placement.replicated(rest)
     programs = tuple(value.program for value in rest.values() if isinstance(value, Network))
-    with _meshes_told():
+    with _told():
         out = _program(fn, _Setting(static), programs, placement)(rows, rest)
     if count % placement.count:
         out = jax.tree.map(lambda a: a[:count], out)
@@ -258,7 +266,7 @@ class Mapper:
         program = _rows_program(_Setting(fn), self._network.program, where)
         sizes = list(batches(count, self._batch_size, multiple_of=where.count, num_sizes=num_sizes))
         scalars = where.replicated(scalars)  # another network may be among them
-        with _meshes_told():
+        with _told():
             parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]
         return joined(jax.device_get(parts), [real for _, real in sizes])
 

@@ -32,6 +32,12 @@ from robust_jax.attacks.norms import Length, threat_model
 from robust_jax.keys import example_keys, fold_each
 from robust_jax.types import Array, Images, KeyOrKeys, Labels, LogitsFn, PerExample
 
+__all__ = ["mean_square", "oscillation", "path", "rise", "total_variation"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 @compiled
 def mean_square(

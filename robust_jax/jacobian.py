@@ -19,6 +19,23 @@ from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
 from robust_jax.types import Array, KeyOrKeys, Labels, LogitsFn, PerExample
 
+__all__ = [
+    "Estimate",
+    "frobenius_norm",
+    "frobenius_norm_estimate",
+    "jacobian",
+    "probabilities",
+    "relative_slope",
+    "singular_values",
+    "spectral_norm",
+    "squared_frobenius_samples",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Inputs = Float[Array, "b ..."]
 Fn = Callable[[Inputs], Float[Array, "b k"]]
 
@@ -129,9 +146,10 @@ def singular_values(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> Floa
     return in_chunks(singular_values_one, x, chunk_size)
 
 
+@compiled
 def squared_frobenius_samples(
     fn: Fn, x: Inputs, key: KeyOrKeys, *, num_projections: int
-) -> Float[Array, "n b"]:
+) -> Float[Array, "b n"]:
     """Unbiased samples ‖Jv‖² of ‖J‖_F², v ~ N(0, I).
 
     Differentiable in the network's parameters, so it serves as a regulariser too. Costs
@@ -145,7 +163,7 @@ def squared_frobenius_samples(
         num_projections: How many samples of each example.
 
     Returns:
-        [num_projections,B].
+        [B,num_projections].
 
     Raises:
         ValueError: num_projections is below 1.
@@ -170,7 +188,7 @@ def squared_frobenius_samples(
 
         return (wide(jax.jvp(fn, (x,), (jax.vmap(draw)(keys),))[1]) ** 2).sum(-1)
 
-    return jax.lax.map(sample, jnp.arange(num_projections))
+    return jax.lax.map(sample, jnp.arange(num_projections)).T
 
 
 @compiled
@@ -217,7 +235,7 @@ def frobenius_norm_estimate(
         return squared_frobenius_samples(fn, one[None], key[None], num_projections=num_projections)
 
     keys = example_keys(key, x.shape[0])
-    squares = in_chunks(lambda args: samples_one(*args)[:, 0], (x, keys), chunk_size)
+    squares = in_chunks(lambda args: samples_one(*args)[0], (x, keys), chunk_size)
     norm = jnp.sqrt(squares.mean(-1))
     error_of_square = squares.std(-1, ddof=1) / num_projections**0.5
     return Estimate(norm, error_of_square / jnp.maximum(2 * norm, jnp.finfo(norm.dtype).tiny))

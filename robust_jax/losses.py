@@ -18,6 +18,31 @@ from jaxtyping import Array, Float
 from robust_jax._precision import wide
 from robust_jax.types import Labels, Logits, PerExample
 
+__all__ = [
+    "LOSSES",
+    "Form",
+    "Loss",
+    "boosted_cross_entropy",
+    "complement",
+    "complement_entropy",
+    "confidence",
+    "correct",
+    "cross_entropy",
+    "dlr",
+    "entropy",
+    "guided_complement_entropy",
+    "kl",
+    "margin",
+    "margin_loss",
+    "targeted_dlr",
+    "targeted_margin",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Loss = Callable[[Logits, Labels], PerExample]
 Form = Literal["exact", "published"]
 

@@ -25,6 +25,21 @@ from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, Labels, Logits, LogitsFn, PerExample
 
+__all__ = [
+    "boundary_distances",
+    "clever",
+    "first_order",
+    "linear",
+    "lipschitz",
+    "minimum_norm",
+    "truncate",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # Where training takes a boundary to be that does not exist: far enough to pull nothing.
 _FAR = 1e12
 

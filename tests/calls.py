@@ -46,6 +46,9 @@ FUNCTIONS = {
     "jacobian": lambda f, x, y, k: jacobian.jacobian(f, x),
     "frobenius_norm": lambda f, x, y, k: jacobian.frobenius_norm(f, x, chunk_size=2),
     "singular_values": lambda f, x, y, k: jacobian.singular_values(f, x),
+    "squared_frobenius_samples": lambda f, x, y, k: jacobian.squared_frobenius_samples(
+        f, x, k, num_projections=4
+    ),
     "frobenius_norm_estimate": lambda f, x, y, k: jacobian.frobenius_norm_estimate(
         f, x, k, num_projections=2
     ),

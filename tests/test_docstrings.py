@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+import robust_jax
+
 MODULES = (
     "attacks", "energy", "jacobian", "losses", "margins",
     *(f"analysis.{name}" for name in ("calibration", "features", "latent", "spectra", "summaries",
@@ -37,6 +39,8 @@ def functions():
             is_own = getattr(value, "__module__", "").startswith(module.__name__)
             if inspect.isfunction(value) and is_own and not label.startswith("_"):
                 yield pytest.param(value, id=f"{name}.{label}")
+    for label in ("audit", "evaluate", "plain_convolutions"):
+        yield pytest.param(getattr(robust_jax, label), id=label)
 
 
 @pytest.mark.parametrize("function", list(functions()))

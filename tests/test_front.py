@@ -47,14 +47,27 @@ def examples(seed=0, count=8):  # one for each device
     return x, jnp.argmax(network(weights_of(0))(x), -1)
 
 
-def is_compiled(fn):
-    return hasattr(fn, "__wrapped__") and fn.__globals__["__name__"] == "robust_jax._front"
-
-
 def test_every_function_behind_the_front_door_is_called_here():
     modules = (attacks, energy, jacobian, margins)
-    found = {n for module in modules for n in vars(module) if is_compiled(getattr(module, n))}
+    public = {name: fn for module in modules for name, fn in vars(module).items()}
+    found = {name for name, fn in public.items() if getattr(fn, "is_compiled", False)}
     assert found == set(FUNCTIONS)
+
+
+def test_a_criterion_may_compare_outputs_with_anything():
+    x, _ = examples()
+    f = network(weights_of(0))
+
+    def moved(logits, reference):
+        return jnp.abs(logits - reference).max(-1) > 0.5
+
+    def distance(logits, reference):
+        return jnp.abs(logits - reference).sum(-1)
+
+    x_adv = attacks.pgd(f, x, f(x), KEY, eps=0.2, loss=distance, criterion=moved)
+    assert moved(f(x_adv), f(x)).all()
+    with pytest.raises(ValueError, match="has the label 9; the network has 4 classes"):
+        attacks.pgd(f, x, jnp.full(len(x), 9), KEY, eps=0.2, criterion=attacks.misclassified)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -151,14 +164,24 @@ def test_a_programs_size_does_not_grow_with_the_network():
     assert sizes[1] < 1.1 * sizes[0]
 
 
-def test_the_cache_is_bounded_and_memory_does_not_grow():
-    from robust_jax import _front
+def test_programs_are_kept_a_bounded_number_of_them(monkeypatch):
+    from robust_jax import _front, _network
 
+    kept = (_front._program, _front._rows_program, _network._known)
+    assert {cache.cache_info().maxsize for cache in kept} == {_network.MOST_PROGRAMS}
+    small = functools.lru_cache(2)(_front._program.__wrapped__)
+    monkeypatch.setattr(_front, "_program", small)
     x, y = examples()
-    for seed in range(300):  # more than the caches hold
+    for factor in (1.0, 2.0, 3.0, 4.0):  # four programs
+        jacobian.frobenius_norm(lambda x, factor=factor: factor * network(weights_of(0))(x), x)
+    assert small.cache_info().currsize == 2 and small.cache_info().misses == 4
+
+
+def test_memory_does_not_grow_with_calls():
+    x, y = examples()
+    for seed in range(300):
         attacks.fgsm(network(weights_of(0)), x, y, jax.random.key(seed), eps=0.1)
     gc.collect()
-    assert _front._program.cache_info().currsize <= _front._program.cache_info().maxsize
     before = len(gc.get_objects())
     for seed in range(200):
         attacks.fgsm(network(weights_of(0)), x, y, jax.random.key(seed), eps=0.1)
@@ -275,6 +298,16 @@ def repeated(fn):
     return logits_fn
 
 
+def prelu(weights, slope):
+    """With a weight that has no axes."""
+
+    def logits_fn(x):
+        hidden = x.reshape(x.shape[0], -1) @ weights[0]
+        return jnp.where(hidden > 0, hidden, slope * hidden) @ weights[1]
+
+    return logits_fn
+
+
 NETWORKS = {
     "lambda": lambda seed: network(weights_of(seed)),
     "jitted": lambda seed: jax.jit(network(weights_of(seed))),
@@ -287,6 +320,8 @@ NETWORKS = {
     "remat": lambda seed: jax.checkpoint(network(weights_of(seed))),
     "scan": lambda seed: repeated(network(weights_of(seed))),
     "custom_vjp": lambda seed: around(network(weights_of(seed)), straight_through),
+    "PReLU": lambda seed: prelu(weights_of(seed), jnp.float32(0.1 + seed)),
+    "jitted PReLU": lambda seed: jax.jit(prelu(weights_of(seed), jnp.float32(0.1 + seed))),
     "numpy weights": lambda seed: network(tuple(map(np.asarray, weights_of(seed)))),
 }
 
@@ -478,6 +513,20 @@ OTHER_MISTAKES = {
         lambda: attacks.pgd(jitted_nnx(), *examples(), KEY, eps=0.1),
         r"or calls nnx.jit: call its eval\(\) first and the model itself",
     ),
+    "one logit, no labels": (
+        lambda: margins.clever(lambda x: network(weights_of(0))(x)[:, :1], examples()[0], KEY),
+        "one number an example; .* jnp.concatenate",
+    ),
+    "bytes, no labels": (
+        lambda: margins.clever(network(weights_of(0)), 255 * examples()[0], KEY),
+        r"pixels must be in \[0, 1\]",
+    ),
+    "a derivative that has no forward mode": (
+        lambda: jacobian.spectral_norm(
+            around(network(weights_of(0)), straight_through), examples()[0], KEY
+        ),
+        "a derivative by jax.custom_vjp, which cannot be taken forwards",
+    ),
     "other points": (
         lambda: attacks.distances(np.ones((8, 3)), np.ones((3, 3))),
         r"x has the shape \[8, 3\] and x_adv \[3, 3\]; give as many points",
@@ -533,6 +582,18 @@ def test_legacy_keys_lists_and_numpy_are_taken(name):
     chex_close(other, plain)
 
 
+@pytest.mark.parametrize("name", ["pgd", "spectral_norm"])
+@pytest.mark.parametrize("count", [2, 8])
+def test_legacy_keys_are_taken_within_the_callers_jit_too(name, count):
+    x, y = examples(count=count)
+    call = functools.partial(FUNCTIONS[name], network(weights_of(0)), x, y)
+    plain, legacy = call(KEY), jax.random.PRNGKey(0)
+    chex_close(jax.jit(call)(legacy), plain)
+    chex_close(call(legacy), plain)
+    with jax.disable_jit():
+        chex_close(call(legacy), plain)
+
+
 @pytest.mark.parametrize("name", [name for name in ALL if name not in WITHOUT_KEY])
 def test_keys_of_another_implementation_are_taken(name):
     x, y = examples()
@@ -544,20 +605,28 @@ def test_keys_of_another_implementation_are_taken(name):
         chex_close(found, keys)
 
 
-def test_an_evaluation_takes_keys_of_another_implementation():
+def test_an_evaluation_takes_keys_of_another_implementation_and_tells_of_logits_that_are_nan():
     x, y = examples()
+    is_broken = x.mean((1, 2, 3)) > 0.5
+
+    def logits_fn(x):
+        broken = x.mean((1, 2, 3))[:, None] > 0.5
+        return jnp.where(broken, jnp.nan, network(weights_of(0))(x))
+
     found = robust_jax.evaluate(
-        network(weights_of(0)),
+        logits_fn,
         x,
         y,
         jax.random.key(0, impl="rbg"),
         eps=0.1,
         version=("apgd_ce",),
         overrides={"apgd_ce": {"num_steps": 2}},
-        num_queries=5,
+        num_audited=0,
         progress=False,
     )
-    assert found.clean_accuracy == 1
+    assert 0 < found.clean_accuracy == 1 - is_broken.mean()
+    many = f"{is_broken.sum()} of 8 points have logits that are NaN"
+    assert found.warnings[0].startswith(many)
 
 
 def test_a_randomised_network_takes_keys_of_another_implementation():

@@ -1,6 +1,7 @@
 """The floors of the house: what may import what, and what an import brings with it."""
 
 import ast
+import inspect
 import subprocess
 import sys
 
@@ -81,7 +82,10 @@ def test_tab_completion_shows_the_public_names_alone():
 
     assert set(dir(robust_jax)) == {*robust_jax.__all__, "__version__"}
     for name in robust_jax.__all__:
-        assert getattr(robust_jax, name) is not None
+        found = getattr(robust_jax, name)
+        assert found is not None
+        if inspect.ismodule(found) and found is not robust_jax.errors:  # which has nothing else
+            assert set(dir(found)) == set(found.__all__), name
 
 
 def test_no_module_imports_itself_by_way_of_others():

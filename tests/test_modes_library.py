@@ -90,7 +90,7 @@ CALLS = {
     ),
     "squared_frobenius_samples": lambda x, key, count: jacobian.squared_frobenius_samples(
         network, x, key, num_projections=count
-    ).mean(0),
+    ).mean(-1),
     "frobenius_norm_estimate": lambda x, key, count: (
         jacobian.frobenius_norm_estimate(network, x, key, num_projections=count).norm
     ),

@@ -42,6 +42,7 @@ assert abs(x_adv - x).max() <= 0.1 + 1e-6
 assert (losses.margin(logits_fn(x_adv), y) < losses.margin(logits_fn(x), y)).all()
 norms = jacobian.frobenius_norm(logits_fn, x)
 assert jnp.allclose(norms, jnp.linalg.norm(weights), rtol=1e-5)
+print(*{name.partition(".")[0] for name in sys.modules})
 """
 
 
@@ -165,7 +166,11 @@ def test_the_wheel_attacks_a_model_with_the_packages_of_a_bare_install(wheel, tm
             first = file.parts[0]
             if first not in ("..", "__pycache__") and not (site / first).exists():
                 (site / first).symlink_to(distribution(name).locate_file(first))
-    subprocess.run([python, "-I", "-c", ATTACK], check=True, cwd=tmp_path)
+    result = subprocess.run(
+        [python, "-I", "-c", ATTACK], check=True, cwd=tmp_path, capture_output=True, text=True
+    )
+    # And each of these is needed.
+    assert declared() <= set(map(normalized, result.stdout.split()))
 
 
 @pytest.mark.slow

@@ -23,7 +23,8 @@ from robust_jax.app import records as records_lib
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.results import audit_to_json, device, summarize, versions
 from robust_jax.attacks import autoattack
-from robust_jax.attacks._autoattack import check_arguments
+from robust_jax.attacks._autoattack import check_arguments, doubts
+from robust_jax.attacks._square import check_images, square
 from robust_jax.batches import NUM_SIZES, Lift
 from robust_jax.errors import NothingToAudit, UserError
 from robust_jax.files import write_json
@@ -123,6 +124,8 @@ def evaluate(
     members = check_arguments(eps=radii[0], norm=norm, version=version, overrides=overrides)
     x = np.asarray(_checks.pixels(x), np.float32)
     y = _checks.one_row_each(y, x)
+    if any(member.attack is square for member in members.values()):
+        check_images(x.shape[1:])
     network = _checks.network(logits_fn, x)
     if outside := network.program.outside:
         raise ValueError(
@@ -144,10 +147,12 @@ def evaluate(
     attack = f"autoattack_{norm}"
     run = partial(autoattack, norm=norm, version=version, overrides=overrides, progress=progress)
     grid = AttackGrid("autoattack", run, norm, radii, members=tuple(members))
-    warnings: list[str] = []
+    mapper = Mapper(network, batch_size)
+    # AutoAttack sees those that are right alone.
+    warnings = doubts(logits_fn, x, mapper(_logits)({"x": x}))
     evaluator = Evaluator(
         lambda _: logits_fn,
-        _lift(Mapper(network, batch_size)),
+        _lift(mapper),
         data.Split(x, np.asarray(y, np.int32)),
         {attack: grid},
         _settings(batch_size),
@@ -242,6 +247,10 @@ def _digest(x: np.ndarray, y: np.ndarray, key: jax.Array, *settings: Any) -> str
     for array in (x, y, jax.random.key_data(key)):
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()[:16]
+
+
+def _logits(logits_fn, rows):
+    return logits_fn(rows["x"])
 
 
 @dataclasses.dataclass(frozen=True)

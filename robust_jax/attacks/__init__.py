@@ -74,3 +74,7 @@ __all__ = [
     "transfer",
     "uniform_noise",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

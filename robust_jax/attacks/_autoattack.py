@@ -180,7 +180,7 @@ def autoattack(
     logits = classify(rows, _salt("clean"))
     right, margin = _is_right(logits, y)
     ensemble, warnings = _fit_to_classes(ensemble, num_classes)
-    warnings += _doubts(logits_fn, x, logits, is_randomised)
+    warnings += doubts(logits_fn, x, logits, is_randomised)
     if not is_randomised and right.any() and any(m.attack is not square for m in ensemble.values()):
         flat = map_examples(_is_flat)(_take(rows, right))
         if flat.any():
@@ -369,7 +369,7 @@ class _Classify:
         return jax.vmap(lambda x, key: logits_fn(x[None], key)[0])(rows["x"], _keys(rows, salt))
 
 
-def _doubts(logits_fn, x, logits, is_randomised) -> list[str]:
+def doubts(logits_fn, x, logits, is_randomised: bool = False) -> list[str]:
     """Reasons to doubt whatever is found, that the outputs themselves give."""
     warnings = []
     if strange := int(_is_strange(logits).sum()):

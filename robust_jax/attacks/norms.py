@@ -18,6 +18,28 @@ from jaxtyping import Array, Float, Key, Real
 
 from robust_jax._precision import wide_dtype
 
+__all__ = [
+    "Flat",
+    "Hills",
+    "L0",
+    "L1",
+    "L2",
+    "LINF",
+    "Length",
+    "Measure",
+    "NORMS",
+    "Norm",
+    "ThreatModel",
+    "boundary_step",
+    "measure",
+    "threat_model",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Perturbation = Float[Array, "..."]
 Scalar = Float[Array, ""]
 Length = float | Real[Array, ""]

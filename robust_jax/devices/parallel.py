@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any, Literal, get_args
 
@@ -67,7 +67,6 @@ def map_batches(
     *,
     batch_size: int,
     num_sizes: int = NUM_SIZES,
-    devices: Sequence[jax.Device] | None = None,
 ) -> Callable:
     """fn(variables, batch, *scalars) -> arrays [B,…], over any number of rows on all devices.
 
@@ -76,8 +75,8 @@ def map_batches(
     takes its own. The batches are those of `batches`, in a multiple of the devices. Scalars are the
     same for every example and can change without recompiling.
     """
-    num_devices = len(devices or jax.devices())
-    mapped = _map_examples(fn, method, devices)
+    num_devices = jax.device_count()
+    mapped = _map_examples(fn, method)
 
     def call(variables, count, take, *scalars):
         plan = list(batches(count, batch_size, multiple_of=num_devices, num_sizes=num_sizes))
@@ -178,7 +177,10 @@ def placement_of(x: Any, num_rows: int) -> Placement:
 
 def outside_any_mesh() -> AbstractContextManager:
     """Work in it chooses its devices by itself, whatever mesh the caller has set."""
-    return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+    try:
+        return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+    except ValueError:  # within a trace, where nothing is placed
+        return nullcontext()
 
 
 def has_explicit_axes(array: Any) -> bool:
@@ -251,19 +253,18 @@ def _gathered(outputs: Any) -> Any:
     return multihost_utils.process_allgather(outputs, tiled=True)
 
 
-def _map_examples(fn: Callable, method: Method, devices: Sequence[jax.Device] | None) -> Callable:
+def _map_examples(fn: Callable, method: Method) -> Callable:
     """The per-device fn on the rows of all devices: (variables, batch, scalars) -> outputs."""
 
     def per_device(variables, batch, scalars):
         return fn(variables, batch, *scalars)
 
     if method == "pmap":
-        mapped = jax.pmap(per_device, in_axes=(None, 0, None), devices=devices)
-        split = partial(_split_rows, devices=devices)
+        mapped = jax.pmap(per_device, in_axes=(None, 0, None))
         return lambda variables, batch, scalars: _join_rows(
-            mapped(variables, split(batch), scalars)
+            mapped(variables, _split_rows(batch, None), scalars)
         )
-    mesh = _mesh(devices)
+    mesh = _mesh(None)
     sharded = jax.jit(_shard_map(per_device, mesh, out_specs=PartitionSpec(AXIS)))
     return lambda variables, batch, scalars: sharded(variables, _shard_rows(batch, mesh), scalars)
 

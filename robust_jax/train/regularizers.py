@@ -118,7 +118,7 @@ def jacobian(
     """‖∇_x logits‖_F², unbiased, by num_projections random projections (arXiv 1908.02729)."""
     return jacobians.squared_frobenius_samples(
         logits_fn, half.images, keys, num_projections=num_projections
-    ).mean(0)
+    ).mean(-1)
 
 
 def input_gradient(logits_fn: LogitsFn, half: Half, labels: Labels) -> PerExample:
