@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from robust_jax import audit, losses
+from robust_jax._front import Mapper
+from robust_jax._network import as_network
 from tests.digits import EPS, test_points, trained
 
 KEY = jax.random.key(0)
@@ -101,6 +103,21 @@ def test_honest_networks_pass(method, norm, eps):
     flagged = [check for check in result.checks if check.verdict != "pass"]
     assert result.verdict == "pass", flagged
     assert result.num_examples > 150
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_saturation_in_float32_is_found_by_float64(mapped):
+    trained()  # before anything is traced
+
+    def logits_fn(x):  # its gap is beyond float32's softmax and within float64's
+        return 40 * trained()(x)
+
+    x, _ = test_points()
+    mapping = {"map_examples": Mapper(as_network(logits_fn, x.shape[1:], x.dtype), 200)}
+    result = look(logits_fn, **(mapping if mapped else {}))
+    check = next(check for check in result.checks if check.name == "precision")
+    assert check.verdict == "fail", check
+    assert check.values["float64"] < check.values["float32"] - 0.2
 
 
 def test_without_a_surrogate_transfer_is_skipped_and_mistakes_are_told():
