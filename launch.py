@@ -26,8 +26,7 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
     "config",
     None,
-    "The config, a file in configs/; where there is none, that of the run or study in workdir. "
-    "--config.field=value changes a field.",
+    "Config file; if omitted, the one stored in --workdir. --config.field=value changes a field.",
     lock_config=False,
     accept_new_attributes=True,
 )
@@ -43,13 +42,15 @@ flags.DEFINE_enum(
     "--mode=compare --workdir=OUT RUN RUN …",
 )
 flags.DEFINE_string(
-    "only", "", "Of a study: an arm, or arm/seed, to run alone; --mode=report collects them."
+    "only",
+    "",
+    "Run one arm, ARM/SEED or ARM/sweep of a study; --mode=report collects the results.",
 )
 flags.DEFINE_string(
     "distributed",
     "",
-    "Several processes at one run: auto (SLURM, Open MPI, Kubernetes, a TPU pod tell), or "
-    "address:port,number of processes,number of this one. Under srun and mpirun: auto.",
+    "Join several processes into one run: auto reads what SLURM, Open MPI, Kubernetes or a TPU pod "
+    "say (under srun and mpirun: auto); or address:port,number of processes,number of this one.",
 )
 flags.DEFINE_bool("profile", False, "Leave a trace of ten training steps in workdir/profile.")
 flags.mark_flags_as_required(["workdir"])

@@ -32,18 +32,17 @@ def get_config() -> ConfigDict:
     config.normalize = True  # by the training pixels' mean and deviation, inside the model
     config.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
 
-    # Threat model: the perturbations that it is trained, chosen, judged and audited against, a norm
-    # and a radius in pixel units ("8/255" is a number, too). Where adversary, validation_attack,
-    # audit, an attack, a regulariser or a measurement takes both and is not given them, these are
-    # they. relative_step_size, in an attack, is its step_size in units of its radius.
+    # The threat model: one norm and one radius in pixel units (0.03 or "8/255"). The adversary,
+    # validation_attack, the audit, attacks, regularisers and measurements use them unless they set
+    # their own. In an attack, relative_step_size is its step_size in units of its radius.
     config.threat = ConfigDict({"norm": "linf", "eps": 0.15})
 
     # Objective: a loss on the clean half of the batch, the adversarial half or both, plus weighted
     # regularisers. A name in robust_jax.losses.LOSSES and its keywords.
     config.loss = ConfigDict({"name": "cross_entropy"})
     config.loss_on = "adversarial"  # clean | adversarial | both
-    # Makes the adversarial half, once, where something is taken on it; may be None where nothing
-    # is. Its loss may be "kl" too: away from the clean logits, as in TRADES.
+    # The attack that makes the adversarial half, once per step. May be None if nothing uses that
+    # half. Its loss may also be "kl": away from the clean logits, as in TRADES.
     config.adversary = ConfigDict(
         {
             "name": "pgd",
@@ -81,8 +80,8 @@ def get_config() -> ConfigDict:
 
     # Optimisation. Durations are "20 epochs", "500 steps" or "1e6 examples".
     config.batch_size = 128  # over all devices
-    # A device takes its share of the batch in so many pieces, where its activations do not fit:
-    # the same gradient (but for BatchNorm, which sees a piece at a time), more slowly.
+    # Splits each device's share of the batch into this many pieces if it does not fit in memory.
+    # Slower; the same gradient, except that BatchNorm sees one piece at a time.
     config.batch_parts = 1
     config.duration = "40 epochs"
     config.optimizer = ConfigDict({"name": "adam"})  # sgd | adam | adamw and their keywords
@@ -98,15 +97,15 @@ def get_config() -> ConfigDict:
     config.validate_every = "2 epochs"
     config.checkpoint_every = "10 epochs"
     config.validation_attack = ConfigDict({"name": "pgd"})
-    # Of how many training examples the l2 margins are logged, too, from initialisation on: their
-    # minimum, average and quantiles, as minimum_margin, average_margin, margin_q10, margin_q50 and
-    # margin_q90; unsigned and from the predicted class, minimum_distance and average_distance.
+    # Also logs l2 margins of this many training examples, from before the first step; 0: none.
+    # minimum_margin, average_margin, margin_q10, margin_q50 and margin_q90 are from the label;
+    # minimum_distance and average_distance from the predicted class, unsigned.
     config.track_margins = 0
 
-    # The final evaluation, of best and last. The key is the attack's name in
-    # tables; eps is the list of radii, in pixel units.
-    # num_examples is how many of the first examples are attacked (0, the default: all); surrogate
-    # is the folder of another finished run, whose network is attacked instead.
+    # Attacks on the best and the last checkpoint. The key labels the attack in tables, and names it
+    # if "name" is missing; eps lists the radii in pixel units. num_examples: attack the first so
+    # many (0, the default: all). surrogate: the folder of another finished run, whose network is
+    # attacked instead.
     config.attacks = attack_grid(
         linf=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
         l2=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),

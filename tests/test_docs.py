@@ -14,12 +14,14 @@ import pytest
 import robust_jax
 from configs import default
 from robust_jax import attacks, losses
+from robust_jax._front import compiled
 from robust_jax.attacks import norms
 from robust_jax.keys import example_keys
 from robust_jax.plots import measures
 from tests.conftest import REPOSITORY
 from tests.linear import interior_images, make_linear
 from tests.pages import code, missing
+from tests.test_docstrings import check_docstring
 
 KEY = jax.random.key(0)
 
@@ -29,9 +31,11 @@ def blocks():
     return code("CONTRIBUTING.md")
 
 
-def test_the_example_loss_works(blocks):
+def test_the_example_loss_works(blocks, monkeypatch):
     namespace = dict(vars(losses))
     exec(next(b for b in blocks if "def focal" in b), namespace)
+    monkeypatch.setattr(losses, "focal", namespace["focal"], raising=False)
+    check_docstring(losses.focal)
     logits, labels = jax.random.normal(KEY, (6, 4)), jnp.arange(6) % 4
     p = losses.confidence(logits, labels)
     np.testing.assert_allclose(
@@ -39,9 +43,11 @@ def test_the_example_loss_works(blocks):
     )
 
 
-def test_the_example_attack_works(blocks):
-    namespace = {"jax": jax, "norms": norms, "example_keys": example_keys}
+def test_the_example_attack_works(blocks, monkeypatch):
+    namespace = {"jax": jax, "norms": norms, "example_keys": example_keys, "compiled": compiled}
     exec(next(b for b in blocks if "def random_corner" in b), namespace)
+    monkeypatch.setattr(attacks, "random_corner", namespace["random_corner"], raising=False)
+    check_docstring(attacks.random_corner)
     logits_fn, _, _ = make_linear(KEY)
     x = interior_images(KEY, 5)
     x_adv = namespace["random_corner"](logits_fn, x, jnp.zeros(5, jnp.int32), KEY, eps=0.1)

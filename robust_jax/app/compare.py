@@ -159,9 +159,7 @@ def write(folders: Sequence[Path | str], workdir: Path) -> str:
     return f"{text(compared)}\n\nreport: {workdir / 'report.html'}"
 
 
-_CAPTION = (
-    "Accuracies in %. Of the best checkpoint; a measurement of the one that its config names."
-)
+_CAPTION = "Accuracies in %, at the best checkpoint; measurements at the one that the config names."
 _NORMS = {"frobenius": "Frobenius", "spectral": "spectral"}
 _WIDEST = 44  # column of the plain text
 _NONE: Mapping[str, Any] = {"checks": ()}

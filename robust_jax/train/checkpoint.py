@@ -142,7 +142,7 @@ class Checkpoints:
             reason = " ".join(str(error).split())
             raise CannotWrite(
                 f"a checkpoint could not be written: {reason[:120]} … {reason[-60:]}; those in "
-                f"{self._workdir / 'checkpoints'} are kept, and the same command goes on from there"
+                f"{self._workdir / 'checkpoints'} are kept, and the same command resumes from there"
             ) from error
 
 
