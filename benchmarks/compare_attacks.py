@@ -34,7 +34,7 @@ from benchmarks import attack_peers, torch_models
 from benchmarks.attack_peers import Budget
 from robust_jax import attacks, data, models
 from robust_jax.app import subject
-from robust_jax.attacks._autoattack import COMPONENTS
+from robust_jax.attacks._autoattack import MEMBERS
 
 PEERS = {
     "torchattacks": attack_peers.from_torchattacks,
@@ -133,7 +133,7 @@ def our_side(logits_fn: Callable, budget: Budget) -> Side:
     pgd = partial(attacks.pgd, eps=eps, step_size=budget.step_size, num_steps=budget.num_pgd_steps)
     fab = partial(attacks.fab, **steps)
     ours = {
-        **{name: ensemble((name,)) for name in COMPONENTS},
+        **{name: ensemble((name,)) for name in MEMBERS},
         "standard": ensemble("standard"),
         "pgd": single(pgd),
         "nearest_fab": single(partial(fab, num_targets=None)),

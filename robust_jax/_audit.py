@@ -28,7 +28,7 @@ from robust_jax.keys import example_keys, fold_each, with_keys
 from robust_jax.progress import progress as progress_bar
 from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
-Verdict = Literal["skipped", "pass", "warn", "fail"]  # from good to bad
+Grade = Literal["skipped", "pass", "warn", "fail"]  # from good to bad
 _FEW_STEPS, _MANY_STEPS, _RESTARTS, _DRAWS = 10, 50, 5, 10
 # Of the audited points: what a weaker attack may break and stronger ones leave, by (warn, fail).
 _LEFT_OVER = (0.01, 0.05)
@@ -42,7 +42,7 @@ class Check(NamedTuple):
     """One check: its verdict, the evidence as a sentence, what to do about it, the numbers."""
 
     name: str
-    verdict: Verdict
+    verdict: Grade
     evidence: str
     advice: str
     values: dict[str, float]
@@ -51,7 +51,7 @@ class Check(NamedTuple):
 class Audit(NamedTuple):
     """The checks made on num_examples points that the network gets right, and the worst verdict."""
 
-    verdict: Verdict
+    verdict: Grade
     checks: tuple[Check, ...]
     norm: str
     eps: float
@@ -144,7 +144,7 @@ def audit(
             checks.append(found)
             bar.set_postfix_str(found.name, refresh=False)
             bar.update()
-    verdict = max((check.verdict for check in checks), key=get_args(Verdict).index)
+    verdict = max((check.verdict for check in checks), key=get_args(Grade).index)
     return Audit(verdict, tuple(checks), threat.name, float(eps), len(logits))
 
 
@@ -271,7 +271,7 @@ class _Lab:
         held = np.logical_and.reduce(list(self._held.values()))
         return {name: array[held] for name, array in self.rows.items()}
 
-    def grade(self, share: float, limits: tuple[float, float]) -> Verdict:
+    def grade(self, share: float, limits: tuple[float, float]) -> Grade:
         """The verdict on a share of the points, or on the difference of two, by its lower end."""
         low, _ = wilson_interval(min(max(share, 0.0), 1.0), len(self.logits))
         return _grade(low, limits)
@@ -571,12 +571,12 @@ def _keys(rows: Mapping[str, Any], use: Any):
     return fold_each(rows["key"], use)
 
 
-def _grade(value: float, limits: tuple[float, float]) -> Verdict:
+def _grade(value: float, limits: tuple[float, float]) -> Grade:
     warn, fail = limits
     return "fail" if value > fail else "warn" if value > warn else "pass"
 
 
-def _worse(*verdicts: Verdict) -> Verdict:
+def _worse(*verdicts: Grade) -> Grade:
     return "fail" if "fail" in verdicts else "warn" if "warn" in verdicts else "pass"
 
 

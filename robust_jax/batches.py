@@ -89,9 +89,9 @@ def on_one_device(logits_fn: Callable, batch_size: int) -> MapExamples:
 
         def run(rows, *scalars):
             count, take = counted(rows)
-            plan = list(batches(count, batch_size))
-            parts = [compiled(take(i), *scalars) for i, _ in plan]
-            return joined(parts, [real for _, real in plan])
+            sizes = list(batches(count, batch_size))
+            parts = [compiled(take(i), *scalars) for i, _ in sizes]
+            return joined(parts, [real for _, real in sizes])
 
         return run
 

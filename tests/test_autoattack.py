@@ -12,7 +12,7 @@ import pytest
 
 from robust_jax import losses
 from robust_jax.attacks import _autoattack, autoattack, distances, fab
-from robust_jax.attacks._autoattack import COMPONENTS, VERSIONS
+from robust_jax.attacks._autoattack import MEMBERS, VERSIONS
 from robust_jax.batches import over
 from robust_jax.devices import parallel
 from robust_jax.errors import UnusableState
@@ -85,7 +85,7 @@ def test_result_holds_together(norm):
     np.testing.assert_array_equal(result.robust, right)
     np.testing.assert_array_equal(result.broken_by == "", result.robust)
     np.testing.assert_array_equal(result.broken_by == "clean", np.arange(40) < 5)
-    assert set(result.broken_by) <= {"", "clean", *COMPONENTS}
+    assert set(result.broken_by) <= {"", "clean", *MEMBERS}
     assert 0 < result.robust.sum() < 35
     untouched = result.robust | (result.broken_by == "clean")
     np.testing.assert_array_equal(result.x_adv[untouched], x[untouched])
@@ -158,10 +158,10 @@ def test_each_attack_sees_only_what_still_stands(monkeypatch):
 
     monkeypatch.setattr(
         _autoattack,
-        "COMPONENTS",
+        "MEMBERS",
         {
-            "one": COMPONENTS["square"]._replace(attack=spy("one", 0.5)),
-            "two": COMPONENTS["square"]._replace(attack=spy("two", 1.1)),
+            "one": MEMBERS["square"]._replace(attack=spy("one", 0.5)),
+            "two": MEMBERS["square"]._replace(attack=spy("two", 1.1)),
         },
     )
     result = autoattack(

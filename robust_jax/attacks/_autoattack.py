@@ -36,20 +36,20 @@ from robust_jax.progress import progress as progress_bar
 from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 
-class Component(NamedTuple):
+class Member(NamedTuple):
     """An attack of the ensemble, and what it is called with."""
 
     attack: Callable
     keywords: Mapping[str, Any] = {}
 
 
-COMPONENTS: Mapping[str, Component] = {
-    "apgd_ce": Component(apgd, {"loss": losses.cross_entropy}),
-    "apgd_dlr": Component(apgd, {"loss": losses.dlr}),
-    "apgd_t": Component(apgd_targeted),
-    "fab": Component(fab, {"num_targets": None}),
-    "fab_t": Component(fab),
-    "square": Component(square),
+MEMBERS: Mapping[str, Member] = {
+    "apgd_ce": Member(apgd, {"loss": losses.cross_entropy}),
+    "apgd_dlr": Member(apgd, {"loss": losses.dlr}),
+    "apgd_t": Member(apgd_targeted),
+    "fab": Member(fab, {"num_targets": None}),
+    "fab_t": Member(fab),
+    "square": Member(square),
 }
 VERSIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "standard": {"apgd_ce": {}, "apgd_t": {}, "fab_t": {}, "square": {}},
@@ -161,7 +161,7 @@ def autoattack(
     is_randomised = version == "rand"
     x = np.asarray(_checks.pixels(x))
     y = np.asarray(_checks.one_row_each(y, x))
-    if any(component.attack is square for component in ensemble.values()):
+    if any(member.attack is square for member in ensemble.values()):
         check_images(x.shape[1:])
     key = _checks.example_keys_of(key, len(x))
     network = _checks.network(logits_fn, x, key=key if is_randomised else None)
@@ -200,16 +200,14 @@ def autoattack(
     with progress_bar(
         len(passes), "autoattack", "pass", initial=state.passes_done, shown=progress
     ) as bar:
-        for i, (name, component, ranks, salt) in enumerate(passes):
+        for i, (name, member, ranks, salt) in enumerate(passes):
             if i < state.passes_done:
                 continue
             standing = np.flatnonzero(state.broken_by == "")
             bar.set_postfix_str(f"{name}: {len(standing)} standing")
             if len(standing):
                 some = _take(rows, standing)
-                attempt = map_examples(
-                    _Attempt(component.attack, threat, _frozen(component.keywords))
-                )
+                attempt = map_examples(_Attempt(member.attack, threat, _frozen(member.keywords)))
                 x_try = attempt(some, x.dtype.type(eps), ranks, _salt(salt))
                 fresh = classify({**some, "x": x_try}, _salt(f"check {salt}"))
                 strange[standing] |= _is_strange(fresh)
@@ -247,7 +245,7 @@ class _Pass(NamedTuple):
     """One attack with one target rank or restart; the broken drop out between passes."""
 
     name: str
-    component: Component
+    member: Member
     ranks: np.ndarray | None
     salt: str
 
@@ -258,7 +256,7 @@ def check_arguments(
     norm: Norm = "linf",
     version: str | tuple[str, ...] = "standard",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Component]:
+) -> dict[str, Member]:
     """The attacks to run, in order, with the keywords of the version and of the user.
 
     Raises ValueError as `autoattack` does.
@@ -278,19 +276,19 @@ def check_arguments(
     else:
         chosen = {name: {} for name in version}
     for name in (*chosen, *overrides):
-        if name not in COMPONENTS:
-            raise ValueError(f"attack must be one of {', '.join(COMPONENTS)}, not {name!r}")
+        if name not in MEMBERS:
+            raise ValueError(f"attack must be one of {', '.join(MEMBERS)}, not {name!r}")
     if not chosen:
-        raise ValueError(f"version names no attack; choices: {', '.join(COMPONENTS)}")
+        raise ValueError(f"version names no attack; choices: {', '.join(MEMBERS)}")
     ensemble = {}
     for name, keywords in chosen.items():
-        attack, defaults = COMPONENTS[name]
+        attack, defaults = MEMBERS[name]
         own = {**keywords, **overrides.get(name, {})}
         known = inspect.signature(attack).parameters.values()
         allowed = [p.name for p in known if p.kind is p.KEYWORD_ONLY and p.name not in _RESERVED]
         for wrong in own.keys() - set(allowed):
             raise ValueError(f"{name} has no keyword {wrong!r}; choices: {', '.join(allowed)}")
-        ensemble[name] = Component(attack, {**defaults, **own})
+        ensemble[name] = Member(attack, {**defaults, **own})
     return ensemble
 
 
@@ -298,35 +296,35 @@ def _take(rows, which) -> dict[str, np.ndarray]:
     return {name: array[which] for name, array in rows.items()}
 
 
-def _fit_to_classes(ensemble, num_classes) -> tuple[dict[str, Component], list[str]]:
+def _fit_to_classes(ensemble, num_classes) -> tuple[dict[str, Member], list[str]]:
     """The ensemble with losses that exist for so many classes, and what had to be replaced."""
     warnings = []
-    for name, component in ensemble.items():
-        if component.keywords.get("loss") is losses.dlr and num_classes < 3:
-            keywords = {**component.keywords, "loss": losses.margin_loss}
-            ensemble = {**ensemble, name: component._replace(keywords=keywords)}
+    for name, member in ensemble.items():
+        if member.keywords.get("loss") is losses.dlr and num_classes < 3:
+            keywords = {**member.keywords, "loss": losses.margin_loss}
+            ensemble = {**ensemble, name: member._replace(keywords=keywords)}
             warnings.append(f"{name} uses the margin: DLR needs 3 classes, not {num_classes}")
-        if component.attack is apgd_targeted and num_classes < 4:
+        if member.attack is apgd_targeted and num_classes < 4:
             warnings.append(
                 f"{name} uses the margin: the targeted DLR needs 4 classes, not {num_classes}"
             )
     return ensemble, warnings
 
 
-def _passes(name: str, component: Component, num_classes: int) -> list[_Pass]:
-    """The passes of a component: one for each target it aims at, or for each restart."""
-    known = inspect.signature(component.attack).parameters
+def _passes(name: str, member: Member, num_classes: int) -> list[_Pass]:
+    """The passes of a member: one for each target it aims at, or for each restart."""
+    known = inspect.signature(member.attack).parameters
     keywords = {k: p.default for k, p in known.items() if p.default is not p.empty}
-    keywords |= component.keywords
+    keywords |= member.keywords
     if num_targets := keywords.get("num_targets"):
         ranks = range(2, 2 + min(num_targets, num_classes - 1))
-        return [_Pass(name, component, np.array([rank]), name) for rank in ranks]
+        return [_Pass(name, member, np.array([rank]), name) for rank in ranks]
     if "num_restarts" not in keywords:
-        return [_Pass(name, component, None, name)]
-    once = Component(component.attack, {**component.keywords, "num_restarts": 1})
+        return [_Pass(name, member, None, name)]
+    once = Member(member.attack, {**member.keywords, "num_restarts": 1})
     passes = [_Pass(name, once, None, name)]
-    if component.attack is fab:  # whose first run starts at the clean image
-        once = Component(fab, {**once.keywords, "random_start": True})
+    if member.attack is fab:  # whose first run starts at the clean image
+        once = Member(fab, {**once.keywords, "random_start": True})
     restarts = range(1, keywords["num_restarts"])
     return passes + [_Pass(name, once, None, f"{name} {i}") for i in restarts]
 
@@ -432,8 +430,8 @@ def _is_flat(logits_fn, rows):
 def _fingerprint(rows, eps, norm: ThreatModel, ensemble) -> str:
     """What a saved state must have been made with to be of use; the network's logits aside."""
     steps = {
-        name: {k: _described(v) for k, v in sorted(component.keywords.items())}
-        for name, component in ensemble.items()
+        name: {k: _described(v) for k, v in sorted(member.keywords.items())}
+        for name, member in ensemble.items()
     }
     text = json.dumps([float(eps), norm.name, rows["x"].shape, steps], default=str)
     digest = hashlib.sha256(text.encode())

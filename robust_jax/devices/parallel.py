@@ -79,12 +79,12 @@ def map_batches(
     mapped = _map_examples(fn, method)
 
     def call(variables, count, take, *scalars):
-        plan = list(batches(count, batch_size, multiple_of=num_devices, num_sizes=num_sizes))
+        sizes = list(batches(count, batch_size, multiple_of=num_devices, num_sizes=num_sizes))
         parts = [
             _gathered(mapped(variables, take(rows[own_rows(len(rows))]), scalars))
-            for rows, _ in plan
+            for rows, _ in sizes
         ]
-        return joined(parts, [real for _, real in plan])
+        return joined(parts, [real for _, real in sizes])
 
     return call
 
