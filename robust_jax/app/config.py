@@ -230,8 +230,9 @@ def _describe(expected: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
-        # A record is nothing that a config can hold.
-        return " or ".join(_describe(arg) for arg in args if not dataclasses.is_dataclass(arg))
+        # A config can hold no record and no array.
+        held = [a for a in args if not (dataclasses.is_dataclass(a) or hasattr(a, "array_type"))]
+        return " or ".join(map(_describe, held))
     names = {
         int: "a whole number",
         float: "a number",

@@ -210,114 +210,34 @@ def input_margin(
     return margins.truncate(distances, tau)
 
 
-def energy_mean_square(
-    logits_fn: LogitsFn,
-    half: Half,
-    labels: Labels,
-    keys: Keys,
-    *,
-    eps: float,
-    norm: Norm = "linf",
-    num_samples: int = 1,
-    label_free: bool = False,
-) -> PerExample:
-    """E (ℓ(x+r) - ℓ(x))² over the ball, in nats² (arXiv 1911.06479, our reading).
+def _energy(fn: Callable[..., PerExample]) -> Callable[..., PerExample]:
+    """An energy over the ball around each image of a half (arXiv 1911.06479, our reading).
 
-    ℓ is the cross-entropy, or label_free KL(p(x) ‖ p(x+r)).
+    Of the cross-entropy, or with label_free=True of KL(p(x) ‖ p(x+r)). It has fn's keywords.
     """
-    y = None if label_free else labels
-    return energy.mean_square(
-        logits_fn, half.images, y, keys, eps=eps, norm=norm, num_samples=num_samples
-    )
 
+    def term(
+        logits_fn: LogitsFn,
+        half: Half,
+        labels: Labels,
+        keys: Keys,
+        *,
+        label_free: bool = False,
+        **keywords: Any,
+    ) -> PerExample:
+        y = None if label_free else labels
+        return fn(logits_fn, half.images, y, keys, **keywords)
 
-def energy_oscillation(
-    logits_fn: LogitsFn,
-    half: Half,
-    labels: Labels,
-    keys: Keys,
-    *,
-    eps: float,
-    norm: Norm = "linf",
-    num_steps: int = 10,
-    step_size: float | None = None,
-    label_free: bool = False,
-) -> PerExample:
-    """(max ℓ - min ℓ)² over the ball, in nats² (arXiv 1911.06479, our reading).
+    def parameters(of, kind):
+        return [p for p in inspect.signature(of).parameters.values() if p.kind == kind]
 
-    ℓ is the cross-entropy, or label_free KL(p(x) ‖ p(x+r)), whose minimum is 0.
-    """
-    y = None if label_free else labels
-    return energy.oscillation(
-        logits_fn,
-        half.images,
-        y,
-        keys,
-        eps=eps,
-        norm=norm,
-        num_steps=num_steps,
-        step_size=step_size,
-    )
-
-
-def energy_total_variation(
-    logits_fn: LogitsFn,
-    half: Half,
-    labels: Labels,
-    keys: Keys,
-    *,
-    eps: float,
-    norm: Norm = "linf",
-    num_samples: int = 1,
-    squared: bool = False,
-    label_free: bool = False,
-) -> PerExample:
-    """E ‖∇ℓ(x+r)‖ over the ball, or its square (arXiv 1911.06479, our reading).
-
-    ℓ is the cross-entropy, or label_free KL(p(x) ‖ p(x+r)).
-    """
-    y = None if label_free else labels
-    return energy.total_variation(
-        logits_fn,
-        half.images,
-        y,
-        keys,
-        eps=eps,
-        norm=norm,
-        num_samples=num_samples,
-        squared=squared,
-    )
-
-
-def energy_path(
-    logits_fn: LogitsFn,
-    half: Half,
-    labels: Labels,
-    keys: Keys,
-    *,
-    eps: float,
-    norm: Norm = "linf",
-    num_steps: int = 10,
-    step_size: float | None = None,
-    num_pieces: int = 4,
-    label_free: bool = False,
-) -> PerExample:
-    """n Σ_i (ℓ(x_i) - ℓ(x_{i-1}))² on the way to the worst point (arXiv 1911.06479, our reading).
-
-    ℓ is the cross-entropy, or label_free KL(p(x) ‖ p(x+r)). See `energy.path`.
-    """
-    y = None if label_free else labels
-    return energy.path(
-        logits_fn,
-        half.images,
-        y,
-        keys,
-        eps=eps,
-        norm=norm,
-        num_steps=num_steps,
-        step_size=step_size,
-        num_pieces=num_pieces,
-    )
+    inputs = parameters(term, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    own = parameters(fn, inspect.Parameter.KEYWORD_ONLY)
+    free = parameters(term, inspect.Parameter.KEYWORD_ONLY)
+    signature = inspect.Signature([*inputs, *own, *free])
+    term.__signature__ = signature  # type: ignore[attr-defined]
+    term.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return term
 
 
 def kl(clean: Half, adversarial: Half) -> PerExample:
@@ -342,8 +262,8 @@ REGULARIZERS: Mapping[str, Callable[..., PerExample]] = {
     "output_margin_ramp": output_margin_ramp,
     "orthogonality": orthogonality,
     "input_margin": input_margin,
-    "energy_mean_square": energy_mean_square,
-    "energy_oscillation": energy_oscillation,
-    "energy_total_variation": energy_total_variation,
-    "energy_path": energy_path,
+    "energy_mean_square": _energy(energy.mean_square),
+    "energy_oscillation": _energy(energy.oscillation),
+    "energy_total_variation": _energy(energy.total_variation),
+    "energy_path": _energy(energy.path),
 }
