@@ -80,7 +80,7 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
         images.append(image(figure, alt))
         with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
             path = workdir / "figures" / f"{name}.svg"
-            figure.savefig(path, metadata={"Date": None}, dpi=80)  # of what is pixels within it
+            figure.savefig(path, metadata={"Date": None}, dpi=64)  # of what is pixels within it
     claims, arms, rows = _claims(results), _arms(results), _rows(results)
     chance = _chance(results)
     page = template("study.html.j2").render(
