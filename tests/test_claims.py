@@ -164,6 +164,9 @@ def test_intervals_of_accuracies_stay_between_none_and_all():
     assert found.low == 0 and found.high < 1
     assert measures.bounds("clean.accuracy - pgd@0.1") == (-1, 1)
     assert measures.bounds("measurements.outputs.mean_margin")[0] == -np.inf
+    saturated = "measurements.outputs.saturated"
+    assert measures.bounds(saturated) == (0, 1)
+    assert measures.bounds(f"{saturated} - {saturated}")[0] == -np.inf
 
 
 def test_intervals_of_differences_of_accuracies_stay_between_minus_and_plus_one():

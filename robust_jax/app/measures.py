@@ -99,13 +99,21 @@ def unit(measure: str) -> str:
     return " %" if is_share(measure) else ""
 
 
+# Measurements that are no shares of the examples, and between which numbers they lie.
+_BOUNDED: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("saturated", "worst_inside", "calibration_error"), (0.0, 1.0)),
+    **dict.fromkeys(("mean_confidence", "median_doubt"), (0.0, 1.0)),
+    "silhouette": (-1.0, 1.0),
+}
+
+
 def bounds(measure: str) -> tuple[float, float]:
     """Between which numbers the measure lies."""
-    if not is_share(measure):
-        return -np.inf, np.inf
-    return (
-        (-1.0, 1.0) if " - " in measure or measure.startswith("measurements.gaps") else (0.0, 1.0)
-    )
+    is_difference = " - " in measure or measure.startswith("measurements.gaps")
+    if is_share(measure):
+        return (-1.0, 1.0) if is_difference else (0.0, 1.0)
+    name = "" if is_difference else measure.rpartition(".")[2]
+    return _BOUNDED.get(name, (-np.inf, np.inf))
 
 
 def with_radii(measure: str, radii: Mapping[str, float], path: str) -> str:
