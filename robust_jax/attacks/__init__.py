@@ -11,6 +11,7 @@ from robust_jax.attacks._minimum_norm import carlini_wagner, deepfool
 from robust_jax.attacks._multi_targeted import multi_targeted
 from robust_jax.attacks._noise import gaussian_noise, uniform_noise
 from robust_jax.attacks._pgd import LogitsFn, bim, fgsm, mim, pgd
+from robust_jax.attacks._run import Outcome, run
 from robust_jax.attacks._square import square
 from robust_jax.attacks._success import (
     Criterion,
@@ -50,6 +51,7 @@ __all__ = [
     "Criterion",
     "LogitsFn",
     "Norm",
+    "Outcome",
     "ThreatModel",
     "apgd",
     "apgd_targeted",
@@ -70,6 +72,7 @@ __all__ = [
     "never",
     "norms",
     "pgd",
+    "run",
     "square",
     "transfer",
     "uniform_noise",

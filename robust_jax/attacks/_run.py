@@ -1,0 +1,98 @@
+"""An attack with what it found beside the points: which succeeded, and how far they are."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from robust_jax.attacks._best import check_lengths
+from robust_jax.attacks._success import distances, is_adversarial
+from robust_jax.attacks.norms import Norm
+from robust_jax.types import Images, KeyOrKeys, LogitsFn
+
+
+class Outcome(NamedTuple):
+    """What an attack found of B examples at one radius, or at each of E radii.
+
+    x_adv: The points, [B,...] or [E,B,...]; x itself where a minimum-norm attack is beyond the
+    radius. success: Whether they are misclassified, or their targets, [B] or [E,B]. distance: How
+    far they are from x where they are, in pixel units, and inf where not.
+    """
+
+    x_adv: Images
+    success: Bool[Array, "..."]
+    distance: Float[Array, "..."]
+
+
+def run(
+    attack: Callable,
+    logits_fn: LogitsFn,
+    x: Images,
+    y: Int[Array, " b"],
+    key: KeyOrKeys,
+    *,
+    eps: float | Sequence[float],
+    norm: Norm | None = None,
+    targets: Int[Array, " b"] | None = None,
+    **keywords: Any,
+) -> Outcome:
+    """An attack at one radius or several, with a mask of success and the distances.
+
+    A minimum-norm attack (fab, carlini_wagner, deepfool) runs once, without a bound, for all radii;
+    any other once for each.
+
+    Args:
+        attack: One of ATTACKS but for autoattack, or called like them.
+        logits_fn: The network, [B,...] -> [B,K].
+        x, y, key: As in `pgd`.
+        eps: The radius in pixel units, or several.
+        norm: A name or a record; None for the attack's own.
+        targets: As in `pgd`, for attacks that have them.
+        keywords: Of the attack.
+
+    Returns:
+        An `Outcome`; with several radii its arrays have an axis for them in front.
+
+    Raises:
+        ValueError: As the attack does; or eps holds no radius.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from robust_jax import attacks
+        >>> logits_fn = lambda x: jnp.stack([x.sum(-1), 1 - x.sum(-1)], -1)
+        >>> x, y = jnp.array([[0.2, 0.4], [0.4, 0.5]]), jnp.array([0, 0])
+        >>> found = attacks.run(attacks.pgd, logits_fn, x, y, jax.random.key(0), eps=(0.1, 0.3))
+        >>> found.success.tolist()
+        [[True, False], [True, True]]
+    """
+    radii: list[Any] = [eps] if np.ndim(eps) == 0 else [*np.asarray(eps).tolist()]
+    if not radii:
+        raise ValueError("eps is empty; give a radius in pixel units, or several")
+    own = inspect.signature(attack).parameters
+    seeks_nearest = own["eps"].default == np.inf
+    for radius in radii:
+        check_lengths(eps=radius, infinite=seeks_nearest)
+    norm = own["norm"].default if norm is None else norm
+    keywords |= {} if targets is None else {"targets": targets}
+
+    def points(eps):
+        return attack(logits_fn, x, y, key, eps=eps, norm=norm, **keywords)
+
+    if seeks_nearest:
+        nearest = points(np.inf)
+        how_far = distances(x, nearest, norm=norm)
+        shape = (-1, *[1] * (nearest.ndim - 1))
+        found = [jnp.where((how_far <= r).reshape(shape), nearest, jnp.asarray(x)) for r in radii]
+    else:
+        found = list(map(points, radii))
+    success = [is_adversarial(logits_fn, x_adv, y, targets=targets) for x_adv in found]
+    distance = [
+        jnp.where(ok, distances(x, x_adv, norm=norm), jnp.inf)
+        for ok, x_adv in zip(success, found, strict=True)
+    ]
+    if np.ndim(eps) == 0:
+        return Outcome(found[0], success[0], distance[0])
+    return Outcome(*map(jnp.stack, (found, success, distance)))
