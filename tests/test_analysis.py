@@ -144,7 +144,7 @@ def test_margins_where_nothing_changes_the_class():
     np.testing.assert_array_equal(margins.first_order(constant, x, y, norm="l2"), expected)
     found = attacked("l2", constant, x, y, num_steps=1)
     np.testing.assert_array_equal(found, expected)
-    none = margins.linear(np.zeros((3, 20)), [1.0, 0.0, 0.0], x, y, norm="l2")
+    none = margins.linear(np.zeros((3, 20)), np.array([1.0, 0.0, 0.0]), x, y, norm="l2")
     np.testing.assert_array_equal(none, expected)
 
 

@@ -58,7 +58,7 @@ def test_versions_run_the_attacks_of_the_paper_in_its_order():
 
 def test_l1_has_budgets_of_its_own():
     ensemble = _autoattack.check_arguments(eps=1.0, norm="l1")
-    assert {name: dict(component.keywords) for name, component in ensemble.items()} == {
+    assert {name: dict(member.keywords) for name, member in ensemble.items()} == {
         "apgd_ce": {"loss": losses.cross_entropy, "num_restarts": 5},
         "apgd_t": {"num_targets": 5},
         "fab_t": {},
@@ -271,8 +271,8 @@ def test_fab_s_restarts_are_passes_too_and_start_at_random():
     ensemble = _autoattack.check_arguments(eps=0.1, version="plus")
     passes = _autoattack._passes("fab", ensemble["fab"], 4)
     assert [p.salt for p in passes] == ["fab", "fab 1", "fab 2", "fab 3", "fab 4"]
-    assert [p.component.keywords.get("random_start") for p in passes] == [None] + 4 * [True]
-    assert all(p.component.keywords["num_restarts"] == 1 for p in passes)
+    assert [p.member.keywords.get("random_start") for p in passes] == [None] + 4 * [True]
+    assert all(p.member.keywords["num_restarts"] == 1 for p in passes)
     logits_fn, x, y = problem()
     clean, random = (
         fab(logits_fn, x, y, KEY, eps=1.0, num_steps=3, num_targets=None, random_start=start)

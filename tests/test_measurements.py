@@ -178,7 +178,7 @@ def test_studies_ask_for_numbers_that_there_are(name):
     config = importlib.import_module(f"configs.studies.{name}").get_config()
     wanted = [measure for _, measure in config.measures]
     wanted += [test["measure"] for claim in config.claims.values() for test in claim.tests]
-    for measure in wanted:
+    for measure in (part for one in wanted for part in one.split(" - ")):
         if measure.startswith("measurements."):
             _, measurement, number = measure.split(".")
             measurement = config.base.measurements[measurement].get("name", measurement)

@@ -200,7 +200,7 @@ def get_config():
     beyond = ("trained", "larger", "largest")
     config.claims = ConfigDict(
         {
-            "a, small eps": {
+            "a": {
                 "text": "EntM and LS, each alone, are more robust than CE at a small eps, under "
                 "PGD.",
                 "smallest_effect": 0.02,
