@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -33,6 +34,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # A tenth of the time goes to garbage and to the lines of source that a program came from.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 gc.set_threshold(100_000, 50, 100)
+
+
+# A machine may be busy, and what fails once has to fail again.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):
