@@ -134,8 +134,16 @@ def test_weights_on_a_mesh_are_a_part_of_the_network_or_told(kind):
         found = pgd(jax.tree_util.Partial(apply, weights), *rows, KEY)
         np.testing.assert_allclose(found, plain, atol=1e-6)
     weights = on_mesh(kind, *weights_of(0), axes=())
-    closure = r"a part of it: jax\.tree_util\.Partial\(apply, weights\)"
-    with pytest.raises(ValueError, match=closure):
-        pgd(network(weights), *rows, KEY)
-    with pytest.raises(ValueError, match=closure):
-        ALL["autoattack"](network(weights), x, y, KEY)
+    calls = {
+        "pgd": lambda: pgd(network(weights), *rows, KEY),
+        "autoattack": lambda: ALL["autoattack"](network(weights), x, y, KEY),
+    }
+    for name, call in calls.items():
+        try:
+            found = call()
+        except ValueError as error:
+            assert "a part of it: jax.tree_util.Partial(apply, weights)" in str(error)
+        else:  # JAX 0.11 can do it, on automatic axes
+            assert kind is AxisType.Auto
+            if name == "pgd":
+                np.testing.assert_allclose(found, plain, atol=1e-6)
