@@ -57,7 +57,8 @@ def compiled(fn: Callable) -> Callable:
             within_a_trace = _checks.is_traced([values[n].arrays for n in _NETWORKS if n in values])
             # JAX declares its flags at run time, where mypy does not see them.
             if within_a_trace or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-                return _within_a_trace(fn, given)
+                rows = {name: value for name, value in values.items() if name in _ROWS}
+                return _within_a_trace(fn, {**given, **rows})
             return _run(fn, values)
 
     call.is_compiled = True  # type: ignore[attr-defined] # which tests look for

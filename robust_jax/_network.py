@@ -119,10 +119,9 @@ def as_network(
         return jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*inputs)
 
     closed, outputs = traced()
-    if any(_closes_over_arrays(eqn.params["jaxpr"]) for eqn in _jits(closed.jaxpr)):
+    if any(eqn.params["jaxpr"].consts for eqn in _jits(closed.jaxpr)):
         # A jitted function keeps what it closes over to itself.
         closed = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(*inputs)
-    closed = _with_numbers_hoisted(closed)
     program = Program(closed, outputs, fn, isinstance(fn, _Plain))
     known = _known(program)
     if known is program and _tracers(traced()[0]) - _tracers(closed):
@@ -254,37 +253,6 @@ def _all_equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
                     yield from _all_equations(inner.jaxpr)
                 elif isinstance(inner, core.Jaxpr):
                     yield from _all_equations(inner)
-
-
-def _closes_over_arrays(closed: core.ClosedJaxpr) -> bool:
-    return bool(closed.consts) or any(
-        _is_number(var) for eqn in closed.jaxpr.eqns for var in eqn.invars
-    )
-
-
-def _is_number(var: Any) -> bool:
-    """Whether it is an array without axes that a function closes over: JAX writes it down."""
-    return isinstance(var, core.Literal) and isinstance(var.val, jax.Array)
-
-
-def _with_numbers_hoisted(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The program with the arrays without axes among its arrays: they are weights like others."""
-    numbers: dict[int, tuple[core.Var, jax.Array]] = {}
-
-    def hoisted(var):
-        if not _is_number(var):
-            return var
-        return numbers.setdefault(id(var.val), (core.Var(var.aval), var.val))[0]
-
-    jaxpr = closed.jaxpr
-    eqns = [eqn.replace(invars=[hoisted(var) for var in eqn.invars]) for eqn in jaxpr.eqns]
-    outvars = [hoisted(var) for var in jaxpr.outvars]
-    if not numbers:
-        return closed
-    variables, values = zip(*numbers.values(), strict=True)
-    constvars = [*jaxpr.constvars, *variables]
-    whole = jaxpr.replace(constvars=constvars, eqns=eqns, outvars=outvars, debug_info=_OURS)
-    return core.ClosedJaxpr(whole, [*closed.consts, *values])
 
 
 def interpret(

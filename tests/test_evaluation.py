@@ -11,6 +11,7 @@ import pytest
 
 import robust_jax
 from robust_jax import attacks, jacobian, losses, margins
+from robust_jax.app import evaluation
 from robust_jax.attacks import _autoattack
 from robust_jax.errors import UserError
 from robust_jax.keys import fold_each, fold_in_each
@@ -64,6 +65,14 @@ def test_its_numbers_are_those_of_its_parts(found):
     for name, expected in columns.items():
         np.testing.assert_allclose(result.records[name], expected, rtol=1e-3, atol=1e-4)
     assert result.audit.num_examples <= 20 and len(result.audit.checks) == 11
+
+
+def test_rows_are_refused_before_anything_is_computed(monkeypatch):
+    x, y = points()
+    rows = np.asarray(x).reshape(len(x), -1)
+    monkeypatch.setattr(evaluation, "Mapper", None)
+    with pytest.raises(ValueError, match="leave Square out"):
+        robust_jax.evaluate(lambda x: trained()(x.reshape(-1, 8, 8, 1)), rows, y, KEY, **SETTINGS)
 
 
 def test_it_leaves_records_a_card_and_a_page(found):

@@ -498,6 +498,10 @@ def test_a_mistake_is_told_in_one_line(mistake):
         assert "\n" not in str(caught.value), name
 
 
+def scaled(scale, x):
+    return scale * network(weights_of(0))(x)
+
+
 IMAGE = np.ones(SHAPE, np.float32)
 OTHER_MISTAKES = {
     "one image": (
@@ -543,6 +547,14 @@ OTHER_MISTAKES = {
         for name in ("autoattack", "audit")
         for transformation in (jax.jit, jax.vmap)
     },
+    "weights of a trace in a pytree": (
+        lambda: jax.vmap(
+            lambda scale: (
+                ALL["autoattack"](jax.tree_util.Partial(scaled, scale), *examples(), KEY).x_adv
+            )
+        )(jnp.ones(2)),
+        "loops on the host: call them outside jit, vmap",
+    ),
     **{
         f"{name} of a traced radius": (
             lambda name=name: jax.jit(
@@ -592,6 +604,8 @@ def test_legacy_keys_are_taken_within_the_callers_jit_too(name, count):
     chex_close(call(legacy), plain)
     with jax.disable_jit():
         chex_close(call(legacy), plain)
+        x, y = np.asarray(x), list(map(int, y))
+        chex_close(FUNCTIONS[name](network(weights_of(0)), x, y, legacy), plain)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in WITHOUT_KEY])

@@ -327,6 +327,7 @@ def test_a_sweep_chooses_a_value_that_the_seeds_then_have(tmp_path, monkeypatch)
     }
     assert results["configs"]["entm"]["regularizers"]["entropy"]["weight"] == 1.0
     assert (tmp_path / "figures" / "sweeps.svg").exists()
+    assert "At an edge" not in (tmp_path / "README.md").read_text()
     again = stored.from_json(json.loads((tmp_path / "study.json").read_text()))
     assert study.settled(again).to_dict() == config.to_dict()
 
@@ -380,6 +381,8 @@ def test_a_sweep_can_choose_what_is_nearest_to_another_arm(tmp_path, monkeypatch
     sweeps = run_files.results(tmp_path)["sweeps"]
     assert sweeps["other"]["chosen"] == 0.1 and sweeps["entm"]["chosen"] == 3.0
     np.testing.assert_allclose(sweeps["entm"]["target"], 0.4)
+    page = (tmp_path / "README.md").read_text()
+    assert "At an edge, so a better value may lie beyond: entm (3)." in page
     np.testing.assert_allclose(sweeps["entm"]["found"], [1.2, 0.7])
 
 

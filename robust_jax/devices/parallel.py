@@ -208,8 +208,9 @@ def off_any_mesh(tree: Any) -> Any:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def put(leaf):
-        is_shared = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
-        return jax.device_put(leaf, here) if is_shared else leaf
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+            return leaf
+        return jax.device_put(leaf, here) if len(leaf.sharding.device_set) > 1 else leaf
 
     return jax.tree.map(put, tree)
 
