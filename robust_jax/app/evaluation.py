@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -18,16 +17,16 @@ import pandas as pd
 from robust_jax import _checks, data, losses, margins
 from robust_jax._audit import Audit
 from robust_jax._front import Mapper, on_the_host
-from robust_jax.app import cards, report, runs, stored
+from robust_jax.app import cards, runs, stored
+from robust_jax.app import folder as run_folder
 from robust_jax.app import records as records_lib
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
-from robust_jax.app.results import audit_to_json, device, summarize, versions
+from robust_jax.app.results import audit_to_json, compose, versions
 from robust_jax.attacks import autoattack
 from robust_jax.attacks._autoattack import check_arguments, doubts
 from robust_jax.attacks._square import check_images, square
 from robust_jax.batches import NUM_SIZES, Lift
-from robust_jax.errors import NothingToAudit, UserError
-from robust_jax.files import write_json
+from robust_jax.errors import UserError
 from robust_jax.losses import Loss
 from robust_jax.types import LogitsFn
 
@@ -163,20 +162,11 @@ def evaluate(
     records = evaluator.records(network, "evaluate", unfinished)
     records["input_margin"] = evaluator.over(network, _InputMargin(norm))
     audited: Audit | None = None
-    try:
-        if num_audited:
-            settings = AuditSettings(norm, radii[0], num_audited, num_queries, training_loss)
-            audited = evaluator.audit(network, settings, surrogates or {})
-    except NothingToAudit as error:
-        warnings.append(f"no audit: {error}")
-    summary = summarize(records, {attack: grid})
-    results = {
-        "checkpoint": "best",
+    if num_audited:
+        settings = AuditSettings(norm, radii[0], num_audited, num_queries, training_loss)
+        audited = evaluator.audit(network, settings, surrogates or {})
+    about = {
         "title": f"{dataset}, {name}",
-        **summary,
-        **{checkpoint: {"step": 0, **summary} for checkpoint in ("best", "last")},
-        "audit": None if audited is None else audit_to_json(audited),
-        "warnings": warnings,
         "threat": {"norm": norm, "eps": radii[0]},
         "trained_against": None,
         "config": {"attacks": {attack: {"version": version, "overrides": overrides}}},
@@ -187,22 +177,23 @@ def evaluate(
             "image_shape": list(x.shape[1:]),
         },
         "model": {"name": name, "parameters": sum(np.size(a) for a in network.arrays)},
-        "device": device(),
         "versions": versions("jax", "jaxlib", "numpy"),
+    }
+    results = {
+        **compose({"best": records, "last": records}, {attack: grid}, about),
+        "audit": None if audited is None else audit_to_json(audited),
+        "warnings": warnings,
         "timings": {"evaluate_seconds": time.perf_counter() - start},
         "evaluated": digest,
     }
-    card = cards.card(results)
     if folder is not None:
-        (folder / "records").mkdir(exist_ok=True)
-        records.to_csv(folder / "records" / "best.csv", index=False)
-        report.write(folder, results)
-        write_json(folder / "card.json", card)
-        runs.write_results(folder, results)
-        shutil.rmtree(folder / "unfinished", ignore_errors=True)
+        run_folder.write_evaluation(folder, results, {"best": records})
+    summary = results["best"]
     clean = summary["clean"]["accuracy"]
     robust = next(a["robust_accuracy"] for a in summary["attacks"] if a["eps"] == radii[0])
-    return Evaluation(clean, robust, records, summary, audited, card, tuple(warnings))
+    return Evaluation(
+        clean, robust, records, summary, audited, cards.card(results), tuple(warnings)
+    )
 
 
 def _check_settings(radii, norm, version, num_audited, batch_size, folder) -> None:

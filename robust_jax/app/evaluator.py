@@ -23,7 +23,7 @@ from robust_jax.app.records import What, column
 from robust_jax.attacks import distances
 from robust_jax.batches import Lift, over
 from robust_jax.devices import processes
-from robust_jax.errors import UnusableState
+from robust_jax.errors import NothingToAudit, UnusableState
 from robust_jax.files import UNREADABLE_NPZ, save_arrays
 from robust_jax.keys import fold_each, fold_in_each
 from robust_jax.progress import progress
@@ -166,24 +166,28 @@ class Evaluator:
                     bar.update()
         return pd.DataFrame({"index": index, "label": self._split.labels, **columns})
 
-    def audit(self, variables: Any, settings: AuditSettings, surrogates: Mapping) -> Audit:
-        """The audit of the network on the split's first examples."""
+    def audit(self, variables: Any, settings: AuditSettings, surrogates: Mapping) -> Audit | None:
+        """The audit on the split's first examples; None, with a warning, if none is right."""
         images, labels = self._split.take(
             np.arange(len(self._split.labels))[: settings.num_examples]
         )
-        return audit(
-            self.logits_fn(variables),
-            np.asarray(data.to_pixels(images)),
-            labels,
-            _named_key(self._key, "audit"),
-            eps=settings.eps,
-            norm=settings.norm,
-            training_loss=settings.training_loss,
-            surrogates=surrogates,
-            num_queries=settings.num_queries,
-            map_examples=over(self._lift, variables),
-            progress=self._shown,
-        )
+        try:
+            return audit(
+                self.logits_fn(variables),
+                np.asarray(data.to_pixels(images)),
+                labels,
+                _named_key(self._key, "audit"),
+                eps=settings.eps,
+                norm=settings.norm,
+                training_loss=settings.training_loss,
+                surrogates=surrogates,
+                num_queries=settings.num_queries,
+                map_examples=over(self._lift, variables),
+                progress=self._shown,
+            )
+        except NothingToAudit as error:
+            self._warn(f"no audit: {error}")
+            return None
 
     def over(self, variables: Any, fn: Callable, index: Any = None, *scalars: Any) -> Any:
         """fn(logits_fn, batch, key_data, *scalars) on the examples of the index, or on all."""

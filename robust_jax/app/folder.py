@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -173,8 +174,8 @@ def write_evaluation(
     workdir: Path,
     results: dict[str, Any],
     tables: Mapping[str, pd.DataFrame],
-    arrays: Mapping[str, np.ndarray],
-    images: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray] = MappingProxyType({}),
+    images: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> None:
     """Replaces an evaluation by one that has more in it.
 
@@ -191,7 +192,8 @@ def write_evaluation(
         path.rename(path.with_suffix(""))
     if images:
         save_arrays(workdir / "examples.npz", **images)
-    write_arrays(workdir, arrays)
+    if arrays:
+        write_arrays(workdir, arrays)
     write(workdir, results)
 
 
@@ -201,11 +203,12 @@ def write_arrays(workdir: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write(workdir: Path, results: dict[str, Any]) -> None:
-    """The report, the card and config.json; results.json last."""
+    """The report, the card and a run's config.json; results.json last."""
     write_report(workdir, results)
     if card := cards.card(results):
         write_json(workdir / "card.json", card)
-    write_json(workdir / stored.RUN, results["config"])
+    if (workdir / stored.RUN).exists():
+        write_json(workdir / stored.RUN, results["config"])
     runs.write_results(workdir, results)
     shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
 

@@ -5,69 +5,43 @@ import platform
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
-from ml_collections import ConfigDict
 
 from robust_jax import __version__
 from robust_jax._audit import Audit
-from robust_jax.app import config as config_lib
 from robust_jax.app import records as records_lib
-from robust_jax.app import runs, threat
+from robust_jax.app import runs
 from robust_jax.app.evaluator import AttackGrid
-from robust_jax.app.experiment import Experiment
 from robust_jax.app.records import column, worst_case
-from robust_jax.models import num_parameters
-from robust_jax.train.loop import Trained
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def compose(
-    experiment: Experiment,
-    trained: Trained,
     tables: Mapping[str, pd.DataFrame],
-    temperatures: Mapping[str, float],
+    grids: Mapping[str, AttackGrid],
+    about: Mapping[str, Any],
+    *,
+    steps: Mapping[str, int] = MappingProxyType({}),
+    temperatures: Mapping[str, float] = MappingProxyType({}),
     kept: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What the records of best and last add up to, and how they were made.
+    """What the records of best and last add up to, and what was evaluated.
 
-    temperatures: of each, on images held out. kept: the attacks whose results are those of an
-    earlier evaluation.
+    about: config, data, model, threat and the like, as results.json has them. temperatures: of
+    each, on images held out. kept: the attacks whose results are those of an earlier evaluation.
     """
-    states = {"best": trained.best, "last": trained.last}
     summaries = {
         name: {
-            "step": int(states[name].step),
-            **summarize(table, experiment.grids, kept, temperatures[name]),
+            "step": steps.get(name, 0),
+            **summarize(table, grids, kept, temperatures.get(name)),
         }
         for name, table in tables.items()
     }
-    dataset = experiment.dataset
-    return {
-        "checkpoint": "best",
-        **summaries["best"],
-        **summaries,
-        "config": config_lib.to_json(experiment.config),
-        "seed": experiment.config.seed,
-        "versions": versions(*_PACKAGES),
-        "device": device(),
-        "data": {
-            "name": dataset.name,
-            **{split: getattr(dataset, split).size for split in ("train", "validation", "test")},
-            "num_classes": dataset.num_classes,
-            "image_shape": list(dataset.image_shape),
-        },
-        "model": {
-            "name": experiment.config.model.name,
-            "parameters": num_parameters(trained.last.params),
-        },
-        "threat": threat_of(experiment.config),
-        "trained_against": trained_against(experiment),
-    }
+    return {"checkpoint": "best", **summaries["best"], **summaries, **about, "device": device()}
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -95,19 +69,6 @@ def audit_to_json(audit: Audit) -> dict[str, Any]:
         for check in audit.checks
     ]
     return {**audit._asdict(), "checks": checks}
-
-
-def trained_against(experiment: Experiment) -> dict[str, Any] | None:
-    """The adversary's norm and eps, where training looked at what it made."""
-    if not experiment.uses_adversary:
-        return None
-    adversary = threat.complete(experiment.config).adversary
-    return {"norm": adversary.norm, "eps": adversary.eps}
-
-
-def threat_of(config: ConfigDict) -> dict[str, Any]:
-    """The norm and eps that it is judged at."""
-    return threat.complete(config).threat.to_dict()
 
 
 def validations(workdir: Path) -> dict[str, dict[str, float]]:

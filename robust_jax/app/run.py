@@ -18,10 +18,10 @@ from robust_jax.app import folder, merge, report, runs, stored, surrogate, threa
 from robust_jax.app import records as records_lib
 from robust_jax.app.experiment import Experiment, build
 from robust_jax.app.folder import Mode
-from robust_jax.app.results import audit_to_json, compose, validations
+from robust_jax.app.results import audit_to_json, compose, validations, versions
 from robust_jax.app.subject import subject_of
 from robust_jax.devices import processes, speed
-from robust_jax.errors import NothingToAudit, UserError
+from robust_jax.errors import UserError
 from robust_jax.models import num_parameters
 from robust_jax.train import loop
 from robust_jax.train.loop import Trained, is_trained, restore, train
@@ -176,7 +176,14 @@ def _evaluate(run: Finished) -> str:
         name: run.experiment.evaluator.temperature(state.variables, held_out)
         for name, state in {"best": best, "last": last}.items()
     }
-    results = compose(run.experiment, run.trained, tables, temperatures, kept)
+    results = compose(
+        tables,
+        run.experiment.grids,
+        _about(run),
+        steps={"best": int(best.step), "last": int(last.step)},
+        temperatures=temperatures,
+        kept=kept,
+    )
     results["training"] = validations(run.workdir)
     numbers, arrays = _measured(run)
     results["measurements"] = {**earlier.measurements, **numbers}
@@ -191,6 +198,32 @@ def _evaluate(run: Finished) -> str:
     write = partial(folder.write_evaluation, run.workdir, results, tables, arrays, images)
     processes.on_first(write)
     return report.table(results)
+
+
+def _about(run: Finished) -> dict[str, Any]:
+    """What was trained, on what and against what, as results.json has it."""
+    experiment, dataset = run.experiment, run.experiment.dataset
+    entries = threat.complete(experiment.config)
+    adversary = entries.adversary
+    return {
+        "config": config_lib.to_json(experiment.config),
+        "seed": experiment.config.seed,
+        "versions": versions("jax", "jaxlib", "flax", "optax", "numpy"),
+        "data": {
+            "name": dataset.name,
+            **{split: getattr(dataset, split).size for split in ("train", "validation", "test")},
+            "num_classes": dataset.num_classes,
+            "image_shape": list(dataset.image_shape),
+        },
+        "model": {
+            "name": experiment.config.model.name,
+            "parameters": num_parameters(run.trained.last.params),
+        },
+        "threat": entries.threat.to_dict(),
+        "trained_against": {"norm": adversary.norm, "eps": adversary.eps}
+        if experiment.uses_adversary
+        else None,
+    }
 
 
 def _speed(timings: Mapping[str, float]) -> str:
@@ -233,10 +266,8 @@ def _audited(run: Finished) -> dict[str, Any] | None:
         return None
     start = time.perf_counter()
     surrogates = surrogate.networks(run.experiment, run.workdir)
-    try:
-        found = run.experiment.evaluator.audit(run.trained.best.variables, settings, surrogates)
-    except NothingToAudit as error:
-        logging.warning("no audit: %s", error)
+    found = run.experiment.evaluator.audit(run.trained.best.variables, settings, surrogates)
+    if found is None:
         return None
     return {**audit_to_json(found), "seconds": time.perf_counter() - start}
 
