@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from robust_jax import attacks
 from robust_jax.keys import example_keys
 from tests.calls import ALL, FUNCTIONS, lowerings
-from tests.test_front import KEY, chex_close, examples, network, weights_of
+from tests.small_networks import KEY, chex_close, examples, network, weights_of
 
 KINDS = [AxisType.Auto, AxisType.Explicit]
 # jax.make_mesh's own kind for every function, and the other for some.

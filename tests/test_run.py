@@ -8,7 +8,7 @@ import pytest
 
 from robust_jax import attacks
 from tests.calls import ATTACKS, EPS, FEW
-from tests.test_front import KEY, examples, network, weights_of
+from tests.small_networks import KEY, examples, network, weights_of
 
 NEAREST = ("fab", "carlini_wagner", "deepfool")
 

@@ -1,0 +1,206 @@
+"""A mistake in a call is told in one line, by every public function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from robust_jax import attacks, jacobian, margins
+from tests.calls import (
+    ALL,
+    WITH_EPS,
+    WITH_LABELS,
+    WITHOUT_KEY,
+)
+from tests.small_networks import (
+    KEY,
+    SHAPE,
+    Nnx,
+    around,
+    convolution,
+    examples,
+    flax_nnx,
+    linen,
+    network,
+    straight_through,
+    weights_of,
+)
+
+
+class Module:
+    """What it looks like; PyTorch need not be installed."""
+
+    __module__ = "torch.nn.modules.module"
+
+    def __call__(self, x):
+        return x
+
+
+def remembering():
+    """A network with a running mean of its own, in training mode, as Keras has."""
+    weights, state = weights_of(0), [jnp.zeros(4)]
+
+    def logits_fn(x):
+        logits = network(weights)(x)
+        state[0] = (state[0] + logits.mean(0)) / 2
+        return logits - state[0]
+
+    return logits_fn
+
+
+def jitted_nnx():
+    """An NNX module in evaluation mode, called as its training loop does."""
+    model, call = flax_nnx(0), nnx.jit(lambda model, x: model(x))
+    return lambda x: call(model, x)
+
+
+def mistakes():
+    x, y = (np.asarray(a) for a in examples())
+    nan = x.copy()
+    nan[0, 0, 0, 0] = np.nan
+    f = network(weights_of(0))
+    return {
+        "uint8": ({"x": (255 * x).astype(np.uint8)}, r"x\w* is uint8; pixels are floats .* by 255"),
+        "0 to 255": ({"x": 255 * x}, r"x\w* ranges over .*; pixels must be in \[0, 1\]"),
+        "a rounding error": (
+            {"x": np.where(x == x.max(), np.float32(1.0000001), x)},
+            r"x\w* ranges over \[0.\d+, 1.0000001\]; .* jnp.clip\(x\w*, 0, 1\)",
+        ),
+        "-1 to 1": ({"x": 2 * x - 1}, r"x\w* ranges over .*; pixels must be in \[0, 1\]"),
+        "NaN": ({"x": nan}, r"x\w* holds NaN"),
+        "one image": ({"x": x[0], "y": y[0]}, r"y has the shape \[\].*batch axis"),
+        "no image": ({"x": x[:0], "y": y[:0]}, r"x\w* has the shape \[0, 3, 4, 1\]; give a batch"),
+        "one-hot": ({"y": np.eye(4)[y]}, r"y has the shape \[8, 4\]; labels are integers \[B\]"),
+        "float labels": ({"y": y * 1.0}, "y is float.*; labels are integers from 0 to 3"),
+        "from 1": ({"y": y * 0 + 4}, "y has the label 4; the network has 4 classes"),
+        "no labels": ({"y": None}, "y is None; give a label for each of the 8 examples"),
+        "too few": ({"y": y[:3]}, r"y has the shape \[3\]; one label for each of the 8"),
+        "an int as key": ({"key": 0}, r"key is 0; give a key such as jax.random.key\(0\)"),
+        "two keys": ({"key": jax.random.split(KEY, 2)}, r"key has the shape \[2\]; give one key"),
+        "one logit": (
+            {"logits_fn": lambda x: f(x)[:, :1]},
+            "one number an example; .* jnp.concatenate",
+        ),
+        "no classes": ({"logits_fn": lambda x: f(x)[:, 0]}, r"returns the shape \[1\] for one"),
+        "with aux": ({"logits_fn": lambda x: (f(x), x)}, r"a tuple, .*lambda x: f\(x\)\[0\]"),
+        "a dict": ({"logits_fn": lambda x: {"z": f(x)}}, r"a dict, .*lambda x: f\(x\)\['z'\]"),
+        "numpy": ({"logits_fn": lambda x: np.asarray(x)}, "hands its input to numpy"),
+        "no function": ({"logits_fn": 3}, "logits_fn is 3; give a function"),
+        "a branch": ({"logits_fn": lambda x: f(x) if x.sum() > 0 else x}, "use jnp.where or"),
+        "state": ({"logits_fn": remembering()}, "stores values in one call and uses them in the"),
+        "PyTorch": ({"logits_fn": Module()}, "a PyTorch module; docs/attack_your_model.md has"),
+        "NNX without eval": ({"logits_fn": Nnx(nnx.Rngs(0))}, r"call its eval\(\) first"),
+        "linen in training": ({"logits_fn": linen(0, train=True)}, "or pass train=False"),
+    }
+
+
+# Of the energies; they compare outputs then.
+LABEL_FREE = ("mean_square", "oscillation", "rise", "total_variation", "path")
+RADII = {
+    "text": ("8/255", "eps is '8/255'; give a number in pixel units, 8/255 without quotes"),
+    "negative": (-0.1, "eps must not be negative"),
+    "None": (None, "eps is None; give a number"),
+    "NaN": (float("nan"), "eps must not be negative, not nan"),
+}
+
+
+@pytest.mark.parametrize("mistake", mistakes())
+def test_a_mistake_is_told_in_one_line(mistake):
+    changes, message = mistakes()[mistake]
+    x, y = examples()
+    for name in (*WITH_LABELS, "autoattack", "audit"):
+        arguments = {"logits_fn": network(weights_of(0)), "x": x, "y": y, "key": KEY, **changes}
+        if name in WITHOUT_KEY and "key" in changes:
+            continue
+        if name in LABEL_FREE and "y" in changes and changes["y"] is None:
+            continue
+        with pytest.raises(ValueError, match=message) as caught:
+            ALL[name](*arguments.values())
+        assert "\n" not in str(caught.value), name
+
+
+def scaled(scale, x):
+    return scale * network(weights_of(0))(x)
+
+
+IMAGE = np.ones(SHAPE, np.float32)
+OTHER_MISTAKES = {
+    "one image": (
+        lambda: jacobian.frobenius_norm(convolution(0), IMAGE),
+        r"fn takes an example of the shape \[3, 4, 1\], .* \(x\[None\]\)",
+    ),
+    "a function that returns a dict": (
+        lambda: jacobian.frobenius_norm(lambda x: {"z": x[:, 0, :, 0]}, IMAGE[None]),
+        r"fn returns a dict, not an array; .* lambda x: f\(x\)\['z'\]",
+    ),
+    # Apart from the others, as a failed call leaves the module damaged.
+    "NNX within nnx.jit": (
+        lambda: attacks.pgd(jitted_nnx(), *examples(), KEY, eps=0.1),
+        r"or calls nnx.jit: call its eval\(\) first and the model itself",
+    ),
+    "one logit, no labels": (
+        lambda: margins.clever(lambda x: network(weights_of(0))(x)[:, :1], examples()[0], KEY),
+        "one number an example; .* jnp.concatenate",
+    ),
+    "bytes, no labels": (
+        lambda: margins.clever(network(weights_of(0)), 255 * examples()[0], KEY),
+        r"pixels must be in \[0, 1\]",
+    ),
+    "a derivative that has no forward mode": (
+        lambda: jacobian.spectral_norm(
+            around(network(weights_of(0)), straight_through), examples()[0], KEY
+        ),
+        "a derivative by jax.custom_vjp, which cannot be taken forwards",
+    ),
+    "other points": (
+        lambda: attacks.distances(np.ones((8, 3)), np.ones((3, 3))),
+        r"x has the shape \[8, 3\] and x_adv \[3, 3\]; give as many points",
+    ),
+    **{
+        f"{name} within {transformation.__name__}": (
+            lambda name=name, transformation=transformation: transformation(
+                lambda scale: (
+                    ALL[name](lambda x: scale * network(weights_of(0))(x), *examples(), KEY).x_adv
+                )
+            )(jnp.ones(2)[:, None, None]),
+            "loops on the host: call them outside jit, vmap",
+        )
+        for name in ("autoattack", "audit")
+        for transformation in (jax.jit, jax.vmap)
+    },
+    "weights of a trace in a pytree": (
+        lambda: jax.vmap(
+            lambda scale: (
+                ALL["autoattack"](jax.tree_util.Partial(scaled, scale), *examples(), KEY).x_adv
+            )
+        )(jnp.ones(2)),
+        "loops on the host: call them outside jit, vmap",
+    ),
+    **{
+        f"{name} of a traced radius": (
+            lambda name=name: jax.jit(
+                lambda eps: ALL[name](network(weights_of(0)), *examples(), KEY, eps=eps)
+            )(0.1),
+            "loops on the host: call them outside jit, vmap",
+        )
+        for name in ("autoattack", "audit")
+    },
+}
+
+
+@pytest.mark.parametrize("mistake", OTHER_MISTAKES)
+def test_another_mistake_is_told_in_one_line(mistake):
+    call, message = OTHER_MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mistake", RADII)
+def test_a_radius_that_is_none_is_told_in_one_line(mistake):
+    eps, message = RADII[mistake]
+    x, y = examples()
+    for name in (*WITH_EPS, "autoattack", "audit"):
+        with pytest.raises(ValueError, match=message):
+            ALL[name](network(weights_of(0)), x, y, KEY, eps=eps)
