@@ -167,7 +167,7 @@ def boundary_distances(
         Array([[0.2]], dtype=float32)
 
     Reference:
-        Ours; what `config.regularizers.input_margin` is made of.
+        Ours; what the regulariser `input_margin` is made of.
     """
     threat = threat_model(norm)
     x, y = jnp.asarray(x), jnp.asarray(y)

@@ -143,7 +143,7 @@ MISTAKES = {
     "weight decay": ({"weight_decay": -1.0}, "config.weight_decay is -1.0; it must be at least 0"),
     "weight perturbation": ({"weight_perturbation": -0.1}, "perturbation is -0.1; it must be at"),
     "averaging": ({"ema_decay": 1.0}, r"config.ema_decay is 1.0; it must be in \[0, 1\)"),
-    "labels": ({"num_labeled": 15}, "config.num_labeled is 15; it must be a multiple"),
+    "labels": ({"num_labeled": 15}, "num_labeled is 15; it must be a multiple"),
     "projections": ({"evaluation__jacobian_projections": 1}, "jacobian_projections is 1.*least 2"),
     "mapping": ({"parallel": "xmap"}, "config.parallel is 'xmap'; .*choices: pmap, shard_map"),
 }

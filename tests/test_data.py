@@ -311,9 +311,9 @@ def test_images_are_scaled_and_cut_to_their_middle(shape):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"streaming": True}, "config.streaming is for tfds: sets; config.dataset is 'digits'"),
-        ({"image_size": 32}, "config.image_size is for tfds: sets"),
-        ({"test_split": "validation"}, "config.test_split is for tfds: sets"),
+        ({"streaming": True}, "streaming is for tfds: sets; the data set is 'digits'"),
+        ({"image_size": 32}, "image_size is for tfds: sets"),
+        ({"test_split": "validation"}, "test_split is for tfds: sets"),
     ],
 )
 def test_only_tfds_sets_are_streamed_or_resized(keywords, message):
@@ -340,7 +340,7 @@ def test_the_imagenet_config_streams_images_of_any_size(tmp_path):
     builder.download_and_prepare()
     config = imagenet_resnet50_at.get_config()
     config.update(data_dir=str(tmp_path), validation_size=4, image_size=0, batch_size=8)
-    with pytest.raises(UserError, match="images of varying size .*; give config.image_size"):
+    with pytest.raises(UserError, match="images of varying size .*; give image_size"):
         build(config)
     config.image_size = 32
     config.model.width = 1 / 16
@@ -358,7 +358,7 @@ def test_a_stream_has_all_its_labels_and_the_split_that_is_named(small_mnist):
     )
     with pytest.raises(UserError, match="num_labeled needs the labels in memory"):
         load(num_labeled=10)
-    with pytest.raises(UserError, match=r"splits train and middle \(config.test_split\)"):
+    with pytest.raises(UserError, match=r"splits train and middle \(test_split\)"):
         load(test_split="middle")
     assert load(image_size=14).image_shape == (14, 14, 1)
 

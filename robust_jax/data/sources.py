@@ -68,9 +68,9 @@ def load(
     }
     for field, is_set in for_tfds.items():
         if is_set and kind != "tfds":
-            raise UserError(f"config.{field} is for tfds: sets; config.dataset is {source!r}")
+            raise UserError(f"{field} is for tfds: sets; the data set is {source!r}")
     if streaming and num_labeled is not None:
-        raise UserError("config.num_labeled needs the labels in memory; config.streaming is set")
+        raise UserError("num_labeled needs the labels in memory; streaming leaves them on disk")
     train: Split | Streamed
     test: Split | Streamed
     if source == "digits":
@@ -82,7 +82,7 @@ def load(
     elif kind == "npz" and argument:
         train, test, num_classes = _npz(Path(argument).expanduser())
     else:
-        raise UserError(f"config.dataset is {source!r}; choices: {SOURCES}")
+        raise UserError(f"there is no data set {source!r}; choices: {SOURCES}")
     # Before the split, so that they, and with them the compiled programs, are those of every seed.
     some = np.linspace(0, train.size - 1, min(train.size, _MOST_MEASURED)).astype(int)
     measured = train if isinstance(train, Split) else train.take(some)
@@ -118,29 +118,29 @@ def _tfds(
             name, tfds.list_builders(with_community_datasets=False), 1
         )
         hint = f"did you mean {close[0]}?" if close else "see tensorflow.org/datasets/catalog"
-        raise UserError(f"config.dataset: TFDS has no data set {name!r}; {hint}") from None
+        raise UserError(f"TFDS has no data set {name!r}; {hint}") from None
     except Exception as error:  # TFDS has no base class for what it raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "file format" in reason.lower():
-            reason += "; prepare it once more as array_record, in another config.data_dir"
-        raise UserError(f"config.dataset: tfds:{name} cannot be opened: {reason}") from error
+            reason += "; prepare it once more as array_record, in another data_dir"
+        raise UserError(f"tfds:{name} cannot be opened: {reason}") from error
     if not builder.info.splits:
         raise UserError(
-            f"config.dataset: tfds:{name} is not prepared as array_record in {builder.data_dir}; "
+            f"tfds:{name} is not prepared as array_record in {builder.data_dir}; "
             f"prepare it with: {prepare}"
         )
     features, splits = builder.info.features, builder.info.splits
     if not {"image", "label"} <= set(features) or not {"train", test_split} <= set(splits):
         raise UserError(
-            f"config.dataset: tfds:{name} needs features image and label and splits train and "
-            f"{test_split} (config.test_split); it has {', '.join(features)} and "
+            f"tfds:{name} needs features image and label and splits train and "
+            f"{test_split} (test_split); it has {', '.join(features)} and "
             f"{', '.join(splits)}"
         )
     shapes = features["image"].shape
     if None in shapes and not image_size:
         raise UserError(
-            f"config.dataset: tfds:{name} has images of varying size {shapes}; "
-            "give config.image_size, the side they are scaled and cut to"
+            f"tfds:{name} has images of varying size {shapes}; "
+            "give image_size, the side they are scaled and cut to"
         )
     sources = (builder.as_data_source(split) for split in ("train", test_split))
     train, test = (Streamed(s, np.arange(len(s)), image_size) for s in sources)
@@ -159,7 +159,7 @@ def _npz(path: Path) -> tuple[Split, Split, int]:
                 )
             arrays = {key: archive[key] for key in _NPZ_KEYS}
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; config.dataset is npz:<path>") from None
+        raise UserError(f"{path} does not exist; the data set is npz:<path>") from None
     except UserError:
         raise
     except UNREADABLE_NPZ as error:
@@ -244,13 +244,13 @@ def _split_off(
     num_examples = train.size
     if not 0 < size < num_examples:
         raise UserError(
-            f"config.validation_size is {size}; it must be between 1 and "
+            f"validation_size is {size}; it must be between 1 and "
             f"{num_examples - 1}, {num_examples} being the training set"
         )
     if train_size is not None and not 0 < train_size <= num_examples - size:
         raise UserError(
-            f"config.train_size is {train_size}; it must be between 1 and {num_examples - size}, "
-            "or 0 for all"
+            f"train_size is {train_size}; it must be between 1 and {num_examples - size}, "
+            "or left out for all"
         )
     order = np.random.default_rng([seed, 2]).permutation(num_examples)
     left = order[size:][:train_size]
@@ -262,7 +262,7 @@ def _keep_labels(train: Split, num_labeled: int, num_classes: int, seed: int) ->
     per_class, rest = divmod(num_labeled, num_classes)
     if rest or not 0 < per_class <= counts.min():
         raise UserError(
-            f"config.num_labeled is {num_labeled}; it must be a multiple of the "
+            f"num_labeled is {num_labeled}; it must be a multiple of the "
             f"{num_classes} classes, up to {counts.min() * num_classes}"
         )
     order = np.random.default_rng([seed, 3]).permutation(len(train.labels))

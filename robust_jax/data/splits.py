@@ -96,7 +96,7 @@ class Streamed:
                 images.append(resized(image, self.image_size) if self.image_size else image)
                 labels.append(example["label"])
         if min(labels, default=0) < 0:
-            raise UserError("config.dataset: the data set has examples without a label")
+            raise UserError("the data set has examples without a label")
         return Split(np.stack(images), np.asarray(labels, np.int32))
 
 
