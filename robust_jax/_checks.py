@@ -10,6 +10,8 @@ import numpy as np
 
 from robust_jax._network import Network, as_network
 
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+
 
 def is_traced(*trees: Any) -> bool:
     """Whether this is within a trace, or a value in these is known to a trace alone."""
@@ -111,15 +113,39 @@ def example_keys_of(key: Any, count: int) -> jax.Array:
 def length(name: str, value: Any, *, infinite: bool = False) -> None:
     """Raises ValueError for a radius or a step that is no number, negative or infinite."""
     on_the_host(value)
-    if isinstance(value, np.ndarray | np.generic | jax.Array) and np.ndim(value) == 0:
+    if isinstance(value, _ARRAYS) and np.ndim(value) == 0:
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        hint = f", {value} without quotes" if isinstance(value, str) else ""
-        raise ValueError(f"{name} is {_short(value)}; give a number in pixel units{hint}")
-    if not value >= 0:
-        raise ValueError(f"{name} must not be negative, not {value!r} (pixels are in [0,1])")
-    if value == math.inf and not infinite:
-        raise ValueError(f"{name} must be finite, not inf (pixels are in [0,1])")
+    if value is None or isinstance(value, _ARRAYS):
+        raise ValueError(f"{name} is {_short(value)}; give a number in pixel units")
+    lengths(**{name: value}, infinite=infinite)
+
+
+def lengths(*, infinite: bool = False, **values: Any) -> None:
+    """The same of several, of which None and arrays, which may be traced, are not looked at."""
+    for name, value in values.items():
+        if value is None or isinstance(value, _ARRAYS):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            hint = f", {value} without quotes" if isinstance(value, str) else ""
+            raise ValueError(f"{name} is {_short(value)}; give a number in pixel units{hint}")
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, not {value!r} (pixels are in [0,1])")
+        if value == math.inf and not infinite:
+            raise ValueError(f"{name} must be finite, not inf (pixels are in [0,1])")
+
+
+def counts(**values: Any) -> None:
+    """Raises ValueError for the first count that is not a whole number of at least 1."""
+    for name, value in values.items():
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def shares(**values: Any) -> None:
+    """Raises ValueError for the first value outside (0, 1]."""
+    for name, value in values.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be in (0, 1], not {value!r}")
 
 
 def network(

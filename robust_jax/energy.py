@@ -23,11 +23,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from robust_jax import losses
+from robust_jax import _checks, losses
 from robust_jax._front import compiled
 from robust_jax._precision import wide_dtype
 from robust_jax.attacks import Norm, ThreatModel, never, pgd
-from robust_jax.attacks._best import check_counts, check_lengths
 from robust_jax.attacks.norms import Length, threat_model
 from robust_jax.keys import example_keys, fold_each
 from robust_jax.types import Array, Images, KeyOrKeys, Labels, LogitsFn, PerExample
@@ -290,7 +289,7 @@ def path(
         >>> energy.path(logits_fn, x, y, key, eps=0.1)  # eps², as the loss rises evenly
         Array([0.01], dtype=float32)
     """
-    check_counts(num_pieces=num_pieces)
+    _checks.counts(num_pieces=num_pieces)
     loss, reference = _loss_around(logits_fn, x, y)
     worst = _end(
         logits_fn,
@@ -356,8 +355,8 @@ def _mean_over_ball(
     value: Callable, x: Images, key: KeyOrKeys, eps: Length, threat: ThreatModel, num_samples: int
 ) -> PerExample:
     """The mean of value(neighbours) over num_samples draws from the ball, one at a time."""
-    check_lengths(eps=eps)
-    check_counts(num_samples=num_samples)
+    _checks.lengths(eps=eps)
+    _checks.counts(num_samples=num_samples)
     keys = example_keys(key, x.shape[0])
 
     def draw(x, key):

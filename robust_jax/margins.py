@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from robust_jax import _checks
 from robust_jax._front import compiled
 from robust_jax._precision import wide_dtype
 from robust_jax.analysis.spectra import GAINS, Layer, operator_norm
 from robust_jax.attacks import Norm, ThreatModel, distances, fab, is_adversarial
-from robust_jax.attacks._best import check_counts, check_lengths
 from robust_jax.attacks.norms import L2, Length, threat_model
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
@@ -332,8 +332,8 @@ def clever(
     Reference:
         Wu & Yu 2019, arXiv 1907.11780, their code; after Weng et al. 2018, arXiv 1801.10578.
     """
-    check_lengths(eps=eps)
-    check_counts(num_samples=num_samples)
+    _checks.lengths(eps=eps)
+    _checks.counts(num_samples=num_samples)
     threat, x = threat_model(norm), jnp.asarray(x)
     radius = jnp.asarray(eps, x.dtype)
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from robust_jax import _checks
 from robust_jax._front import compiled
-from robust_jax.attacks._best import check_lengths
 from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
@@ -142,7 +142,7 @@ def random_neighbour(x: Images, key: KeyOrKeys, *, eps: float, norm: Norm = "lin
         >>> attacks.distances(x, moved, norm="l2")
         Array([0.1], dtype=float32)
     """
-    check_lengths(eps=eps)
+    _checks.lengths(eps=eps)
     threat = threat_model(norm)
     x = jnp.asarray(x)
     radius = jnp.asarray(eps, x.dtype)

@@ -13,13 +13,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from robust_jax import losses
+from robust_jax import _checks, losses
 from robust_jax.app import config as config_lib
 from robust_jax.app.config import bind, guard, keyword_parameters
 from robust_jax.app.evaluator import AttackGrid, AuditSettings
 from robust_jax.attacks import ATTACKS, never
 from robust_jax.attacks._autoattack import VERSIONS, check_arguments
-from robust_jax.attacks._best import check_lengths
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
 from robust_jax.train.objectives import Adversary
@@ -108,7 +107,7 @@ def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:
     if not eps:
         raise UserError(f"{path}.eps is empty; give at least one radius")
     for radius in eps:
-        guard(path, check_lengths, eps=radius)
+        guard(path, _checks.lengths, eps=radius)
     num_examples = config_lib.check_type(entry.get("num_examples", 0), int, f"{path}.num_examples")
     if num_examples < 0:
         raise UserError(f"{path}.num_examples is {num_examples}; 0 stands for all")

@@ -12,16 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_jax import losses
+from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax.attacks._best import (
-    Best,
-    Objective,
-    check_counts,
-    check_lengths,
-    check_shares,
-    value_dtype,
-)
+from robust_jax.attacks._best import Best, Objective, value_dtype
 from robust_jax.attacks._success import Criterion, misclassified
 from robust_jax.attacks.norms import Length, Norm, Scalar, ThreatModel, largest_where, threat_model
 from robust_jax.keys import example_keys
@@ -41,9 +34,9 @@ class _Settings(NamedTuple):
 
     @classmethod
     def checked(cls, norm: Norm, eps: Length, num_steps: int, rho: float, dtype) -> "_Settings":
-        check_lengths(eps=eps)
-        check_counts(num_steps=num_steps)
-        check_shares(rho=rho)
+        _checks.lengths(eps=eps)
+        _checks.counts(num_steps=num_steps)
+        _checks.shares(rho=rho)
         return cls(threat_model(norm), jnp.asarray(eps, dtype), num_steps, rho)
 
 
@@ -99,7 +92,7 @@ def apgd(
     Reference:
         Croce & Hein 2020, arXiv 2003.01690; in l1 Croce & Hein 2021, arXiv 2103.01208.
     """
-    check_counts(num_restarts=num_restarts)
+    _checks.counts(num_restarts=num_restarts)
     x, y = jnp.asarray(x), jnp.asarray(y)
     settings = _Settings.checked(norm, eps, num_steps, rho, x.dtype)
     objective = Objective(loss, targets, criterion)
@@ -162,7 +155,7 @@ def apgd_targeted(
     Reference:
         Croce & Hein 2020, arXiv 2003.01690.
     """
-    check_counts(num_targets=num_targets)
+    _checks.counts(num_targets=num_targets)
     x, y = jnp.asarray(x), jnp.asarray(y)
     settings = _Settings.checked(norm, eps, num_steps, rho, x.dtype)
     outputs = _outputs(logits_fn, eot_samples)
@@ -245,7 +238,7 @@ def _outputs(logits_fn, eot_samples) -> Callable:
     """
     if eot_samples is None:
         return lambda x, key: logits_fn(x[None])
-    check_counts(eot_samples=eot_samples)
+    _checks.counts(eot_samples=eot_samples)
     return lambda x, key: jax.vmap(lambda k: logits_fn(x[None], k)[0])(
         jax.random.split(key, eot_samples)
     )

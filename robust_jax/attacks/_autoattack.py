@@ -23,7 +23,6 @@ from robust_jax import _checks, losses
 from robust_jax._front import Mapper, on_the_host
 from robust_jax._outputs import are_probabilities, change_with_the_batch, is_random
 from robust_jax.attacks._apgd import apgd, apgd_targeted
-from robust_jax.attacks._best import check_counts, check_lengths
 from robust_jax.attacks._fab import fab
 from robust_jax.attacks._square import check_images, square
 from robust_jax.attacks._success import distances
@@ -157,7 +156,7 @@ def autoattack(
     _checks.length("eps", eps)
     threat = threat_model(norm)
     ensemble = check_arguments(eps=eps, norm=norm, version=version, overrides=overrides)
-    check_counts(batch_size=batch_size)
+    _checks.counts(batch_size=batch_size)
     is_randomised = version == "rand"
     x = np.asarray(_checks.pixels(x))
     y = np.asarray(_checks.one_row_each(y, x))
@@ -261,7 +260,7 @@ def check_arguments(
 
     Raises ValueError as `autoattack` does.
     """
-    check_lengths(eps=eps)
+    _checks.lengths(eps=eps)
     threat = threat_model(norm)
     overrides = overrides or {}
     if isinstance(version, str):

@@ -1,13 +1,11 @@
 """What the attacks share: the best point met so far, what they look for, checks of arguments."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax._precision import wide_dtype
@@ -60,34 +58,3 @@ class Objective(NamedTuple):
         """Value and hit of one point."""
         values, hits = self.judged(logits_fn(x_adv[None]), reference[None])
         return values[0].astype(value_dtype(x_adv)), hits[0]
-
-
-def check_lengths(*, infinite: bool = False, **lengths) -> None:
-    """Raises ValueError for the first that is no number, negative or, unless it may be, infinite.
-
-    None and arrays, which may be traced, are not looked at.
-    """
-    for name, value in lengths.items():
-        if value is not None and not isinstance(value, jax.Array | np.ndarray | np.generic):
-            if not isinstance(value, int | float):
-                raise ValueError(f"{name} must be a number, not {value!r} (pixels are in [0,1])")
-            if not value >= 0:
-                raise ValueError(
-                    f"{name} must not be negative, not {value!r} (pixels are in [0,1])"
-                )
-            if value == math.inf and not infinite:
-                raise ValueError(f"{name} must be finite, not inf (pixels are in [0,1])")
-
-
-def check_counts(**counts) -> None:
-    """Raises ValueError for the first count that is not a whole number of at least 1."""
-    for name, value in counts.items():
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-
-
-def check_shares(**shares) -> None:
-    """Raises ValueError for the first value outside (0, 1]."""
-    for name, value in shares.items():
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} must be in (0, 1], not {value!r}")

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from robust_jax import _checks
 from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
-from robust_jax.attacks._best import Best, check_counts, check_lengths, check_shares, value_dtype
+from robust_jax.attacks._best import Best, value_dtype
 from robust_jax.attacks._success import classified_as, misclassified
 from robust_jax.attacks.norms import Length, Norm, ThreatModel, threat_model, tiny
 from robust_jax.keys import example_keys
@@ -35,11 +36,11 @@ class _Settings(NamedTuple):
 
     def checked(self, dtype) -> "_Settings":
         """The settings for examples of a dtype."""
-        check_lengths(eps=self.eps, infinite=True)
-        check_counts(num_steps=self.num_steps, num_restarts=self.num_restarts)
+        _checks.lengths(eps=self.eps, infinite=True)
+        _checks.counts(num_steps=self.num_steps, num_restarts=self.num_restarts)
         if self.num_targets is not None:
-            check_counts(num_targets=self.num_targets)
-        check_shares(alpha_max=self.alpha_max, beta=self.beta)
+            _checks.counts(num_targets=self.num_targets)
+        _checks.shares(alpha_max=self.alpha_max, beta=self.beta)
         if not self.eta >= 1:
             raise ValueError(f"eta must be at least 1, not {self.eta!r}")
         return self._replace(eps=jnp.asarray(self.eps, dtype))

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from robust_jax import _checks
 from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
-from robust_jax.attacks._best import check_lengths
 from robust_jax.attacks._success import classified_as, misclassified
 from robust_jax.attacks.norms import L0, Length, tiny
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
@@ -68,7 +68,7 @@ def jsma(
     Reference:
         Papernot et al. 2016, arXiv 1511.07528, alg. 3.
     """
-    check_lengths(eps=eps)
+    _checks.lengths(eps=eps)
     if not 0 < abs(theta) <= 1:
         raise ValueError(f"theta must be in [-1, 1] and not 0, not {theta!r}")
     if norm != L0.name and norm is not L0:

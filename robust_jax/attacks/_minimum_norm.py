@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from robust_jax import losses
+from robust_jax import _checks, losses
 from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
-from robust_jax.attacks._best import Best, Objective, check_counts, check_lengths, value_dtype
+from robust_jax.attacks._best import Best, Objective, value_dtype
 from robust_jax.attacks._success import misclassified
 from robust_jax.attacks.norms import L2, Length, ThreatModel, threat_model, tiny
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
@@ -38,8 +38,8 @@ class _CarliniWagner(NamedTuple):
 
     def checked(self, dtype) -> "_CarliniWagner":
         """The settings for examples of a dtype."""
-        check_lengths(eps=self.eps, infinite=True)
-        check_counts(num_steps=self.num_steps, num_searches=self.num_searches)
+        _checks.lengths(eps=self.eps, infinite=True)
+        _checks.counts(num_steps=self.num_steps, num_searches=self.num_searches)
         for name in ("learning_rate", "initial_c"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name} must be positive, not {value!r}")
@@ -59,10 +59,10 @@ class _DeepFool(NamedTuple):
 
     def checked(self, dtype) -> "_DeepFool":
         """The settings for examples of a dtype."""
-        check_lengths(eps=self.eps, infinite=True)
-        check_counts(num_steps=self.num_steps)
+        _checks.lengths(eps=self.eps, infinite=True)
+        _checks.counts(num_steps=self.num_steps)
         if self.num_targets is not None:
-            check_counts(num_targets=self.num_targets)
+            _checks.counts(num_targets=self.num_targets)
         if not self.overshoot >= 0:
             raise ValueError(f"overshoot must not be negative, not {self.overshoot!r}")
         return self._replace(eps=jnp.asarray(self.eps, dtype))

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from robust_jax import losses
+from robust_jax import _checks, losses
 from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
-from robust_jax.attacks._best import Best, check_counts, value_dtype
+from robust_jax.attacks._best import Best, value_dtype
 from robust_jax.attacks._pgd import pgd
 from robust_jax.attacks._success import misclassified
 from robust_jax.attacks.norms import Length, Norm
@@ -59,7 +59,7 @@ def multi_targeted(
         Gowal et al. 2019, arXiv 1910.09338.
     """
     if num_targets is not None:
-        check_counts(num_targets=num_targets)
+        _checks.counts(num_targets=num_targets)
     x, y = jnp.asarray(x), jnp.asarray(y)
 
     def attack_one(x, y, key):

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from robust_jax import losses
+from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax.attacks._best import Best, Objective, check_counts, check_lengths
+from robust_jax.attacks._best import Best, Objective
 from robust_jax.attacks._success import Criterion
 from robust_jax.attacks.norms import Length, Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
@@ -117,8 +117,8 @@ def gaussian_noise(
 
 
 def _worst_draw(draw, logits_fn, x, y, key, settings: _Settings, objective: Objective) -> Images:
-    check_lengths(eps=settings.eps)
-    check_counts(num_samples=settings.num_samples)
+    _checks.lengths(eps=settings.eps)
+    _checks.counts(num_samples=settings.num_samples)
     x, y = jnp.asarray(x), jnp.asarray(y)
     settings = settings._replace(eps=jnp.asarray(settings.eps, x.dtype))
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from robust_jax import losses
+from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax.attacks._best import Best, Objective, check_counts, check_lengths
+from robust_jax.attacks._best import Best, Objective
 from robust_jax.attacks._success import Criterion
 from robust_jax.attacks.norms import L1, Length, Norm, ThreatModel, threat_model, tiny
 from robust_jax.keys import example_keys
@@ -101,7 +101,7 @@ def pgd(
     if num_restarts > 1 and not keep_best:
         raise ValueError("num_restarts above 1 needs keep_best=True: restarts are compared")
     if step_size is None:
-        check_counts(num_steps=num_steps)
+        _checks.counts(num_steps=num_steps)
         step_size = 2.5 * eps / num_steps
     settings = _Settings(
         threat_model(norm),
@@ -250,13 +250,13 @@ def mim(
 
 
 def _even(step_size, eps, num_steps):
-    check_counts(num_steps=num_steps)
+    _checks.counts(num_steps=num_steps)
     return eps / num_steps if step_size is None else step_size
 
 
 def _climb(logits_fn, x, y, key, settings: _Settings, objective: Objective) -> Images:
-    check_lengths(eps=settings.eps, step_size=settings.step_size)
-    check_counts(num_steps=settings.num_steps, num_restarts=settings.num_restarts)
+    _checks.lengths(eps=settings.eps, step_size=settings.step_size)
+    _checks.counts(num_steps=settings.num_steps, num_restarts=settings.num_restarts)
     if not 0 <= settings.momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1], not {settings.momentum!r}")
     x, y = jnp.asarray(x), jnp.asarray(y)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from robust_jax.attacks._best import check_lengths
+from robust_jax import _checks
 from robust_jax.attacks._success import distances, is_adversarial
 from robust_jax.attacks.norms import Norm
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
@@ -74,7 +74,7 @@ def run(
     own = inspect.signature(attack).parameters
     seeks_nearest = own["eps"].default == np.inf
     for radius in radii:
-        check_lengths(eps=radius, infinite=seeks_nearest)
+        _checks.lengths(eps=radius, infinite=seeks_nearest)
     norm = own["norm"].default if norm is None else norm
     keywords |= {} if targets is None else {"targets": targets}
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from robust_jax import losses
+from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax.attacks._best import Best, Objective, check_counts, check_lengths, check_shares
+from robust_jax.attacks._best import Best, Objective
 from robust_jax.attacks._success import Criterion
 from robust_jax.attacks.norms import (
     Flat,
@@ -44,9 +44,9 @@ class _Settings(NamedTuple):
 
     def checked(self, shape, dtype) -> "_Settings":
         """The settings for examples of a shape and dtype."""
-        check_lengths(eps=self.eps)
-        check_counts(num_queries=self.num_queries, num_restarts=self.num_restarts)
-        check_shares(p_init=self.p_init)
+        _checks.lengths(eps=self.eps)
+        _checks.counts(num_queries=self.num_queries, num_restarts=self.num_restarts)
+        _checks.shares(p_init=self.p_init)
         check_images(shape)
         return self._replace(eps=jnp.asarray(self.eps, dtype))
 
