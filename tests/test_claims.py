@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from robust_jax.app import claims, measures
-from robust_jax.app.claims import Run
+from robust_jax.app.claims import Evidence
 from robust_jax.app.intervals import as_wide_as, interval
 from robust_jax.errors import UserError
 
@@ -19,7 +19,8 @@ def result(clean=0.9, pgd=0.5):
 def found(**arms):
     """Made-up runs: by arm, the robust accuracy of each seed."""
     return {
-        arm: {i: Run(result(pgd=v)) for i, v in enumerate(values)} for arm, values in arms.items()
+        arm: {i: Evidence(result(pgd=v)) for i, v in enumerate(values)}
+        for arm, values in arms.items()
     }
 
 
@@ -27,7 +28,8 @@ def seen(**arms):
     """Made-up runs: by arm, which images each seed holds, [seeds, images]."""
     return {
         arm: {
-            seed: Run(result(pgd=np.mean(held)), table(held)) for seed, held in enumerate(by_seed)
+            seed: Evidence(result(pgd=np.mean(held)), table(held))
+            for seed, held in enumerate(by_seed)
         }
         for arm, by_seed in arms.items()
     }
@@ -106,7 +108,7 @@ def test_most_of_several_entries_each_with_a_verdict_of_its_own():
     strong = {"a": (2.0, 2.1, 2.0, 1.9), "b": (1.5, 1.4, 1.6, 1.5), "c": (3.0, 3.0, 3.0, 3.0)}
     runs = {
         arm: {
-            seed: Run(
+            seed: Evidence(
                 {"measurements": {"spectra": {f"spread/{k}": v[seed] for k, v in of.items()}}}
             )
             for seed in range(4)
@@ -313,7 +315,7 @@ def test_shares_of_images_are_read_from_the_records():
 
 def test_a_smallest_effect_can_be_a_share_of_what_it_is_compared_with():
     runs = {
-        arm: {i: Run({"jacobian": v}) for i, v in enumerate(values)}
+        arm: {i: Evidence({"jacobian": v}) for i, v in enumerate(values)}
         for arm, values in {"a": (10.0, 11.0, 9.0), "b": (9.0, 10.0, 8.1)}.items()
     }
     below = {"measure": "jacobian", "arms": ("b", "a"), "relation": "below"}

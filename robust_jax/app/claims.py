@@ -32,14 +32,14 @@ _DECISIVE: tuple[Verdict, ...] = (
 )
 
 
-class Run(NamedTuple):
+class Evidence(NamedTuple):
     """A finished run: its results.json, and the table of its test images where it is known."""
 
     results: Mapping[str, Any]
     records: pd.DataFrame | None = None
 
 
-Found = Mapping[str, Mapping[int, Run]]  # by arm and seed
+Found = Mapping[str, Mapping[int, Evidence]]  # by arm and seed
 
 
 def judge(
@@ -99,7 +99,7 @@ def _bounds(test: Mapping[str, Any]) -> tuple[float, float]:
     return low - high - by, high - low - by
 
 
-def _judge_most(test: Mapping[str, Any], runs: Sequence[Sequence[Run]]) -> dict[str, Any]:
+def _judge_most(test: Mapping[str, Any], runs: Sequence[Sequence[Evidence]]) -> dict[str, Any]:
     by_seed = [[measures.by_entry(run.results, test["measure"]) for run in arms] for arms in runs]
     measured = [of_seed for of_seed in by_seed if all(of_seed)]
     entries: dict[str, dict[str, Any]] = {}
@@ -207,7 +207,7 @@ def _relative(size: Any) -> float | None:
         return None
 
 
-def by_image(measure: str, runs: Sequence[Sequence[Run]]) -> np.ndarray | None:
+def by_image(measure: str, runs: Sequence[Sequence[Evidence]]) -> np.ndarray | None:
     """What a share is the mean of, [seeds, arms, images], of the runs that have it, [seeds][arms].
 
     The images are those on which every run was measured. None where there are none.
@@ -224,7 +224,7 @@ def by_image(measure: str, runs: Sequence[Sequence[Run]]) -> np.ndarray | None:
     return table.T.reshape(len(found), len(found[0]), -1) if len(table) else None
 
 
-def _outcomes(test: Mapping[str, Any], runs: Sequence[Sequence[Run]]) -> np.ndarray:
+def _outcomes(test: Mapping[str, Any], runs: Sequence[Sequence[Evidence]]) -> np.ndarray:
     """How far each seed is on the claimed side, [seeds]; of a share each image, [seeds, images]."""
     measure = test["measure"]
     if (shares := by_image(measure, runs)) is not None:

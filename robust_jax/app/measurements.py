@@ -1,6 +1,6 @@
 """What the papers measure of a trained network, by name in a config.
 
-Each is `measurement(subject, *, keywords) -> Found` on the first num_examples of a split, at most
+Each is `measurement(subject, *, keywords) -> Numbers` on the first num_examples of a split, at most
 _BATCH_SIZE of them in memory at a time.
 """
 
@@ -24,7 +24,7 @@ from robust_jax.keys import fold_in_each
 from robust_jax.types import LogitsFn
 
 # Numbers are for results.json; arrays, to draw, for measurements.npz.
-Found = dict[str, float | np.ndarray]
+Numbers = dict[str, float | np.ndarray]
 _BATCH_SIZE = 250
 # Networks of one layer after another, which margins by Lipschitz constants are for.
 _CHAINS = (models.Linear, models.MLP, models.CNN, models.LeNet5, models.MadryCNN, models.SmallCNN)
@@ -45,7 +45,7 @@ def outputs(
     *,
     split: Literal["train", "validation", "test"] = "test",
     num_examples: int = 1000,
-) -> Found:
+) -> Numbers:
     """Output margins z_y - max_j z_j, gaps, confidence p_y, entropy and calibration error.
 
     The gap is z_y less the mean of the wrong logits; 1 - p_y is computed without cancellation, and
@@ -86,7 +86,7 @@ def input_margins(
     num_steps: int = 100,
     radius: float = 5.0,
     num_samples: int = 1024,
-) -> Found:
+) -> Numbers:
     """Margins in the input space, by one of four estimates.
 
     clever as in arXiv 1907.11780, from the predicted class, unsigned and at most radius: K backward
@@ -131,7 +131,7 @@ def input_margins(
     return {**summary(found), "input_margin": found}
 
 
-def layer_spectra(subject: Subject) -> Found:
+def layer_spectra(subject: Subject) -> Numbers:
     """How far each layer's singular values spread: standard deviation, maximum, and std/mean.
 
     relative_spread is std/mean with BatchNorm's scale folded into its layer, which no scale of the
@@ -166,7 +166,7 @@ def _thinned(values: np.ndarray) -> np.ndarray:
 
 def feature_change(
     subject: Subject, *, eps: float, norm: Norm = "linf", num_examples: int = 500
-) -> Found:
+) -> Numbers:
     """‖h(x+δ) - h(x)‖ / ‖δ‖ of each layer, for random and adversarial δ (arXiv 2011.07478).
 
     relative_… is over ‖h(x)‖ too, and adversarial_over_random the one mean over the other, 1 where
@@ -217,7 +217,7 @@ def feature_change(
     }
 
 
-def clusters(subject: Subject, *, num_examples: int = 1000) -> Found:
+def clusters(subject: Subject, *, num_examples: int = 1000) -> Numbers:
     """Silhouette and intra/inter-class distance of the last layer's input, on test images.
 
     Arrays: projection [N,2] on the principal axes, tsne [N,2], label [N]. Costs a forward pass an
@@ -244,7 +244,7 @@ def loss_energy(
     num_examples: int = 500,
     num_samples: int = 10,
     num_steps: int = 10,
-) -> Found:
+) -> Numbers:
     """The energies of the loss on test images, and the term of adversarial training, `rise`.
 
     Ours, after arXiv 1911.06479. label_free: of KL(p(x) ‖ p(x+r)) instead of the cross-entropy.
@@ -281,7 +281,7 @@ def interior(
     num_examples: int = 500,
     num_steps: int = 10,
     num_pieces: int = 4,
-) -> Found:
+) -> Numbers:
     """Mean cross-entropy on the way to the worst point of the ball, on test images.
 
     Numbers: loss/PERCENT of the way, and worst_inside, the share of the examples whose loss is
@@ -311,7 +311,7 @@ def interior(
     }
 
 
-def gaps(subject: Subject, *, num_examples: int = 1000) -> Found:
+def gaps(subject: Subject, *, num_examples: int = 1000) -> Numbers:
     """Generalisation gaps: accuracy and cross-entropy on training images minus on test images.
 
     Costs a forward pass an example.
@@ -330,7 +330,7 @@ def gaps(subject: Subject, *, num_examples: int = 1000) -> Found:
 
 def jacobian_spectrum(
     subject: Subject, *, of: Literal["logits", "probabilities"] = "logits", num_examples: int = 200
-) -> Found:
+) -> Numbers:
     """Mean singular values of the Jacobian on test images, the largest first.
 
     Costs K backward passes and an SVD of [K,D] an example.
@@ -346,7 +346,7 @@ def jacobian_spectrum(
     return {f"{i}": float(value) for i, value in enumerate(found.mean(0))}
 
 
-MEASUREMENTS: Mapping[str, Callable[..., Found]] = {
+MEASUREMENTS: Mapping[str, Callable[..., Numbers]] = {
     "outputs": outputs,
     "margins": input_margins,
     "spectra": layer_spectra,

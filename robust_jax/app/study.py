@@ -38,7 +38,7 @@ from robust_jax.app.arms import (
     set_field,
     trials,
 )
-from robust_jax.app.claims import Found, Run
+from robust_jax.app.claims import Evidence, Found
 from robust_jax.app.config import choose
 from robust_jax.app.folder import Mode
 from robust_jax.app.intervals import interval
@@ -311,14 +311,14 @@ def _radii(config: ConfigDict) -> dict[str, float]:
 
 def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
     """The finished runs by arm and seed, and the names of the first seeds' that are missing."""
-    found: dict[str, dict[int, Run]] = {arm: {} for arm in config.arms}
+    found: dict[str, dict[int, Evidence]] = {arm: {} for arm in config.arms}
     missing = []
     chosen = _chosen(config, workdir)
     for trial in trials(config, chosen, seeds=(*config.seeds, *arms.extra_seeds(config))):
         here = workdir / trial.name
         if is_finished(here):
             folder.check_run(here, trial.config)
-            found[trial.arm][trial.seed] = Run(
+            found[trial.arm][trial.seed] = Evidence(
                 runs.results(here), records.read(here / "records" / "best.csv")
             )
         elif trial.seed in config.seeds:
@@ -402,7 +402,7 @@ def collect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     }
 
 
-def _summary(measure: str, by_seed: Mapping[int, Run]) -> dict[str, Any]:
+def _summary(measure: str, by_seed: Mapping[int, Evidence]) -> dict[str, Any]:
     """The measure of an arm: by seed, and its mean and interval over seeds and images."""
     values = {str(seed): measures.value(r.results, measure) for seed, r in by_seed.items()}
     known = {seed: v for seed, v in values.items() if v is not None}
@@ -420,7 +420,7 @@ def _interval(
     return {k: known[k] if np.isfinite(known[k]) else None for k in ("mean", "low", "high")}
 
 
-def _curves(by_seed: Mapping[int, Run]) -> dict[str, list[dict[str, Any]]]:
+def _curves(by_seed: Mapping[int, Evidence]) -> dict[str, list[dict[str, Any]]]:
     """The worst case of each norm against eps, by norm: mean and interval."""
     curves: dict[str, list[dict[str, Any]]] = {}
     if not by_seed:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax.attacks._best import Best, Objective, value_dtype
+from robust_jax.attacks._best import Best, Goal, value_dtype
 from robust_jax.attacks._success import Criterion, misclassified
 from robust_jax.attacks.norms import Length, Norm, Scalar, ThreatModel, largest_where, threat_model
 from robust_jax.keys import example_keys
@@ -95,18 +95,18 @@ def apgd(
     _checks.counts(num_restarts=num_restarts)
     x, y = jnp.asarray(x), jnp.asarray(y)
     settings = _Settings.checked(norm, eps, num_steps, rho, x.dtype)
-    objective = Objective(loss, targets, criterion)
+    goal = Goal(loss, targets, criterion)
     outputs = _outputs(logits_fn, eot_samples)
 
     def score(logits, reference, _):
         references = jnp.broadcast_to(reference, (len(logits), *reference.shape))
-        return objective.judged(logits, references)
+        return goal.judged(logits, references)
 
     def attack_one(x, reference, key):
         runs = jnp.arange(num_restarts)
         return _climb_one(outputs, score, x, reference, (runs, runs), key, settings)
 
-    return jax.vmap(attack_one)(x, objective.reference(y), example_keys(key, len(x)))
+    return jax.vmap(attack_one)(x, goal.reference(y), example_keys(key, len(x)))
 
 
 @compiled

@@ -34,7 +34,7 @@ def value_dtype(x):
     return wide_dtype(x.dtype)
 
 
-class Objective(NamedTuple):
+class Goal(NamedTuple):
     """What an attack raises and when it has succeeded, both of logits and a reference.
 
     The reference is y, or the targets where there are any; the loss towards those is lowered.

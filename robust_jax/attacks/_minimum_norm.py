@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
-from robust_jax.attacks._best import Best, Objective, value_dtype
+from robust_jax.attacks._best import Best, Goal, value_dtype
 from robust_jax.attacks._success import misclassified
 from robust_jax.attacks.norms import L2, Length, ThreatModel, threat_model, tiny
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
@@ -131,17 +131,17 @@ def carlini_wagner(
     settings = _CarliniWagner(
         eps, num_steps, num_searches, learning_rate, initial_c, kappa
     ).checked(x.dtype)
-    objective = Objective(losses.margin_loss, targets)
+    goal = Goal(losses.margin_loss, targets)
 
     def judge(x_adv, reference):
         """By how much x_adv is classified as it should be, and whether that is enough."""
-        excess, hit = objective.at(logits_fn, x_adv, reference)
+        excess, hit = goal.at(logits_fn, x_adv, reference)
         return excess, hit & (excess >= kappa)
 
     def search_one(x, reference):
         return _descend_one(judge, x, reference, settings)
 
-    return jax.vmap(search_one)(x, objective.reference(y))
+    return jax.vmap(search_one)(x, goal.reference(y))
 
 
 @compiled

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax.attacks._best import Best, Objective
+from robust_jax.attacks._best import Best, Goal
 from robust_jax.attacks._success import Criterion
 from robust_jax.attacks.norms import Length, Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
@@ -67,7 +67,7 @@ def uniform_noise(
         return settings.norm.random_in_ball(key, x, settings.eps)
 
     settings = _Settings(threat_model(norm), eps, num_samples)
-    return _worst_draw(draw, logits_fn, x, y, key, settings, Objective(loss, criterion=criterion))
+    return _worst_draw(draw, logits_fn, x, y, key, settings, Goal(loss, criterion=criterion))
 
 
 @compiled
@@ -113,10 +113,10 @@ def gaussian_noise(
         return noise * (settings.eps / settings.norm.gaussian_size(x.size))
 
     settings = _Settings(threat_model(norm), eps, num_samples)
-    return _worst_draw(draw, logits_fn, x, y, key, settings, Objective(loss, criterion=criterion))
+    return _worst_draw(draw, logits_fn, x, y, key, settings, Goal(loss, criterion=criterion))
 
 
-def _worst_draw(draw, logits_fn, x, y, key, settings: _Settings, objective: Objective) -> Images:
+def _worst_draw(draw, logits_fn, x, y, key, settings: _Settings, goal: Goal) -> Images:
     _checks.lengths(eps=settings.eps)
     _checks.counts(num_samples=settings.num_samples)
     x, y = jnp.asarray(x), jnp.asarray(y)
@@ -126,9 +126,9 @@ def _worst_draw(draw, logits_fn, x, y, key, settings: _Settings, objective: Obje
         def sample(best, number):
             moved = x + draw(settings, jax.random.fold_in(key, number), x)
             x_adv = settings.norm.project_to_ball_and_box(moved, x, settings.eps)
-            return best.updated(x_adv, *objective.at(logits_fn, x_adv, reference)), None
+            return best.updated(x_adv, *goal.at(logits_fn, x_adv, reference)), None
 
         best, _ = jax.lax.scan(sample, Best.nothing(x), jnp.arange(settings.num_samples))
         return best.x
 
-    return jax.vmap(attack_one)(x, objective.reference(y), example_keys(key, len(x)))
+    return jax.vmap(attack_one)(x, goal.reference(y), example_keys(key, len(x)))

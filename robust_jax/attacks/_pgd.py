@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax.attacks._best import Best, Objective
+from robust_jax.attacks._best import Best, Goal
 from robust_jax.attacks._success import Criterion
 from robust_jax.attacks.norms import L1, Length, Norm, ThreatModel, threat_model, tiny
 from robust_jax.keys import example_keys
@@ -113,7 +113,7 @@ def pgd(
         momentum,
         keep_best,
     )
-    return _climb(logits_fn, x, y, key, settings, Objective(loss, targets, criterion))
+    return _climb(logits_fn, x, y, key, settings, Goal(loss, targets, criterion))
 
 
 @compiled
@@ -153,7 +153,7 @@ def fgsm(
         Goodfellow et al. 2015, arXiv 1412.6572.
     """
     settings = _Settings(threat_model(norm), eps, step_size=eps, num_steps=1)
-    return _climb(logits_fn, x, y, key, settings, Objective(loss, targets, criterion))
+    return _climb(logits_fn, x, y, key, settings, Goal(loss, targets, criterion))
 
 
 @compiled
@@ -198,7 +198,7 @@ def bim(
         Kurakin et al. 2017, arXiv 1607.02533.
     """
     settings = _Settings(threat_model(norm), eps, _even(step_size, eps, num_steps), num_steps)
-    return _climb(logits_fn, x, y, key, settings, Objective(loss, targets, criterion))
+    return _climb(logits_fn, x, y, key, settings, Goal(loss, targets, criterion))
 
 
 @compiled
@@ -246,7 +246,7 @@ def mim(
     """
     step_size = _even(step_size, eps, num_steps)
     settings = _Settings(threat_model(norm), eps, step_size, num_steps, momentum=momentum)
-    return _climb(logits_fn, x, y, key, settings, Objective(loss, targets, criterion))
+    return _climb(logits_fn, x, y, key, settings, Goal(loss, targets, criterion))
 
 
 def _even(step_size, eps, num_steps):
@@ -254,7 +254,7 @@ def _even(step_size, eps, num_steps):
     return eps / num_steps if step_size is None else step_size
 
 
-def _climb(logits_fn, x, y, key, settings: _Settings, objective: Objective) -> Images:
+def _climb(logits_fn, x, y, key, settings: _Settings, goal: Goal) -> Images:
     _checks.lengths(eps=settings.eps, step_size=settings.step_size)
     _checks.counts(num_steps=settings.num_steps, num_restarts=settings.num_restarts)
     if not 0 <= settings.momentum <= 1:
@@ -266,9 +266,9 @@ def _climb(logits_fn, x, y, key, settings: _Settings, objective: Objective) -> I
     )
 
     def climb_one(x, reference, key):
-        return _climb_one(partial(objective.at, logits_fn), x, reference, key, settings)
+        return _climb_one(partial(goal.at, logits_fn), x, reference, key, settings)
 
-    return jax.vmap(climb_one)(x, objective.reference(y), example_keys(key, len(x)))
+    return jax.vmap(climb_one)(x, goal.reference(y), example_keys(key, len(x)))
 
 
 def _climb_one(score, x, reference, key, settings: _Settings):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax.attacks._best import Best, Objective
+from robust_jax.attacks._best import Best, Goal
 from robust_jax.attacks._success import Criterion
 from robust_jax.attacks.norms import (
     Flat,
@@ -117,12 +117,12 @@ def square(
     threat = threat_model(norm, needs="patches")
     settings = _Settings(threat, eps, num_queries, num_restarts, p_init)
     settings = settings.checked(x.shape[1:], x.dtype)
-    objective = Objective(loss, targets, criterion)
+    goal = Goal(loss, targets, criterion)
     start, propose = _moves(x.shape[1:], settings)
 
     def search_one(x, reference, key):
         def judged(x_adv):
-            return Best(x_adv, *objective.at(logits_fn, x_adv, reference))
+            return Best(x_adv, *goal.at(logits_fn, x_adv, reference))
 
         def search(found, number):
             restart_key = jax.random.fold_in(key, number)
@@ -142,7 +142,7 @@ def square(
 
         return jax.lax.scan(search, Best.nothing(x), jnp.arange(num_restarts))[0].x
 
-    return jax.vmap(search_one)(x, objective.reference(y), example_keys(key, len(x)))
+    return jax.vmap(search_one)(x, goal.reference(y), example_keys(key, len(x)))
 
 
 def patch_sides(
