@@ -168,6 +168,7 @@ def test_a_typo_in_a_claim_or_a_measure_is_found_before_anything_runs(case):
 def fake_runs(monkeypatch, accuracy=lambda config: 0.5, num_images=200):
     """Replaces runs by ones that only write results, of PGD and on held-out images: accuracy."""
     ran = []
+    monkeypatch.setattr(study, "_forget_a_run", lambda: None)  # slow, and there is nothing to drop
 
     def execute(config, workdir, mode):
         if (workdir / "results.json").exists() and mode == "train":
@@ -269,7 +270,9 @@ def test_a_finished_study_cannot_become_another(tmp_path, monkeypatch):
 
 def test_a_study_keeps_no_programs_of_its_runs(tmp_path, monkeypatch):
     # A process may have 65,530 memory maps, and the programs of a run are some thousand.
+    forget = study._forget_a_run
     fake_runs(monkeypatch)
+    monkeypatch.setattr(study, "_forget_a_run", forget)
     fake, compiled = study.run.execute, []
     loaded = jax.devices()[0].client.live_executables
 

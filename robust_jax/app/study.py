@@ -248,10 +248,17 @@ def _run(config: ConfigDict, chosen: Sequence[Trial], workdir: Path, mode: Mode)
     for i, trial in enumerate(chosen):
         logging.info("%s: %s (%d of %d)", config.title, trial.name, i + 1, len(chosen))
         run.execute(trial.config, workdir / trial.name, mode)
-        # Its programs serve no other run, and fill the memory maps that a process may have.
-        jax.clear_caches()
-        gc.collect()
-        speed.forget_memory_high_water()
+        _forget_a_run()
+
+
+def _forget_a_run() -> None:
+    """Drops its programs, which serve no other run, and its peak of memory.
+
+    A process may have so many memory maps, and programs fill them.
+    """
+    jax.clear_caches()
+    gc.collect()
+    speed.forget_memory_high_water()
 
 
 def _chosen(config: ConfigDict, workdir: Path) -> dict[str, float]:
