@@ -402,4 +402,3 @@ def test_configs_are_deltas_of_default_and_of_no_other(path):
     for line in imported:
         in_studies = path.parent.name == "studies" and line.startswith("configs.studies.common ")
         assert line in allowed or in_studies, line
-    jax.clear_caches()
