@@ -104,8 +104,8 @@ def get_config() -> ConfigDict:
 
     # Attacks on the best and the last checkpoint. The key labels the attack in tables, and names it
     # if "name" is missing; eps lists the radii in pixel units. num_examples: attack the first so
-    # many (0, the default: all). surrogate: the folder of another finished run, whose network is
-    # attacked instead.
+    # many (0, the default: all). surrogate: whose adversarials they are, the folder of a finished
+    # run, or "train" for the audit's undefended CNN.
     config.attacks = attack_grid(
         linf=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
         l2=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),

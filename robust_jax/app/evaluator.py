@@ -3,6 +3,7 @@
 Anything drawn at random follows (seed, attack, example): never the batch or the device.
 """
 
+import copy
 import dataclasses
 import zlib
 from collections.abc import Callable, Collection, Mapping
@@ -38,7 +39,7 @@ class AttackGrid(NamedTuple):
 
     num_examples: how many of the split's first examples are attacked; None for all. members: of
     AutoAttack, in their order, whose result is an AutoAttackResult; others have none. surrogate:
-    the folder of the run whose network is attacked instead; "" for none.
+    the folder of the run whose network is attacked instead, or "train"; "" for none.
     """
 
     kind: str
@@ -94,6 +95,12 @@ class Evaluator:
         # The key is an argument of the compiled programs, which serve every seed.
         self._key_data = np.asarray(jax.random.key_data(key))
         self._key_impl = jax.random.key_impl(key)
+
+    def with_grids(self, grids: Mapping[str, AttackGrid]) -> "Evaluator":
+        """The same with other attacks."""
+        other = copy.copy(self)
+        other._grids = grids
+        return other
 
     def temperature(self, variables: Any, held_out: data.Split) -> float:
         """By what the logits are divided for the least cross-entropy on images held out."""

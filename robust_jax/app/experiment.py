@@ -16,6 +16,7 @@ from robust_jax.app.training import Training
 from robust_jax.attacks import transfer
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
+from robust_jax.types import LogitsFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,9 @@ def build(config: ConfigDict) -> Experiment:
         training.check_radius(full.attacks[name], path, run.dataset)
         if not grid.members:
             training.try_attack(path, grid.attack, run.dataset, eps=grid.eps[0])
-    grids = {name: _transferred(grid) for name, grid in grids.items()}
+        # One that is to be trained has a place when the run has one: see `surrogate.bound`.
+        if grid.surrogate and grid.surrogate != "train":
+            grids[name] = transferred(grid, subject.load(grid.surrogate).logits_fn)
     settings = config.evaluation.to_dict()
     num_examples = settings.pop("num_examples") or run.dataset.test.size
     network = training.network(run.model)
@@ -75,9 +78,6 @@ def _measurement(label: str, entry: ConfigDict) -> Callable:
     return bind(MEASUREMENTS, {"name": label, **keywords}, path)
 
 
-def _transferred(grid: AttackGrid) -> AttackGrid:
-    """The attack on another run's network where the grid names one."""
-    if not grid.surrogate:
-        return grid
-    other = subject.load(grid.surrogate).logits_fn
-    return grid._replace(attack=partial(transfer, surrogate=other, attack=grid.attack))
+def transferred(grid: AttackGrid, surrogate: LogitsFn) -> AttackGrid:
+    """The attack on another network."""
+    return grid._replace(attack=partial(transfer, surrogate=surrogate, attack=grid.attack))

@@ -137,7 +137,8 @@ def _verify(run: Finished) -> str:
     here = config_lib.to_json(run.asked)
     if changed := config_lib.differences(results["config"], here, ignore=ignore):
         raise UserError(f"{run.workdir} was evaluated with another config ({'; '.join(changed)})")
-    return verify.compare(run.experiment, run.trained, run.workdir, results)
+    experiment = surrogate.bound(run.experiment, run.workdir)
+    return verify.compare(experiment, run.trained, run.workdir, results)
 
 
 def _results(workdir: Path, mode: Mode) -> dict[str, Any]:
@@ -152,6 +153,7 @@ def _evaluate(run: Finished) -> str:
     Of what the folder's config has and this call does not ask for, earlier results are kept.
     """
     start = time.perf_counter()
+    run = run._replace(experiment=surrogate.bound(run.experiment, run.workdir))
     earlier = folder.earlier(run.workdir)
     entries = threat.complete(run.experiment.config).attacks
     unasked = {label: entry for label, entry in entries.items() if label not in run.asked.attacks}

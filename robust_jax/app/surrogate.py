@@ -1,4 +1,4 @@
-"""The network that an audit transfers adversarials from: another run's, or one trained for it."""
+"""The networks that adversarials are transferred from: another run's, or one trained for it."""
 
 import dataclasses
 from functools import partial
@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from robust_jax.app import folder, training
-from robust_jax.app.experiment import Experiment
+from robust_jax.app.experiment import Experiment, transferred
 from robust_jax.app.folder import Mode
 from robust_jax.app.subject import load, subject_of
 from robust_jax.devices import processes
@@ -38,13 +38,28 @@ def networks(experiment: Experiment, workdir: Path) -> dict[str, LogitsFn]:
         return {}
     if chosen != "train":
         return {chosen: load(chosen).logits_fn}
-    # A run of its own, of which a notebook may load the network.
+    return {"an undefended CNN": _undefended(experiment, workdir)}
+
+
+def bound(experiment: Experiment, workdir: Path) -> Experiment:
+    """The experiment with the undefended CNN trained that its attacks name as their surrogate."""
+    asking = {name: grid for name, grid in experiment.grids.items() if grid.surrogate == "train"}
+    if not asking:
+        return experiment
+    other = _undefended(experiment, workdir)
+    grids = experiment.grids | {name: transferred(grid, other) for name, grid in asking.items()}
+    evaluator = experiment.evaluator.with_grids(grids)
+    return dataclasses.replace(experiment, grids=grids, evaluator=evaluator)
+
+
+def _undefended(experiment: Experiment, workdir: Path) -> LogitsFn:
+    """Trained in a run of its own, of which a notebook may load the network."""
     config = surrogate_config(experiment.config)
     other, there = training.build(config), workdir / "surrogate"
     mode: Mode = "evaluate" if (there / "config.json").exists() else "train"
     processes.on_first(partial(folder.claim, there, config, mode))
-    plan = dataclasses.replace(other.plan, description="train the surrogate for the audit")
-    return {"an undefended CNN": subject_of(other, train(plan, there)).logits_fn}
+    plan = dataclasses.replace(other.plan, description="train the surrogate")
+    return subject_of(other, train(plan, there)).logits_fn
 
 
 def surrogate_config(config: ConfigDict) -> ConfigDict:
