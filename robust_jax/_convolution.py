@@ -1,10 +1,10 @@
 """Two-dimensional convolution and pooling, NHWC images and HWIO kernels.
 
-The one place that knows about the platform. XLA's CPU backend computes the two gradients of a
-convolution many times slower than the convolution itself, above all inside `lax.scan`, where every
-attack lives, the convolution itself slowly where channels are few, and 3×3 ones of many channels
-with three times the multiplications they need. Here all three have formulas of their own on the
-CPU; every other platform lowers to `lax.conv_general_dilated` and its derivatives.
+XLA's CPU backend computes the two gradients of a convolution many times slower than the convolution
+itself, above all inside `lax.scan`, where every attack runs. The convolution itself is slow with
+few channels, and at 3×3 with many takes three times the multiplications it needs. On the CPU all
+three have formulas of their own here; other platforms lower to `lax.conv_general_dilated` and its
+derivatives.
 
 The convolution and its two gradients are three views of one trilinear form, so each is bilinear
 and each transposes into the other two. Being primitives, not a custom_vjp, they take part in every

@@ -2,11 +2,10 @@
 
 Four estimates of one quantity, [B] in pixel units of the threat norm: the distance to the nearest
 point that is misclassified or, negated, from a misclassified example to the nearest that is not.
-Of examples that are classified correctly `linear` is exact, and `first_order` for a linear network;
-`minimum_norm` is never smaller and `lipschitz` never larger in magnitude. arXiv 1907.11780 means by
-minimum and average margin the least and the mean over the training set, measured from the predicted
-class, unsigned, as `clever` does; the sign and the other estimates are ours.
-"""
+For correctly classified examples `linear` is exact, as is `first_order` on a linear network;
+`minimum_norm` is never smaller in magnitude, and `lipschitz` never larger. arXiv 1907.11780 means
+by minimum and average margin the least and the mean over the training set, measured from the
+predicted class, unsigned, as `clever` does; the sign and the other estimates are ours. """
 
 from collections.abc import Callable, Mapping
 

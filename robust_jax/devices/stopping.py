@@ -1,9 +1,8 @@
 """Stopping when asked to: SIGINT and SIGTERM end a run at once, or save it first where it trains.
 
-What is finished is on disk already outside training, so a run ends within a second whatever XLA is
-at, which no handler in Python could do: a thread reads what arrived. Of several processes the one
-that is asked tells the others.
-"""
+Outside training, what is finished is on disk already. A thread reads the signals, so a run ends
+within a second even if XLA is busy, when no Python handler would run. Of several processes, the one
+that is asked tells the others. """
 
 import contextlib
 import os
