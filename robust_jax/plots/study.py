@@ -13,7 +13,7 @@ from matplotlib.ticker import NullFormatter
 from robust_jax.plots.style import COLORS, STYLE, WIDTH, legend_below, norm_symbol
 
 _COLORS = (*COLORS, "0.3", "0.6")
-_MARKERS = "os^DvPX*"
+_MARKERS = "os^DvPX"  # one fewer than colours, so that no two of 56 arms look the same
 
 
 @rc_context(STYLE)

@@ -49,6 +49,10 @@ def norm_symbol(name: str) -> str:
     return "ℓ" + match[1].replace("inf", "∞").translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
+# Letters that a line under a figure holds, and that a legend's handle and gaps take.
+_LINE, _HANDLE = 100, 6
+
+
 def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
     """One legend for all panels, each label once."""
     entries = {
@@ -56,9 +60,9 @@ def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
         for ax in panels
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), 5)
-    )
+    longest = max(map(len, entries), default=0) + _HANDLE
+    columns = max(1, min(len(entries), 5, _LINE // longest))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
 def legend_above(ax: Axes, *, columns: int = 2) -> None:
