@@ -16,8 +16,8 @@ from robust_jax.files import write_atomically
 from robust_jax.plots import study as plots
 
 Results = Mapping[str, Any]
-# Of a figure; more would be too large a file to read in a repository.
-_PANELS = 12
+# Panels of three in a line, times arms, of a figure; more would be too large a file to keep.
+_LINES_BY_ARMS = 28
 
 
 def write(workdir: Path, results: Results, arrays: Arrays) -> None:
@@ -43,8 +43,9 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
         for arm, row in named(results["table"]).items()
     }
     shown = list(labels.values())
-    for i, start in enumerate(range(0, len(shown), _PANELS)):
-        part = shown[start : start + _PANELS]
+    panels = 3 * min(4, max(1, _LINES_BY_ARMS // len(table)))
+    for i, start in enumerate(range(0, len(shown), panels)):
+        part = shown[start : start + panels]
         figures[f"measures_{i + 1}" if i else "measures"] = (
             plots.measures_by_arm({arm: {m: row[m] for m in part} for arm, row in table.items()}),
             "Measures of the table: the mean over seeds with its 95 % interval.",
