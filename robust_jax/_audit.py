@@ -2,7 +2,8 @@
 
 What they look for: arXiv 1802.00420, 1902.06705 (§5) and 2003.01690. Thresholds are our reading: a
 share warns or fails if the lower end of its 95 % interval is above a limit, so that the draw of the
-examples alone does not."""
+examples alone does not.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping

@@ -14,7 +14,8 @@ The neighbourhood is the eps-ball cut to [0,1]. ℓ is the cross-entropy with la
 with y=None it is label-free, KL(p(x) ‖ p) from the prediction at x itself, which is held fixed, as
 in VAT (arXiv 1704.03976). VAT's term is that KL at one r of length eps, not cut to [0,1]; where x +
 r is in the box, it is at most √`rise` (label-free), if the attack finds the maximum. All are
-differentiable in the network's parameters at the points they look at."""
+differentiable in the network's parameters at the points they look at.
+"""
 
 from collections.abc import Callable
 

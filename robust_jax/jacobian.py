@@ -2,7 +2,8 @@
 
 fn maps x [B,...] to [B,K], each example on its own: logits, or probabilities with
 `probabilities(logits_fn)`. Norms are in units of fn's output per pixel unit ([0,1]); 16-bit values
-are summed and returned in float32. chunk_size bounds how many examples are in memory."""
+are summed and returned in float32. chunk_size bounds how many examples are in memory.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple

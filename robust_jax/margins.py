@@ -5,7 +5,8 @@ point that is misclassified or, negated, from a misclassified example to the nea
 For correctly classified examples `linear` is exact, as is `first_order` on a linear network;
 `minimum_norm` is never smaller in magnitude, and `lipschitz` never larger. arXiv 1907.11780 means
 by minimum and average margin the least and the mean over the training set, measured from the
-predicted class, unsigned, as `clever` does; the sign and the other estimates are ours."""
+predicted class, unsigned, as `clever` does; the sign and the other estimates are ours.
+"""
 
 from collections.abc import Callable, Mapping
 

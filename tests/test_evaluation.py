@@ -11,7 +11,7 @@ import pytest
 
 import robust_jax
 from robust_jax import attacks, jacobian, losses, margins
-from robust_jax.app import evaluation
+from robust_jax.app import evaluation, runs
 from robust_jax.attacks import _autoattack
 from robust_jax.errors import UserError
 from robust_jax.keys import fold_each, fold_in_each
@@ -116,6 +116,20 @@ def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, mo
     again = robust_jax.evaluate(trained(), x, y, KEY, folder=tmp_path, **SETTINGS)
     assert started == ["square"]
     pd.testing.assert_frame_equal(again.records, result.records)
+
+
+def test_one_that_is_stopped_while_it_writes_continues(found, tmp_path, monkeypatch):
+    x, y = points()
+    arguments = (trained(), x, y, KEY)
+    labels = {"folder": tmp_path, "name": "an MLP", "dataset": "digits"}
+    with monkeypatch.context() as context:
+        context.setattr(runs, "write_results", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            robust_jax.evaluate(*arguments, **labels, **SETTINGS)
+    assert (tmp_path / "card.json").exists() and not (tmp_path / "results.json").exists()
+    again = robust_jax.evaluate(*arguments, **labels, **SETTINGS)
+    assert again.robust_accuracy == found[0].robust_accuracy
+    assert not (tmp_path / "unfinished").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(found, tmp_path):

@@ -167,20 +167,8 @@ def test_a_batch_too_large_for_memory_is_halved_with_a_warning(monkeypatch):
 
         return limited
 
-    expected = attacks.autoattack(
-        network(weights_of(0)),
-        x,
-        y,
-        KEY,
-        eps=0.05,
-        batch_size=32,
-        version=("apgd_ce",),
-        progress=False,
-    )
-    monkeypatch.setattr(_front, "_rows_program", small)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = attacks.autoattack(
+    def attack():
+        return attacks.autoattack(
             network(weights_of(0)),
             x,
             y,
@@ -190,6 +178,12 @@ def test_a_batch_too_large_for_memory_is_halved_with_a_warning(monkeypatch):
             version=("apgd_ce",),
             progress=False,
         )
+
+    expected = attack()
+    monkeypatch.setattr(_front, "_rows_program", small)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = attack()
     np.testing.assert_array_equal(found.broken_by, expected.broken_by)
     told = [str(warning.message) for warning in caught]
     assert [text.partition(";")[2] for text in told] == [

@@ -30,6 +30,7 @@ from robust_jax.errors import UserError
 from robust_jax.losses import Loss
 from robust_jax.types import LogitsFn
 
+_LEFT = {"unfinished", "records", "report.html", "card.json"}  # before results.json
 _FEW = 8  # examples by which a network is known again
 
 
@@ -217,7 +218,8 @@ def _claim(folder: Path, name: str, digest: str, logits_fn: LogitsFn, x, y) -> N
     Another network of the same name has other margins.
     """
     found = stored.holds(folder)
-    begun = found == "other files" and {path.name for path in folder.iterdir()} == {"unfinished"}
+    names = {path.name for path in folder.iterdir()} if found == "other files" else set()
+    begun = "unfinished" in names and names <= _LEFT  # one stopped while it wrote, too
     if found == "an evaluation":
         old = runs.results(folder)
         is_same = old.get("evaluated") == digest and old["model"]["name"] == name

@@ -1,4 +1,4 @@
-"""What the attacks share: the best point met so far, what they look for, checks of arguments."""
+"""What the attacks share: the best point met so far, and what they look for."""
 
 from collections.abc import Callable
 from functools import partial

@@ -2,7 +2,8 @@
 
 Outside training, what is finished is on disk already. A thread reads the signals, so a run ends
 within a second even if XLA is busy, when no Python handler would run. Of several processes, the one
-that is asked tells the others."""
+that is asked tells the others.
+"""
 
 import contextlib
 import os
