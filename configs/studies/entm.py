@@ -58,9 +58,10 @@ def get_config():
         "the inverse of the first-order margin.",
         "λ and γ are chosen by robust accuracy on held-out images, at 0.1 with AT and at 0.02 "
         "alone; at_ls_matched has the γ whose confidence on them is nearest to that of at_entm.",
-        "Transfer: of the points that hold against gradients, the share that adversarials made on "
-        "an undefended CNN break. Published, at scale full: Rice, Wong, Kolter 2020, the best "
-        "epoch, PGD of 10 steps.",
+        "Transfer: PGD-20 on an undefended CNN, trained on the same images by a recipe of its own. "
+        "Broken by transfer: of the points that hold against gradients, the share that such "
+        "adversarials break. Published, at scale full: Rice, Wong, Kolter 2020, the best epoch, "
+        "PGD of 10 steps.",
     )
     config.labels = {
         "ce": "CE",
@@ -90,7 +91,7 @@ def get_config():
     base.audit.update({"num_examples": 100, "num_queries": 500})
     radii = {"faint": 0.02, "trained": 0.1, "larger": 0.15, "largest": 0.2}
     sizes = tuple(radii.values())
-    base.attacks = attacks(sizes, num_examples=100, autoattack=sizes)
+    base.attacks = _attacks(sizes, 100)
     base.measurements = {"outputs": {"num_examples": 500}}
     config.base = base
 
@@ -117,7 +118,7 @@ def get_config():
             "radii": radii,
             "base": {
                 **SMOKE,
-                "attacks": attacks(sizes, 20, autoattack=sizes, smoke=True),
+                "attacks": _attacks(sizes, 20, smoke=True),
             },
         },
         "small": {"radii": radii},
@@ -131,7 +132,7 @@ def get_config():
                 "duration": "20 epochs",
                 "validate_every": "1 epoch",
                 "evaluation": {"num_examples": 1000},
-                "attacks": attacks(sizes, 1000, autoattack=sizes),
+                "attacks": _attacks(sizes, 1000),
                 "measurements": {"outputs": {"num_examples": 1000}},
             },
         },
@@ -159,7 +160,7 @@ def get_config():
                 "validate_every": "1 epoch",
                 "evaluation": {"num_examples": 0},
                 "audit": {"num_examples": 500},
-                "attacks": attacks(levels, num_examples=1000, autoattack=levels),
+                "attacks": _attacks(levels, 1000),
             },
         },
     }
@@ -173,6 +174,10 @@ def get_config():
         ("AutoAttack at {trained}", "autoattack@{trained}"),
         ("AutoAttack at {larger}", "autoattack@{larger}"),
         ("AutoAttack at {largest}", "autoattack@{largest}"),
+        ("transfer at {faint}", "transfer@{faint}"),
+        ("transfer at {trained}", "transfer@{trained}"),
+        ("transfer at {larger}", "transfer@{larger}"),
+        ("transfer at {largest}", "transfer@{largest}"),
         ("broken by transfer", "audit.checks.transfer.values.an undefended CNN"),
         ("‖J‖ logits", "jacobian.logits.frobenius.mean"),
         ("‖J‖ probabilities", "jacobian.probabilities.frobenius.mean"),
@@ -285,3 +290,12 @@ def get_config():
         sort_keys=False,
     )
     return config
+
+
+def _attacks(eps, num_examples, smoke=False):
+    """FGSM and PGD, AutoAttack on the first num_examples, and PGD transferred, at every eps."""
+    steps = {"num_steps": 4 if smoke else 20}
+    return {
+        **attacks(eps, num_examples, autoattack=eps, smoke=smoke),
+        "transfer": {"name": "pgd", "surrogate": "train", "eps": eps, **steps},
+    }
