@@ -290,7 +290,10 @@ def _check_outputs(logits) -> Check:
         "outputs",
         "fail" if probabilities or finite < 1 else "pass",
         evidence,
-        "return what goes into the softmax: its result saturates and takes the gradient with it",
+        "return what goes into the softmax: its result saturates and takes the gradient with it"
+        if probabilities or finite == 1
+        else "find what makes them so: an attack follows no gradient there, and a label at -inf "
+        "counts as wrong",
         values,
     )
 

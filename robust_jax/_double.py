@@ -33,9 +33,15 @@ def in_double(logits_fn: Callable, shape: tuple[int, ...]) -> Network:
         pass
     arrays = tuple(map(_wide, single.arrays))
     closed = single.program.closed(arrays)
-    return as_network(
-        lambda x: interpret(closed.jaxpr, arrays, [x], _result)[0], shape, jnp.float64
-    )
+    try:
+        return as_network(
+            lambda x: interpret(closed.jaxpr, arrays, [x], _result)[0], shape, jnp.float64
+        )
+    except NotInDouble:
+        raise
+    except Exception as error:  # a primitive whose parameters tie its types together
+        first = str(error).partition("\n")[0]
+        raise NotInDouble(f"its program does not take other types: {first}") from error
 
 
 def _wide(value: Any) -> Any:

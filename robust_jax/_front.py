@@ -108,7 +108,8 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
     if given.get("key") is not None:  # its type is known even here
         given = {**given, "key": _checks.example_keys_of(given["key"], len(x))}
     if not has_explicit_axes(x):
-        return fn(**given)
+        with _told():
+            return fn(**given)
     # vmap wants everything divided alike, which keys and labels need not be.
     leaves, structure = jax.tree.flatten(dict(given), is_leaf=lambda leaf: leaf is None)
     arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
@@ -141,8 +142,11 @@ _MEANT = {
     "Mesh for all inputs should be equal": _ON_A_MESH,
     "should match the aval mesh": _ON_A_MESH,
     "Closing over inputs to shard_map": _ON_A_MESH,
-    "(jvp) to a custom_vjp function": "the network has a derivative by jax.custom_vjp, which cannot"
-    " be taken forwards, as spectral norms and projections need; use jax.custom_jvp",
+    "(jvp) to a custom_vjp function": "the network's derivative is taken backwards alone (by "
+    "jax.custom_vjp, in an exported function or a callback), and power iteration and projections "
+    "take it forwards; jacobian.singular_values and frobenius_norm do not",
+    "manual axis types do not match": "attacks within a jax.shard_map of yours need its "
+    "check_vma=False: their loops begin with values that are the same on every device",
 }
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from robust_jax._front import compiled
+from robust_jax._network import has_forward_mode
 from robust_jax._precision import wide
 from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import in_chunks
@@ -359,5 +360,5 @@ def _jacobian_one(fn: Fn, one: Float[Array, "..."]) -> Float[Array, "k ..."]:
     def f(one):
         return fn(one[None])[0]
 
-    num_outputs = jax.eval_shape(f, one).size
-    return (jax.jacrev if num_outputs <= one.size else jax.jacfwd)(f)(one)
+    is_wide = jax.eval_shape(f, one).size > one.size
+    return (jax.jacfwd if is_wide and has_forward_mode(f, one) else jax.jacrev)(f)(one)

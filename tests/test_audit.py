@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from robust_jax import audit, losses
+from robust_jax._audit import _Lab
+from robust_jax._double import in_double
 from robust_jax._front import Mapper
 from robust_jax._network import as_network
 from tests.digits import EPS, test_points, trained
+from tests.small_networks import NETWORKS, convolution, examples, repeated, weights_of
 
 KEY = jax.random.key(0)
+QUICKLY = {"num_queries": 5, "progress": False}
 
 
 @functools.cache
@@ -118,6 +122,37 @@ def test_saturation_in_float32_is_found_by_float64(mapped):
     check = next(check for check in result.checks if check.name == "precision")
     assert check.verdict == "fail", check
     assert check.values["float64"] < check.values["float32"] - 0.2
+
+
+@pytest.mark.parametrize("name", ["lax convolution", "equinox", "nnx"])
+def test_a_convolution_that_does_not_follow_the_type_of_its_input_runs_in_float64(name):
+    logits_fn, (x, _) = NETWORKS[name](0), examples()
+    with jax.enable_x64(True):
+        double = in_double(logits_fn, x.shape[1:])(jnp.asarray(x, jnp.float64))
+    assert double.dtype == jnp.float64
+    np.testing.assert_allclose(double, logits_fn(x), atol=1e-4)
+    report = audit(logits_fn, x, logits_fn(x).argmax(-1), KEY, eps=0.01, **QUICKLY)
+    assert {c.name: c.verdict for c in report.checks}["precision"] == "pass"
+
+
+def test_what_cannot_run_in_float64_is_skipped_and_says_why(monkeypatch):
+    x, y = examples()
+    looped = repeated(convolution(0))
+    report = audit(looped, x, looped(x).argmax(-1), KEY, eps=0.01, **QUICKLY)
+    check = next(check for check in report.checks if check.name == "precision")
+    assert check.verdict == "skipped" and "contains a scan" in check.evidence
+    rows = x.reshape(len(x), -1)
+    report = audit(lambda x: x @ weights_of(0)[0], rows, y, KEY, eps=0.01, **QUICKLY)
+    check = next(check for check in report.checks if check.name == "square")
+    assert check.verdict == "skipped" and "need images" in check.evidence
+
+
+def test_a_share_is_judged_by_the_lower_end_of_its_interval():
+    rows = {"x": np.zeros((200, 4), np.float32), "y": np.zeros(200, np.int32)}
+    run = lambda attack: lambda rows, *_: np.ones(len(rows["y"]), bool)  # noqa: E731
+    lab = _Lab(run, None, rows, np.eye(4, dtype=np.float32)[rows["y"]], 0.1, "linf", None)
+    grades = [lab.grade(count / 200, (0.01, 0.05)) for count in (2, 4, 8, 15, 25)]
+    assert grades == ["pass", "pass", "warn", "warn", "fail"]
 
 
 def test_without_a_surrogate_transfer_is_skipped_and_mistakes_are_told():

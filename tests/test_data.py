@@ -100,7 +100,7 @@ def test_pixels_are_in_unit_range_from_either_dtype():
     np.testing.assert_allclose(
         data.to_pixels(jnp.asarray([[0, 128, 255]], jnp.uint8)), [[0, 128 / 255, 1]]
     )
-    assert data.to_pixels(jnp.asarray([0.5], jnp.bfloat16)).dtype == jnp.float32
+    assert data.to_pixels(jnp.asarray([0.5], jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_augmentation_crops_and_flips_each_example_by_its_own_key():

@@ -104,9 +104,7 @@ def test_attack_your_own_model_runs_from_top_to_bottom(capsys):
     assert np.abs(namespace["all_of_them"][7] - namespace["just_one"][0]).max() < 1e-6
     broken = namespace["black_box"](namespace["x_adv"]).argmax(-1) != y
     assert broken.mean() > (~clean).mean()
-    np.testing.assert_allclose(
-        namespace["black_box"](x), namespace["logits_fn"](x), rtol=1e-5, atol=1e-5
-    )
+    assert (namespace["black_box"](x).argmax(-1) == y).mean() > 0.85
     assert "transfer" in capsys.readouterr().out
 
 

@@ -15,7 +15,9 @@ from robust_jax.app import evaluation, runs
 from robust_jax.attacks import _autoattack
 from robust_jax.errors import UserError
 from robust_jax.keys import fold_each, fold_in_each
+from tests.calls import evaluate, lowerings
 from tests.digits import EPS, test_points, trained
+from tests.small_networks import examples, exported, network, weights_of
 
 KEY = jax.random.key(0)
 SETTINGS = {
@@ -116,6 +118,29 @@ def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, mo
     again = robust_jax.evaluate(trained(), x, y, KEY, folder=tmp_path, **SETTINGS)
     assert started == ["square"]
     pd.testing.assert_frame_equal(again.records, result.records)
+    with lowerings() as seen:
+        robust_jax.evaluate(trained(), x, y, KEY, **SETTINGS)
+    assert not seen
+
+
+def test_a_network_without_forward_mode_and_examples_of_any_dtype_are_evaluated():
+    x, y = examples(count=16)
+    plain = evaluate(network(weights_of(0)), x, y, KEY)
+    outside_jax = evaluate(exported(0), x, y, KEY)
+    assert outside_jax.robust_accuracy == plain.robust_accuracy < 1
+    exact = jacobian.singular_values(network(weights_of(0)), x)[:, 0]
+    np.testing.assert_allclose(outside_jax.records["spectral_logits"], exact, rtol=1e-4)
+    missing = {"frobenius_estimate_logits", "frobenius_estimate_error_logits"}
+    assert set(plain.records) - set(outside_jax.records) == missing
+    seen = []
+
+    def watching(x):
+        seen.append(x.dtype)
+        return network(weights_of(0))(x)
+
+    half = evaluate(watching, x.astype(jnp.bfloat16), y, KEY)
+    assert {*seen} == {jnp.dtype(jnp.bfloat16)}
+    assert abs(half.robust_accuracy - plain.robust_accuracy) < 0.2
 
 
 def test_one_that_is_stopped_while_it_writes_continues(found, tmp_path, monkeypatch):

@@ -21,11 +21,13 @@ from tests.small_networks import (
     KEY,
     NETWORKS,
     SHAPE,
+    around,
     chex_close,
     examples,
     exported,
     network,
     outside,
+    straight_through,
     weights_of,
 )
 
@@ -162,11 +164,11 @@ def test_programs_are_kept_a_bounded_number_of_them(monkeypatch):
 
 def test_memory_does_not_grow_with_calls():
     x, y = examples()
-    for seed in range(300):
+    for seed in range(500):
         attacks.fgsm(network(weights_of(0)), x, y, jax.random.key(seed), eps=0.1)
     gc.collect()
     before = len(gc.get_objects())
-    for seed in range(200):
+    for seed in range(500, 1000):
         attacks.fgsm(network(weights_of(0)), x, y, jax.random.key(seed), eps=0.1)
     gc.collect()
     assert len(gc.get_objects()) < before + 500
@@ -195,13 +197,20 @@ def test_traces_through_the_callers_transformations(name):
     chex_close(jax.tree.map(lambda a: a[1], scanned), plain)
 
 
-def test_differentiates_through_the_callers_grad():
+@pytest.mark.parametrize(
+    "name",
+    ["pgd", "apgd", "frobenius_norm", "spectral_norm", "relative_slope", "first_order"]
+    + ["mean_square", "oscillation", "total_variation", "path"],
+)
+def test_differentiates_through_the_callers_grad(name):
     x, y = examples()
 
     @jax.jit
     def loss(weights):
-        x_adv = attacks.pgd(network(weights), x, y, KEY, eps=0.1, num_steps=2)
-        return losses.cross_entropy(network(weights)(x_adv), y).mean()
+        out = FUNCTIONS[name](network(weights), x, y, KEY)
+        if out.shape != x.shape:
+            return out.mean()
+        return losses.cross_entropy(network(weights)(out), y).mean()
 
     gradient = jax.grad(loss)(weights_of(0))
     assert all(np.isfinite(leaf).all() and (leaf != 0).any() for leaf in jax.tree.leaves(gradient))
@@ -256,11 +265,29 @@ def test_functions_that_differ_in_a_derivative_alone_are_two():
     assert (up != down).any()
 
 
-@pytest.mark.parametrize("name", ["pgd", "fab", "square", "frobenius_norm"])
+FORWARDS = ("spectral_norm", "squared_frobenius_samples", "frobenius_norm_estimate")
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "autoattack"])
 def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
     x, y = examples()
-    found = FUNCTIONS[name](exported(0), x, y, KEY)
-    chex_close(found, FUNCTIONS[name](network(weights_of(0)), x, y, KEY))
+    if name in FORWARDS:
+        with pytest.raises(ValueError, match="singular_values and frobenius_norm do not"):
+            ALL[name](exported(0), x, y, KEY)
+        return
+    found, expected = (ALL[name](fn, x, y, KEY) for fn in (exported(0), network(weights_of(0))))
+    if name == "autoattack":
+        found, expected = found.robust, expected.robust
+    chex_close(found, expected)
+
+
+def test_more_outputs_than_inputs_and_a_derivative_backwards_alone():
+    weights = jax.random.normal(KEY, (3, 5))
+    rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 3"), jnp.float32)
+    narrow = jax.export.export(jax.jit(lambda x: x @ weights))(rows)
+    for fn in (lambda x: narrow.call(x), around(lambda x: x @ weights, straight_through)):
+        found = jacobian.jacobian(fn, jnp.full((2, 3), 0.5))
+        chex_close(found, jnp.broadcast_to(weights.T, (2, 5, 3)))
 
 
 def test_a_network_outside_jax_is_attacked_by_its_outputs_alone():

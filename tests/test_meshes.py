@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from robust_jax import attacks
+from robust_jax.devices.parallel import placement_of
 from robust_jax.keys import example_keys
 from tests.calls import ALL, FUNCTIONS, lowerings
 from tests.small_networks import KEY, chex_close, examples, network, weights_of
@@ -52,8 +53,17 @@ def test_the_result_is_divided_as_the_examples_are(axes, kind):
     assert x_adv.sharding.is_equivalent_to(x.sharding, x.ndim)
 
 
+@pytest.mark.parametrize("name", ["autoattack", "audit"])
+def test_loops_on_the_host_take_sharded_examples(name):
+    x, y = examples()
+    plain = ALL[name](network(weights_of(0)), x, y, KEY)
+    found = ALL[name](network(weights_of(0)), *on_mesh(AxisType.Explicit, x, y), KEY)
+    assert str(found) == str(plain)
+
+
 def test_every_local_device_takes_its_share_and_the_result_is_on_one():
     x, y = examples(count=11)
+    assert placement_of(np.asarray(x), 11).count == placement_of(None, 11).count == 8
     x_adv = attacks.pgd(network(weights_of(0)), np.asarray(x), y, KEY, eps=0.1, num_steps=2)
     assert x_adv.shape == x.shape and len(x_adv.sharding.device_set) == 1
     here = jax.device_put(x, jax.devices()[3])
@@ -62,7 +72,11 @@ def test_every_local_device_takes_its_share_and_the_result_is_on_one():
     assert there.sharding.device_set == {jax.devices()[3]}
 
 
-@pytest.mark.parametrize("name", ["pgd", "apgd", "square", "frobenius_norm"])
+@pytest.mark.parametrize(
+    "name",
+    ["pgd", "apgd", "fab", "square", "frobenius_norm", "spectral_norm", "first_order"]
+    + ["clever", "oscillation", "minimum_norm"],
+)
 def test_works_within_the_callers_shard_map(name):
     x, y = examples(count=16)
     f = network(weights_of(0))

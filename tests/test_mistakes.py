@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 from robust_jax import attacks, jacobian, margins
 from tests.calls import (
     ALL,
+    FUNCTIONS,
     WITH_EPS,
     WITH_LABELS,
     WITHOUT_KEY,
+    evaluate,
 )
 from tests.small_networks import (
     KEY,
@@ -72,6 +75,7 @@ def mistakes():
         "one image": ({"x": x[0], "y": y[0]}, r"y has the shape \[\].*batch axis"),
         "no image": ({"x": x[:0], "y": y[:0]}, r"x\w* has the shape \[0, 3, 4, 1\]; give a batch"),
         "one-hot": ({"y": np.eye(4)[y]}, r"y has the shape \[8, 4\]; labels are integers \[B\]"),
+        "a column": ({"y": y[:, None]}, r"y has the shape \[8, 1\]; .* integers \[B\], y\[:, 0\]"),
         "float labels": ({"y": y * 1.0}, "y is float.*; labels are integers from 0 to 3"),
         "from 1": ({"y": y * 0 + 4}, "y has the label 4; the network has 4 classes"),
         "no labels": ({"y": None}, "y is None; give a label for each of the 8 examples"),
@@ -105,19 +109,39 @@ RADII = {
 }
 
 
+CALLS = {**ALL, "evaluate": evaluate}
+
+
 @pytest.mark.parametrize("mistake", mistakes())
 def test_a_mistake_is_told_in_one_line(mistake):
     changes, message = mistakes()[mistake]
     x, y = examples()
-    for name in (*WITH_LABELS, "autoattack", "audit"):
+    for name in (*WITH_LABELS, "autoattack", "audit", "evaluate"):
         arguments = {"logits_fn": network(weights_of(0)), "x": x, "y": y, "key": KEY, **changes}
         if name in WITHOUT_KEY and "key" in changes:
             continue
         if name in LABEL_FREE and "y" in changes and changes["y"] is None:
             continue
         with pytest.raises(ValueError, match=message) as caught:
-            ALL[name](*arguments.values())
+            CALLS[name](*arguments.values())
         assert "\n" not in str(caught.value), name
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    ["uint8", "NaN", "no image", "an int as key", "two keys", "with aux", "a dict", "numpy"]
+    + ["no function", "a branch", "state", "PyTorch", "NNX without eval", "linen in training"],
+)
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in WITH_LABELS])
+def test_a_mistake_is_told_where_there_are_no_labels(name, mistake):
+    changes, message = mistakes()[mistake]
+    if "key" in changes and name in ("jacobian", "frobenius_norm", "singular_values"):
+        pytest.skip("it draws nothing")
+    x, y = examples()
+    arguments = {"logits_fn": network(weights_of(0)), "x": x, "y": y, "key": KEY, **changes}
+    with pytest.raises(ValueError, match=message.removeprefix("logits_")) as caught:
+        FUNCTIONS[name](*arguments.values())
+    assert "\n" not in str(caught.value)
 
 
 def scaled(scale, x):
@@ -151,7 +175,22 @@ OTHER_MISTAKES = {
         lambda: jacobian.spectral_norm(
             around(network(weights_of(0)), straight_through), examples()[0], KEY
         ),
-        "a derivative by jax.custom_vjp, which cannot be taken forwards",
+        "derivative is taken backwards alone .*singular_values and frobenius_norm do not",
+    ),
+    "AutoAttack as an attack like others": (
+        lambda: attacks.run(
+            attacks.autoattack, network(weights_of(0)), *examples(), KEY, eps=(0.1, 0.2)
+        ),
+        "autoattack brings its own mask and distances",
+    ),
+    "shard_map as JAX has it": (
+        lambda: jax.shard_map(
+            lambda x, y: FUNCTIONS["pgd"](network(weights_of(0)), x, y, KEY),
+            mesh=jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,)),
+            in_specs=PartitionSpec("d"),
+            out_specs=PartitionSpec("d"),
+        )(*examples()),
+        "need its check_vma=False",
     ),
     "other points": (
         lambda: attacks.distances(np.ones((8, 3)), np.ones((3, 3))),
@@ -201,6 +240,6 @@ def test_another_mistake_is_told_in_one_line(mistake):
 def test_a_radius_that_is_none_is_told_in_one_line(mistake):
     eps, message = RADII[mistake]
     x, y = examples()
-    for name in (*WITH_EPS, "autoattack", "audit"):
+    for name in (*WITH_EPS, "autoattack", "audit", "evaluate"):
         with pytest.raises(ValueError, match=message):
-            ALL[name](network(weights_of(0)), x, y, KEY, eps=eps)
+            CALLS[name](network(weights_of(0)), x, y, KEY, eps=eps)

@@ -17,6 +17,7 @@ import pandas as pd
 from robust_jax import _checks, data, losses, margins
 from robust_jax._audit import Audit
 from robust_jax._front import Mapper, on_the_host
+from robust_jax._network import has_forward_mode
 from robust_jax.app import cards, runs, stored
 from robust_jax.app import folder as run_folder
 from robust_jax.app import records as records_lib
@@ -122,16 +123,11 @@ def evaluate(
     radii = tuple(float(radius) for radius in radii)
     _check_settings(radii, norm, version, num_audited, batch_size, folder)
     members = check_arguments(eps=radii[0], norm=norm, version=version, overrides=overrides)
-    x = np.asarray(_checks.pixels(x), np.float32)
+    x = np.asarray(_checks.pixels(x))
     y = _checks.one_row_each(y, x)
     if any(member.attack is square for member in members.values()):
         check_images(x.shape[1:])
     network = _checks.network(logits_fn, x)
-    if outside := network.program.outside:
-        raise ValueError(
-            f"the network leaves JAX by {outside}, and Jacobians need derivatives of both kinds; "
-            "attacks.autoattack does with gradients by jax.custom_vjp, its square without"
-        )
     num_classes = _checks.num_classes(network)
     _checks.labels(y, num_classes)
     key = _checks.example_keys_of(key, len(x))
@@ -155,7 +151,7 @@ def evaluate(
         _lift(mapper),
         data.Split(x, np.asarray(y, np.int32)),
         {attack: grid},
-        _settings(batch_size),
+        _settings(batch_size, has_forward_mode(network, jnp.asarray(x[:1]))),
         key,
         warnings.append,
         shown=progress,
@@ -264,11 +260,11 @@ def _lift(mapper: Mapper) -> Lift:
     return lift
 
 
-def _settings(batch_size: int) -> Settings:
+def _settings(batch_size: int, has_forward_mode: bool) -> Settings:
     return Settings(
         batch_size=batch_size,
         jacobian_chunk=batch_size,
-        jacobian_projections=16,
-        spectral_iterations=20,
+        jacobian_projections=16 if has_forward_mode else 0,
+        spectral_iterations=20 if has_forward_mode else 0,
         num_images=0,
     )

@@ -52,7 +52,10 @@ class AttackGrid(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How a test set is measured; the chunk bounds the Jacobians that a device holds at a time."""
+    """How a test set is measured; the chunk bounds the Jacobians that a device holds at a time.
+
+    jacobian_projections: 0 for no estimate. spectral_iterations: 0 for the exact spectral norm.
+    """
 
     batch_size: int
     jacobian_chunk: int
@@ -275,13 +278,6 @@ class Measurement:
         estimate_key, spectral_key = (_named_key(key, name) for name in ("estimate", "spectral"))
         x, y, index = data.to_pixels(batch["image"]), batch["label"], batch["index"]
         logits = logits_fn(x)
-        estimate = jacobian.frobenius_norm_estimate(
-            logits_fn,
-            x,
-            fold_in_each(estimate_key, index),
-            num_projections=settings.jacobian_projections,
-            chunk_size=settings.jacobian_chunk,
-        )
         norms_of = {}
         for name, fn in (
             ("logits", logits_fn),
@@ -290,6 +286,10 @@ class Measurement:
             norms_of[f"frobenius_{name}"] = jacobian.frobenius_norm(
                 fn, x, chunk_size=settings.jacobian_chunk
             )
+            if not settings.spectral_iterations:
+                values = jacobian.singular_values(fn, x, chunk_size=settings.jacobian_chunk)
+                norms_of[f"spectral_{name}"] = values[:, 0]
+                continue
             norms_of[f"spectral_{name}"] = jacobian.spectral_norm(
                 fn,
                 x,
@@ -297,6 +297,17 @@ class Measurement:
                 num_iterations=settings.spectral_iterations,
                 chunk_size=settings.jacobian_chunk,
             )
+        estimates = {}
+        if settings.jacobian_projections:
+            estimate = jacobian.frobenius_norm_estimate(
+                logits_fn,
+                x,
+                fold_in_each(estimate_key, index),
+                num_projections=settings.jacobian_projections,
+                chunk_size=settings.jacobian_chunk,
+            )
+            estimates["frobenius_estimate_logits"] = estimate.norm
+            estimates["frobenius_estimate_error_logits"] = estimate.standard_error
         return {
             "prediction": jnp.argmax(logits, -1),
             "correct": losses.correct(logits, y),
@@ -309,8 +320,7 @@ class Measurement:
             "relative_slope": jacobian.relative_slope(
                 logits_fn, x, y, chunk_size=settings.jacobian_chunk
             ),
-            "frobenius_estimate_logits": estimate.norm,
-            "frobenius_estimate_error_logits": estimate.standard_error,
+            **estimates,
         }
 
 

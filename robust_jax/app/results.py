@@ -192,7 +192,7 @@ def _matched(records: pd.DataFrame, temperature: float) -> dict[str, dict[str, f
 
 def _jacobian_summary(records: pd.DataFrame, fn: str) -> dict[str, dict[str, float | None]]:
     summary = {norm: _statistics(records[f"{norm}_{fn}"]) for norm in ("frobenius", "spectral")}
-    if fn == "logits":
+    if fn == "logits" and "frobenius_estimate_logits" in records:
         summary["frobenius_estimate"] = {
             **_statistics(records["frobenius_estimate_logits"]),
             "mean_error_of_estimate": float(records["frobenius_estimate_error_logits"].mean()),

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax import _checks
+from robust_jax.attacks._autoattack import autoattack
 from robust_jax.attacks._success import distances, is_adversarial
 from robust_jax.attacks.norms import Norm
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
@@ -71,6 +72,8 @@ def run(
     radii: list[Any] = [eps] if np.ndim(eps) == 0 else [*np.asarray(eps).tolist()]
     if not radii:
         raise ValueError("eps is empty; give a radius in pixel units, or several")
+    if attack is autoattack:
+        raise ValueError("autoattack brings its own mask and distances: call it, once a radius")
     own = inspect.signature(attack).parameters
     seeks_nearest = own["eps"].default == np.inf
     for radius in radii:

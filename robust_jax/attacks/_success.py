@@ -24,7 +24,7 @@ def misclassified(logits: Logits, y: Labels) -> Bool[Array, " b"]:
         y: Labels [B].
 
     Returns:
-        [B]. Logits that are not all finite count as misclassified.
+        [B]. Logits with NaN, +inf or the label at -inf count as misclassified.
 
     Raises:
         ValueError: y holds no labels.
@@ -47,7 +47,7 @@ def classified_as(logits: Logits, targets: Labels) -> Bool[Array, " b"]:
         targets: Classes [B].
 
     Returns:
-        [B]. Logits that are not all finite reach no target.
+        [B]. Logits with NaN, +inf or the target at -inf reach none.
 
     Raises:
         ValueError: targets holds no labels.
@@ -98,7 +98,7 @@ def is_adversarial(
         targets: The classes [B] to reach; None for any but y.
 
     Returns:
-        [B]. Logits that are not all finite count as misclassified, and reach no target.
+        [B]. Logits with NaN, +inf or the class at -inf count as misclassified, and reach no target.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Key
 
 
 def to_pixels(images: Array | np.ndarray) -> Float[Array, "b h w c"]:
-    """uint8 or float images as float32 in [0,1], on the device."""
+    """Images as floats in [0,1], on the device: uint8 as float32, floats as they are."""
     if jnp.issubdtype(images.dtype, jnp.floating):
-        return jnp.asarray(images, jnp.float32)
+        return jnp.asarray(images)
     return jnp.asarray(images, jnp.float32) / 255.0
 
 
