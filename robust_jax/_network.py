@@ -134,7 +134,7 @@ def _tracers(closed: core.ClosedJaxpr) -> set[int]:
     return {id(const) for const in closed.consts if isinstance(const, jax.core.Tracer)}
 
 
-def has_forward_mode(fn: Callable, x: jax.Array) -> bool:
+def has_forward_mode(fn: Callable, x: Any) -> bool:
     """Whether fn has a derivative forwards; not where jax.custom_vjp gives the one backwards."""
     jaxpr = jax.make_jaxpr(partial(jax.jvp, fn))((x,), (x,)).jaxpr
     return all(eqn.primitive.name != "custom_lin" for eqn in _all_equations(jaxpr))

@@ -7,8 +7,9 @@ in a small neighbourhood. The formula of neither was at hand: these are our read
 
 - `total_variation` takes the successor at its word, and `path` is its square along the way to the
   worst point. `oscillation` is between the two ends of the loss, `mean_square` over random points.
-- Adversarial training pushes down `rise`. That is a lower bound of `path` and of `oscillation`, for
-  each example; not of `mean_square`, which averages what adversarial training maximises.
+- Adversarial training minimises max ℓ(x+r), which √`rise` is at most. The rise is a lower bound of
+  `path` and of `oscillation`, for each example; not of `mean_square`, which averages what
+  adversarial training maximises.
 
 The neighbourhood is the eps-ball cut to [0,1]. ℓ is the cross-entropy with labels y [B], in nats;
 with y=None it is label-free, KL(p(x) ‖ p) from the prediction at x itself, which is held fixed, as
@@ -155,10 +156,10 @@ def rise(
     num_steps: int = 10,
     step_size: Length | None = None,
 ) -> PerExample:
-    """(max ℓ(x+r) - ℓ(x))², what adversarial training pushes down: at most `oscillation`.
+    """(max ℓ(x+r) - ℓ(x))² (our reading): at most `oscillation`.
 
-    With the same arguments it is of the maximum that `oscillation` found. Costs an attack of
-    num_steps and two forward passes.
+    Its root is at most max ℓ(x+r), which adversarial training minimises. With the same arguments it
+    is of the maximum that `oscillation` found. Costs an attack of num_steps and two forward passes.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K], each example on its own.
@@ -259,10 +260,9 @@ def path(
     """n · Σ_i (ℓ(x + r·i/n) - ℓ(x + r·(i-1)/n))², to the point x + r that PGD finds (our reading).
 
     For n = num_pieces = 1 it is `rise` where PGD raises the loss at all, and for any n at least
-    that (Cauchy-Schwarz); doubled, n
-    never lowers it, towards ∫₀¹ (∇ℓ(x+tr)·r)² dt, the squared variation of the loss on the way. So
-    it also sees what lies between x and the worst point. Costs an attack of num_steps and n + 1
-    forward passes.
+    that (Cauchy-Schwarz). Doubling n never lowers it; the limit is ∫₀¹ (∇ℓ(x+tr)·r)² dt, the
+    squared variation of the loss on the way. So it also sees what lies between x and the worst
+    point. Costs an attack of num_steps and n + 1 forward passes.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K], each example on its own.

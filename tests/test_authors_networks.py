@@ -4,21 +4,22 @@ They lie in the folder that ROBUST_JAX_REFERENCE names, ../shared/reference by d
 part of the repository.
 """
 
+import functools
 import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import authors_networks
-from robust_jax import audit, losses, margins
+from robust_jax import attacks, audit, losses, margins
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY
 
 REFERENCE = Path(os.environ.get("ROBUST_JAX_REFERENCE", REPOSITORY.parent / "shared" / "reference"))
 NETWORKS = authors_networks.NETWORKS
-pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the authors' networks are missing")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,29 @@ def mnist():
 
 @pytest.fixture(scope="module")
 def networks():
+    if not REFERENCE.is_dir():
+        pytest.skip("the authors' networks are missing")
     return {name: authors_networks.load(REFERENCE / f"{name}.npz") for name in NETWORKS}
+
+
+def test_the_published_steps_shrink_with_the_gradient():
+    """So where logits saturate float32 it stays where it begins."""
+    weights = jax.random.normal(jax.random.key(0), (12, 3))
+    x = jnp.full((4, 12), 0.5).at[:, 0].set(jnp.linspace(0.2, 0.8, 4))
+    keys = jax.random.split(jax.random.key(1), 4)
+
+    def moved(scale, steps):
+        def logits_fn(x):
+            return scale * (x @ weights)
+
+        y = logits_fn(x).argmax(-1)
+        run = functools.partial(authors_networks.published_pgd, logits_fn, x, y, keys, eps=0.1)
+        start, end = (run(num_steps=n, step_size=0.02) for n in (0, steps))
+        assert attacks.distances(x, end, norm="l2").max() <= 0.1 + 1e-6
+        return float(attacks.distances(start, end, norm="l2").min())
+
+    assert moved(1.0, 10) > 0.05
+    assert moved(1e4, 10) < 1e-3
 
 
 @pytest.mark.parametrize(

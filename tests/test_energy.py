@@ -11,6 +11,7 @@ from scipy.special import expit
 
 from robust_jax import attacks, energy, losses
 from robust_jax.train.regularizers import Half, vat
+from tests import digits
 from tests.linear import interior_images
 
 KEY = jax.random.key(0)
@@ -151,6 +152,17 @@ def test_the_label_free_rise_is_above_vats_term_on_every_example_inside_the_box(
     keywords = {"eps": eps, "norm": "l2", "num_steps": 40, "step_size": 0.02}
     rises = [energy.rise(logits_fn, x, None, jax.random.key(i), **keywords) for i in range(16)]
     assert (np.sqrt(np.max(rises, 0)) >= 0.999 * term).all() and (term > 0).all()
+
+
+def test_the_bounds_hold_for_a_network_trained_on_digits():
+    logits_fn, (x, y) = digits.trained(), digits.test_points(60)
+    keywords = {"eps": 0.05, "num_steps": 20}
+    for labels in (y, None):
+        rise = energy.rise(logits_fn, x, labels, KEY, **keywords)
+        assert (rise > 0).all()
+        for bounded in (energy.oscillation, energy.path):
+            found = bounded(logits_fn, x, labels, KEY, **keywords)
+            assert (found >= rise * (1 - 1e-3) - 1e-6).all()
 
 
 @pytest.mark.parametrize("labelled", [True, False])

@@ -1,5 +1,6 @@
 """Margins: exact for a linear network; which regularisers of them are Fisher-consistent."""
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,6 +226,26 @@ def test_the_ramp_of_output_margins_is_fisher_consistent(z, p, tau):
     # And where they are apart, strictly: no minimiser has another class on top.
     if p[likeliest] - p[top] > 0.05 and z[top] - z[likeliest] > 0.1:
         assert cross_entropy_then < cross_entropy - 1e-3
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(scores, st.tuples(*[st.floats(0.01, 1)] * 4), st.floats(0.1, 20))
+def test_a_tie_at_the_top_is_no_minimum_of_the_ramp(z, p, tau):
+    """It is how a hard minimum of input margins fails: see the test above."""
+    p = np.sort(np.array(p) / sum(p))[::-1]
+    hypothesis.assume(p[0] - p[1] > 0.02)
+    z = np.sort(np.array(z, np.float64))[::-1]
+    z[1] = z[0]
+
+    def risk(z):
+        half = regularizers.Half(jnp.zeros((4, 1, 1, 1)), jnp.tile(z, (4, 1)))
+        labels = jnp.arange(4)
+        each = losses.cross_entropy(half.logits, labels)
+        return p @ (each + regularizers.output_margin_ramp(half, labels, tau=tau))
+
+    with jax.enable_x64(True):
+        apart = jnp.asarray(z) + jnp.asarray([1e-4, -1e-4, 0, 0])
+        assert risk(apart) < risk(jnp.asarray(z))
 
 
 def test_the_ramp_is_the_difference_of_two_hinges(rng):

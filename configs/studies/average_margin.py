@@ -34,10 +34,13 @@ def get_config():
         "regularises first-order margins in the input space.",
         "Along training, margins are first-order, from the predicted class (exact for the linear "
         "network, where they are of every training image) and from the label. At initialisation "
-        "and at the end also the CLEVER-like estimate of the authors' code, of fewer samples, and "
-        "at the end a minimum-norm attack (FAB, an upper bound).",
+        "and at the best epoch by held-out accuracy also the CLEVER-like estimate of the authors' "
+        "code, of fewer samples, and there a minimum-norm attack (FAB, an upper bound). Attacks "
+        "are on that epoch, too; the authors took the last.",
         "The published attack follows cross-entropy, whose gradient vanishes in float32 where "
-        "logits are large: what it leaves is an upper bound, and the audit says so.",
+        "logits are large: what it leaves is an upper bound, and the audit says so. Ours follows "
+        "any gradient and keeps the best point. In the authors' the steps shrink where the "
+        "gradient is below 1e-6, and the last point counts, so it is the weaker there.",
         "Claim (c), that the ramp is Fisher-consistent, is decided by tests/test_margins.py.",
     )
     config.scale = "small"
@@ -158,7 +161,11 @@ def get_config():
                 f"published, rises {from_start}.",
                 "smallest_effect": 0.01,
                 "tests": [
-                    above(change("minimum_distance"), "linear_plain", level=0.0),
+                    # Of 59,000 images the smallest distance is about 1e-5 wherever the boundary is.
+                    {
+                        **above(change("minimum_distance"), "linear_plain", level=0.0),
+                        "smallest_effect": 1e-5,
+                    },
                     *(
                         above(clever_change("minimum"), f"{name}_plain", level=0.0)
                         for name in ("mlp", "cnn")
@@ -225,7 +232,7 @@ def get_config():
                     ],
                 }
                 for attack, words in (
-                    ("pgd", "PGD on cross-entropy, as published"),
+                    ("pgd", "PGD on cross-entropy, much as published"),
                     ("pgd_margin", "PGD on the margin"),
                     ("autoattack", "AutoAttack"),
                 )
@@ -326,10 +333,10 @@ def measurements(num_examples, num_attacked, num_samples):
 
 
 def change(number):
-    """Of a number of the validations, from initialisation to the end."""
+    """A validation's number at the end less that at initialisation."""
     return f"training.last.{number} - training.first.{number}"
 
 
 def clever_change(number):
-    """Of the CLEVER-like estimate, from initialisation to the end."""
+    """The CLEVER-like estimate at the best epoch less that at initialisation."""
     return f"measurements.margins_clever.{number} - measurements.clever_initial.{number}"

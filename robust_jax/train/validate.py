@@ -30,7 +30,8 @@ def make_validation(
     margin_q10, margin_q50 and margin_q90, first-order in the input space (exact for a linear
     network), l2, in pixel units, negative where misclassified, of the examples whose gradient does
     not vanish; none where all do. minimum_distance and average_distance are those from the
-    predicted class, which are never negative: the margins of arXiv 1907.11780.
+    predicted class, which are never negative; for a linear network they are the margins of arXiv
+    1907.11780, which has a CLEVER-like estimate for others.
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
     where both the example and its x_adv are classified right.
