@@ -21,7 +21,7 @@ _PLANES = {
     "projection": (("first component", "second component"), "on its principal axes"),
     "tsne": (("", ""), "by t-SNE, whose distances mean nothing beyond the neighbours"),
 }
-_DRAWN = 400  # points of a scatter plot
+_DRAWN = 350  # points of a scatter plot
 
 
 def of_measurements(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
