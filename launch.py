@@ -12,6 +12,7 @@ import logging as python_logging
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def carry_out(arguments: list[str]) -> str:
     speed.keep_freed_memory()
     if not processes.is_first():
         logging.set_verbosity(logging.ERROR)
-    config, schema = FLAGS.config, default.get_config()
+    config = FLAGS.config
+    check_run = partial(entries.check, schema=default.get_config())
     flag: Any = FLAGS["config"]
     typed = flag.override_values
     with stopping.watched():
@@ -108,12 +110,12 @@ def carry_out(arguments: list[str]) -> str:
             if FLAGS.profile:
                 raise UserError("--profile is for one run: give it a run's config and folder")
             config = study.settled(config, typed)
-            study.check(config, schema)
+            study.check(config, check_run)
             said = study.execute(config, workdir, FLAGS.mode, only=FLAGS.only)
         else:
             if FLAGS.only:
                 raise UserError("--only is a study's; this config is that of one run")
-            entries.check(config, schema)
+            check_run(config)
             folder.check_heeded(workdir, config, typed, FLAGS.mode)
             said = run.execute(config, workdir, FLAGS.mode, profile=FLAGS.profile)
     return said if processes.is_first() else ""

@@ -35,7 +35,7 @@ class Budget(NamedTuple):
 
     @property
     def step_size(self) -> float:
-        """Of PGD."""
+        """PGD's step."""
         return 2.5 * self.eps / self.num_pgd_steps
 
 

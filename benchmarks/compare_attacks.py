@@ -56,9 +56,9 @@ class Side(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of one attack on N points: which are misclassified in the end, how far away, in what time.
+    """What an attack does to N points: which are misclassified in the end, and how far away.
 
-    seconds is of each batch.
+    seconds has a value for each batch.
     """
 
     broken: np.ndarray

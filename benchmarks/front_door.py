@@ -3,8 +3,8 @@
     python -m benchmarks.front_door [--repeats=20] [--only=pgd,autoattack] [--nets=mlp,cnn]
 
 Few steps on small networks, so that the call shows beside the work. Each call has another batch,
-another key and the network's function written anew, as in a user's loop: the first call compiles,
-the second should not. Beside it stands jax.jit of the same call with the weights as arguments; the
+another key and a new function for the network, as in a user's loop: the first call compiles, the
+second should not. Beside it stands jax.jit of the same call with the weights as arguments; the
 two take turns. AutoAttack and the audit are loops on the host, which cannot be jitted, and get the
 same batch again: the sizes of what they compile follow from how many points hold.
 """

@@ -47,7 +47,7 @@ class Work(NamedTuple):
 
 
 def allreduce_seconds(values: int, devices: int, links: Links) -> float:
-    """Of a ring: each device sends 2 (n-1)/n of the array; the latency is that of a tree."""
+    """For a ring, each device sends 2 (n-1)/n of the array; the latency is that of a tree."""
     if devices == 1:
         return 0.0
     sent = 2 * (devices - 1) / devices * 4 * values

@@ -30,8 +30,8 @@ def images(shape: tuple[int, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
 class TrainingStep:
     """Adversarial training by PGD (linf) with SGD and momentum; a call makes a step and waits.
 
-    Of num_seeds networks in one program, as a study trains them; weights are the first's at the
-    beginning.
+    It trains num_seeds networks in one program, as a study does. weights are those of the first at
+    the beginning.
     """
 
     def __init__(

@@ -2,8 +2,9 @@
 
     python launch.py --config=configs/cifar10_preact_resnet18_at.py --workdir=runs/cifar10_at
 
-For an accelerator. Published (arXiv 2002.11569, logs): best epoch 82.9 % clean, 53.5 % PGD-10; last
-of 200 epochs 84.9 % and 45.6 %: robust overfitting.
+For an accelerator. The authors (arXiv 2002.11569 and its logs) reach 82.9 % clean and 53.5 % under
+PGD-10 at the best epoch. At the last of 200 epochs they have 84.9 % and 45.6 %, which is robust
+overfitting.
 """
 
 from configs import default

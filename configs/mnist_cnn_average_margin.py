@@ -2,11 +2,11 @@
 
     python launch.py --config=configs/mnist_cnn_average_margin.py --workdir=runs/average_margin
 
-The other arms: --config.regularizers.output_margin_ramp.weight=0 --config.learning_rate=0.01 is
-"constraint", and with --config.regularizers.orthogonality.weight=0 "plain". The linear network:
---config.model.name=linear, tau 5, 1000 epochs; the MLP: mlp with hidden (1024,), tau 5. For an
-accelerator. The authors' networks: 99.25 % clean regularised, 99.29 % constraint, 99.14 %
-plain.
+For an accelerator. The arm "constraint" adds --config.regularizers.output_margin_ramp.weight=0
+--config.learning_rate=0.01, and "plain" also --config.regularizers.orthogonality.weight=0. The
+linear network takes --config.model.name=linear, tau 5 and 1000 epochs; the MLP takes the model mlp
+with hidden (1024,) and tau 5. The clean accuracy of the authors' networks is 99.25 % regularised,
+99.29 % with the constraint and 99.14 % plain.
 """
 
 from ml_collections import ConfigDict

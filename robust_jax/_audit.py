@@ -30,7 +30,7 @@ from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 Grade = Literal["skipped", "pass", "warn", "fail"]  # from good to bad
 _FEW_STEPS, _MANY_STEPS, _RESTARTS, _DRAWS = 10, 50, 5, 10
-# Of the audited points: what a weaker attack may break and stronger ones leave, by (warn, fail).
+# How large a share of the audited points may break only under a weaker attack, by (warn, fail).
 _LEFT_OVER = (0.01, 0.05)
 # How far attacks that ought to be alike may differ in accuracy.
 _UNLIKE = (0.05, 0.15)

@@ -418,7 +418,7 @@ _define(
 def max_pool2d(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v u c"]:
     """Maximum of each window x window tile; rows and columns that fill no tile are dropped.
 
-    Of two equal maxima each has half of the gradient.
+    Two equal maxima each get half of the gradient.
     """
     batch, height, width, channels = x.shape
     rows, columns = height // window, width // window
@@ -446,7 +446,7 @@ def global_avg_pool2d(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
 def replacement(eqn: JaxprEqn) -> Callable[..., Array] | None:
     """What computes an equation's convolution or pooling fast on a CPU; None where nothing does.
 
-    Equal to it but for rounding, with the same derivatives. Dilated, grouped and one-dimensional
+    Equal to it up to rounding, with the same derivatives. Dilated, grouped and one-dimensional
     convolutions, overlapping and padded pooling stay as they are.
     """
     if eqn.primitive is lax.conv_general_dilated_p:

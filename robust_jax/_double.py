@@ -18,9 +18,9 @@ class NotInDouble(Exception):
 def in_double(logits_fn: Callable, shape: tuple[int, ...]) -> Network:
     """logits_fn of float64 examples of a shape, computed in float64; call it with x64 enabled.
 
-    A function that follows the type of its input is taken as it is. Of any other the program is
-    read, and its weights and its types are replaced by wider ones. Raises NotInDouble where neither
-    is possible.
+    A function that follows the type of its input is taken as it is. Any other is traced, and the
+    weights and types in its program are replaced by wider ones. Raises NotInDouble where neither is
+    possible.
     """
     single = as_network(logits_fn, shape, jnp.float32)
     if single.program.outside:

@@ -152,8 +152,7 @@ def plain_convolutions(logits_fn: Callable) -> Callable:
     """logits_fn with its convolutions and poolings computed by XLA on a CPU too.
 
     On a CPU the functions of this package compute those of a network in ways that are several times
-    faster there, above all for gradients, and equal but for rounding. Elsewhere this changes
-    nothing.
+    faster there, above all for gradients, and equal up to rounding. Elsewhere this changes nothing.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K].

@@ -62,7 +62,7 @@ def mean_square(
         key: One key, folded with each example's place in the batch, or a key per example [B].
         eps: The radius of the ball, in pixel units.
         norm: The norm of the ball.
-        num_samples: Of how many r the mean is taken.
+        num_samples: How many r the mean is taken over.
 
     Returns:
         [B], in nats².
@@ -114,7 +114,7 @@ def oscillation(
         eps: The radius of the ball, in pixel units.
         norm: The norm of the ball.
         num_steps: Gradients of an attack.
-        step_size: Of an attack, in pixel units; 2.5·eps/num_steps by default.
+        step_size: The step of an attack, in pixel units; 2.5·eps/num_steps by default.
 
     Returns:
         [B], in nats².
@@ -169,7 +169,7 @@ def rise(
         eps: The radius of the ball, in pixel units.
         norm: The norm of the ball.
         num_steps: Gradients of an attack.
-        step_size: Of an attack, in pixel units; 2.5·eps/num_steps by default.
+        step_size: The step of an attack, in pixel units; 2.5·eps/num_steps by default.
 
     Returns:
         [B], in nats².
@@ -216,7 +216,7 @@ def total_variation(
         key: One key, folded with each example's place in the batch, or a key per example [B].
         eps: The radius of the ball, in pixel units.
         norm: The norm of the ball.
-        num_samples: Of how many r the mean is taken.
+        num_samples: How many r the mean is taken over.
         squared: Whether the norm is squared before the mean.
 
     Returns:
@@ -272,7 +272,7 @@ def path(
         eps: The radius of the ball, in pixel units.
         norm: The norm of the ball.
         num_steps: Gradients of an attack.
-        step_size: Of an attack, in pixel units; 2.5·eps/num_steps by default.
+        step_size: The step of an attack, in pixel units; 2.5·eps/num_steps by default.
         num_pieces: Into how many pieces the way is cut.
 
     Returns:

@@ -46,5 +46,5 @@ def save_arrays(path: Path, **arrays: np.ndarray | str | int) -> Path:
 
 
 def _pending(path: Path) -> Path:
-    """Of this process alone: those that share a folder may write the same file at one time."""
+    """A name for this process alone; others may write the same file of a shared folder."""
     return path.with_name(f"{path.name}.{os.getpid()}.pending")

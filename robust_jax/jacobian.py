@@ -81,6 +81,10 @@ def jacobian(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> Float[Array
     Returns:
         [B,K,...].
 
+    Raises:
+        ValueError: x is not a batch of floats, is empty or holds NaN, or fn does not return one
+            array.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from robust_jax import jacobian
@@ -104,6 +108,9 @@ def frobenius_norm(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> PerEx
 
     Returns:
         [B].
+
+    Raises:
+        ValueError: As `jacobian` does.
 
     Example:
         >>> import jax.numpy as jnp
@@ -132,6 +139,9 @@ def singular_values(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> Floa
 
     Returns:
         [B,N], N the smaller of K and the number of an example's pixel values.
+
+    Raises:
+        ValueError: As `jacobian` does.
 
     Example:
         >>> import jax.numpy as jnp

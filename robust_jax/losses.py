@@ -1,9 +1,9 @@
 """Pure per-example losses and output measures: logits [B,K] and labels [B] in, [B] out, in nats.
 
 Nothing here reduces over the batch: the caller does, with (sum, count) pairs. Values and gradients
-stay finite for logits of ±1e4 in float32: all is computed in log space, but for the form of guided
-complement entropy that follows its authors' code, epsilons and all. Logits of 16 bits are computed
-in float32, which is what comes back.
+stay finite for logits of ±1e4 in float32, since all is computed in log space except the form of
+guided complement entropy that follows its authors' code, epsilons and all. Logits of 16 bits are
+computed in float32, which is what comes back.
 """
 
 import math
@@ -271,7 +271,7 @@ def kl(logits: Logits, reference: Logits) -> PerExample:
         reference: [B,K], of p.
 
     Returns:
-        [B], in nats, at least 0 but for rounding.
+        [B], in nats, at least 0 up to rounding.
 
     Example:
         >>> import jax.numpy as jnp

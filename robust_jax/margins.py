@@ -104,7 +104,7 @@ def first_order(
         x: Examples [B,...], pixels in [0,1].
         y: Labels [B].
         norm: A name or a record.
-        num_boundaries: Of how many of the likeliest wrong classes; None for all of them.
+        num_boundaries: How many of the likeliest wrong classes to look at; None for all of them.
         chunk_size: How many examples are in memory at a time; None for all.
 
     Returns:
@@ -312,7 +312,7 @@ def clever(
         key: One key, or one for each example [B].
         norm: A name or a record.
         eps: The radius of the ball, in pixel units, and the most that is said of any example.
-        num_samples: Of how many r the largest gradient is taken.
+        num_samples: How many r the largest gradient is taken over.
         chunk_size: How many examples are in memory at a time; None for all.
 
     Returns:

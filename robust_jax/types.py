@@ -6,6 +6,22 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, Key
 
+__all__ = [
+    "Array",
+    "Images",
+    "KeyOrKeys",
+    "Labels",
+    "Logits",
+    "LogitsFn",
+    "PerExample",
+    "Reference",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # What a caller may give; what comes back is JAX's.
 Array = jax.Array | np.ndarray
 

@@ -17,7 +17,7 @@ def weights_of(seed, num_classes=4):
 
 
 def network(weights):
-    """A function made anew at each call, as a user's lambda is."""
+    """A new function at each call, as a user's lambda is."""
     return lambda x: jax.nn.relu(x.reshape(x.shape[0], -1) @ weights[0]) @ weights[1]
 
 

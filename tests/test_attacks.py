@@ -29,7 +29,7 @@ from tests.linear import (
 
 KEY = jax.random.key(0)
 # FAB, DeepFool and Carlini-Wagner look for the nearest adversarial, Square stops at its first,
-# JSMA spends its budget on few pixels, noise has no aim: none goes on to the rim of the ball.
+# JSMA spends its budget on few pixels, noise has no aim: none continues to the rim of the ball.
 OFF_THE_RIM = {
     "carlini_wagner",
     "deepfool",

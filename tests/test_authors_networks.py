@@ -86,7 +86,7 @@ def test_the_audit_warns_of_the_regularised_network(networks, mnist):
 
 
 def test_the_command_finds_of_the_linear_network_what_its_margins_say(networks, mnist):
-    """They are exact but for the walls of the box, which can only help it."""
+    """They are exact apart from the walls of the box, which can only help it."""
     x, y = (a[:40] for a in mnist)
     network = networks["mnist_linear_plain"]
     found = authors_networks.evaluate(

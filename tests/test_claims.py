@@ -238,7 +238,7 @@ def test_seeds_alone_would_cover_it_far_too_rarely():
 
 
 def alike(count, *, only_b, only_a=0, seeds=3):
-    """Two arms that hold the same half of the images in every seed, but for the first few."""
+    """Two arms that hold the same half of the images in every seed, apart from the first few."""
     a = np.arange(count) >= count // 2
     b = a.copy()
     b[:only_b] = True

@@ -16,7 +16,7 @@ ADVICE = "train one with launch.py"
 
 
 def finished(workdir, *, audit=None, measurements=None, norms=("linf", "l2"), **fields):
-    """A run of the default config but for the fields, in a folder of its own."""
+    """A run of the default config with these fields changed, in a folder of its own."""
     config = default.get_config()
     config.update(ConfigDict(fields))
     results = make_run(workdir, audit=audit, norms=norms)

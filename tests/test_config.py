@@ -276,7 +276,12 @@ def test_the_surrogate_is_an_undefended_cnn_of_the_same_recipe_whatever_the_run(
 
 
 def test_what_has_no_norm_and_radius_of_its_own_follows_the_threat_model():
-    attacks = {"pgd": {}, "l2": {"name": "pgd", "norm": "l2", "eps": 0.5}, "jsma": {"eps": 3}}
+    attacks = {
+        "pgd": {},
+        "deepfool": {},
+        "l2": {"name": "pgd", "norm": "l2", "eps": 0.5},
+        "jsma": {"eps": 3},
+    }
     found = threat.complete(
         changed(
             threat={"norm": "l1", "eps": "2/4"},
@@ -290,6 +295,7 @@ def test_what_has_no_norm_and_radius_of_its_own_follows_the_threat_model():
         found.validation_attack,
         found.audit,
         found.attacks.pgd,
+        found.attacks.deepfool,
         found.measurements.energy,
         found.regularizers.energy_oscillation,
     )

@@ -388,7 +388,7 @@ def test_audit_mode_looks_again(demo, results, launch, tmp_path):
     assert "config.audit.surrogate is 'nowhere', which holds no run" in wrong.stderr
     ignored = launch(f"--workdir={workdir}", "--mode=audit", "--config.threat.eps=0.3")
     assert ignored.returncode == 1
-    assert "--mode=audit does not heed config.threat.eps" in ignored.stderr
+    assert "--mode=audit ignores config.threat.eps; use --mode=evaluate" in ignored.stderr
     assert (workdir / "results.json").read_bytes() == before
     result = launch(
         "--config=configs/default.py",
@@ -417,7 +417,7 @@ def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
         )
         assert result.returncode == 0, result.stderr[-3000:]
         found[devices, mapping] = json.loads((workdir / "results.json").read_text())
-    # A run goes on, or is measured again, on another number of devices.
+    # A run continues, or is measured again, on another number of devices.
     again = launch(*TINY, f"--workdir={tmp_path / '8_pmap'}", "--mode=evaluate", devices=1)
     assert again.returncode == 0, again.stderr[-3000:]
     one = found.pop((1, "pmap"))

@@ -129,6 +129,14 @@ def test_a_page_names_files_modules_and_fields_that_exist(page):
         assert field in default.get_config() or field == "scale", field
 
 
+def test_the_map_of_the_code_names_every_module():
+    named = set(re.findall(r"`([\w/]+\.py)`", (REPOSITORY / "docs" / "design.md").read_text()))
+    package = REPOSITORY / "robust_jax"
+    for folder in (package, package / "train", package / "app", package / "devices"):
+        modules = {str(p.relative_to(package)) for p in folder.glob("*.py")}
+        assert modules - named - {str((folder / "__init__.py").relative_to(package))} == set()
+
+
 def test_the_reference_has_every_public_name():
     text = "".join(page.read_text() for page in REPOSITORY.glob("docs/reference/*.md"))
     for name in robust_jax.__all__:

@@ -10,7 +10,7 @@ import pytest
 import robust_jax
 
 MODULES = (
-    "attacks", "energy", "jacobian", "losses", "margins",
+    "attacks", "attacks.norms", "energy", "jacobian", "losses", "margins", "plots",
     *(f"analysis.{name}" for name in ("calibration", "features", "latent", "spectra", "summaries",
                                       "surface")),
 )  # fmt: skip
@@ -34,11 +34,15 @@ class ToThePrecisionWritten(doctest.OutputChecker):
 def functions():
     for name in MODULES:
         module = importlib.import_module(f"robust_jax.{name}")
-        for label, value in vars(module).items():
-            # The modules of a package are private.
-            is_own = getattr(value, "__module__", "").startswith(module.__name__)
-            if inspect.isfunction(value) and is_own and not label.startswith("_"):
+        for label in module.__all__:
+            value = getattr(module, label)
+            if inspect.isfunction(value):
                 yield pytest.param(value, id=f"{name}.{label}")
+            # A package shows the classes of its modules, which are looked at once.
+            elif inspect.isclass(value) and value.__module__ == module.__name__:
+                for method, function in vars(value).items():
+                    if inspect.isfunction(function) and not method.startswith("_"):
+                        yield pytest.param(function, id=f"{name}.{label}.{method}")
     for label in ("audit", "evaluate", "plain_convolutions"):
         yield pytest.param(getattr(robust_jax, label), id=label)
 
@@ -50,10 +54,11 @@ def test_example_runs_and_every_argument_is_described(function):
 
 def check_docstring(function):
     doc = inspect.getdoc(function)
-    for section in ("Args", "Returns", "Example"):
+    is_checked = getattr(function, "is_compiled", False)  # its arguments are
+    for section in ("Args", "Returns", "Example", *(["Raises"] if is_checked else [])):
         assert f"\n{section}:\n" in doc, section
     described = re.search(r"\nArgs:\n(.*?)\n\n", doc, re.DOTALL)[1]
-    for parameter in inspect.signature(function).parameters:
+    for parameter in inspect.signature(function).parameters.keys() - {"self"}:
         assert re.search(rf"^    (\w+, )*{parameter}\b.*:", described, re.MULTILINE), parameter
     (test,) = doctest.DocTestFinder(recurse=False).find(function, function.__qualname__, globs={})
     runner = doctest.DocTestRunner(ToThePrecisionWritten(), verbose=False)

@@ -1,4 +1,4 @@
-"""The evaluator: AutoAttack within it goes on from what an earlier evaluation left."""
+"""The evaluator: AutoAttack within it continues from what an earlier evaluation left."""
 
 import functools
 

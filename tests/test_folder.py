@@ -109,7 +109,7 @@ def test_a_finished_run_says_that_other_attacks_are_evaluated_and_not_trained(tm
 
 
 @pytest.mark.parametrize(
-    ("mode", "heeded", "ignored"),
+    ("mode", "used", "ignored"),
     [
         ("audit", {"audit.num_queries": 5}, {"threat.eps": 0.3}),
         ("measure", {"measurements": {"outputs": {}}}, {"attacks.pgd_linf.eps": (0.9,)}),
@@ -118,16 +118,18 @@ def test_a_finished_run_says_that_other_attacks_are_evaluated_and_not_trained(tm
         ("evaluate", {"threat.eps": 0.3, "attacks": {}}, {}),
     ],
 )
-def test_what_is_typed_for_a_finished_run_is_heeded_or_refused(mode, heeded, ignored, tmp_path):
+def test_what_is_typed_for_a_finished_run_is_used_or_refused(mode, used, ignored, tmp_path):
     a_run(tmp_path)
-    for fields in (heeded, ignored):
+    for fields in (used, ignored):
         config = default.get_config()
         for path, value in fields.items():
             arms.set_field(config, path, value)
-        if fields is heeded:
+        if fields is used:
             folder.check_heeded(tmp_path, config, fields, mode)
     for path in ignored:
-        with pytest.raises(UserError, match=f"--mode={mode} does not heed config.{path}"):
+        with pytest.raises(
+            UserError, match=f"--mode={mode} ignores config.{path}; use --mode=evaluate"
+        ):
             folder.check_heeded(tmp_path, config, ignored, mode)
 
 

@@ -1,6 +1,7 @@
 """The floors of the house: what may import what, and what an import brings with it."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -77,6 +78,9 @@ def test_an_import_brings_nothing_heavy(module, without):
     assert result.returncode == 0, result.stderr
 
 
+ANALYSIS = ("calibration", "features", "latent", "spectra", "summaries", "surface")
+
+
 def test_tab_completion_shows_the_public_names_alone():
     import robust_jax
 
@@ -86,6 +90,9 @@ def test_tab_completion_shows_the_public_names_alone():
         assert found is not None
         if inspect.ismodule(found) and found is not robust_jax.errors:  # which has nothing else
             assert set(dir(found)) == set(found.__all__), name
+    for name in ("plots", "types", *(f"analysis.{one}" for one in ANALYSIS)):
+        found = importlib.import_module(f"robust_jax.{name}")
+        assert set(dir(found)) == set(found.__all__), name
 
 
 def test_no_module_imports_itself_by_way_of_others():

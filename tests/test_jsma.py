@@ -29,7 +29,7 @@ def best_pair(gain, cost, free, changed, budget):
 @pytest.mark.parametrize("pairs_at_once", [1, 20, 2**14])  # a row at a time, 2 of 9 rows, all
 def test_pair_is_the_best_of_all_that_are_allowed(monkeypatch, rng, pairs_at_once):
     monkeypatch.setattr(_jsma, "_PAIRS_AT_ONCE", pairs_at_once)
-    search = jax.jit(lambda *args: most_salient_pair(*args))  # traced anew
+    search = jax.jit(lambda *args: most_salient_pair(*args))  # traced again
     outcomes = set()
     for _ in range(60):
         gain, cost = rng.normal(size=(2, 9)).astype(np.float32) + [[-0.5], [0.5]]

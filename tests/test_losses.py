@@ -177,7 +177,7 @@ def test_gce_is_lowest_where_the_label_is_sure_and_the_rest_is_flat():
 
 
 def test_the_published_gce_turns_round_at_a_gap_of_10_and_the_exact_one_never():
-    """Of ten classes, the nine wrong ones alike, in float64."""
+    """For ten classes whose nine wrong ones are alike, in float64."""
     gaps = np.linspace(0, 20, 2001)
     logits = np.zeros((len(gaps), 10))
     logits[:, 0] = gaps

@@ -237,7 +237,7 @@ def test_a_pixel_whose_gradient_is_nan_stays_while_others_move(name, norm):
 
 
 def with_gradient(slope, fn):
-    """fn, but for a derivative of class 1 that is said to be slope [H,W,C]."""
+    """fn, except that the derivative of class 1 is said to be slope [H,W,C]."""
 
     @jax.custom_jvp
     def logits_fn(x):

@@ -99,7 +99,7 @@ def mistakes():
     }
 
 
-# Of the energies; they compare outputs then.
+# The energies that compare outputs where there are no labels.
 LABEL_FREE = ("mean_square", "oscillation", "rise", "total_variation", "path")
 RADII = {
     "text": ("8/255", "eps is '8/255'; give a number in pixel units, 8/255 without quotes"),

@@ -20,7 +20,8 @@ SMALL = {  # what makes the deep ones small enough to run
 # Compiling is what takes the time, and nothing here depends on how well it is done.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 every_model = pytest.mark.parametrize("name", MODELS)
-# The two residual nets are one class but for the number of layers: the shallow one speaks for both.
+# The two residual nets are one class with different numbers of layers: the shallow one speaks for
+# both.
 shallow_models = pytest.mark.parametrize("name", [n for n in MODELS if n != "preact_resnet"])
 
 

@@ -31,7 +31,7 @@ QUICK = {
     "uniform_noise": {"num_samples": 2},
 }
 RADII = {"linf": 0.1, "l2": 0.3, "l1": 1.0, "l0": 4.0}
-# Of each attack the first of its norms.
+# Each attack with the first of its norms.
 ONE_NORM = dict(reversed(WITH_NORMS))
 
 
@@ -142,7 +142,7 @@ def minimum_norm(logits_fn, x, y, key):
     return margins.minimum_norm(logits_fn, x, y, key, norm="l2", attack=nearest)
 
 
-# Numbers of each example, which are the same in every dtype but for rounding.
+# Numbers of each example, which are the same in every dtype up to rounding.
 MEASURES = {
     "first order in linf": lambda f, x, y, key: margins.first_order(f, x, y),
     "first order in l2": lambda f, x, y, key: margins.first_order(f, x, y, norm="l2"),

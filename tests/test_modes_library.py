@@ -112,7 +112,7 @@ MEANS = {
     "mean_square_label_free": 0.4,
 }
 ENDS = {"oscillation_label_free": 0.7}
-# Of the result.
+# The tolerance for results of each dtype.
 PRECISION = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import robust_jax
 from robust_jax import attacks, losses, margins
 from robust_jax.analysis import features, spectra
 from robust_jax.attacks import NORMS, norms
@@ -131,3 +132,15 @@ def test_names_are_those_of_the_table():
         norms.threat_model("l0")
     with pytest.raises(ValueError, match="norm must be one of linf, l2, l1, l0, not 'l7'"):
         norms.measure("l7")
+
+
+def test_a_record_is_evaluated_under_its_name():
+    logits_fn, _, _, x, y = problem(num_classes=3)
+    few = {"version": ("apgd_ce", "square"), "num_queries": 5, "progress": False}
+    few["overrides"] = {"apgd_ce": {"num_steps": 5}, "square": {"num_queries": 5}}
+    found = robust_jax.evaluate(logits_fn, x, y, KEY, eps=(EPS, 2 * EPS), norm=WEIGHTED, **few)
+    assert found.card["threat_model"] == "Weighted" and found.audit.norm == "weighted"
+    margin = margins.first_order(logits_fn, x, y, norm=WEIGHTED)
+    np.testing.assert_allclose(found.records["input_margin"], margin, rtol=1e-4)
+    held = found.records[f"autoattack_weighted@{EPS:g}/held"].to_numpy(bool)
+    assert not held[np.asarray(margin) < 0.9 * EPS].any()

@@ -267,7 +267,7 @@ def test_a_measurement_of_another_checkpoint_says_so(tmp_path):
     results = make_run(tmp_path, measurements=asked)
     results["measurements"] = {"spectra": {"mean": 1.0}, "energy_0": {"path": 2.0}}
     page = Page(report.write(tmp_path, results).read_text(encoding="utf-8"))
-    assert "of the best checkpoint but for energy 0: initialisation." in page.text
+    assert "of the best checkpoint except for energy 0: initialisation." in page.text
 
 
 @pytest.mark.parametrize(
@@ -304,6 +304,12 @@ TITLES = {
         "loss_on": "clean",
         "loss": {"name": "cross_entropy", "label_smoothing": 0.1},
         "regularizers": {"mine": {"name": "energy_oscillation", "weight": 1.0}},
+    },
+    "adversarial training + EntM (λ = 0.5) + EntM (λ = 0.2)": {
+        "regularizers": {
+            "entropy": {"weight": 0.5},
+            "also": {"name": "entropy", "weight": 0.2, "on": "clean"},
+        },
     },
     "guided complement entropy on clean images": {
         "loss_on": "clean",

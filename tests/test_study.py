@@ -1,5 +1,6 @@
 """Studies: verdicts follow from intervals, configs are whole, a small one runs to its report."""
 
+import functools
 import importlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from robust_jax.train import loop
 from tests.conftest import REPOSITORY
 from tests.test_claims import result, table
 
+check_run = functools.partial(entries.check, schema=default.get_config())
 STUDIES = sorted(
     path.stem for path in (REPOSITORY / "configs" / "studies").glob("*.py") if path.stem != "common"
 )
@@ -84,7 +86,7 @@ def config_of(name, typed=None, **fields):
 @pytest.mark.parametrize(("name", "scale"), SCALES)
 def test_every_study_is_whole_at_every_scale(name, scale):
     config = config_of(name, scale=scale)
-    study.check(config, default.get_config())
+    study.check(config, check_run)
     trials = list(study.trials(config))
     for trial in trials[: len(config.arms)]:
         config_lib.bind(MODELS, trial.config.model, "model", reserved=("num_classes",))
@@ -127,7 +129,7 @@ def test_what_is_typed_wins_over_the_scale_or_is_refused():
             config_of("entm", {path: 1})
     for seeds in ((), (0, 0, 0)):
         with pytest.raises(UserError, match="give one at least, and each once"):
-            study.check(config_of("entm", {"seeds": seeds}), default.get_config())
+            study.check(config_of("entm", {"seeds": seeds}), check_run)
 
 
 WRONG = {
@@ -161,7 +163,7 @@ def test_a_typo_in_a_claim_or_a_measure_is_found_before_anything_runs(case):
     if "measures" in fields:
         config.pairs = ()
     with pytest.raises(UserError, match=message) as error:
-        study.check(study.settled(config), default.get_config())
+        study.check(study.settled(config), check_run)
     assert "\n" not in str(error.value)
 
 
@@ -213,7 +215,7 @@ def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monk
     fields = {"seeds_limit": 9, "claims.a.widest": 0.3}
     alike = fake_runs(monkeypatch)
     config = small_study(**fields)
-    study.check(config, default.get_config())
+    study.check(config, check_run)
     said = study.execute(config, tmp_path / "alike")
     assert len(alike) == 9  # both arms hold the same images: there is nothing to narrow
 
@@ -300,7 +302,7 @@ def best_at_one(config):
 def test_a_sweep_chooses_a_value_that_the_seeds_then_have(tmp_path, monkeypatch):
     ran = fake_runs(monkeypatch, best_at_one)
     config = small_study(**{"arms.entm.sweep": SWEEP})
-    study.check(config, default.get_config())
+    study.check(config, check_run)
     with pytest.raises(UserError, match="entm is not chosen yet: run --only=entm/sweep first"):
         study.execute(config, tmp_path, only="entm/0")
     assert "no verdict" in study.execute(config, tmp_path, "report")
@@ -377,7 +379,7 @@ def test_a_sweep_can_choose_what_is_nearest_to_another_arm(tmp_path, monkeypatch
             "sweep.base": {"measurements": {"outputs": {"num_examples": 100}}},
         }
     )
-    study.check(config, default.get_config())
+    study.check(config, check_run)
     with pytest.raises(UserError, match="run --only=other/sweep and --only=entm/sweep first"):
         study.execute(config, tmp_path, only="entm/0")
     study.execute(config, tmp_path)
@@ -410,9 +412,12 @@ WRONG_SWEEPS = {
     "key": ({"feild": "x"}, "sweep's key is 'feild'; did you mean field"),
     "no values": ({"field": "batch_size"}, "sweep.values is missing"),
     "field": ({"field": "regularizers.entropi.weight", "values": (1.0,)}, "the arm does not have"),
-    "text": ({"field": "loss.name", "values": ("cross_entropy",)}, "it is for numbers"),
-    "values": ({**SWEEP, "values": (1.0, "2")}, "it is for numbers"),
-    "one number": ({**SWEEP, "values": 1.0}, "it is for numbers"),
+    "text": (
+        {"field": "loss.name", "values": ("cross_entropy",)},
+        "takes a numeric field and a tuple of numbers",
+    ),
+    "values": ({**SWEEP, "values": (1.0, "2")}, "takes a numeric field and a tuple of numbers"),
+    "one number": ({**SWEEP, "values": 1.0}, "takes a numeric field and a tuple of numbers"),
     "the same twice": ({**SWEEP, "values": (1.0, 1.0)}, "give different numbers"),
     "range": ({"field": "learning_rate", "values": (0.1, -1.0)}, "learning_rate is -1.0; it must"),
     "measure": ({**SWEEP, "by": "training.best.acuracy"}, "'acuracy'; choices|did you mean"),
@@ -425,7 +430,7 @@ WRONG_SWEEPS = {
 def test_a_typo_in_a_sweep_is_found_before_anything_runs(case):
     sweep, message = WRONG_SWEEPS[case]
     with pytest.raises(UserError, match=message) as error:
-        study.check(small_study(**{"arms.entm.sweep": sweep}), default.get_config())
+        study.check(small_study(**{"arms.entm.sweep": sweep}), check_run)
     assert "\n" not in str(error.value)
 
 
@@ -445,7 +450,7 @@ def test_a_typo_in_a_sweep_is_found_before_anything_runs(case):
 )
 def test_a_typo_in_what_decides_is_found_before_anything_runs(fields, message):
     with pytest.raises(UserError, match=message) as error:
-        study.check(small_study(**fields), default.get_config())
+        study.check(small_study(**fields), check_run)
     assert "\n" not in str(error.value)
 
 
@@ -461,7 +466,7 @@ def test_a_scale_can_set_seeds_sweeps_and_values(tmp_path):
     }
     config.scale = "medium"
     medium = study.settled(config)
-    study.check(medium, default.get_config())
+    study.check(medium, check_run)
     assert arms.extra_seeds(medium) == (4, 5, 6, 7)
     swept = list(arms.sweep_trials(medium, "entm"))
     assert [t.config.regularizers.entropy.weight for t in swept] == [0.5, 2.0]
@@ -487,7 +492,7 @@ def test_mistakes_are_told(tmp_path):
         config_of("entm", seed=3)
     config = config_of("entm", **{"arms.ce.loss_at": "clean"})
     with pytest.raises(UserError, match="config.loss_at is not a field of a config; did you mean"):
-        study.check(config, default.get_config())
+        study.check(config, check_run)
     assert not list(tmp_path.iterdir())
 
 

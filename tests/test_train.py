@@ -64,7 +64,7 @@ def wide_resnet_step():
 
 
 def test_a_batch_in_parts_has_the_gradient_of_the_whole():
-    """Of a network without BatchNorm, in the attack as in the loss, on one device and on two."""
+    """For a network without BatchNorm, in the attack and the loss, on one device and on two."""
     model = MODELS["cnn"](num_classes=10, widths=(4,), hidden=8)
     make_step, init, batch = training_of(model, loss_on="both")
     found = []
@@ -148,7 +148,7 @@ def test_validation_attacks_and_counts_an_example_once():
     # Right: the first three. Held at 0.1, which moves the gap by 0.2: the first and the third.
     assert values["clean_accuracy"] == 0.75
     assert values["robust_accuracy"] == 0.5
-    # Of a linear network the distances to the boundary are exact, whatever its scale.
+    # The distances to the boundary of a linear network are exact, whatever its scale.
     distances = np.array([0.8, 0.1, 0.8, -0.1]) / np.sqrt(2)
     expected = {
         "minimum_margin": distances.min(),
@@ -306,7 +306,7 @@ def test_sigterm_while_nothing_is_left_to_train_is_not_swallowed(
 
 @pytest.mark.parametrize("method", parallel.METHODS)
 def test_seeds_trained_together_are_those_trained_alone(undisturbed, method, tmp_path):
-    """Terminated on the way; then one goes on alone, both together, and each ends as by itself."""
+    """Terminated on the way; then one continues alone, both together; each ends as by itself."""
     folders = [tmp_path / "0", tmp_path / "1"]
 
     def plans(terminate_at=None):

@@ -161,7 +161,7 @@ def get_config():
                 f"published, rises {from_start}.",
                 "smallest_effect": 0.01,
                 "tests": [
-                    # Of 59,000 images the smallest distance is about 1e-5 wherever the boundary is.
+                    # The smallest distance of 59,000 images is about 1e-5 wherever the boundary is.
                     {
                         **above(change("minimum_distance"), "linear_plain", level=0.0),
                         "smallest_effect": 1e-5,

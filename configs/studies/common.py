@@ -1,6 +1,6 @@
 """What the studies share: the smoke scale, attacks, and the tests of a claim."""
 
-# Of PGD-10 adversarial training on CIFAR-10 at linf 8/255 (Rice, Wong, Kolter 2020), in percent.
+# PGD-10 adversarial training on CIFAR-10 at linf 8/255 (Rice, Wong, Kolter 2020), in percent.
 PREACT_RESNET18_AT = {"clean": 82.92, "PGD at {trained}": 53.49}
 
 # Shows that it runs, and nothing else.

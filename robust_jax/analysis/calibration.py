@@ -9,6 +9,18 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
+__all__ = [
+    "Reliability",
+    "expected_calibration_error",
+    "outcomes",
+    "reliability",
+    "temperature",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Reliability(NamedTuple):
     """Bins of top probability: edges [n+1]; of each bin the examples, mean and accuracy [n].

@@ -19,6 +19,17 @@ from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys
 
+__all__ = [
+    "captured",
+    "change",
+    "random_neighbour",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 FeaturesFn = Callable[[Images], Mapping[str, Float[Array, "b ..."]]]
 
 

@@ -9,6 +9,19 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+__all__ = [
+    "Projection",
+    "distance_ratio",
+    "projection",
+    "silhouette",
+    "tsne",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Latents = Float[np.ndarray, "n ..."]
 Labels = Int[np.ndarray, " n"]
 

@@ -16,6 +16,21 @@ from jaxtyping import Float
 
 from robust_jax.attacks.norms import L1, L2, LINF, Norm, ThreatModel, threat_model
 
+__all__ = [
+    "Layer",
+    "circular",
+    "exact",
+    "layers",
+    "matrix",
+    "operator_norm",
+    "reshaped",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Pair = tuple[int, int]
 Values = Float[np.ndarray, " n"]
 

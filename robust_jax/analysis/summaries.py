@@ -7,6 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+__all__ = [
+    "gaps",
+    "summary",
+    "wilson_interval",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # Columns of an evaluation's records that measure nothing.
 _NAMES = frozenset({"index", "label", "prediction"})
 

@@ -12,6 +12,16 @@ from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
+__all__ = [
+    "loss_along",
+    "loss_surface",
+    "random_direction",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:
     """A random direction at right angles to x_adv - x and as long in l2.
@@ -75,6 +85,10 @@ def loss_surface(
     Returns:
         [B,n,m], in units of the loss.
 
+    Raises:
+        ValueError: x holds no pixels in [0,1], y no labels of the network's classes, or logits_fn
+            does not return logits [B,K].
+
     Example:
         >>> import jax.numpy as jnp
         >>> from robust_jax import losses
@@ -130,6 +144,9 @@ def loss_along(
 
     Returns:
         [B,n], in units of the loss.
+
+    Raises:
+        ValueError: As `loss_surface` does.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,12 +1,12 @@
 """The runs of a study: its arms over seeds, and the sweeps that choose a value of an arm."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from robust_jax.app import entries, measures, runs
+from robust_jax.app import measures, runs
 from robust_jax.app.config import choose
 from robust_jax.errors import UserError
 
@@ -159,7 +159,7 @@ def is_finished(workdir: Path) -> bool:
     return (workdir / "results.json").exists()
 
 
-def check_sweeps(config: ConfigDict, schema: ConfigDict) -> None:
+def check_sweeps(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
     """Checks the sweeps of a settled study and each of their runs. Raises UserError."""
     arms = with_sweep(config)
     if arms and config.sweep.seed in (*config.seeds, *extra_seeds(config)):
@@ -182,7 +182,8 @@ def check_sweeps(config: ConfigDict, schema: ConfigDict) -> None:
         values = (*sweep["values"], old) if isinstance(sweep["values"], tuple) else (None,)
         if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
             raise UserError(
-                f"{path} is of {sweep['field']} = {old!r} at {sweep['values']!r}; it is for numbers"
+                f"{path} sweeps {sweep['field']} = {old!r} over {sweep['values']!r}; "
+                "a sweep takes a numeric field and a tuple of numbers"
             )
         if not sweep["values"] or len(set(sweep["values"])) < len(sweep["values"]):
             raise UserError(f"{path}.values is {sweep['values']!r}; give different numbers")
@@ -191,7 +192,7 @@ def check_sweeps(config: ConfigDict, schema: ConfigDict) -> None:
             choose(others, nearest, f"{path}.nearest")
         by = sweep.get("by", config.sweep.by)
         for trial in [t for a in filter(None, (arm, nearest)) for t in sweep_trials(config, a)]:
-            entries.check(trial.config, schema)
+            check_run(trial.config)
             measures.check(by, trial.config, f"{path}.by")
 
 

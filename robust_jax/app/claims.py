@@ -62,8 +62,8 @@ def judge_test(
 ) -> dict[str, Any]:
     """The test with the quantity that it claims to be above zero, and its verdict.
 
-    Of "a.path/*" the claim is that it is so of most entries, say layers: each has an interval and a
-    verdict of its own.
+    A test of "a.path/*" claims this for most of the entries, such as layers. Each entry has an
+    interval and a verdict of its own.
     """
     shared = sorted(set.intersection(*(set(found[arm]) for arm in test["arms"])))
     runs = [[found[arm][seed] for arm in test["arms"]] for seed in shared]

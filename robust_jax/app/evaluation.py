@@ -26,6 +26,7 @@ from robust_jax.app.results import audit_to_json, compose, versions
 from robust_jax.attacks import autoattack
 from robust_jax.attacks._autoattack import check_arguments, doubts
 from robust_jax.attacks._square import check_images, square
+from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import NUM_SIZES, Lift
 from robust_jax.errors import UserError
 from robust_jax.losses import Loss
@@ -62,7 +63,7 @@ def evaluate(
     key: jax.Array,
     *,
     eps: float | tuple[float, ...],
-    norm: str = "linf",
+    norm: Norm = "linf",
     version: str | tuple[str, ...] = "standard",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     training_loss: Loss | None = None,
@@ -84,7 +85,7 @@ def evaluate(
         key: One key; each example draws from it and its place in x.
         eps: The radius of the threat model, in pixel units; or several, of which the first is the
             headline's and the audit's. A larger one is tried on what held at the smaller ones.
-        norm: Its norm: linf, l2 or l1.
+        norm: Its norm, a name or a record.
         version: AutoAttack's, or the names of its members.
         overrides: Keywords for members of AutoAttack by name.
         training_loss: The loss that the network was trained with, for the audit.
@@ -121,7 +122,8 @@ def evaluate(
     for radius in radii:
         _checks.length("eps", radius)
     radii = tuple(float(radius) for radius in radii)
-    _check_settings(radii, norm, version, num_audited, batch_size, folder)
+    threat = threat_model(norm)
+    _check_settings(radii, version, num_audited, batch_size, folder)
     members = check_arguments(eps=radii[0], norm=norm, version=version, overrides=overrides)
     x = np.asarray(_checks.pixels(x))
     y = _checks.one_row_each(y, x)
@@ -136,13 +138,13 @@ def evaluate(
     unfinished, digest = None, ""
     if folder is not None:
         folder = Path(folder)
-        digest = _digest(x, y, key, radii, norm, version, overrides)
+        digest = _digest(x, y, key, radii, threat.name, version, overrides)
         _claim(folder, name, digest, logits_fn, x, y)
         unfinished = folder / "unfinished" / digest
         unfinished.mkdir(parents=True, exist_ok=True)
-    attack = f"autoattack_{norm}"
+    attack = f"autoattack_{threat.name}"
     run = partial(autoattack, norm=norm, version=version, overrides=overrides, progress=progress)
-    grid = AttackGrid("autoattack", run, norm, radii, members=tuple(members))
+    grid = AttackGrid("autoattack", run, threat.name, radii, members=tuple(members))
     mapper = Mapper(network, batch_size)
     # AutoAttack sees those that are right alone.
     warnings = doubts(logits_fn, x, mapper(_logits)({"x": x}))
@@ -164,7 +166,7 @@ def evaluate(
         audited = evaluator.audit(network, settings, surrogates or {})
     about = {
         "title": f"{dataset}, {name}",
-        "threat": {"norm": norm, "eps": radii[0]},
+        "threat": {"norm": threat.name, "eps": radii[0]},
         "trained_against": None,
         "config": {"attacks": {attack: {"version": version, "overrides": overrides}}},
         "data": {
@@ -193,12 +195,10 @@ def evaluate(
     )
 
 
-def _check_settings(radii, norm, version, num_audited, batch_size, folder) -> None:
+def _check_settings(radii, version, num_audited, batch_size, folder) -> None:
     """Raises ValueError for what would be found after hours of AutoAttack, or never said."""
     if not radii or not min(radii) > 0:
         raise ValueError(f"eps is {radii}; give a radius above 0, or several")
-    if not isinstance(norm, str):
-        raise ValueError(f"norm is {type(norm).__name__}; evaluate takes linf, l2 or l1 by name")
     if version == "rand":
         raise ValueError('evaluate is for deterministic networks; version="rand" is autoattack\'s')
     for name, value, least in (("num_audited", num_audited, 0), ("batch_size", batch_size, 1)):
@@ -231,7 +231,7 @@ def _claim(folder: Path, name: str, digest: str, logits_fn: LogitsFn, x, y) -> N
 
 
 def _digest(x: np.ndarray, y: np.ndarray, key: jax.Array, *settings: Any) -> str:
-    """Names what is evaluated, but for the network."""
+    """Names what is evaluated, apart from the network."""
     found = hashlib.sha256(repr(settings).encode())
     for array in (x, y, jax.random.key_data(key)):
         found.update(np.ascontiguousarray(array).tobytes())
@@ -244,7 +244,7 @@ def _logits(logits_fn, rows):
 
 @dataclasses.dataclass(frozen=True)
 class _InputMargin:
-    norm: str
+    norm: Norm
 
     def __call__(self, logits_fn, rows, key_data):
         del key_data

@@ -22,6 +22,7 @@ from robust_jax._audit import Audit
 from robust_jax.analysis import calibration
 from robust_jax.app.records import What, column
 from robust_jax.attacks import distances
+from robust_jax.attacks.norms import Norm
 from robust_jax.batches import Lift, over
 from robust_jax.devices import processes
 from robust_jax.errors import NothingToAudit, UnusableState
@@ -30,7 +31,8 @@ from robust_jax.keys import fold_each, fold_in_each
 from robust_jax.progress import progress
 from robust_jax.types import LogitsFn
 
-# Of batches, so programs for each attack at most: to compile one takes longer than a short attack.
+# How many sizes batches have, and so at most how many programs an attack needs. Compiling one takes
+# longer than a short attack.
 _NUM_SIZES = 4
 
 
@@ -67,7 +69,7 @@ class Settings(NamedTuple):
 class AuditSettings(NamedTuple):
     """The threat model and the size of an audit; the loss the network was trained with."""
 
-    norm: str
+    norm: Norm
     eps: float
     num_examples: int
     num_queries: int

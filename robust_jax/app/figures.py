@@ -16,12 +16,12 @@ _DISTRIBUTIONS = {
     "input_margin": "margin in the input space, pixel units",
 }
 
-# Of the arrays that are points in a plane: the names of its axes, and what it is.
+# Names of the axes of arrays that are points in a plane, and how the points were found.
 _PLANES = {
     "projection": (("first component", "second component"), "on its principal axes"),
     "tsne": (("", ""), "by t-SNE, whose distances mean nothing beyond the neighbours"),
 }
-_DRAWN = 350  # points of a scatter plot
+_DRAWN = 320  # points of a scatter plot
 
 
 def of_measurements(arrays: Arrays) -> dict[str, tuple[Figure, str]]:

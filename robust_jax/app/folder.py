@@ -107,7 +107,7 @@ def check_heeded(workdir: Path, config: ConfigDict, typed: Iterable[str], mode: 
             continue
         for field in {*was, *asked}:
             if f"{field}.".startswith(f"{path}.") and was.get(field) != asked.get(field):
-                raise UserError(f"--mode={mode} does not heed config.{path}; --mode=evaluate may")
+                raise UserError(f"--mode={mode} ignores config.{path}; use --mode=evaluate")
 
 
 def _claim_new(

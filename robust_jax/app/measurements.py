@@ -135,9 +135,9 @@ def layer_spectra(subject: Subject) -> Numbers:
     """How far each layer's singular values spread: standard deviation, maximum, and std/mean.
 
     relative_spread is std/mean with BatchNorm's scale folded into its layer, which no scale of the
-    weights changes (ours; arXiv 2011.07478 has the standard deviation). Of dense layers, and of
-    convolutions with circular padding (arXiv 1805.10408). Arrays: singular_values/LAYER, norms not
-    folded, at most _SHOWN of each. Costs two SVDs of the layers, on the host.
+    weights changes (ours; arXiv 2011.07478 has the standard deviation). Dense layers are measured,
+    and convolutions with circular padding (arXiv 1805.10408). Arrays: singular_values/LAYER, norms
+    not folded, at most _SHOWN of each. Costs two SVDs of the layers, on the host.
     """
     plain, folded = (
         {
@@ -284,10 +284,10 @@ def interior(
 ) -> Numbers:
     """Mean cross-entropy on the way to the worst point of the ball, on test images.
 
-    Numbers: loss/PERCENT of the way, and worst_inside, the share of the examples whose loss is
-    largest before the end: what arXiv 1911.06479 says adversarial training does not look at. Array:
-    loss_along [N,num_pieces+1]. Costs an ascent of num_steps and num_pieces + 1 forward passes an
-    example.
+    loss/PERCENT is the loss at that part of the way. worst_inside is the share of examples whose
+    loss is largest before the end, where arXiv 1911.06479 says adversarial training does not look.
+    The array loss_along is [N,num_pieces+1]. Costs an ascent of num_steps and num_pieces + 1
+    forward passes an example.
     """
     x, y = _examples(subject.dataset.test, num_examples)
     key = jax.random.fold_in(subject.key, 4)

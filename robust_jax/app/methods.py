@@ -26,17 +26,22 @@ _ON = {"clean": "clean images", "adversarial": "adversarial images", "both": "bo
 
 def method(config: Mapping[str, Any], trained_against: Mapping[str, Any] | None) -> str:
     """The loss, the adversary and the regularisers of a run, in words."""
-    terms = {
-        entry.get("name", label): entry["weight"]
+    terms = [
+        (entry.get("name", label), entry["weight"])
         for label, entry in (config.get("regularizers") or {}).items()
         if entry["weight"]
-    }
+    ]
+    names = [term for term, _ in terms]
+
+    def taken(term):
+        return terms.pop(names.index(term))[1]
+
     loss, on = config["loss"], config["loss_on"]
     adversary = config["adversary"] or {}
-    if "kl" in terms and on == "clean" and adversary.get("loss") == "kl":
-        name = f"TRADES (λ = {terms.pop('kl'):g})"
-    elif "weighted_kl" in terms and loss["name"] == "boosted_cross_entropy":
-        name = f"MART (λ = {terms.pop('weighted_kl'):g})"
+    if "kl" in names and on == "clean" and adversary.get("loss") == "kl":
+        name = f"TRADES (λ = {taken('kl'):g})"
+    elif "weighted_kl" in names and loss["name"] == "boosted_cross_entropy":
+        name = f"MART (λ = {taken('weighted_kl'):g})"
     elif loss["name"] == "cross_entropy":
         name = {
             "clean": "standard training",
@@ -47,7 +52,7 @@ def method(config: Mapping[str, Any], trained_against: Mapping[str, Any] | None)
         name = f"{words(loss['name'])} on {_ON[on]}"
     if smoothing := loss.get("label_smoothing"):
         name += f" with label smoothing {smoothing:g}"
-    parts = [f"{_TERMS.get(term, words(term))} (λ = {weight:g})" for term, weight in terms.items()]
+    parts = [f"{_TERMS.get(term, words(term))} (λ = {weight:g})" for term, weight in terms]
     if gamma := config.get("weight_perturbation"):
         parts.append(f"AWP (γ = {gamma:g})")
     text = " + ".join([name, *parts])

@@ -222,8 +222,8 @@ def _attack_table(results: Results) -> pd.DataFrame:
     """The attacks of each checkpoint, one row an ε, as `plots.accuracy_against_eps` takes them.
 
     The norm that the headline is about comes first. An attack goes without its norm, so that it is
-    called and coloured alike in each norm, unless two of one norm would then have the same name. Of
-    one that saw only the first of the examples, the name says of how many.
+    called and coloured alike in each norm, unless two of one norm would then have the same name. If
+    it saw only the first of the examples, its name says how many.
     """
     radius = reference_radius(results)
     rows = [

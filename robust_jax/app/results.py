@@ -45,7 +45,7 @@ def compose(
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of this package, Python and the packages named."""
+    """The versions of this package, Python and the packages named."""
     return {
         "robust_jax": __version__,
         "python": platform.python_version(),

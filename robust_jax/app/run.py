@@ -150,7 +150,7 @@ def _results(workdir: Path, mode: Mode) -> dict[str, Any]:
 def _evaluate(run: Finished) -> str:
     """Measures both checkpoints and writes all but what training wrote; results.json last.
 
-    Of what the folder's config has and this call does not ask for, earlier results are kept.
+    Keeps the earlier results of what the folder's config has and this call does not ask for.
     """
     start = time.perf_counter()
     run = run._replace(experiment=surrogate.bound(run.experiment, run.workdir))

@@ -11,8 +11,8 @@ from robust_jax.app import records
 from robust_jax.errors import UserError
 from robust_jax.files import write_json
 
-# Of results.json: goes up where older readers would misread it. Without one it is 0, which reads
-# like 1.
+# The version of results.json, which goes up where older readers would misread it. A file without
+# one has version 0, which reads like 1.
 SCHEMA = 1
 
 

@@ -6,7 +6,7 @@ intervals over seeds and test images.
 """
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 from robust_jax.app import (
     arms,
     claims,
-    entries,
     folder,
     measures,
     records,
@@ -79,7 +78,7 @@ def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
     """The study at its scale: what the scale changes is in the base, the arms and the seeds.
 
     typed: the fields that the command line sets; they win over the scale's. Raises UserError for an
-    unknown field or scale, and for a typed field that no run of the study heeds.
+    unknown field or scale, and for a typed field that no run of the study uses.
     """
     for field in config:
         choose((*_FIELDS, *_OPTIONAL), field, "a study's field")
@@ -135,16 +134,16 @@ def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
     return result
 
 
-def check(config: ConfigDict, schema: ConfigDict) -> None:
-    """Checks a settled study, and its runs against the config that holds every field.
+def check(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
+    """Checks a settled study; check_run checks the config of each of its runs.
 
     Raises UserError, naming the field, the value and the choices.
     """
     if not config.seeds or len({*config.seeds}) < len(config.seeds):
         raise UserError(f"config.seeds is {tuple(config.seeds)}; give one at least, and each once")
-    arms.check_sweeps(config, schema)
+    arms.check_sweeps(config, check_run)
     for trial in trials(config):
-        entries.check(trial.config, schema)
+        check_run(trial.config)
     of_arm = {trial.arm: trial.config for trial in trials(config)}
     radii = _radii(config)
     labels = [label for label, _ in config.measures]

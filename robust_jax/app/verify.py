@@ -47,7 +47,7 @@ def compare(
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Equal but for the last digits of numbers, which a CSV file rounds."""
+    """Equal apart from the last digits of numbers, which a CSV file rounds."""
     if isinstance(one, dict):
         return (
             isinstance(other, dict)

@@ -24,7 +24,7 @@ from robust_jax.attacks._success import (
 from robust_jax.attacks._transfer import transfer
 from robust_jax.attacks.norms import NORMS, Norm, ThreatModel
 
-# All are called attack(logits_fn, x, y, key, *, eps, norm, ...) and return points like x, but for
+# All are called attack(logits_fn, x, y, key, *, eps, norm, ...) and return points like x, except
 # AutoAttack, a loop on the host, which returns a record.
 ATTACKS: Mapping[str, Callable] = {
     "fgsm": fgsm,

@@ -124,7 +124,7 @@ def autoattack(
         batch_size: How many examples are attacked at a time.
         overrides: Keywords for attacks by name, as in {"square": {"num_queries": 1000}}.
         state_path: An .npz file written after each pass, from which a run with the same arguments
-            (but for batch_size) continues.
+            (apart from batch_size) continues.
         map_examples: How batches reach the devices; by default all local ones take a share.
         progress: Whether a bar shows how far it has come.
 

@@ -34,11 +34,12 @@ def jsma(
 ) -> Images:
     """Changes the most salient pair of pixel values, again and again.
 
-    Of all pairs that raise the target's logit and lower the sum of the others, the one with the
-    largest product of the two moves by theta, within [0,1], until the target is reached, no pair
-    is left, or the next would change more than eps entries in all: with theta=±1 an odd eps is as
-    good as the even one below. A step looks at all pairs of n pixel values, 16,384 at a time for
-    each example, beside one pass through the network and two gradients.
+    Each step takes the pairs that raise the target's logit and lower the sum of the others, and
+    moves the one with the largest product of the two by theta, within [0,1]. The search ends when
+    the target is reached, no pair is left, or the next would change more than eps entries in all;
+    with theta=±1 an odd eps is as good as the even one below. A step looks at all pairs of n pixel
+    values, 16,384 at a time for each example, beside one pass through the network and two
+    gradients.
 
     Args:
         logits_fn, x: As in `pgd`.

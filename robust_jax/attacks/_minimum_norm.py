@@ -15,7 +15,7 @@ from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, Goal, value_dtype
 from robust_jax.attacks._success import misclassified
-from robust_jax.attacks.norms import L2, Length, ThreatModel, threat_model, tiny
+from robust_jax.attacks.norms import L2, Length, Norm, ThreatModel, threat_model, tiny
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
 # By how much tanh reaches beyond the box, so that pixels at 0 or 1, or on their way there, are not
@@ -100,7 +100,7 @@ def carlini_wagner(
         norm: "l2".
         num_steps: Gradients for each c.
         num_searches: How many values of c are tried.
-        learning_rate: Of Adam.
+        learning_rate: Adam's learning rate.
         initial_c: The first c.
         kappa: The least margin, in units of the logits, by which a point has to be misclassified.
         targets: Classes [B] to reach instead of leaving y.
@@ -152,7 +152,7 @@ def deepfool(
     key: KeyOrKeys,
     *,
     eps: Length = jnp.inf,
-    norm: Literal["linf", "l2"] | ThreatModel = "linf",
+    norm: Norm = "linf",
     num_steps: int = 50,
     num_targets: int | None = 9,
     overshoot: float = 0.02,

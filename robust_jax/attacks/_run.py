@@ -46,13 +46,13 @@ def run(
     any other once for each.
 
     Args:
-        attack: One of ATTACKS but for autoattack, or called like them.
+        attack: One of ATTACKS except autoattack, or a function called like them.
         logits_fn: The network, [B,...] -> [B,K].
         x, y, key: As in `pgd`.
         eps: The radius in pixel units, or several.
         norm: A name or a record; None for the attack's own.
         targets: As in `pgd`, for attacks that have them.
-        keywords: Of the attack.
+        keywords: The attack's other arguments.
 
     Returns:
         An `Outcome`; with several radii its arrays have an axis for them in front.

@@ -29,7 +29,7 @@ from robust_jax.attacks.norms import (
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, LogitsFn
 
-# Of 10,000 queries, those after which the share of the image that a patch covers is halved.
+# The queries, out of 10,000, after which the share of the image that a patch covers is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 

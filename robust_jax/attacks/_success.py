@@ -100,6 +100,10 @@ def is_adversarial(
     Returns:
         [B]. Logits with NaN, +inf or the class at -inf count as misclassified, and reach no target.
 
+    Raises:
+        ValueError: x_adv holds no pixels in [0,1], y or targets no labels of the network's classes,
+            or logits_fn does not return logits [B,K].
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from robust_jax import attacks

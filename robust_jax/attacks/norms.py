@@ -122,7 +122,20 @@ class ThreatModel(Measure):
     autoattack: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def slope(self, gradient: Perturbation) -> Scalar:
-        """The dual size of a gradient; where it vanishes 0, with a derivative of 0."""
+        """The dual size of a gradient; where it vanishes 0, with a derivative of 0.
+
+        Args:
+            gradient: The gradient of a function at one example, [...].
+
+        Returns:
+            [], per pixel unit of the norm.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from robust_jax import norms
+            >>> norms.LINF.slope(jnp.array([3.0, -4.0]))
+            Array(7., dtype=float32)
+        """
         steep = self.dual_size(jax.lax.stop_gradient(gradient)) > _FLAT
         # Never of a gradient of 0, where the norm in l2 has no derivative.
         return jnp.where(steep, self.dual_size(jnp.where(steep, gradient, 1)), 0)
@@ -133,8 +146,23 @@ class ThreatModel(Measure):
         """x_adv moved into the eps-ball around x and into [0,1].
 
         Clipping moves each pixel towards x, which is in the box, so it never leaves the ball. In l1
-        that would throw a part of eps away, which other pixels could use (arXiv 2103.01208): its
+        that would throw a part of eps away, which other pixels could use (arXiv 2103.01208), so its
         projection heeds the room.
+
+        Args:
+            x_adv: The point to move, [...].
+            x: The example, [...], pixels in [0,1].
+            eps: The radius, in pixel units.
+
+        Returns:
+            [...].
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from robust_jax import norms
+            >>> x, x_adv = jnp.array([0.5, 1.0]), jnp.array([0.9, 1.1])
+            >>> norms.LINF.project_to_ball_and_box(x_adv, x, 0.25)
+            Array([0.75, 1.  ], dtype=float32)
         """
         delta = x_adv - x
         return add(x, self.project(delta, eps, _room(x, delta)))
@@ -142,7 +170,24 @@ class ThreatModel(Measure):
     def steepest_step(
         self, x: Perturbation, gradient: Perturbation, length: Length
     ) -> Perturbation:
-        """The change of x of norm `length` with the largest inner product with the gradient."""
+        """The change of x of norm `length` with the largest inner product with the gradient.
+
+        It stays within [0,1] if the record has a `step`, as that of l1 does. Otherwise it may not.
+
+        Args:
+            x: The example, [...], pixels in [0,1].
+            gradient: The gradient of what should rise, [...].
+            length: In pixel units.
+
+        Returns:
+            [...], to be added to x.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from robust_jax import norms
+            >>> norms.L2.steepest_step(jnp.array([0.5, 0.5]), jnp.array([3.0, -4.0]), 0.1)
+            Array([ 0.06, -0.08], dtype=float32)
+        """
         if self.step is None:
             return length * self.steepest(gradient)
         return self.step(gradient, length, _room(x, gradient))
@@ -150,12 +195,45 @@ class ThreatModel(Measure):
     def random_on_sphere(
         self, key: Key[Array, ""], like: Perturbation, eps: Length
     ) -> Perturbation:
-        """A random perturbation of norm eps, of the shape and dtype of `like`."""
+        """A random perturbation of norm eps.
+
+        Args:
+            key: One key.
+            like: An array of the shape [...] and dtype wanted.
+            eps: The norm, in pixel units.
+
+        Returns:
+            [...].
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from robust_jax import norms
+            >>> delta = norms.L2.random_on_sphere(jax.random.key(0), jnp.zeros(3), 0.5)
+            >>> norms.L2.size(delta)
+            Array(0.5, dtype=float32)
+        """
         noise = self.noise(key, like.shape, like.dtype)
         return eps * (noise / jnp.maximum(self.size(noise), tiny(noise.dtype)))
 
     def random_neighbour(self, key: Key[Array, ""], x: Perturbation, eps: Length) -> Perturbation:
-        """A point drawn uniformly from the eps-ball around x, then moved into [0,1]."""
+        """A point drawn uniformly from the eps-ball around x, then moved into [0,1].
+
+        Args:
+            key: One key.
+            x: The example, [...], pixels in [0,1].
+            eps: The radius, in pixel units.
+
+        Returns:
+            [...].
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from robust_jax import norms
+            >>> x = jnp.array([0.0, 0.5, 1.0])
+            >>> moved = norms.L1.random_neighbour(jax.random.key(0), x, 0.1)
+            >>> bool(norms.L1.size(moved - x) <= 0.1)
+            True
+        """
         return self.project_to_ball_and_box(x + self.random_in_ball(key, x, eps), x, eps)
 
 
@@ -164,9 +242,22 @@ Norm = str | ThreatModel
 
 
 def threat_model(norm: Norm, *, needs: str = "name") -> ThreatModel:
-    """The record of a norm, itself or one of NORMS by its name.
+    """The record of a norm.
 
-    Raises ValueError for any other name, and where the record lacks what the caller needs of it.
+    Args:
+        norm: The name of one of NORMS, or a record, which comes back as it is.
+        needs: A field that the record must have, such as "to_boundary" or "patches".
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: The norm is unknown, or lacks what is needed.
+
+    Example:
+        >>> from robust_jax import norms
+        >>> norms.threat_model("l2") is norms.L2
+        True
     """
     able = {name: record for name, record in NORMS.items() if getattr(record, needs)}
     if isinstance(norm, ThreatModel):
@@ -179,7 +270,23 @@ def threat_model(norm: Norm, *, needs: str = "name") -> ThreatModel:
 
 
 def measure(norm: str | Measure) -> Measure:
-    """The record to measure perturbations by: one of NORMS, or "l0", which JSMA is bounded in."""
+    """The record to measure perturbations by.
+
+    Args:
+        norm: The name of one of NORMS, or "l0", which JSMA is bounded in, or a record.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: The norm has no such name.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import norms
+        >>> norms.measure("l0").size(jnp.array([0.0, 0.3, -0.1]))
+        Array(2., dtype=float32)
+    """
     return norm if isinstance(norm, Measure) else _named(norm, {**NORMS, L0.name: L0})
 
 
@@ -255,8 +362,21 @@ def boundary_step(unit: Callable[[Perturbation], Perturbation]) -> Callable:
     """`ThreatModel.to_boundary` of a norm for which pixel i moves by min(λ·unit_i, room_i).
 
     λ is what it takes to get there: a root of a concave, piecewise linear function, which Newton's
-    method finds exactly and from below. unit(weight) is the change of each pixel for λ = 1, given
-    the absolute gradient, the largest entry of which is 1.
+    method finds exactly and from below.
+
+    Args:
+        unit: unit(weight) -> [...], the change of each pixel for λ = 1, given the absolute gradient
+            [...], scaled so that its largest entry is 1.
+
+    Returns:
+        to_boundary(x, value, gradient) -> [...], in pixel units.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from robust_jax import norms
+        >>> to_boundary = norms.boundary_step(jnp.ones_like)  # that of linf
+        >>> to_boundary(jnp.array([0.5, 0.5]), jnp.array(0.8), jnp.array([3.0, -1.0]))
+        Array([-0.2,  0.2], dtype=float32)
     """
 
     @_summing

@@ -56,9 +56,10 @@ def load(
 
     validation_size examples, drawn by seed, are split off the training set, of whose others
     train_size are kept. num_labeled, a multiple of the number of classes, keeps that many labels,
-    the same number in each class, and sets the others to -1. Of a TFDS set: test_split names the
-    split that becomes test; image_size is the side that images are scaled and cut to (0: as they
-    are); with streaming, train and test stay on disk. Raises UserError for what a user can correct.
+    the same number in each class, and sets the others to -1. The rest is for TFDS sets: test_split
+    names the split that becomes test, image_size is the side that images are scaled and cut to (0
+    leaves them as they are), and streaming leaves train and test on disk. Raises UserError for what
+    a user can correct.
     """
     kind, _, argument = source.partition(":")
     for_tfds = {

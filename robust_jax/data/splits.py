@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from robust_jax.errors import UserError
 
 UNLABELED = -1
-# Of decoded examples, which a list of dicts holds beside the arrays made of them.
+# How many decoded examples a list of dicts holds at a time, beside the arrays made of them.
 _CHUNK = 1024
 
 
@@ -66,8 +66,8 @@ class RandomAccess(Protocol):
 class Streamed:
     """Rows `index` of a random-access source of {"image": [H,W,C], "label"}; a `Split` on disk.
 
-    image_size: the side of the square that every image becomes (0: as it is stored): scaled until
-    its shorter side fits, then cut to the middle.
+    image_size: the side of the square that every image becomes, scaled until its shorter side fits
+    and then cut to the middle; 0 leaves images as they are stored.
     """
 
     source: RandomAccess

@@ -7,7 +7,7 @@ import numpy as np
 
 from robust_jax.data.splits import Split, Streamed
 
-# Of a streamed set: batches read at a time, each by a thread of its own.
+# How many batches of a streamed set are read at a time, each by a thread of its own.
 _NUM_THREADS = 8
 
 

@@ -132,7 +132,7 @@ class Placement:
     def brought_back(self, tree: Any, like: Any) -> Any:
         """Results on one device, where the examples came from none in particular.
 
-        Of examples on a mesh, results of their shape are divided as the examples (like) are.
+        For examples on a mesh, results of their shape are divided as the examples (like) are.
         """
         if self._is_ours:
             return jax.tree.map(jnp.asarray, jax.device_get(tree))

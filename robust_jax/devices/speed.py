@@ -36,7 +36,8 @@ PEAKS: Mapping[str, float] = {
     "TPU v6e": 918e12,
 }
 
-# Of malloc.h: how many allocations are mapped one by one, and how much may be free at the end.
+# malloc.h's parameters for how many allocations are mapped one by one, and how much may be free at
+# the end.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 
 

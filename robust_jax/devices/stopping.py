@@ -1,8 +1,8 @@
 """Stopping when asked to: SIGINT and SIGTERM end a run at once, or save it first where it trains.
 
 Outside training, what is finished is on disk already. A thread reads the signals, so a run ends
-within a second even if XLA is busy, when no Python handler would run. Of several processes, the one
-that is asked tells the others.
+within a second even if XLA is busy, when no Python handler would run. With several processes,
+the one that is asked tells the others.
 """
 
 import contextlib

@@ -50,3 +50,7 @@ __all__ = [
     "singular_values",
     "training_curves",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -32,8 +32,24 @@ MARKERS = "os^Dv"
 def distributions(values: Mapping[str, ArrayLike], *, xlabel: str) -> Figure:
     """Histograms of margins or energies, one outline an arm, minimum (▲) and mean (line) marked.
 
-    values: [N] by arm; those that are not finite are left out, and the legend says how many.
-    xlabel: what they are, with units. The axis is logarithmic where values above 0 spread far.
+    The axis is logarithmic where the values are not negative and spread far.
+
+    Args:
+        values: [N] by arm. Those that are not finite are left out, and the legend says how many.
+        xlabel: What they are, with units.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: No value of an arm is finite.
+
+    Example:
+        >>> from robust_jax import plots
+        >>> margins = {"standard": [0.01, 0.02], "adversarial": [0.04, 0.08]}
+        >>> figure = plots.distributions(margins, xlabel="ℓ∞ margin, pixel units")
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['standard: minimum 0.01, mean 0.015', 'adversarial: minimum 0.04, mean 0.06']
     """
     shown = {arm: finite(v) for arm, v in values.items()}
     every = np.concatenate(list(shown.values()))
@@ -69,8 +85,20 @@ def distributions(values: Mapping[str, ArrayLike], *, xlabel: str) -> Figure:
 def singular_values(spectra: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     """Singular values of each layer, largest first: a panel for each layer, a line for each arm.
 
-    spectra: by arm and layer, [n]. Drawn against the share of a layer's values, so that wide and
-    narrow arms can be compared.
+    They are drawn against the share of a layer's values, so that wide and narrow arms can be
+    compared.
+
+    Args:
+        spectra: By arm and layer, [n].
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> from robust_jax import plots
+        >>> figure = plots.singular_values({"standard": {"conv": [3.0, 1.0], "dense": [2.0]}})
+        >>> [ax.get_title() for ax in figure.axes]
+        ['conv', 'dense']
     """
     names = list(dict.fromkeys(name for layers in spectra.values() for name in layers))
     columns = min(len(names), 3)
@@ -95,8 +123,22 @@ def singular_values(spectra: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
 def by_layer(values: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]], *, ylabel: str) -> Figure:
     """Values of each layer, such as feature changes: a panel for each title, a line for each arm.
 
-    values: by title, arm and layer, [N] or a number. The line joins the medians; bars hold the
-    middle half of the examples. The axis is logarithmic where the values spread far.
+    The line joins the medians, and bars hold the middle half of the examples. The axis is
+    logarithmic where the values spread far.
+
+    Args:
+        values: By title, arm and layer, [N] or a number.
+        ylabel: What they are, with units.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> from robust_jax import plots
+        >>> changes = {"random δ": {"standard": {"conv": [1.0, 2.0], "logits": [3.0, 5.0]}}}
+        >>> figure = plots.by_layer(changes, ylabel="feature change per pixel unit")
+        >>> [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+        ['conv', 'logits']
     """
     figure = Figure(figsize=(WIDTH, 3.7))
     is_log = bins_of(
@@ -149,6 +191,20 @@ def reliability_diagram(curves: Mapping[str, Reliability]) -> Figure:
     """Accuracy against top probability, one line an arm with its ECE, over the examples' shares.
 
     On the diagonal a network is as often right as it says; below it, it is too sure.
+
+    Args:
+        curves: By arm, as `calibration.reliability` returns them.
+
+    Returns:
+        The figure, in percent.
+
+    Example:
+        >>> from robust_jax import plots
+        >>> from robust_jax.analysis import calibration
+        >>> curve = calibration.reliability([0.9, 0.9], [True, False])
+        >>> figure = plots.reliability_diagram({"standard": curve})
+        >>> figure.legends[0].get_texts()[1].get_text()
+        'standard, ECE 40.0 %'
     """
     figure = Figure(figsize=(0.75 * WIDTH, 0.8 * WIDTH + 0.2 * len(curves)))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -182,9 +238,23 @@ def latent_scatter(
     *,
     axes: tuple[str, str] = ("first component", "second component"),
 ) -> Figure:
-    """Projected latents [N,2] by arm, coloured by label [N], each class's label at its median.
+    """Projected latents, a panel for each arm, coloured by label, each class's label at its median.
 
-    Write what should be read with a panel, such as a silhouette, into the arm's name.
+    Args:
+        points: By arm, [N,2], such as the points of `latent.projection`. Write what should be read
+            with a panel, such as a silhouette, into the arm's name.
+        labels: [N].
+        axes: What the two axes are called.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> from robust_jax import plots
+        >>> points = {"standard": [[0.0, 0.0], [0.0, 1.0], [3.0, 0.0]]}
+        >>> figure = plots.latent_scatter(points, [7, 7, 9])
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['7', '9']
     """
     labels = np.asarray(labels)
     classes = np.unique(labels)
@@ -225,7 +295,18 @@ def latent_scatter(
 def loss_along(losses: Mapping[str, ArrayLike]) -> Figure:
     """The loss on the way to the worst point: its mean by arm, and the middle half of the examples.
 
-    losses: by arm, [N,n] at n even steps.
+    Args:
+        losses: By arm, [N,n] in nats, at n even steps from x to the worst point, as
+            `surface.loss_along` returns them.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> from robust_jax import plots
+        >>> (ax,) = plots.loss_along({"standard": [[0.1, 0.4, 0.9], [0.3, 0.4, 0.7]]}).axes
+        >>> ax.lines[0].get_ydata()
+        array([0.2, 0.4, 0.8])
     """
     figure = Figure(figsize=(WIDTH, 3.4))
     ax = figure.subplots()
@@ -248,10 +329,27 @@ def loss_surfaces(
     *,
     label: str = "loss, nats",
 ) -> Figure:
-    """Contours of `surface.loss_surface`, [n,m] by arm, of one example or a mean of many.
+    """Contours of `surface.loss_surface`, a panel for each arm.
 
     Each panel has its own scale of colours, or the steepest would flatten the others. The clean
     point is a white disc, the adversarial one a red diamond.
+
+    Args:
+        losses: By arm, [n,m], of one example or a mean of many.
+        along_adversarial: Where the rows are, [n]; the clean point is at 0, the adversarial at 1.
+        along_direction: Where the columns are along the other direction, [m].
+        label: What is drawn, with units.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_jax import plots
+        >>> steps = np.linspace(0, 1, 3)
+        >>> figure = plots.loss_surfaces({"standard": steps[:, None] + steps}, steps, steps)
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['clean', 'adversarial']
     """
     a, b = np.asarray(along_adversarial, float), np.asarray(along_direction, float)
     surfaces = {arm: np.asarray(values, float) for arm, values in losses.items()}

@@ -52,12 +52,31 @@ def accuracy_against_eps(
     chance: float,
     trained: tuple[str, float] | None = None,
 ) -> Figure:
-    """Accuracy against ε: a panel for each norm, a line for each attack of the best checkpoint.
+    """Accuracy against ε: a panel for each norm, a line for each attack on the best checkpoint.
 
-    attacks: columns checkpoint ("best", "last"), norm, attack, eps, accuracy. The attack named
-    WORST_CASE is bold, and dashed for the last checkpoint; a name that ends in "first N" has hollow
-    markers, as only the first N examples were attacked. clean: accuracy at ε = 0 by checkpoint.
-    trained: the (norm, ε) trained against, if any.
+    The attack named WORST_CASE is bold, and dashed for the last checkpoint. A name that ends in
+    ", first N" has hollow markers, as only the first N examples were attacked.
+
+    Args:
+        attacks: One row an ε, with the columns checkpoint ("best", "last"), norm, attack, eps in
+            pixel units and accuracy in [0,1].
+        clean: By checkpoint, the accuracy at ε = 0.
+        chance: The accuracy of a guess.
+        trained: The (norm, ε) trained against, if any.
+
+    Returns:
+        The figure, in percent.
+
+    Example:
+        >>> import pandas as pd
+        >>> from robust_jax import plots
+        >>> attacks = pd.DataFrame({
+        ...     "checkpoint": "best", "norm": "linf", "attack": plots.WORST_CASE,
+        ...     "eps": [0.1, 0.2], "accuracy": [0.75, 0.5],
+        ... })
+        >>> figure = plots.accuracy_against_eps(attacks, {"best": 0.9}, chance=0.1)
+        >>> figure.axes[0].lines[0].get_ydata()
+        array([90., 75., 50.])
     """
     norms = list(dict.fromkeys(attacks["norm"]))
     names = [n for n in dict.fromkeys(attacks["attack"]) if not n.startswith(WORST_CASE)]
@@ -102,7 +121,20 @@ def accuracy_against_eps(
 def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> Figure:
     """Losses, accuracies, regularisers, learning rate and gradient norm against the step.
 
-    metrics: a column "step" and any of those metrics.jsonl holds; a panel without any is left out.
+    Args:
+        metrics: One row a step, with the column step and any of those that metrics.jsonl holds. A
+            panel without any is left out.
+        best_step: The step of the best checkpoint, which a line marks, if any.
+
+    Returns:
+        The figure, accuracies in percent.
+
+    Example:
+        >>> import pandas as pd
+        >>> from robust_jax import plots
+        >>> metrics = pd.DataFrame({"step": [10, 20], "train/loss": [2.3, 1.9]})
+        >>> [ax.get_ylabel() for ax in plots.training_curves(metrics).axes]
+        ['loss']
     """
     terms = [c for c in metrics.columns if c.startswith("train/regularizers/")]
     # Without terms the supervised loss is the total.
@@ -167,7 +199,19 @@ _VALIDATION = {"ls": "--", "marker": "o", "ms": 4}
 def jacobian_histograms(records: Mapping[str, pd.DataFrame]) -> Figure:
     """Histograms of each example's Jacobian norms, medians marked, one panel for each norm.
 
-    records: by checkpoint; the first is filled, the others are outlines.
+    Args:
+        records: By checkpoint, one row an example, with any of the columns that JACOBIANS names.
+            The first checkpoint is filled, the others are outlines.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> import pandas as pd
+        >>> from robust_jax import plots
+        >>> records = {"best": pd.DataFrame({"frobenius_logits": [1.0, 2.0, 4.0]})}
+        >>> [ax.get_xlabel() for ax in plots.jacobian_histograms(records).axes]
+        ['Frobenius norm, logits']
     """
     first = next(iter(records.values()))
     columns = [c for c in JACOBIANS if c in first]
@@ -189,7 +233,22 @@ def jacobian_histograms(records: Mapping[str, pd.DataFrame]) -> Figure:
 
 @rc_context(STYLE)
 def estimate_against_exact(exact: ArrayLike, estimate: ArrayLike, error: ArrayLike) -> Figure:
-    """Estimated against exact Frobenius norm, one point an example with ±1 standard error."""
+    """Estimated against exact Frobenius norm, one point an example with ±1 standard error.
+
+    Args:
+        exact: [N], as `jacobian.frobenius_norm` returns it, in logits per pixel unit.
+        estimate: [N], as `jacobian.frobenius_norm_estimate` returns it.
+        error: Its standard error [N].
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> from robust_jax import plots
+        >>> (ax,) = plots.estimate_against_exact([1.0, 2.0], [1.1, 1.9], [0.1, 0.2]).axes
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('exact Frobenius norm, logits', 'estimate')
+    """
     exact = np.asarray(exact, float)
     figure = Figure(figsize=(0.62 * WIDTH, 0.55 * WIDTH))
     ax = figure.subplots()
@@ -215,7 +274,24 @@ def estimate_against_exact(exact: ArrayLike, estimate: ArrayLike, error: ArrayLi
 
 @rc_context(STYLE)
 def fate_histograms(records: pd.DataFrame, fate: pd.Series) -> Figure:
-    """Histograms of margin and confidence, split by `records.fates`; a fate sums to 100 %."""
+    """Histograms of margin and confidence, split by fate; each fate sums to 100 %.
+
+    Args:
+        records: One row an example, with the columns margin, in units of the logits, and
+            confidence, in [0,1].
+        fate: "held", "broken" or "misclassified" for each row, as `app.records.fates` has it.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> import pandas as pd
+        >>> from robust_jax import plots
+        >>> records = pd.DataFrame({"margin": [2.0, 1.0, -1.0], "confidence": [0.9, 0.7, 0.3]})
+        >>> figure = plots.fate_histograms(records, pd.Series(["held", "held", "misclassified"]))
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['held (2)', 'misclassified (1)']
+    """
     figure = Figure(figsize=(WIDTH, 3.2))
     panels = figure.subplots(1, 2)
     labels = {"margin": "margin (true logit − largest other)", "confidence": "confidence"}
@@ -238,9 +314,24 @@ def fate_histograms(records: pd.DataFrame, fate: pd.Series) -> Figure:
 
 @rc_context(STYLE)
 def jacobian_by_fate(records: pd.DataFrame, fate: pd.Series) -> Figure:
-    """Box plots of the Jacobian norms, split by `records.fates`, with each group's median written.
+    """Box plots of the Jacobian norms, split by fate, with each group's median written.
 
     The box holds the middle half of a group and the whiskers its middle 90 %.
+
+    Args:
+        records: One row an example, with any of the columns that JACOBIANS names.
+        fate: "held", "broken" or "misclassified" for each row, as `app.records.fates` has it.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> import pandas as pd
+        >>> from robust_jax import plots
+        >>> records = pd.DataFrame({"frobenius_logits": [1.0, 3.0, 7.0]})
+        >>> figure = plots.jacobian_by_fate(records, pd.Series(["held", "held", "broken"]))
+        >>> [" ".join(tick.get_text().split()) for tick in figure.axes[0].get_xticklabels()]
+        ['held median 2', 'broken median 7']
     """
     columns = [c for c in JACOBIANS if c in records]
     names = [name for name in FATE_COLORS if (fate == name).any()]
@@ -278,9 +369,28 @@ def image_grid(
     *,
     columns: int = 5,
 ) -> Figure:
-    """Clean and adversarial images [N,H,W,C] in [0,1] and their difference, with what is said.
+    """Clean and adversarial images and their difference, with label and predictions.
 
     The difference is drawn from -s to s, s the largest change of any pixel (`difference_scale`).
+
+    Args:
+        clean: [N,H,W,C], C 1 or 3, pixels in [0,1].
+        adversarial: The same after the attack.
+        labels: [N].
+        clean_predictions: The network's classes for the clean images, [N].
+        adversarial_predictions: Those for the adversarial images, [N].
+        columns: How many images are side by side.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_jax import plots
+        >>> clean, label, other = np.full((1, 2, 2, 1), 0.5), np.array([3]), np.array([8])
+        >>> figure = plots.image_grid(clean, clean + 0.1, label, label, other, columns=1)
+        >>> [ax.get_title() for ax in figure.axes[:2]]
+        ['label 3: says 3', 'says 8']
     """
     scale = difference_scale(clean, adversarial)
     bands = -(-len(clean) // columns)
@@ -322,7 +432,21 @@ def image_grid(
 
 
 def difference_scale(clean: np.ndarray, adversarial: np.ndarray) -> float:
-    """The largest change of any pixel, or 1 where nothing changed."""
+    """The largest change of any pixel, which `image_grid` scales differences by.
+
+    Args:
+        clean: Pixels in [0,1], of any shape.
+        adversarial: As many, after the attack.
+
+    Returns:
+        In pixel units; 1 where nothing changed.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_jax import plots
+        >>> plots.difference_scale(np.array([0.2, 0.6]), np.array([0.3, 0.3]))
+        0.3
+    """
     return float(np.abs(adversarial - clean).max()) or 1.0
 
 

@@ -101,7 +101,22 @@ def measures_against_each_other(
 ) -> Figure:
     """A panel for each pair of measures, in it a point for each arm and seed.
 
-    table: by arm and measure {values: by seed}; pairs: the measures on the two axes.
+    Args:
+        table: By arm and measure, {"values": a number by seed}.
+        pairs: The measures on the two axes, across and up, which each arm must hold. A seed that
+            lacks one of the two is left out.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> from robust_jax import plots
+        >>> table = {"standard": {"‖J‖": {"values": {0: 3.0, 1: 2.0}},
+        ...                       "accuracy, %": {"values": {0: 40.0, 1: 50.0}}}}
+        >>> figure = plots.measures_against_each_other(table, [("‖J‖", "accuracy, %")])
+        >>> figure.axes[0].lines[0].get_xydata()
+        array([[ 3., 40.],
+               [ 2., 50.]])
     """
     figure, panels = _panels(len(pairs))
     for ax, (across, up) in zip(panels, pairs, strict=False):

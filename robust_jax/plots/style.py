@@ -42,7 +42,19 @@ STYLE = {
 
 
 def norm_symbol(name: str) -> str:
-    """What figures and tables call a norm: ℓ∞ for "linf", ℓ₂ for "l2"; any other by its name."""
+    """What figures and tables call a norm.
+
+    Args:
+        name: As a `ThreatModel` has it, such as "linf".
+
+    Returns:
+        ℓ∞ for "linf", ℓ₂ for "l2" and so on; any other name as it is.
+
+    Example:
+        >>> from robust_jax import plots
+        >>> plots.norm_symbol("l2"), plots.norm_symbol("visible")
+        ('ℓ₂', 'visible')
+    """
     match = re.fullmatch(r"l(inf|\d+)", name)
     if match is None:
         return name

@@ -48,11 +48,11 @@ class Checkpoints:
         step = int(state.step)
         if step in self._managers[kind].all_steps():
             return  # a resumed run passes again, with the same bits, through what it has saved
-        # One at a time. Of several processes, two managers at work would wait for one another, as
-        # Orbax's barriers have the same names in both; and without the best on disk a resumed run
+        # One at a time. With several processes, two managers at work would wait for one another,
+        # as Orbax's barriers have the same names in both. Without the best on disk, a resumed run
         # could skip it, past a later `last`.
         self.wait()
-        # Training donates its state while the write goes on, and on CPU Orbax reads in place.
+        # Training donates its state during the write, and on CPU Orbax reads in place.
         state = parallel.on_every_device(state)
         notes = {"digest": _digest(state, notes), **notes}
         with self._writing():
@@ -73,7 +73,7 @@ class Checkpoints:
         steps = sorted(manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
             read, problem = self._read(manager, step)
-            if processes.any_of(read is None):  # in one process: then none of them goes on from it
+            if processes.any_of(read is None):  # one process is enough: then none of them uses it
                 logging.warning(
                     "checkpoint %s/%d cannot be read, trying the one before: %s",
                     kind,

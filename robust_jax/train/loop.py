@@ -1,4 +1,4 @@
-"""The training loop: steps, logs, validation, checkpoints, and going on where it stopped.
+"""The training loop: steps, logs, validation, checkpoints, and resuming where it stopped.
 
 A run is a generator that asks for its next step, so that several can take it in one program.
 """
@@ -62,7 +62,7 @@ class Trained:
 
 
 def train(plan: Plan, workdir: Path, profile: Path | None = None) -> Trained:
-    """Trains to the end of the plan, going on from the last checkpoint in workdir.
+    """Trains to the end of the plan, continuing from the last checkpoint in workdir.
 
     The best checkpoint is that of the highest robust validation accuracy, the earlier on a tie.
     Raises UserError at a non-finite loss or gradient, keeping the last good checkpoint; on SIGINT
@@ -155,7 +155,7 @@ _NEW_RUN: Notes = {
 }
 
 
-# Of a run: asks for a step of (state, batch), is sent (state, sums), and returns in the end.
+# A run's steps: it asks for one of (state, batch), is sent (state, sums), and returns at the end.
 _Steps = Generator[tuple[TrainState, Any], tuple[TrainState, Any], Any]
 
 

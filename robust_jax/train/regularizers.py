@@ -213,7 +213,7 @@ def input_margin(
 def _energy(fn: Callable[..., PerExample]) -> Callable[..., PerExample]:
     """An energy over the ball around each image of a half (arXiv 1911.06479, our reading).
 
-    Of the cross-entropy, or with label_free=True of KL(p(x) ‖ p(x+r)). It has fn's keywords.
+    The loss is cross-entropy, or KL(p(x) ‖ p(x+r)) with label_free=True. Takes fn's keywords.
     """
 
     def term(

@@ -24,12 +24,12 @@ class StepSettings:
     """How a step is taken.
 
     crop_padding, flip: random augmentation; see `data.augment`.
-    ema_decay: of the averaged parameters that are evaluated; None: there are none.
-    weight_perturbation: AWP's γ; 0: none. Else the gradient, the sums and the batch statistics are
-        those at weights perturbed by that share, on the same adversarial examples: one more
-        gradient a step.
-    num_parts: in how many pieces, one after another, a device takes its rows, where their
-        activations do not fit. The gradient is that of all rows, but BatchNorm sees a piece.
+    ema_decay: the decay of the averaged parameters that are evaluated; None for no averaging.
+    weight_perturbation: AWP's γ; 0 for none. Above 0, the gradient, the sums and the batch
+        statistics are those at weights perturbed by that share, on the same adversarial examples,
+        which costs one more gradient a step.
+    num_parts: how many pieces a device takes its rows in, one after another, where their
+        activations do not fit. The gradient is that of all rows, but BatchNorm sees one piece.
     """
 
     crop_padding: int = 0
