@@ -2,17 +2,22 @@
 
 import json
 import zlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from ml_collections import ConfigDict
 
 import robust_jax
-from robust_jax import attacks, jacobian, losses, margins
-from robust_jax.app import evaluation, runs
+from configs import default
+from robust_jax import attacks, data, jacobian, losses, margins
+from robust_jax.app import evaluation, runs, training
+from robust_jax.app.experiment import build
 from robust_jax.attacks import _autoattack
+from robust_jax.devices import parallel
 from robust_jax.errors import UserError
 from robust_jax.keys import fold_each, fold_in_each
 from tests.calls import evaluate, lowerings
@@ -236,3 +241,30 @@ def test_mistakes_are_told_in_one_line():
 
     with pytest.raises(ValueError, match="leaves JAX and has no gradient there"):
         robust_jax.evaluate(black_box, x, y, KEY, **SETTINGS)
+
+
+def test_launchs_evaluation_of_a_network_finds_the_same():
+    config = default.get_config()
+    config.model, config.seed, eps = {"name": "mlp", "hidden": (16,)}, 1, 0.01
+    few = {name: SETTINGS[name] for name in ("version", "overrides")}
+    config.attacks = ConfigDict({"autoattack_linf": {"name": "autoattack", "eps": (eps,), **few}})
+    config.evaluation.update({"num_examples": 200, "batch_size": 128})
+    config.audit.update({"num_examples": 200, "num_queries": 10, "eps": eps, "norm": "linf"})
+    run = build(config)
+    variables = run.plan.init().variables
+    records = run.evaluator.records(variables, "evaluate")
+    audit = run.evaluator.audit(variables, run.audit, {})
+    images, labels = run.dataset.test.take(np.arange(200))
+    found = robust_jax.evaluate(
+        partial(training.network(run.model), parallel.on_this_device(variables)),
+        data.to_pixels(images),
+        labels,
+        run.evaluation_key,
+        **{**SETTINGS, "eps": eps, "num_audited": 200},
+        training_loss=run.audit.training_loss,
+    )
+    assert 0 < found.robust_accuracy < found.clean_accuracy
+    pd.testing.assert_frame_equal(
+        found.records[records.columns], records, check_exact=False, rtol=1e-4
+    )
+    assert [check[:3] for check in found.audit.checks] == [check[:3] for check in audit.checks]
