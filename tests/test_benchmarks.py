@@ -8,7 +8,7 @@ from robust_jax import losses, models
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import compare_attacks, torch_bridges, torch_models  # noqa: E402
+from benchmarks import compare_attacks, foreign, torch_bridges, torch_models  # noqa: E402
 from benchmarks.attack_peers import Budget  # noqa: E402
 from benchmarks.compare_attacks import Outcome, Side  # noqa: E402
 
@@ -142,3 +142,11 @@ def test_folder_belongs_to_one_comparison(tmp_path):
     compare_attacks.claim(tmp_path, {"eps": 0.1})
     with pytest.raises(SystemExit, match="another --out"):
         compare_attacks.claim(tmp_path, {"eps": 0.2})
+
+
+@pytest.mark.parametrize("name", foreign.NETS)
+def test_the_two_sides_of_a_foreign_network_compute_the_same(name):
+    """What is timed of them: logits to 1e-4, Jacobian norms to 1e-3."""
+    assert set(foreign.jacobians(name)) == {"ours", "torch.func"}
+    x_adv = foreign.pgd(name)["ours"]()
+    assert np.ptp(np.asarray(x_adv)) > 0.9

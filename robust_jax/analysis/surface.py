@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from robust_jax import losses
 from robust_jax._front import compiled
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 __all__ = [
     "loss_along",
@@ -57,7 +57,7 @@ def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:
 def loss_surface(
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     x_adv: Images,
     direction: Images,
     *,
@@ -122,7 +122,7 @@ def loss_surface(
 def loss_along(
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     x_moved: Images,
     *,
     steps: Sequence[float] | Float[Array, " n"],

@@ -18,7 +18,7 @@ from robust_jax.attacks._best import Best, Goal, value_dtype
 from robust_jax.attacks._success import Criterion, misclassified
 from robust_jax.attacks.norms import Length, Norm, Scalar, ThreatModel, largest_where, threat_model
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, LogitsFn, Reference
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn, Reference
 
 # How much of a step goes where the gradient points; the rest repeats the step before.
 _GRADIENT_SHARE = 0.75
@@ -53,7 +53,7 @@ def apgd(
     num_restarts: int = 1,
     rho: float = 0.75,
     loss: Callable = losses.cross_entropy,
-    targets: Int[Array, " b"] | None = None,
+    targets: Labels | None = None,
     criterion: Criterion | None = None,
     eot_samples: int | None = None,
 ) -> Images:
@@ -113,7 +113,7 @@ def apgd(
 def apgd_targeted(
     logits_fn: LogitsFn | Callable,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: Length,

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from robust_jax._precision import wide_dtype
 from robust_jax.attacks._success import Criterion, classified_as, misclassified
+from robust_jax.types import Labels
 
 
 class Best(NamedTuple):
@@ -41,7 +42,7 @@ class Goal(NamedTuple):
     """
 
     loss: Callable
-    targets: Int[Array, " b"] | None = None
+    targets: Labels | None = None
     criterion: Criterion | None = None
 
     def reference(self, y):

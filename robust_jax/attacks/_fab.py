@@ -17,7 +17,7 @@ from robust_jax.attacks._best import Best, value_dtype
 from robust_jax.attacks._success import classified_as, misclassified
 from robust_jax.attacks.norms import Length, Norm, ThreatModel, threat_model, tiny
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 
 class _Settings(NamedTuple):
@@ -50,7 +50,7 @@ class _Settings(NamedTuple):
 def fab(
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: Length = jnp.inf,
@@ -63,7 +63,7 @@ def fab(
     alpha_max: float = 0.1,
     eta: float = 1.05,
     beta: float = 0.9,
-    targets: Int[Array, " b"] | None = None,
+    targets: Labels | None = None,
 ) -> Images:
     """The nearest misclassified point in [0,1] that is no farther than eps.
 

@@ -14,7 +14,7 @@ from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._success import classified_as, misclassified
 from robust_jax.attacks.norms import L0, Length, tiny
-from robust_jax.types import Images, KeyOrKeys, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 # How many pairs of features are held in memory at a time, for each example.
 _PAIRS_AT_ONCE = 2**14
@@ -24,13 +24,13 @@ _PAIRS_AT_ONCE = 2**14
 def jsma(
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: Length,
     norm: Literal["l0"] = "l0",
     theta: float = 1.0,
-    targets: Int[Array, " b"] | None = None,
+    targets: Labels | None = None,
 ) -> Images:
     """Changes the most salient pair of pixel values, again and again.
 

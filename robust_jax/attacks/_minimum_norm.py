@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
@@ -16,7 +15,7 @@ from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, Goal, value_dtype
 from robust_jax.attacks._success import misclassified
 from robust_jax.attacks.norms import L2, Length, Norm, ThreatModel, threat_model, tiny
-from robust_jax.types import Images, KeyOrKeys, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 # By how much tanh reaches beyond the box, so that pixels at 0 or 1, or on their way there, are not
 # at its ends, where hardly any gradient is left to move them.
@@ -72,7 +71,7 @@ class _DeepFool(NamedTuple):
 def carlini_wagner(
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: Length = jnp.inf,
@@ -82,7 +81,7 @@ def carlini_wagner(
     learning_rate: float = 0.01,
     initial_c: float = 1e-3,
     kappa: float = 0.0,
-    targets: Int[Array, " b"] | None = None,
+    targets: Labels | None = None,
 ) -> Images:
     """The nearest misclassified point in [0,1] that is no farther than eps in l2.
 
@@ -148,7 +147,7 @@ def carlini_wagner(
 def deepfool(
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: Length = jnp.inf,

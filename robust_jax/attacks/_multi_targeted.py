@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
@@ -12,14 +11,14 @@ from robust_jax.attacks._pgd import pgd
 from robust_jax.attacks._success import misclassified
 from robust_jax.attacks.norms import Length, Norm
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 
 @compiled
 def multi_targeted(
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: Length,

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
@@ -16,7 +15,7 @@ from robust_jax.attacks._best import Best, Goal
 from robust_jax.attacks._success import Criterion
 from robust_jax.attacks.norms import Length, Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 
 class _Settings(NamedTuple):
@@ -31,7 +30,7 @@ class _Settings(NamedTuple):
 def uniform_noise(
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: Length,
@@ -74,7 +73,7 @@ def uniform_noise(
 def gaussian_noise(
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: Length,

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
@@ -17,7 +16,7 @@ from robust_jax.attacks._best import Best, Goal
 from robust_jax.attacks._success import Criterion
 from robust_jax.attacks.norms import L1, Length, Norm, ThreatModel, threat_model, tiny
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, LogitsFn, Reference
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn, Reference
 
 
 class _Settings(NamedTuple):
@@ -49,7 +48,7 @@ def pgd(
     momentum: float = 0.0,
     keep_best: bool = True,
     loss: Callable = losses.cross_entropy,
-    targets: Int[Array, " b"] | None = None,
+    targets: Labels | None = None,
     criterion: Criterion | None = None,
 ) -> Images:
     """Projected gradient ascent on the loss within the eps-ball and [0,1].
@@ -126,7 +125,7 @@ def fgsm(
     eps: Length,
     norm: Norm = "linf",
     loss: Callable = losses.cross_entropy,
-    targets: Int[Array, " b"] | None = None,
+    targets: Labels | None = None,
     criterion: Criterion | None = None,
 ) -> Images:
     """Fast gradient sign method: one step of length eps from x.
@@ -168,7 +167,7 @@ def bim(
     num_steps: int = 10,
     step_size: Length | None = None,
     loss: Callable = losses.cross_entropy,
-    targets: Int[Array, " b"] | None = None,
+    targets: Labels | None = None,
     criterion: Criterion | None = None,
 ) -> Images:
     """Basic iterative method: PGD started at x itself.
@@ -214,7 +213,7 @@ def mim(
     step_size: Length | None = None,
     momentum: float = 1.0,
     loss: Callable = losses.cross_entropy,
-    targets: Int[Array, " b"] | None = None,
+    targets: Labels | None = None,
     criterion: Criterion | None = None,
 ) -> Images:
     """Momentum iterative method: steps along a decayed sum of l1-normalised gradients.

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from robust_jax import _checks
 from robust_jax.attacks._autoattack import autoattack
 from robust_jax.attacks._success import distances, is_adversarial
 from robust_jax.attacks.norms import Norm
-from robust_jax.types import Images, KeyOrKeys, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 
 class Outcome(NamedTuple):
@@ -32,12 +32,12 @@ def run(
     attack: Callable,
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: float | Sequence[float],
     norm: Norm | None = None,
-    targets: Int[Array, " b"] | None = None,
+    targets: Labels | None = None,
     **keywords: Any,
 ) -> Outcome:
     """An attack at one radius or several, with a mask of success and the distances.

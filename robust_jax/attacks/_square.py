@@ -27,7 +27,7 @@ from robust_jax.attacks.norms import (
     tiny,
 )
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 # The queries, out of 10,000, after which the share of the image that a patch covers is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -65,7 +65,7 @@ def check_images(shape: tuple[int, ...]) -> None:
 def square(
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     key: KeyOrKeys,
     *,
     eps: Length,
@@ -74,7 +74,7 @@ def square(
     num_restarts: int = 1,
     p_init: float = 0.8,
     loss: Callable = losses.margin_loss,
-    targets: Int[Array, " b"] | None = None,
+    targets: Labels | None = None,
     criterion: Criterion | None = None,
 ) -> Images:
     """Random search for a misclassified point, by patches at random places.

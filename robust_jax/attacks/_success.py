@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 from robust_jax import losses
 from robust_jax._front import compiled
@@ -87,7 +87,7 @@ def never(logits: Logits, reference: Array) -> Bool[Array, " b"]:
 
 @compiled
 def is_adversarial(
-    logits_fn: LogitsFn, x_adv: Images, y: Labels, *, targets: Int[Array, " b"] | None = None
+    logits_fn: LogitsFn, x_adv: Images, y: Labels, *, targets: Labels | None = None
 ) -> Bool[Array, " b"]:
     """Whether each point is misclassified, or classified as its target where there are targets.
 

@@ -3,20 +3,19 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from robust_jax._front import compiled
 from robust_jax.attacks._pgd import pgd
 from robust_jax.attacks._success import is_adversarial
 from robust_jax.attacks.norms import Length
-from robust_jax.types import Images, KeyOrKeys, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 
 @compiled
 def transfer(
     logits_fn: LogitsFn,
     x: Images,
-    y: Int[Array, " b"],
+    y: Labels,
     key: KeyOrKeys,
     *,
     surrogate: LogitsFn,
