@@ -17,7 +17,7 @@ from robust_jax.plots import study as plots
 
 Results = Mapping[str, Any]
 # Panels of three in a line, times arms, of a figure; more would be too large a file to keep.
-_LINES_BY_ARMS = 28
+_LINES_BY_ARMS = 24
 
 
 def write(workdir: Path, results: Results, arrays: Arrays) -> None:
