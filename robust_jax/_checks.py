@@ -19,7 +19,7 @@ def is_traced(*trees: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
-def on_the_host(*values: Any) -> None:
+def refuse_traces(*values: Any) -> None:
     """Raises ValueError within a trace."""
     if is_traced(values):
         raise ValueError(
@@ -33,7 +33,7 @@ def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.n
 
     bounded: whether it has to be in [0,1].
     """
-    on_the_host(x)
+    refuse_traces(x)
     if not isinstance(x, jax.Array):
         x = np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -111,7 +111,7 @@ def example_keys_of(key: Any, count: int) -> jax.Array:
 
 def length(name: str, value: Any, *, infinite: bool = False) -> None:
     """Raises ValueError for a radius or a step that is no number, negative or infinite."""
-    on_the_host(value)
+    refuse_traces(value)
     if isinstance(value, _ARRAYS) and np.ndim(value) == 0:
         value = float(value)
     if value is None or isinstance(value, _ARRAYS):

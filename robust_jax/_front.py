@@ -155,7 +155,7 @@ def on_the_host(fn: Callable) -> Callable:
 
     @wraps(fn)
     def call(*args, **keywords):
-        _checks.on_the_host()
+        _checks.refuse_traces()
         with outside_any_mesh():
             return fn(*args, **keywords)
 
@@ -235,7 +235,7 @@ class Mapper:
     """
 
     def __init__(self, network: Network, batch_size: int):
-        _checks.on_the_host(network.arrays)
+        _checks.refuse_traces(network.arrays)
         self._network = network
         self._placement = placement_of(None, batch_size)
         self._placed = self._placement.replicated(self._network)

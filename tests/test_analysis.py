@@ -235,14 +235,14 @@ def test_captured_of_a_network_that_sows_nothing():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_random_neighbours_are_at_that_distance_and_in_the_box(norm):
+def test_random_points_are_at_that_distance_and_in_the_box(norm):
     x = interior_images(KEY, 6)
-    moved = features.random_neighbour(x, KEY, eps=0.05, norm=norm)
+    moved = features.point_at_distance(x, KEY, eps=0.05, norm=norm)
     np.testing.assert_allclose(sizes(moved, x, norm), 0.05, rtol=1e-4)
-    far = features.random_neighbour(x, KEY, eps=3.0, norm=norm)
+    far = features.point_at_distance(x, KEY, eps=3.0, norm=norm)
     assert far.min() >= 0 and far.max() <= 1
-    one = features.random_neighbour(x[4:], jax.random.split(KEY, 6)[4:], eps=0.05, norm=norm)
-    all_six = features.random_neighbour(x, jax.random.split(KEY, 6), eps=0.05, norm=norm)
+    one = features.point_at_distance(x[4:], jax.random.split(KEY, 6)[4:], eps=0.05, norm=norm)
+    all_six = features.point_at_distance(x, jax.random.split(KEY, 6), eps=0.05, norm=norm)
     np.testing.assert_array_equal(one, all_six[4:])
 
 

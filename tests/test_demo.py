@@ -167,7 +167,7 @@ def test_autoattack_and_the_audit_end_the_demo(demo, results):
     assert results["audit"]["verdict"] == "pass"
     checks = [check["name"] for check in results["audit"]["checks"]]
     assert checks[-2:] == ["square", "transfer"] and len(checks) == 11
-    assert report.verdict(results) in (demo[1] / "report.html").read_text()
+    assert report.audit_sentence(results) in (demo[1] / "report.html").read_text()
     card = json.loads((demo[1] / "card.json").read_text())
     assert card["autoattack_acc"] == f"{100 * found['robust_accuracy']:.2f}"
     assert (card["threat_model"], card["eps"], card["unreliable"]) == ("Linf", "0.15", False)
@@ -404,7 +404,7 @@ def test_audit_mode_looks_again(demo, results, launch, tmp_path):
     transfer = again["audit"]["checks"][-1]
     assert transfer["name"] == "transfer" and str(demo[1]) in transfer["values"]
     assert again["attacks"] == results["attacks"]
-    assert report.verdict(again) in (workdir / "report.html").read_text()
+    assert report.audit_sentence(again) in (workdir / "report.html").read_text()
 
 
 @pytest.mark.slow  # test_processes.py has four devices beside one, test_train.py a step on eight

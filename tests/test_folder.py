@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from configs import default
-from robust_jax.app import arms, command_line, folder, runs, stored, study
+from robust_jax.app import command_line, folder, runs, stored, study
 from robust_jax.app import config as config_lib
 from robust_jax.app.run import execute
 from robust_jax.errors import UserError
@@ -123,7 +123,7 @@ def test_what_is_typed_for_a_finished_run_is_used_or_refused(mode, used, ignored
     for fields in (used, ignored):
         config = default.get_config()
         for path, value in fields.items():
-            arms.set_field(config, path, value)
+            config_lib.set_field(config, path, value)
         if fields is used:
             folder.check_heeded(tmp_path, config, fields, mode)
     for path in ignored:

@@ -179,7 +179,7 @@ def test_points_have_the_dtype_of_x(dtype):
         logits_fn, x, y = problem(ROWS, dtype)
         key = jax.random.key(2)
         for norm, radius in (("linf", 1 / 16), ("l2", 1 / 8), ("l1", 1 / 4)):
-            moved = features.random_neighbour(x, key, eps=radius, norm=norm)
+            moved = features.point_at_distance(x, key, eps=radius, norm=norm)
             assert_inside(x, moved, norm)
         direction = surface.random_direction(x, moved, key)
         transferred = attacks.transfer(logits_fn, x, y, key, surrogate=logits_fn, eps=0.1)

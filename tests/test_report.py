@@ -108,7 +108,7 @@ def test_the_audit_stands_beside_the_numbers(tmp_path):
     audit = make_audit(steps="pass", square="fail", noise="warn", transfer="skipped")
     results = make_run(tmp_path, audit=audit)
     page = Page(report.write(tmp_path, runs.results(tmp_path)).read_text(encoding="utf-8"))
-    sentence = report.verdict(results)
+    sentence = report.audit_sentence(results)
     assert sentence.startswith("Audit failed (ℓ∞ ε = 0.1, 100 images): square. Do not trust")
     assert page.text.count(sentence) == 3  # at the top and in the caption of both norms' tables
     assert "advice on square" in page.text and "advice on noise" in page.text
@@ -129,8 +129,8 @@ def test_the_audit_stands_beside_the_numbers(tmp_path):
         ),
         ({"steps": "warn"}, "Audit passed with warnings (ℓ∞ ε = 0.1, 100 images): steps."),
     ):
-        assert report.verdict({"audit": make_audit(**verdicts)}).startswith(start)
-    assert report.verdict({"audit": None}).startswith("Not audited")
+        assert report.audit_sentence({"audit": make_audit(**verdicts)}).startswith(start)
+    assert report.audit_sentence({"audit": None}).startswith("Not audited")
 
 
 def test_what_breaks_each_image_first_is_counted_and_sums_to_all(run):

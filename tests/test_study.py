@@ -207,7 +207,7 @@ def small_study(**fields):
     test = {"measure": "pgd@0.1", "arms": ("entm", "at"), "relation": "above"}
     config.claims = {"a": {"text": "Better.", "tests": (test,), "smallest_effect": 0.05}}
     for path, value in fields.items():
-        arms.set_field(config, path, value)
+        config_lib.set_field(config, path, value)
     return study.settled(config)
 
 

@@ -22,7 +22,7 @@ from robust_jax.types import Images, KeyOrKeys
 __all__ = [
     "captured",
     "change",
-    "random_neighbour",
+    "point_at_distance",
 ]
 
 
@@ -93,7 +93,7 @@ def change(
     Args:
         features_fn: As `captured` makes it, [B,...] -> arrays [B,...] by layer.
         x: Examples [B,...].
-        x_moved: As many points, adversarial ones from any attack, or `random_neighbour`.
+        x_moved: As many points, adversarial ones from any attack, or `point_at_distance`.
         relative: Whether the change is a share of the layer's values at x.
         chunk_size: How many examples are in memory at a time; None for all.
 
@@ -127,7 +127,7 @@ def _change(
     return in_chunks(change_one, (x, x_moved), chunk_size)
 
 
-def random_neighbour(x: Images, key: KeyOrKeys, *, eps: float, norm: Norm = "linf") -> Images:
+def point_at_distance(x: Images, key: KeyOrKeys, *, eps: float, norm: Norm = "linf") -> Images:
     """A random point at distance eps from each x, clipped to [0,1].
 
     The random counterpart of an adversarial point, at the cost of the draw: no network is called.
@@ -149,7 +149,7 @@ def random_neighbour(x: Images, key: KeyOrKeys, *, eps: float, norm: Norm = "lin
         >>> from robust_jax import attacks
         >>> from robust_jax.analysis import features
         >>> x = jnp.full((1, 3), 0.5)
-        >>> moved = features.random_neighbour(x, jax.random.key(0), eps=0.1, norm="l2")
+        >>> moved = features.point_at_distance(x, jax.random.key(0), eps=0.1, norm="l2")
         >>> attacks.distances(x, moved, norm="l2")
         Array([0.1], dtype=float32)
     """

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from robust_jax.app import measures, runs
-from robust_jax.app.config import choose
+from robust_jax.app.config import choose, get_field, set_field
 from robust_jax.errors import UserError
 
 # What an arm's sweep says; see docs/studies/verdicts.md.
@@ -60,24 +60,6 @@ def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
         else:
             result[field] = ConfigDict(value) if entry else value
     return result
-
-
-def get_field(config: ConfigDict, path: str) -> Any:
-    """What is at a dotted path; None where nothing is."""
-    for field in path.split("."):
-        config = config.get(field) if isinstance(config, ConfigDict) else None
-    return config
-
-
-def set_field(config: ConfigDict, path: str, value: Any) -> None:
-    """Sets what is at a dotted path, and makes the sections on the way."""
-    *sections, field = path.split(".")
-    for section in sections:
-        if not isinstance(config.get(section), ConfigDict):
-            config[section] = ConfigDict()
-        config = config[section]
-    with config.ignore_type():
-        config[field] = value
 
 
 def extra_seeds(config: ConfigDict) -> tuple[int, ...]:

@@ -146,7 +146,7 @@ def write(folders: Sequence[Path | str], workdir: Path) -> str:
     page = template("compare.html.j2").render(
         names=list(compared),
         titles={name: report.title(run.results) for name, run in compared.items()},
-        verdicts={name: report.verdict(run.results) for name, run in compared.items()},
+        verdicts={name: report.audit_sentence(run.results) for name, run in compared.items()},
         tables=[
             ("Numbers", _CAPTION, table(compared)),
             ("Audits", "What each check says.", audits(compared)),

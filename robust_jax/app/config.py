@@ -246,3 +246,21 @@ def _describe(expected: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(_plain(value))
     return text if len(text) < 60 else text[:57] + "…"
+
+
+def get_field(config: ConfigDict, path: str) -> Any:
+    """What is at a dotted path; None where nothing is."""
+    for field in path.split("."):
+        config = config.get(field) if isinstance(config, ConfigDict) else None
+    return config
+
+
+def set_field(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets what is at a dotted path, and makes the sections on the way."""
+    *sections, field = path.split(".")
+    for section in sections:
+        if not isinstance(config.get(section), ConfigDict):
+            config[section] = ConfigDict()
+        config = config[section]
+    with config.ignore_type():
+        config[field] = value

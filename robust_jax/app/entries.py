@@ -212,7 +212,7 @@ def check_numbers(config: ConfigDict) -> None:
         "audit.num_queries": 1,
     }
     for field, least in at_least.items():
-        if not (value := _get(config, field)) >= least:
+        if not (value := config_lib.get_field(config, field)) >= least:
             raise UserError(f"config.{field} is {value}; it must be at least {least}")
     if not config.learning_rate > 0:
         raise UserError(f"config.learning_rate is {config.learning_rate}; it must be above 0")
@@ -223,9 +223,3 @@ def check_numbers(config: ConfigDict) -> None:
             f"config.labeled_fraction is {config.labeled_fraction}; it must be in (0, 1]"
         )
     guard("config.batch_size", parallel.check_batch_size, config.batch_size, config.batch_parts)
-
-
-def _get(config: ConfigDict, path: str):
-    for field in path.split("."):
-        config = config[field]
-    return config

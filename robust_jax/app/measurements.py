@@ -181,7 +181,7 @@ def feature_change(
     def measure(fn, rows):
         x, keys = rows["x"], fold_in_each(key, rows["index"])
         moved = {
-            "random": features.random_neighbour(x, keys, eps=eps, norm=norm),
+            "random": features.point_at_distance(x, keys, eps=eps, norm=norm),
             "adversarial": pgd(fn, x, rows["y"], keys, eps=eps, norm=norm),
         }
         return {

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from robust_jax.app import entries, records, threat
 from robust_jax.app.config import choose
 from robust_jax.app.measurements import NUMBERS
+from robust_jax.app.runs import Results
 from robust_jax.app.wording import format_eps
 from robust_jax.errors import UserError
 
-Results = Mapping[str, Any]
 # What there may be below a name in results.json: names, or patterns of names that a run makes up.
 _Tree = Mapping[str, Any] | None
 _ANYTHING: _Tree = None

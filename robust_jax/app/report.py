@@ -19,10 +19,10 @@ from robust_jax.app.config import flatten
 from robust_jax.app.methods import method
 from robust_jax.app.pages import image, template
 from robust_jax.app.records import fates, first_to_break
+from robust_jax.app.runs import Results
 from robust_jax.app.wording import format_eps, number, percent, threat, with_interval, words
 from robust_jax.files import write_atomically
 
-Results = Mapping[str, Any]
 _LINE = 80
 
 
@@ -45,7 +45,7 @@ def write(workdir: Path, results: Results) -> Path:
     page = template("report.html.j2").render(
         title=title(results),
         headline=headline(results),
-        verdict=verdict(results),
+        verdict=audit_sentence(results),
         audit=results["audit"],
         first=_first_to_break(results, records["best"]),
         figures=figures,
@@ -69,7 +69,7 @@ def table(results: Results) -> str:
     heads = [f"{name} (step {results[name]['step']})" for name in names]
     lines = [_row("", heads, 34, 20)]
     lines += [_row(label, values, 34, 20) for label, values in _summary(results)]
-    lines += ["", *textwrap.wrap(verdict(results), _LINE)]
+    lines += ["", *textwrap.wrap(audit_sentence(results), _LINE)]
     for block in _blocks(results):
         per_line = (_LINE - 26) // 9
         for start in range(0, len(block["eps"]), per_line):
@@ -102,7 +102,7 @@ def measurements_text(numbers: Mapping[str, Mapping[str, float | None]]) -> str:
 
 def audit_text(results: Results) -> str:
     """The verdict, the evidence of every check and, where one is not passed, the advice."""
-    lines = textwrap.wrap(verdict(results), _LINE)
+    lines = textwrap.wrap(audit_sentence(results), _LINE)
     for check in (results["audit"] or {"checks": ()})["checks"]:
         said = f"{check['verdict']:<8}{check['name']}: {check['evidence']}"
         if check["verdict"] != "pass":
@@ -155,7 +155,7 @@ def headline(results: Results) -> str:
     return text
 
 
-def verdict(results: Results) -> str:
+def audit_sentence(results: Results) -> str:
     """What the audit says of the robust accuracies beside it, as a sentence."""
     audit = results["audit"]
     if audit is None:

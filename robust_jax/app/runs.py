@@ -1,6 +1,7 @@
 """What a run or a study left in its folder, as pandas and numpy have it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from robust_jax.app import records
 from robust_jax.errors import UserError
 from robust_jax.files import write_json
 
+Results = Mapping[str, Any]
 # The version of results.json, which goes up where older readers would misread it. A file without
 # one has version 0, which reads like 1.
 SCHEMA = 1

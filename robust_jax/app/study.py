@@ -32,13 +32,11 @@ from robust_jax.app.arms import (
     SWEEP,
     Trial,
     changed,
-    get_field,
     is_finished,
-    set_field,
     trials,
 )
 from robust_jax.app.claims import Evidence, Found
-from robust_jax.app.config import choose
+from robust_jax.app.config import choose, get_field, set_field
 from robust_jax.app.folder import Mode
 from robust_jax.app.intervals import interval
 from robust_jax.devices import processes, speed

@@ -11,11 +11,11 @@ from robust_jax.app import figures as figures_lib
 from robust_jax.app import measures
 from robust_jax.app.figures import Arrays
 from robust_jax.app.pages import image, template
+from robust_jax.app.runs import Results
 from robust_jax.app.wording import format_eps, words
 from robust_jax.files import write_atomically
 from robust_jax.plots import study as plots
 
-Results = Mapping[str, Any]
 # Panels of three in a line, times arms, of a figure; more would be too large a file to keep.
 _LINES_BY_ARMS = 24
 
