@@ -127,7 +127,10 @@ def evaluate(
     state_path: Path | None = None,
     **keywords: Any,
 ) -> dict[str, Any]:
-    """PGD on two losses, AutoAttack and the audit, in l2 at eps; keywords: of AutoAttack."""
+    """PGD as published and on two losses, AutoAttack and the audit, in l2 at eps.
+
+    keywords: AutoAttack's.
+    """
     start, key = time.perf_counter(), jax.random.key(0)
     keys = jax.random.split(key, len(x))
 

@@ -62,6 +62,7 @@ def pgd(name: str) -> Sides:
                 (gradient,) = torch.autograd.grad(loss, x_adv)
                 x_adv = x_adv.detach() + STEP_SIZE * gradient.sign()
                 x_adv = torch.minimum(torch.maximum(x_adv, low), high)
+            return x_adv
 
         return run
 

@@ -292,8 +292,8 @@ def _check_outputs(logits) -> Check:
         evidence,
         "return what goes into the softmax: its result saturates and takes the gradient with it"
         if probabilities or finite == 1
-        else "find what makes them so: an attack follows no gradient there, and a label at -inf "
-        "counts as wrong",
+        else "find what makes logits NaN or infinite: an attack follows no gradient there, and a "
+        "label at -inf counts as wrong",
         values,
     )
 

@@ -80,7 +80,7 @@ def labels(y: Any, num_classes: int, name: str = "y") -> None:
     """Raises ValueError unless y is [B] and holds labels."""
     if y.ndim > 1:
         is_column = y.shape[1:] == (1,)  # as Keras loads CIFAR-10
-        advice = f"{name}[:, 0]" if is_column else f"not one-hot: {name}.argmax(-1)"
+        advice = f"not a column: {name}[:, 0]" if is_column else f"not one-hot: {name}.argmax(-1)"
         raise ValueError(f"{name} has the shape {list(y.shape)}; labels are integers [B], {advice}")
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise ValueError(f"{name} is {y.dtype}; labels are integers from 0 to {num_classes - 1}")

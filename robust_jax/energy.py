@@ -7,7 +7,7 @@ in a small neighbourhood. The formula of neither was at hand: these are our read
 
 - `total_variation` takes the successor at its word, and `path` is its square along the way to the
   worst point. `oscillation` is between the two ends of the loss, `mean_square` over random points.
-- Adversarial training minimises max ℓ(x+r), which √`rise` is at most. The rise is a lower bound of
+- Adversarial training minimises max ℓ(x+r), an upper bound of √`rise`. The rise is a lower bound of
   `path` and of `oscillation`, for each example; not of `mean_square`, which averages what
   adversarial training maximises.
 
@@ -101,10 +101,9 @@ def oscillation(
 ) -> PerExample:
     """(max ℓ(x+r) - min ℓ(x+r))², each end the best that PGD and x offer (our reading).
 
-    x is among the points, so this is never below (max ℓ(x+r) - ℓ(x))², the term that adversarial
-    training pushes down (`rise`). Costs two attacks of num_steps, or one if label-free (KL is least
-    at x), each a forward and a backward pass a step, and a forward pass for each end and x; the
-    whole batch at once.
+    x is among the points, so this is never below (max ℓ(x+r) - ℓ(x))², the `rise`. Costs two
+    attacks of num_steps, or one if label-free (KL is least at x), each a forward and a backward
+    pass a step, and a forward pass for each end and x; the whole batch at once.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K], each example on its own.

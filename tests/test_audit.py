@@ -9,7 +9,7 @@ import pytest
 
 from robust_jax import audit, losses
 from robust_jax._audit import _Lab
-from robust_jax._double import in_double
+from robust_jax._double import NotInDouble, in_double
 from robust_jax._front import Mapper
 from robust_jax._network import as_network
 from tests.digits import EPS, test_points, trained
@@ -135,12 +135,19 @@ def test_a_convolution_that_does_not_follow_the_type_of_its_input_runs_in_float6
     assert {c.name: c.verdict for c in report.checks}["precision"] == "pass"
 
 
-def test_what_cannot_run_in_float64_is_skipped_and_says_why(monkeypatch):
+def test_what_cannot_run_in_float64_is_skipped_and_says_why():
     x, y = examples()
     looped = repeated(convolution(0))
     report = audit(looped, x, looped(x).argmax(-1), KEY, eps=0.01, **QUICKLY)
     check = next(check for check in report.checks if check.name == "precision")
     assert check.verdict == "skipped" and "contains a scan" in check.evidence
+
+    def reads_bits(x):  # of numbers of 32 bits alone
+        is_positive = jax.lax.bitcast_convert_type(x, jnp.int32) >= 0
+        return (is_positive * x).reshape(len(x), -1)[:, :4]
+
+    with jax.enable_x64(True), pytest.raises(NotInDouble, match="does not take other types"):
+        in_double(reads_bits, x.shape[1:])
     rows = x.reshape(len(x), -1)
     report = audit(lambda x: x @ weights_of(0)[0], rows, y, KEY, eps=0.01, **QUICKLY)
     check = next(check for check in report.checks if check.name == "square")

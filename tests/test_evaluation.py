@@ -1,5 +1,6 @@
 """One call for the whole verdict: the same numbers as its parts, and the files it leaves."""
 
+import dataclasses
 import json
 import zlib
 from functools import partial
@@ -216,7 +217,7 @@ def test_a_network_that_is_always_wrong_has_no_audit_and_says_so():
     assert result.summary["relative_slope"]["standard_error"] is None
 
 
-def test_mistakes_are_told_in_one_line():
+def test_mistakes_are_told_in_one_line(tmp_path):
     x, y = points()
     for changes, message in [
         ({"eps": "8/255"}, "eps is '8/255'"),
@@ -235,12 +236,50 @@ def test_mistakes_are_told_in_one_line():
         with pytest.raises(ValueError, match=message):
             robust_jax.evaluate(trained(), **arguments)
 
-    def black_box(x):
+    def black_box(x, vmap_method=None):
         out = jax.ShapeDtypeStruct((len(x), 10), jnp.float32)
-        return jax.pure_callback(lambda x: np.zeros((len(x), 10), np.float32), out, x)
+        zeros = lambda x: np.zeros((*x.shape[:-3], 10), np.float32)  # noqa: E731
+        return jax.pure_callback(zeros, out, x, vmap_method=vmap_method)
 
-    with pytest.raises(ValueError, match="leaves JAX and has no gradient there"):
-        robust_jax.evaluate(black_box, x, y, KEY, **SETTINGS)
+    for how in (None, "broadcast_all"):
+        with pytest.raises(ValueError, match="leaves JAX and has no gradient there"):
+            robust_jax.evaluate(
+                partial(black_box, vmap_method=how), x, y, KEY, folder=tmp_path / "mine", **SETTINGS
+            )
+    assert not (tmp_path / "mine").exists()
+
+
+def test_records_of_one_name_and_networks_in_bfloat16_are_told_apart_and_continued(
+    tmp_path, monkeypatch
+):
+    x, y = examples(count=16)
+    weights = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights_of(0))
+
+    def call(norm, folder):
+        return robust_jax.evaluate(
+            lambda x: network(weights)(x.astype(jnp.bfloat16)),
+            x.astype(jnp.bfloat16),
+            y,
+            KEY,
+            eps=0.05,
+            norm=norm,
+            version=("apgd_ce",),
+            overrides={"apgd_ce": {"num_steps": 2}},
+            num_audited=0,
+            folder=folder,
+            progress=False,
+        )
+
+    mine = [dataclasses.replace(attacks.NORMS[name], name="mine") for name in ("linf", "l2")]
+    with monkeypatch.context() as context:
+        context.setattr(runs, "write_results", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(mine[0], tmp_path)
+    found = call(mine[0], tmp_path)
+    pd.testing.assert_frame_equal(found.records, call(mine[0], None).records)
+    assert 0 < found.robust_accuracy < 1
+    with pytest.raises(UserError, match="holds an evaluation of something else"):
+        call(mine[1], tmp_path)
 
 
 def test_launchs_evaluation_of_a_network_finds_the_same():

@@ -75,7 +75,10 @@ def mistakes():
         "one image": ({"x": x[0], "y": y[0]}, r"y has the shape \[\].*batch axis"),
         "no image": ({"x": x[:0], "y": y[:0]}, r"x\w* has the shape \[0, 3, 4, 1\]; give a batch"),
         "one-hot": ({"y": np.eye(4)[y]}, r"y has the shape \[8, 4\]; labels are integers \[B\]"),
-        "a column": ({"y": y[:, None]}, r"y has the shape \[8, 1\]; .* integers \[B\], y\[:, 0\]"),
+        "a column": (
+            {"y": y[:, None]},
+            r"y has the shape \[8, 1\]; .* integers \[B\], not a column: y\[:, 0\]",
+        ),
         "float labels": ({"y": y * 1.0}, "y is float.*; labels are integers from 0 to 3"),
         "from 1": ({"y": y * 0 + 4}, "y has the label 4; the network has 4 classes"),
         "no labels": ({"y": None}, "y is None; give a label for each of the 8 examples"),
@@ -181,7 +184,7 @@ OTHER_MISTAKES = {
         lambda: attacks.run(
             attacks.autoattack, network(weights_of(0)), *examples(), KEY, eps=(0.1, 0.2)
         ),
-        "autoattack brings its own mask and distances",
+        "autoattack returns its own mask and distances",
     ),
     "shard_map as JAX has it": (
         lambda: jax.shard_map(

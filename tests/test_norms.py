@@ -108,7 +108,7 @@ def test_autoattack_and_noise_work_in_it():
     assert 0 < result.robust.sum() < 6
     broken = ~result.robust
     np.testing.assert_allclose(result.distance[broken], sizes(result.x_adv, x)[broken], rtol=1e-4)
-    moved = features.random_neighbour(x, KEY, eps=EPS, norm=WEIGHTED)
+    moved = features.point_at_distance(x, KEY, eps=EPS, norm=WEIGHTED)
     np.testing.assert_allclose(sizes(moved, x), EPS, rtol=1e-4)
 
 

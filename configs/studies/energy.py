@@ -36,10 +36,11 @@ def get_config():
     config.notes = (
         "The paper was withdrawn from arXiv (version 2, June 2020); its successor says that the "
         "energy describes the total variation in a small neighbourhood. The formula of neither was "
-        "to be had: every energy here is our reading. Adversarial training's term, the rise, "
+        "to be had: every energy here is our reading. The rise of the loss to its worst point "
         "bounds the oscillation and the squared variation along the way (path) from below, example "
         "by example, which tests/test_energy.py checks; it does not bound the mean square, which "
-        "averages what adversarial training maximises. VAT's term bounds the label-free rise "
+        "averages over the ball. Adversarial training minimises the loss at the worst point, an "
+        "upper bound of the rise's root. VAT's term bounds the label-free rise "
         "alone.",
         "Every weight is chosen by robust accuracy on held-out images.",
         "Label-free energies are of KL(p(x) ‖ p(x+r)), which VAT lowers at one r, not cut to "

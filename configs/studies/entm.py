@@ -222,8 +222,9 @@ def get_config():
                 "tests": [below("pgd@{trained}", arm, "ce", by=-0.02) for arm in ("entm", "ls")],
             },
             "a, strong attacks": {
-                "text": "They lose that under strong attacks: AutoAttack leaves them two points "
-                "more than CE at most, at the small eps and at the one that AT is trained on.",
+                "text": "The gain at a small eps is lost under strong attacks: AutoAttack leaves "
+                "them two points more than CE at most, at the small eps and at the one that AT is "
+                "trained on.",
                 "tests": [
                     below(f"autoattack@{{{eps}}}", arm, "ce", by=-0.02)
                     for eps in ("faint", "trained")

@@ -240,7 +240,7 @@ def get_config():
             },
             "constants, PGD": {
                 "text": "They lower what PGD leaves (ours): following the training loss at 0.2, it "
-                "leaves less than of the exact loss.",
+                "leaves less of that network than of the one trained with the exact loss.",
                 "smallest_effect": 0.05,
                 "tests": [below("pgd_own@0.2", "gce_published", "gce")],
             },

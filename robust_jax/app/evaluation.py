@@ -17,7 +17,7 @@ import pandas as pd
 from robust_jax import _checks, data, losses, margins
 from robust_jax._audit import Audit
 from robust_jax._front import Mapper, on_the_host
-from robust_jax._network import has_forward_mode
+from robust_jax._network import Network, has_forward_mode
 from robust_jax.app import cards, runs, stored
 from robust_jax.app import folder as run_folder
 from robust_jax.app import records as records_lib
@@ -26,7 +26,7 @@ from robust_jax.app.results import audit_to_json, compose, versions
 from robust_jax.attacks import autoattack
 from robust_jax.attacks._autoattack import check_arguments, doubts
 from robust_jax.attacks._square import check_images, square
-from robust_jax.attacks.norms import Norm, threat_model
+from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.batches import NUM_SIZES, Lift
 from robust_jax.errors import UserError
 from robust_jax.losses import Loss
@@ -126,10 +126,12 @@ def evaluate(
     _check_settings(radii, version, num_audited, batch_size, folder)
     members = check_arguments(eps=radii[0], norm=norm, version=version, overrides=overrides)
     x = np.asarray(_checks.pixels(x))
+    x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
     y = _checks.one_row_each(y, x)
     if any(member.attack is square for member in members.values()):
         check_images(x.shape[1:])
     network = _checks.network(logits_fn, x)
+    forwards = _has_forward_mode(network, x)
     num_classes = _checks.num_classes(network)
     _checks.labels(y, num_classes)
     key = _checks.example_keys_of(key, len(x))
@@ -138,7 +140,7 @@ def evaluate(
     unfinished, digest = None, ""
     if folder is not None:
         folder = Path(folder)
-        digest = _digest(x, y, key, radii, threat.name, version, overrides)
+        digest = _digest(x, y, key, threat, radii, version, overrides)
         _claim(folder, name, digest, logits_fn, x, y)
         unfinished = folder / "unfinished" / digest
         unfinished.mkdir(parents=True, exist_ok=True)
@@ -153,7 +155,7 @@ def evaluate(
         _lift(mapper),
         data.Split(x, np.asarray(y, np.int32)),
         {attack: grid},
-        _settings(batch_size, has_forward_mode(network, jnp.asarray(x[:1]))),
+        _settings(batch_size, forwards),
         key,
         warnings.append,
         shown=progress,
@@ -230,10 +232,27 @@ def _claim(folder: Path, name: str, digest: str, logits_fn: LogitsFn, x, y) -> N
         raise UserError(f"{folder} holds {found}; give another folder")
 
 
-def _digest(x: np.ndarray, y: np.ndarray, key: jax.Array, *settings: Any) -> str:
+def _has_forward_mode(network: Network, x: np.ndarray) -> bool:
+    """Raises ValueError for a network that has no derivative at all."""
+    image = jnp.asarray(x[:1])
+    try:
+        jax.eval_shape(jax.grad(lambda image: network(image).sum().astype(jnp.float32)), image)
+        return has_forward_mode(network, image)
+    except ValueError as error:
+        raise ValueError(
+            "the network leaves JAX and has no gradient there, which margins and Jacobians need; "
+            'attacks.autoattack(…, version=("square",)) does without'
+        ) from error
+
+
+def _digest(
+    x: np.ndarray, y: np.ndarray, key: jax.Array, threat: ThreatModel, *settings: Any
+) -> str:
     """Names what is evaluated, apart from the network."""
-    found = hashlib.sha256(repr(settings).encode())
-    for array in (x, y, jax.random.key_data(key)):
+    found = hashlib.sha256(repr((threat.name, *settings)).encode())
+    step = jnp.asarray(x[0], jnp.float32) - 0.25  # two records of one name may be two norms
+    sizes = np.asarray([threat.size(step), threat.dual_size(step)], np.float32)
+    for array in (x, y, sizes, jax.random.key_data(key)):
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()[:16]
 

@@ -19,6 +19,7 @@ from absl import logging
 
 from robust_jax import audit, data, jacobian, losses
 from robust_jax._audit import Audit
+from robust_jax._precision import wide
 from robust_jax.analysis import calibration
 from robust_jax.app.records import What, column
 from robust_jax.attacks import distances
@@ -237,8 +238,8 @@ class Evaluator:
             self._warn(f"{name} at eps {eps:g}: {warning}")
         return {
             "held": result.robust,
-            "distance": result.distance,
-            "margin": result.margin,
+            "distance": np.asarray(wide(result.distance)),
+            "margin": np.asarray(wide(result.margin)),
             "broken_by": result.broken_by,
         }
 
@@ -279,7 +280,7 @@ class Measurement:
         key = jax.random.wrap_key_data(key_data, impl=self.key_impl)
         estimate_key, spectral_key = (_named_key(key, name) for name in ("estimate", "spectral"))
         x, y, index = data.to_pixels(batch["image"]), batch["label"], batch["index"]
-        logits = logits_fn(x)
+        logits = wide(logits_fn(x))
         norms_of = {}
         for name, fn in (
             ("logits", logits_fn),
@@ -340,10 +341,10 @@ class Attempt:
         x, y = data.to_pixels(batch["image"]), batch["label"]
         keys = _attack_keys(key, self.name, batch["index"])
         x_adv = self.attack(logits_fn, x, y, keys, eps=eps)
-        logits = logits_fn(x_adv)
+        logits = wide(logits_fn(x_adv))
         return {
             "held": losses.correct(logits, y).astype(bool),
-            "distance": distances(x, x_adv, norm=self.norm),
+            "distance": wide(distances(x, x_adv, norm=self.norm)),
             "margin": losses.margin(logits, y),
             "x_adv": x_adv,
             "adversarial_prediction": jnp.argmax(logits, -1),
@@ -366,7 +367,7 @@ def _named_key(key: jax.Array, name: str) -> jax.Array:
 
 def _logits(logits_fn, batch, key_data):
     del key_data
-    return logits_fn(data.to_pixels(batch["image"]))
+    return wide(logits_fn(data.to_pixels(batch["image"])))
 
 
 class _Unfinished:

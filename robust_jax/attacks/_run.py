@@ -72,8 +72,10 @@ def run(
     radii: list[Any] = [eps] if np.ndim(eps) == 0 else [*np.asarray(eps).tolist()]
     if not radii:
         raise ValueError("eps is empty; give a radius in pixel units, or several")
-    if attack is autoattack:
-        raise ValueError("autoattack brings its own mask and distances: call it, once a radius")
+    if attack is autoattack or getattr(attack, "func", None) is autoattack:
+        raise ValueError(
+            "autoattack returns its own mask and distances: call it directly, once for each radius"
+        )
     own = inspect.signature(attack).parameters
     seeks_nearest = own["eps"].default == np.inf
     for radius in radii:

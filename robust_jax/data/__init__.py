@@ -1,6 +1,6 @@
 """Image classification data: sources, splits in memory or on disk, streams, augmentation.
 
-Images stay as they are stored, uint8 or float32 in [0,1]; `to_pixels` makes floats in [0,1] of
+Images stay as they are stored, uint8 or floats in [0,1]; `to_pixels` makes floats in [0,1] of
 either on the device.
 """
 

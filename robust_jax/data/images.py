@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 
-def to_pixels(images: Array | np.ndarray) -> Float[Array, "b h w c"]:
+def to_pixels(images: Array | np.ndarray) -> Float[Array, "b ..."]:
     """Images as floats in [0,1], on the device: uint8 as float32, floats as they are."""
     if jnp.issubdtype(images.dtype, jnp.floating):
         return jnp.asarray(images)

@@ -16,7 +16,7 @@ _CHUNK = 1024
 
 
 class Split(NamedTuple):
-    """images [N,H,W,C], uint8 or float32 in [0,1]; labels int32 [N], -1 where unlabelled."""
+    """images [N,H,W,C], uint8 or floats in [0,1]; labels int32 [N], -1 where unlabelled."""
 
     images: np.ndarray
     labels: np.ndarray
