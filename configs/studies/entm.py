@@ -304,9 +304,12 @@ def get_config():
 
 
 def _attacks(eps, num_examples, smoke=False):
-    """FGSM and PGD, AutoAttack on the first num_examples, and PGD transferred, at every eps."""
-    steps = {"num_steps": 4 if smoke else 20}
+    """FGSM and PGD, AutoAttack on the first num_examples, and PGD transferred, at every eps.
+
+    smoke: PGD is then on the network itself, for a surrogate trains longer than all the rest.
+    """
+    how = {"num_steps": 4} if smoke else {"num_steps": 20, "surrogate": "train"}
     return {
         **attacks(eps, num_examples, autoattack=eps, smoke=smoke),
-        "transfer": {"name": "pgd", "surrogate": "train", "eps": eps, **steps},
+        "transfer": {"name": "pgd", "eps": eps, **how},
     }
