@@ -278,7 +278,6 @@ def test_the_surrogate_is_an_undefended_cnn_of_the_same_recipe_whatever_the_run(
 def test_what_has_no_norm_and_radius_of_its_own_follows_the_threat_model():
     attacks = {
         "pgd": {},
-        "deepfool": {},
         "l2": {"name": "pgd", "norm": "l2", "eps": 0.5},
         "jsma": {"eps": 3},
     }
@@ -295,7 +294,6 @@ def test_what_has_no_norm_and_radius_of_its_own_follows_the_threat_model():
         found.validation_attack,
         found.audit,
         found.attacks.pgd,
-        found.attacks.deepfool,
         found.measurements.energy,
         found.regularizers.energy_oscillation,
     )
@@ -304,6 +302,10 @@ def test_what_has_no_norm_and_radius_of_its_own_follows_the_threat_model():
     assert found.attacks.jsma.to_dict() == attacks["jsma"]
     assert "norm" not in found.measurements.margins and found.regularizers.vat.eps == 0.25
     assert threat.complete(found) == found
+    # One for two norms, and for records.
+    attacks = ConfigDict({"deepfool": {}})
+    found = threat.complete(changed(threat={"norm": "l2", "eps": 0.5}, attacks=attacks))
+    assert found.attacks.deepfool.to_dict() == {"norm": "l2", "eps": 0.5}
 
 
 def test_one_override_moves_all_that_follow():

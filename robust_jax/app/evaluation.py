@@ -131,8 +131,8 @@ def evaluate(
     if any(member.attack is square for member in members.values()):
         check_images(x.shape[1:])
     network = _checks.network(logits_fn, x)
-    forwards = _has_forward_mode(network, x)
     num_classes = _checks.num_classes(network)
+    forwards = _has_forward_mode(network, x)
     _checks.labels(y, num_classes)
     key = _checks.example_keys_of(key, len(x))
     if key.ndim:

@@ -89,4 +89,5 @@ def _followed(
 def _accepts(annotation: Any, norm: str) -> bool:
     if annotation == Norm:
         return True
-    return typing.get_origin(annotation) is Literal and norm in typing.get_args(annotation)
+    kinds = (annotation, *typing.get_args(annotation))  # Literal["l2"], or that beside a record
+    return any(typing.get_origin(k) is Literal and norm in typing.get_args(k) for k in kinds)

@@ -14,7 +14,7 @@ from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, Goal, value_dtype
 from robust_jax.attacks._success import misclassified
-from robust_jax.attacks.norms import L2, Length, Norm, ThreatModel, threat_model, tiny
+from robust_jax.attacks.norms import L2, Length, ThreatModel, threat_model, tiny
 from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 # By how much tanh reaches beyond the box, so that pixels at 0 or 1, or on their way there, are not
@@ -151,7 +151,7 @@ def deepfool(
     key: KeyOrKeys,
     *,
     eps: Length = jnp.inf,
-    norm: Norm = "linf",
+    norm: Literal["linf", "l2"] | ThreatModel = "linf",
     num_steps: int = 50,
     num_targets: int | None = 9,
     overshoot: float = 0.02,

@@ -166,7 +166,7 @@ def _moves(shape, settings: _Settings) -> tuple[Callable, Callable]:
     if isinstance(patches, Flat):
         return partial(_stripes, settings), partial(_paint, settings, jnp.asarray(sides))
     distinct, which = np.unique(sides, return_inverse=True)
-    hills = np.stack([_hill_on_canvas(side, shape, patches) for side in distinct])
+    hills = np.stack([_hill_on_canvas(int(side), shape, patches) for side in distinct])
     tables = jnp.asarray(sides), jnp.asarray(which.astype(np.int32)), hills
     start = partial(_hills, settings, patches)
     return start, partial(_move_mass, settings, patches, tables)
