@@ -66,6 +66,7 @@ FUNCTIONS = {
 }
 WITH_EPS = [n for n, fn in FUNCTIONS.items() if "eps" in inspect.signature(fn).parameters]
 WITHOUT_KEY = ["is_adversarial", "relative_slope", "first_order", "boundary_distances"]
+KEYLESS_NORMS = ("jacobian", "frobenius_norm", "singular_values")
 WITH_LABELS = [*WITH_EPS, *WITHOUT_KEY, "minimum_norm"]
 AUTOATTACK = {
     "version": ("apgd_ce", "apgd_t", "fab_t", "square"),

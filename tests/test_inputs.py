@@ -15,6 +15,7 @@ from tests.calls import (
     ALL,
     ATTACKS,
     FUNCTIONS,
+    KEYLESS_NORMS,
     WITHOUT_KEY,
     autoattack,
 )
@@ -25,8 +26,6 @@ from tests.small_networks import (
     network,
     weights_of,
 )
-
-KEYLESS_NORMS = ("jacobian", "frobenius_norm", "singular_values")
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in KEYLESS_NORMS])

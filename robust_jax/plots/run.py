@@ -320,7 +320,7 @@ def jacobian_by_fate(records: pd.DataFrame, fate: pd.Series) -> Figure:
 
     Args:
         records: One row an example, with any of the columns that JACOBIANS names.
-        fate: "held", "broken" or "misclassified" for each row, as `app.records.fates` has it.
+        fate: As in `fate_histograms`.
 
     Returns:
         The figure.
