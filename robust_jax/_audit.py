@@ -124,7 +124,7 @@ def audit(
     keys = example_keys(_checks.example_keys_of(key, len(x)), len(x))
     others = {n: _checks.network(fn, x, f"surrogate {n!r}") for n, fn in (surrogates or {}).items()}
     rows = {"x": x, "y": y, "key": np.asarray(jax.random.key_data(keys))}
-    mapping = with_keys(map_examples or Mapper(network, batch_size), keys)
+    mapping = with_keys(map_examples or Mapper(network, batch_size, len(x)), keys)
     logits = mapping(_logits)(rows)
     right = np.asarray(losses.correct(jnp.asarray(logits), jnp.asarray(y)), bool)
     if not right.any():
@@ -135,7 +135,8 @@ def audit(
     rows, logits = {name: array[right] for name, array in rows.items()}, logits[right]
 
     def double_mapping() -> MapExamples:  # map_examples is of the network as it is
-        return with_keys(Mapper(in_double(logits_fn, x.shape[1:]), batch_size), keys)
+        double = in_double(logits_fn, x.shape[1:])
+        return with_keys(Mapper(double, batch_size, len(x)), keys)
 
     lab = _Lab(mapping, double_mapping, rows, logits, eps, norm, training_loss)
     checks = []

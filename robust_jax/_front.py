@@ -19,7 +19,7 @@ import numpy as np
 
 from robust_jax import _checks
 from robust_jax._network import MOST_PROGRAMS, Network, comparable
-from robust_jax.batches import NUM_SIZES, batches, counted, joined
+from robust_jax.batches import batches, counted, joined
 from robust_jax.devices.parallel import (
     Placement,
     has_explicit_axes,
@@ -229,32 +229,27 @@ def _program(fn: Callable, static: _Setting, programs: tuple, placement: Placeme
 
 
 class Mapper:
-    """fn(logits_fn, rows, *scalars) over any number of rows, batch by batch, as numpy arrays.
+    """fn(logits_fn, rows, *scalars) over at most so many rows, batch by batch, as numpy arrays.
 
     fn is kept by value: two that are equal are one program. A batch that does not fit into memory
     is halved, with a warning.
     """
 
-    def __init__(self, network: Network, batch_size: int):
+    def __init__(self, network: Network, batch_size: int, most: int):
         _checks.refuse_traces(network.arrays)
         self._network = network
         self._placement = placement_of(None, batch_size)
         self._placed = self._placement.replicated(self._network)
-        self._batch_size = batch_size
+        self._batch_size, self._most = batch_size, most
 
-    def __call__(self, fn: Callable, num_sizes: int = NUM_SIZES) -> Callable:
-        def run(rows, *scalars):
-            return self.over(fn, *counted(rows), *scalars, num_sizes=num_sizes)
+    def __call__(self, fn: Callable) -> Callable:
+        return lambda rows, *scalars: self.over(fn, self._most, *counted(rows), *scalars)
 
-        return run
-
-    def over(
-        self, fn: Callable, count: int, take: Callable, *scalars: Any, num_sizes: int = NUM_SIZES
-    ) -> Any:
-        """The same of the rows that take(i) gives, i among 0 … count-1."""
+    def over(self, fn: Callable, most: int, count: int, take: Callable, *scalars: Any) -> Any:
+        """The same of the rows that take(i) gives, i among 0 … count-1, of at most `most`."""
         while True:
             try:
-                return self._mapped(fn, count, take, scalars, num_sizes)
+                return self._mapped(fn, most, count, take, scalars)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or self._batch_size == 1:
                     raise
@@ -265,12 +260,10 @@ class Mapper:
                     stacklevel=2,
                 )
 
-    def _mapped(
-        self, fn: Callable, count: int, take: Callable, scalars: tuple, num_sizes: int
-    ) -> Any:
+    def _mapped(self, fn: Callable, most: int, count: int, take: Callable, scalars: tuple) -> Any:
         where = self._placement
         program = _rows_program(_Setting(fn), self._network.program, where)
-        sizes = list(batches(count, self._batch_size, multiple_of=where.count, num_sizes=num_sizes))
+        sizes = list(batches(count, self._batch_size, most=most, multiple_of=where.count))
         scalars = where.replicated(scalars)  # another network may be among them
         with _told():
             parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]

@@ -13,34 +13,33 @@ Rows = Mapping[str, np.ndarray]
 # map_examples(fn) -> run(rows, *scalars) -> what fn(logits_fn, rows, *scalars) returns of each
 # batch (arrays [B,…]), for all the rows. Scalars may change without another compilation.
 MapExamples = Callable[[Callable], Callable]
-# lift(fn, num_sizes) -> run(variables, count, take, *scalars): the same for any variables of a
-# network and any source of rows, take(i) giving those numbered i. Equal functions are one program.
+# lift(fn) -> run(variables, most, count, take, *scalars): the same for any variables of a network
+# and any source of rows, take(i) giving those numbered i among count, of at most `most`. Equal
+# functions are one program.
 Lift = Callable[..., Callable]
 
-# Programs that run for long, as AutoAttack's do, are worth one for an even batch.
-NUM_SIZES = 16
+# On a CPU a row costs about the same in any batch of this size or more, and no less above _ENOUGH.
+_FEW, _ENOUGH = 16, 64
 
 
 def batches(
-    count: int, batch_size: int, *, multiple_of: int = 1, num_sizes: int = NUM_SIZES
+    count: int, batch_size: int, *, most: int | None = None, multiple_of: int = 1
 ) -> Iterator[tuple[Int[np.ndarray, " b"], int]]:
-    """The rows 0 … count-1 in the fewest batches of batch_size; each with its real rows.
+    """The rows 0 … count-1 in batches of one size; each with its real rows.
 
-    The batches are of one size and as even as they can be in num_sizes steps up to batch_size; the
-    last is filled up with copies. So few rows cost little, and at most num_sizes programs are
-    compiled: two on an accelerator, where compiling takes longer than the rows that it saves.
-    Sizes are rounded up to a multiple_of the devices.
+    The last is filled up with copies. The size, at most batch_size, follows from how many rows
+    there are at most (count, unless given), so that passes over what an attack has left are one
+    program, whatever is left. On a CPU it is an eighth of them, within bounds, and little is filled
+    up. On an accelerator few batches matter more: it is as large as it may be, or half of that
+    where so many suffice. Sizes are rounded up to a multiple_of the devices.
     """
-    if jax.default_backend() != "cpu":
-        num_sizes = min(num_sizes, 2)
-
-    def rounded(size, step):
-        return -(-size // step) * step
-
-    batch_size = rounded(batch_size, multiple_of)
-    step = rounded(-(-batch_size // num_sizes), multiple_of)
-    even = -(-count // -(-count // batch_size))
-    size = min(rounded(even, step), batch_size)
+    most = count if most is None else most
+    on_cpu = jax.default_backend() == "cpu"
+    size = min(batch_size, max(_FEW, min(most // 8, _ENOUGH))) if on_cpu else batch_size
+    size = -(-most // -(-most // size))
+    if not on_cpu and count <= -(-size // 2):
+        size = -(-size // 2)
+    size = -(-size // multiple_of) * multiple_of
     for start in range(0, count, size):
         yield np.minimum(np.arange(start, start + size), count - 1), min(size, count - start)
 
@@ -62,12 +61,12 @@ def counted(rows: Rows) -> tuple[int, Callable]:
     return count, lambda i: {name: array[i] for name, array in rows.items()}
 
 
-def over(lift: Lift, variables: Any) -> MapExamples:
-    """The mapping of a network with its variables."""
+def over(lift: Lift, variables: Any, most: int) -> MapExamples:
+    """The mapping of a network with its variables, for at most so many rows."""
 
     def map_examples(fn):
         run = lift(fn)
-        return lambda rows, *scalars: run(variables, *counted(rows), *scalars)
+        return lambda rows, *scalars: run(variables, most, *counted(rows), *scalars)
 
     return map_examples
 

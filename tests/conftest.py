@@ -29,6 +29,7 @@ REPOSITORY = Path(__file__).parents[1]
 CACHE = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "robust_jax_test_cache")
 )
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # scikit-learn's threads would wait for each other
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # A tenth of the time goes to garbage and to the lines of source that a program came from.
@@ -42,8 +43,10 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest file goes first, or one worker would be alone with it in the end."""
-    items.sort(key=lambda item: item.path.name != "test_demo.py")
+    """The longest files go first, or one worker would be alone with them in the end."""
+    first = ["test_demo.py", "test_study.py", "test_processes.py", "test_functions.py"]
+    ranks = {name: rank for rank, name in enumerate(first)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(first)))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,10 +28,17 @@ def trained(method="standard", seed=0, hidden=64, steps=400):
     one, two, key = jax.random.split(jax.random.key(seed), 3)
     params = {
         "w1": jax.random.normal(one, (64, hidden)) / 8,
-        "b1": jnp.zeros(hidden),
+        "b1": np.zeros(hidden, np.float32),
         "w2": jax.random.normal(two, (hidden, 10)) / hidden**0.5,
-        "b2": jnp.zeros(10),
+        "b2": np.zeros(10, np.float32),
     }
+    keys = jax.random.split(key, steps)
+    return functools.partial(network, jax.device_get(_train(params, images, labels, keys, method)))
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _train(params, images, labels, keys, method):
+    """The parameters after one step for each key."""
     optimizer = optax.adam(3e-3)
 
     def objective(params, key):
@@ -47,17 +54,12 @@ def trained(method="standard", seed=0, hidden=64, steps=400):
             return (losses.cross_entropy(fn(x), y) + 4 * losses.kl(fn(x_adv), fn(x))).mean()
         return losses.cross_entropy(fn(pgd(frozen, x, y, key, **settings)), y).mean()
 
-    @jax.jit
-    def train_all(params, key):
-        def step(carry, key):
-            params, state = carry
-            updates, state = optimizer.update(jax.grad(objective)(params, key), state)
-            return (optax.apply_updates(params, updates), state), None
+    def step(carry, key):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(objective)(params, key), state)
+        return (optax.apply_updates(params, updates), state), None
 
-        keys = jax.random.split(key, steps)
-        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
-
-    return functools.partial(network, jax.device_get(train_all(params, key)))
+    return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
 
 
 def network(params, x):

@@ -24,20 +24,21 @@ def make_linear(key, image_shape=(4, 5, 1), num_classes=3):
     def logits_fn(x):
         return x.reshape(x.shape[0], -1) @ weights.T + bias
 
+    weights, bias = np.asarray(weights), np.asarray(bias)
     return logits_fn, weights, bias
 
 
 def interior_images(key, batch_size, image_shape=(4, 5, 1)):
     """Images so far inside [0,1] that small attacks never meet its walls."""
-    return jax.random.uniform(key, (batch_size, *image_shape), minval=0.4, maxval=0.6)
+    return np.asarray(jax.random.uniform(key, (batch_size, *image_shape), minval=0.4, maxval=0.6))
 
 
 def make_nonlinear(key, image_shape=(4, 5, 1), num_classes=3, hidden=16):
     """A small smooth network as a plain function of x."""
     size = math.prod(image_shape)
     one, two = jax.random.split(key)
-    w1 = jax.random.normal(one, (size, hidden)) / jnp.sqrt(size) * 3
-    w2 = jax.random.normal(two, (hidden, num_classes))
+    w1 = np.asarray(jax.random.normal(one, (size, hidden))) / np.float32(np.sqrt(size)) * 3
+    w2 = np.asarray(jax.random.normal(two, (hidden, num_classes)))
     return lambda x: jnp.tanh((x - 0.5).reshape(x.shape[0], -1) @ w1) @ w2
 
 

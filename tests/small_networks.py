@@ -1,11 +1,14 @@
 """Small networks for the calls of tests/calls.py, written in many ways, and examples for them."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 KEY = jax.random.key(0)
 SHAPE = (3, 4, 1)
@@ -28,6 +31,12 @@ def examples(seed=0, count=8):  # one for each device
 
 def chex_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one, other)
+
+
+def on_mesh(kind, *arrays, axes=("data",)):
+    """The arrays on a mesh of eight devices, divided by their first axis or not at all."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 # Networks that are written in other ways.
@@ -58,9 +67,13 @@ def straight_through(x):
 straight_through.defvjp(lambda x: (straight_through(x), None), lambda _, g: (g,))
 
 
+@functools.cache
+def linen_variables(seed):
+    return jax.jit(Linen().init)(jax.random.key(seed), jnp.ones((1, *SHAPE)))
+
+
 def linen(seed, train=False):
-    model = Linen()
-    variables = model.init(jax.random.key(seed), jnp.ones((1, *SHAPE)))
+    model, variables = Linen(), linen_variables(seed)
     return lambda x: model.apply(variables, x, train)
 
 
@@ -83,6 +96,7 @@ def convolution(seed):
     ).max((1, 2))
 
 
+@functools.cache
 def exported(seed):
     shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 3, 4, 1"), jnp.float32)
     found = jax.export.export(jax.jit(network(weights_of(seed))))(shape)

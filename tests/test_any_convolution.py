@@ -17,7 +17,7 @@ NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
 
 def convolution(image, kernel, layout=NHWC, *, strides=(1, 1), padding="SAME", **keywords):
     """A function with one convolution, of images [B,*image]."""
-    weights = jax.random.normal(KEY, kernel) / 3
+    weights = np.random.default_rng(0).normal(size=kernel).astype(np.float32) / 3
 
     def fn(x):
         y = lax.conv_general_dilated(
@@ -74,7 +74,7 @@ def both(fn, image):
     fast, plain = (
         as_network(f, image, jnp.float32) for f in (fn, robust_jax.plain_convolutions(fn))
     )
-    return fast, plain, jax.random.uniform(KEY, (4, *image))
+    return fast, plain, np.random.default_rng(0).random((4, *image), np.float32)
 
 
 @pytest.mark.parametrize("name", [*CONVOLUTIONS, *(f"pool {name}" for name in POOLINGS)])
@@ -82,23 +82,28 @@ def test_values_and_derivatives_are_those_of_the_network_as_written(name):
     table = POOLINGS if name.startswith("pool ") else CONVOLUTIONS
     fn, image = table[name.removeprefix("pool ")]
     fast, plain, x = both(fn, image)
-    np.testing.assert_allclose(plain(x), fn(x), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(fast(x), fn(x), rtol=1e-4, atol=1e-5)
-    gradient, expected = (
-        jax.jit(jax.vmap(jax.grad(lambda x, f=f: (f(x[None]) ** 2).sum())))(x)
-        for f in (fast, plain)
-    )
-    scale = np.abs(expected).max()
+
+    @jax.jit
+    def values_and_gradients(x):
+        gradients = [
+            jax.vmap(jax.grad(lambda x, f=f: (f(x[None]) ** 2).sum()))(x) for f in (fast, plain)
+        ]
+        return [f(x) for f in (fast, plain, fn)], gradients
+
+    (by_fast, by_plain, as_written), (gradient, expected) = values_and_gradients(x)
+    np.testing.assert_allclose(by_plain, as_written, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(by_fast, as_written, rtol=1e-4, atol=1e-5)
+    gradient, scale = np.asarray(gradient), np.abs(expected).max()
     np.testing.assert_allclose(gradient / scale, expected / scale, atol=1e-5)
 
 
 def test_of_equal_maxima_the_first_has_the_gradient():
     fn, image = pooling((2, 2), (2, 2), image=(4, 4, 1))
     fast, plain, _ = both(lambda x: nn.max_pool(x, (2, 2), (2, 2)).reshape(len(x), -1), image)
+    gradients = jax.jit(lambda x: [jax.grad(lambda x, f=f: f(x).sum())(x) for f in (fast, plain)])
     for tied in ([[0, 1], [1, 0]], [[1, 0], [0, 1]], [[0, 0], [1, 1]], [[1, 1], [1, 1]]):
-        x = jnp.tile(jnp.asarray(tied, jnp.float32)[None, :, :, None], (1, 2, 2, 1))
-        one, other = (jax.grad(lambda x, f=f: f(x).sum())(x) for f in (fast, plain))
-        np.testing.assert_array_equal(one, other)
+        x = np.tile(np.float32(tied)[None, :, :, None], (1, 2, 2, 1))
+        np.testing.assert_array_equal(*gradients(x))
 
 
 def names(fn, image):
@@ -130,12 +135,12 @@ class LeNet(nn.Module):
 def test_an_attack_and_a_norm_are_those_of_the_network_as_written():
     model = LeNet()
     x = jax.random.uniform(KEY, (8, 12, 12, 1))
-    variables = model.init(KEY, x)
+    variables = jax.jit(model.init)(KEY, x)
 
     def logits_fn(x):
         return model.apply(variables, x)
 
-    y = jnp.argmax(logits_fn(x), -1)
+    y = np.arange(8)
     fast, plain = (
         attacks.pgd(f, x, y, KEY, eps=0.1, norm="l2", num_steps=3)
         for f in (logits_fn, robust_jax.plain_convolutions(logits_fn))

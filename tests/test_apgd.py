@@ -24,6 +24,7 @@ KEY = jax.random.key(0)
 ATTACKS = {"apgd": apgd, "apgd_targeted": apgd_targeted}
 
 
+@functools.cache
 def near_boundary(num_classes, norm):
     """(logits_fn, x, y, distance [B]): a linear model, points near its boundaries, how near.
 
@@ -31,22 +32,31 @@ def near_boundary(num_classes, norm):
     there no pixel meets a wall.
     """
     linear, weights, _ = make_linear(KEY, num_classes=num_classes)
-    centre = linear(jnp.full((1, 4, 5, 1), 0.5))
-    x = interior_images(KEY, 24)
-    logits = linear(x) - centre
-    y = jnp.argmax(logits, -1)
-    gaps = np.asarray(weights[y][:, None] - weights[None])
+    weights = np.asarray(weights)
+    centre = np.asarray(linear(np.full((1, 4, 5, 1), 0.5, np.float32)))
+    x = np.asarray(interior_images(KEY, 24))
+    logits = np.asarray(linear(x)) - centre
+    y = logits.argmax(-1).astype(np.int32)
+    gaps = weights[y][:, None] - weights[None]
     dual = np.linalg.norm(gaps, DUAL_ORDERS[norm], axis=-1)
-    distances = np.asarray(logits.max(-1, keepdims=True) - logits) / np.where(dual, dual, 1)
+    distances = (logits.max(-1, keepdims=True) - logits) / np.where(dual, dual, 1)
     distance = np.where(dual, distances, np.inf).min(-1)
     clear = distance > 2e-3  # of rounding errors
     assert clear.sum() > 15
     assert (distance < 0.39).all()
-    return lambda x: linear(x) - centre, x[clear], y[clear], distance[clear]
+    return jax.jit(lambda x: linear(x) - centre), x[clear], y[clear], distance[clear]
+
+
+def margin(logits, y):
+    """z_y - max of the others, [B,K], [B] -> [B], in float64."""
+    logits, at_label = np.array(logits, np.float64), (np.arange(len(y)), np.asarray(y))
+    own = logits[at_label]
+    logits[at_label] = -np.inf
+    return own - logits.max(-1)
 
 
 def robust_accuracy(logits_fn, x_adv, y):
-    return float(losses.correct(logits_fn(x_adv), y).mean())
+    return float((margin(logits_fn(x_adv), y) > 0).mean())
 
 
 def test_checkpoints_are_those_of_the_paper():
@@ -92,37 +102,35 @@ def compiled(name, norm, shape, num_classes):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ATTACKS)
-@settings(max_examples=16, deadline=None, derandomize=True)
-@given(
-    eps=st.floats(0, 3, width=32),
-    seed=st.integers(0, 1000),
-    shape_and_classes=st.sampled_from([((4, 5, 1), 6), ((1, 7, 2), 2)]),
+@pytest.mark.parametrize(
+    ("name", "shape", "num_classes"), [("apgd", (1, 7, 2), 2), ("apgd_targeted", (4, 5, 1), 6)]
 )
-def test_stays_in_the_ball_and_the_box(name, norm, eps, seed, shape_and_classes):
-    shape, num_classes = shape_and_classes
-    key = jax.random.key(seed)
-    x = jax.random.uniform(key, (4, *shape))
-    y = jax.random.randint(key, (4,), 0, num_classes)
-    x_adv = compiled(name, norm, shape, num_classes)(x, y, key, eps)
+@settings(max_examples=16, deadline=None, derandomize=True)
+@given(eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000))
+def test_stays_in_the_ball_and_the_box(name, shape, num_classes, norm, eps, seed):
+    rng = np.random.default_rng(seed)
+    x, y = rng.random((4, *shape), np.float32), rng.integers(0, num_classes, 4)
+    x_adv = np.asarray(compiled(name, norm, shape, num_classes)(x, y, jax.random.key(seed), eps))
     assert x_adv.shape == x.shape
     assert (x_adv >= 0).all()
     assert (x_adv <= 1).all()
     assert (sizes(x_adv, x, norm) <= eps * (1 + 1e-6)).all()
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.2), ("l1", 1.0)])
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(
+    ("name", "norm", "eps"), [("apgd", "linf", 0.2), ("apgd_targeted", "l1", 1.0)]
+)
 def test_result_is_independent_of_batch_size_and_company(name, norm, eps):
     logits_fn = make_nonlinear(KEY, num_classes=5)
-    x = jax.random.uniform(KEY, (12, 4, 5, 1))
-    y = jnp.arange(12) % 5
+    x = np.asarray(jax.random.uniform(KEY, (12, 4, 5, 1)))
+    y = np.arange(12) % 5
     keys = jax.random.split(KEY, 12)
     attack = jax.jit(
         lambda x, y, k: ATTACKS[name](logits_fn, x, y, k, eps=eps, norm=norm, num_steps=10)
     )
     whole = attack(x, y, keys)
-    for index in (np.arange(5, 12), np.array([7]), np.array([11, 3, 7, 0])):
+    # Among others of the same number, and alone.
+    for index in (np.arange(12) % 5 + 7, np.array([7])):
         part = attack(x[index], y[index], keys[index])
         np.testing.assert_allclose(part, whole[index], atol=1e-5)
 
@@ -131,9 +139,9 @@ def test_result_is_independent_of_batch_size_and_company(name, norm, eps):
 def trained():
     """A small network trained on two noisy classes per quadrant, and points it gets right."""
     key = jax.random.key(3)
-    x = jax.random.uniform(key, (600, 4, 4, 1))
+    x = np.asarray(jax.random.uniform(key, (600, 4, 4, 1)))
     blocks = x.reshape(600, 2, 2, 2, 2).mean((2, 4)).reshape(600, 4)
-    y = jnp.argmax(blocks, -1)
+    y = blocks.argmax(-1)
     weights = (
         0.3 * jax.random.normal(key, (16, 32)),
         0.3 * jax.random.normal(jax.random.fold_in(key, 1), (32, 4)),
@@ -142,14 +150,14 @@ def trained():
     def apply(weights, x):
         return jnp.maximum((x - 0.5).reshape(len(x), -1) @ weights[0], 0) @ weights[1]
 
-    @jax.jit
     def step(weights, _):
         gradient = jax.grad(lambda w: losses.cross_entropy(apply(w, x), y).mean())(weights)
         return jax.tree.map(lambda w, g: w - 1.0 * g, weights, gradient), None
 
-    weights, _ = jax.lax.scan(step, weights, length=800)
-    logits_fn = functools.partial(apply, weights)
-    right = np.flatnonzero(losses.correct(logits_fn(x), y))[:300]
+    weights, _ = jax.jit(lambda w: jax.lax.scan(step, w, length=800))(weights)
+    logits_fn = jax.jit(functools.partial(apply, weights))
+    x, y = np.asarray(x), np.asarray(y)
+    right = np.flatnonzero(np.asarray(logits_fn(x)).argmax(-1) == y)[:300]
     return logits_fn, x[right], y[right]
 
 
@@ -159,21 +167,21 @@ def trained():
 )
 def test_is_not_weaker_than_pgd_with_the_same_budget(trained, norm, eps, behind):
     logits_fn, x, y = trained
+    keywords = {"eps": eps, "norm": norm, "num_steps": 40}
     by_pgd, by_apgd = (
-        robust_accuracy(
-            logits_fn, attack(logits_fn, x, y, KEY, eps=eps, norm=norm, num_steps=40), y
-        )
+        robust_accuracy(logits_fn, attack(logits_fn, x, y, KEY, **keywords), y)
         for attack in (pgd, apgd)
     )
-    targeted = apgd_targeted(logits_fn, x, y, KEY, eps=eps, norm=norm, num_steps=40)
     assert 0.1 < by_apgd <= by_pgd + behind < 0.9
-    assert robust_accuracy(logits_fn, targeted, y) <= by_pgd
+    if norm == "linf":
+        targeted = apgd_targeted(logits_fn, x, y, KEY, **keywords)
+        assert robust_accuracy(logits_fn, targeted, y) <= by_pgd
 
 
 def test_returns_the_adversarial_and_not_the_point_of_largest_loss():
     """The loss pulls away from where the label is lost, so both cannot be had."""
-    x = jnp.full((4, 2, 2, 1), 0.5)
-    y = jnp.zeros(4, jnp.int32)
+    x = np.full((4, 2, 2, 1), 0.5, np.float32)
+    y = np.zeros(4, np.int32)
 
     def logits_fn(x):
         s = (x - 0.5).sum((1, 2, 3))
@@ -190,16 +198,17 @@ def test_returns_the_adversarial_and_not_the_point_of_largest_loss():
         loss=lambda logits, y: -losses.cross_entropy(logits, y),
     )
     found = (x_adv - x).sum((1, 2, 3))
-    assert (jnp.argmax(logits_fn(x_adv), -1) == 1).sum() >= 2
+    assert (jnp.asarray(logits_fn(x_adv)).argmax(-1) == 1).sum() >= 2
     assert (found > 0.1).sum() >= 2
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 4, 12])
 def test_targets_are_the_likeliest_wrong_classes_and_no_more_than_there_are(num_classes):
-    logits = jax.random.normal(KEY, (num_classes,))
-    for label in (int(jnp.argmax(logits)), int(jnp.argmin(logits))):
-        targets, ranks = likeliest_wrong(logits, jnp.asarray(label), 9)
-        expected = [k for k in np.argsort(-np.asarray(logits)) if k != label][:9]
+    logits = np.random.default_rng(0).normal(size=num_classes).astype(np.float32)
+    search = jax.jit(likeliest_wrong, static_argnums=2)
+    for label in (logits.argmax(), logits.argmin()):
+        targets, ranks = search(logits, label, 9)
+        expected = [k for k in np.argsort(-logits) if k != label][:9]
         assert targets.tolist() == expected
         assert ranks.tolist() == list(range(2, 2 + len(expected)))
 
@@ -207,24 +216,24 @@ def test_targets_are_the_likeliest_wrong_classes_and_no_more_than_there_are(num_
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_few_classes_are_attacked_by_the_margin(num_classes):
     logits_fn, _, _ = make_linear(KEY, (6, 3, 1), num_classes)
-    x = interior_images(KEY, 8, (6, 3, 1))
-    y = jnp.argmax(logits_fn(x), -1)
+    x = np.asarray(interior_images(KEY, 8, (6, 3, 1)))
+    y = jnp.asarray(logits_fn(x)).argmax(-1)
     x_adv = apgd_targeted(logits_fn, x, y, KEY, eps=0.5)
     assert robust_accuracy(logits_fn, x_adv, y) == 0
 
 
 def test_one_rank_after_another_is_the_whole_attack():
     logits_fn = make_nonlinear(KEY, num_classes=5)
-    x = jax.random.uniform(KEY, (16, 4, 5, 1))
-    y = jnp.argmax(logits_fn(x), -1)
+    x = np.asarray(jax.random.uniform(KEY, (16, 4, 5, 1)))
+    y = jnp.asarray(logits_fn(x)).argmax(-1)
     keywords = {"eps": 0.08, "num_steps": 10}
     together = apgd_targeted(logits_fn, x, y, KEY, num_targets=3, **keywords)
     at_rank = jax.jit(
         lambda rank: apgd_targeted(logits_fn, x, y, KEY, ranks=rank[None], **keywords)
     )
     apart = [at_rank(rank) for rank in jnp.arange(2, 5)]
-    broken = np.any([jnp.argmax(logits_fn(z), -1) != y for z in apart], 0)
-    np.testing.assert_array_equal(jnp.argmax(logits_fn(together), -1) != y, broken)
+    broken = np.any([np.asarray(logits_fn(z)).argmax(-1) != y for z in apart], 0)
+    np.testing.assert_array_equal(np.asarray(logits_fn(together)).argmax(-1) != y, broken)
     assert 0 < broken.sum() < 16
 
 
@@ -235,8 +244,8 @@ def test_a_randomised_network_is_attacked_through_its_average():
         s = (x - 0.5).sum((1, 2, 3)) * (1 + 4 * jax.random.normal(key))
         return jnp.stack([jnp.full_like(s, 0.2), s], -1)
 
-    x = jnp.full((16, 4, 4, 1), 0.5)
-    y = jnp.zeros(16, jnp.int32)
+    x = np.full((16, 4, 4, 1), 0.5, np.float32)
+    y = np.zeros(16, np.int32)
     pushed = {
         draws: float(
             (
@@ -261,9 +270,9 @@ def test_a_randomised_network_is_attacked_through_its_average():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_zero_and_nan_gradients_are_survived(norm):
-    x = interior_images(KEY, 3)
-    y = jnp.zeros(3, jnp.int32)
-    for value in (0.0, jnp.nan):
+    x = np.asarray(interior_images(KEY, 3))
+    y = np.zeros(3, np.int32)
+    for value in (np.zeros(1), np.full(1, np.nan)):  # arrays: arguments of one program
         x_adv = apgd(
             lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
             x,
@@ -273,7 +282,7 @@ def test_zero_and_nan_gradients_are_survived(norm):
             norm=norm,
             num_steps=5,
         )
-        assert jnp.isfinite(x_adv).all()
+        assert np.isfinite(x_adv).all()
         assert (sizes(x_adv, x, norm) <= 0.1 * (1 + 1e-6)).all()
 
 
@@ -310,6 +319,6 @@ def test_targeted_dlr_is_its_formula_and_needs_four_classes():
 )
 def test_mistakes_are_told(keywords, message):
     logits_fn, _, _ = make_linear(KEY, num_classes=2)
-    x = interior_images(KEY, 2)
+    x = np.asarray(interior_images(KEY, 2))
     with pytest.raises(ValueError, match=message):
         apgd(logits_fn, x, jnp.zeros(2, jnp.int32), KEY, **{"eps": 0.1, **keywords})

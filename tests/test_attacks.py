@@ -39,41 +39,67 @@ OFF_THE_RIM = {
     "square",
     "uniform_noise",
 }
-QUICK = {"carlini_wagner": {"num_steps": 30, "num_searches": 5}}
+# From a random start the iterates turn towards the optimum, the faster the longer the step.
+LONG_STEPS = ("pgd", "multi_targeted")
+QUICK = {
+    "apgd": {"num_steps": 20},
+    "apgd_targeted": {"num_steps": 20},
+    "carlini_wagner": {"num_steps": 30, "num_searches": 5},
+    "fab": {"num_steps": 20},
+    "multi_targeted": {"num_steps": 20},
+    "pgd": {"num_steps": 20},
+    "square": {"num_queries": 200},
+}
+SHAPE = (3, 5, 2)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", sorted({*POINTWISE} - OFF_THE_RIM))
-def test_reaches_the_optimum_of_a_binary_linear_model(name, norm):
-    """There, the best attack is eps along the dual direction of w_other - w_y."""
-    logits_fn, weights, _ = make_linear(KEY, num_classes=2)
-    x = interior_images(KEY, 8)
-    y = jnp.argmax(logits_fn(x), -1)
-    eps = 0.05
-    # From a random start the iterates turn towards the optimum, the faster the longer the step.
-    steps = {"num_steps": 20, "step_size": 2 * eps} if name in ("pgd", "multi_targeted") else {}
-    x_adv = POINTWISE[name](logits_fn, x, y, KEY, eps=eps, norm=norm, **steps)
-    dual = np.linalg.norm(weights[0] - weights[1], DUAL_ORDERS[norm])
-    drop = losses.margin(logits_fn(x), y) - losses.margin(logits_fn(x_adv), y)
-    np.testing.assert_allclose(drop, np.full(8, eps * dual), rtol=1e-3)
+def network(weights, x):
+    flat = x.reshape(len(x), -1)
+    hidden = jnp.tanh((flat - 0.5) @ weights["in"])
+    return hidden @ weights["out"] + flat @ weights["linear"] + weights["bias"]
+
+
+def of_kind(*, is_linear):
+    """Weights of a smooth network, or of a linear one whose third class is out of reach."""
+    rng, linear = np.random.default_rng(0), np.float32(is_linear)
+    weights = {
+        "in": (1 - linear) * rng.normal(size=(30, 16)) / 2,
+        "out": (1 - linear) * rng.normal(size=(16, 3)),
+        "linear": linear * rng.normal(size=(30, 3)) * [1, 1, 0],
+        "bias": linear * np.array([0, 0, -1e3]),
+    }
+    return {name: np.float32(value) for name, value in weights.items()}
+
+
+SMOOTH, LINEAR = of_kind(is_linear=False), of_kind(is_linear=True)
 
 
 @functools.cache
-def compiled(name, norm, shape):
-    logits_fn = make_nonlinear(KEY, shape)
-    attack = functools.partial(POINTWISE[name], logits_fn, norm=norm, **QUICK.get(name, {}))
-    return jax.jit(lambda x, y, key, eps: attack(x, y, key, eps=eps))
+def compiled(name, norm):
+    """One program for both networks: attack(weights, x, y, keys, eps)."""
+
+    @jax.jit
+    def attack(weights, x, y, keys, eps):
+        settings = QUICK.get(name, {}) | ({"step_size": 2 * eps} if name in LONG_STEPS else {})
+        logits_fn = functools.partial(network, weights)
+        return POINTWISE[name](logits_fn, x, y, keys, eps=eps, norm=norm, **settings)
+
+    return attack
+
+
+@jax.jit
+def examples_and_keys(key):
+    """Four of each; some pixels are close to the walls."""
+    x = jax.random.uniform(key, (4, *SHAPE))
+    return x, jax.random.randint(key, (4,), 0, 3), jax.random.split(key, 4)
 
 
 @pytest.mark.parametrize(("name", "norm"), WITH_NORMS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000))
 def test_stays_in_the_ball_and_the_box(name, norm, eps, seed):
-    shape = (3, 5, 2)
-    key = jax.random.key(seed)
-    x = jax.random.uniform(key, (4, *shape))  # some pixels close to the walls
-    y = jax.random.randint(key, (4,), 0, 3)
-    x_adv = compiled(name, norm, shape)(x, y, key, eps)
+    x, y, keys = examples_and_keys(jax.random.key(seed))
+    x_adv = np.asarray(compiled(name, norm)(SMOOTH, x, y, keys, eps))
     assert x_adv.shape == x.shape
     assert (x_adv >= 0).all()
     assert (x_adv <= 1).all()
@@ -81,29 +107,18 @@ def test_stays_in_the_ball_and_the_box(name, norm, eps, seed):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("loss", losses.ATTACK_LOSSES)
-def test_never_ends_below_its_start(norm, loss):
-    logits_fn = make_nonlinear(KEY)
-    x = jax.random.uniform(KEY, (32, 4, 5, 1))
-    y = jax.random.randint(KEY, (32,), 0, 3)
-    loss_fn = losses.ATTACK_LOSSES[loss]
-    # A huge step makes the last iterate often worse than the first.
-    x_adv = attacks.pgd(
-        logits_fn,
-        x,
-        y,
-        KEY,
-        eps=0.3,
-        norm=norm,
-        step_size=5.0,
-        num_steps=4,
-        random_start=False,
-        loss=loss_fn,
-    )
-    wrong_before, wrong_after = (losses.correct(logits_fn(z), y) == 0 for z in (x, x_adv))
-    assert (wrong_after | ~wrong_before).all()
-    before, after = loss_fn(logits_fn(x), y), loss_fn(logits_fn(x_adv), y)
-    assert (after >= before - 1e-5)[wrong_before == wrong_after].all()
+@pytest.mark.parametrize("name", sorted({*POINTWISE} - OFF_THE_RIM))
+def test_reaches_the_optimum_of_a_binary_linear_model(name, norm):
+    """There, the best attack is eps along the dual direction of w_other - w_y."""
+    x, _, keys = examples_and_keys(KEY)
+    x, eps = np.asarray(0.4 + 0.2 * x), 0.05  # it meets no wall
+    logits = network(LINEAR, x)
+    y = np.asarray(logits.argmax(-1))
+    x_adv = compiled(name, norm)(LINEAR, x, y, keys, eps)
+    one, other, _ = LINEAR["linear"].T
+    dual = np.linalg.norm(one - other, DUAL_ORDERS[norm])
+    drop = losses.margin(logits, y) - losses.margin(network(LINEAR, x_adv), y)
+    np.testing.assert_allclose(drop, np.full(4, eps * dual), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -117,15 +132,51 @@ def test_never_ends_below_its_start(norm, loss):
 )
 def test_result_is_independent_of_batch_size_and_company(name, norm):
     eps = {"linf": 0.2, "l2": 0.5, "l1": 1.0, "l0": 4.0}[norm]
-    logits_fn = make_nonlinear(KEY)
-    x = jax.random.uniform(KEY, (12, 4, 5, 1))
-    y = jnp.arange(12) % 3
-    keys = jax.random.split(KEY, 12)
-    attack = jax.jit(lambda x, y, k: POINTWISE[name](logits_fn, x, y, k, eps=eps, norm=norm))
-    whole = attack(x, y, keys)
-    for index in (np.arange(5, 12), np.array([7]), np.array([11, 3, 7, 0])):
-        part = attack(x[index], y[index], keys[index])
+    x, y, keys = examples_and_keys(KEY)
+    attack = functools.partial(compiled(name, norm), SMOOTH)
+    whole = attack(x, y, keys, eps)
+    for index in (np.array([2]), np.array([3, 1, 2, 1])):
+        part = attack(x[index], y[index], keys[index], eps)
         np.testing.assert_allclose(part, whole[index], atol=1e-6)
+
+
+# Each loss and each norm; what is kept depends on the two apart.
+PAIRS = [(loss, list(NORMS)[i % 3]) for i, loss in enumerate(losses.ATTACK_LOSSES)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm"),
+    [
+        pytest.param(loss, norm, marks=[] if (loss, norm) in PAIRS else pytest.mark.slow)
+        for loss in losses.ATTACK_LOSSES
+        for norm in NORMS
+    ],
+)
+def test_never_ends_below_its_start(norm, loss):
+    logits_fn, loss_fn = make_nonlinear(KEY), losses.ATTACK_LOSSES[loss]
+    rng = np.random.default_rng(0)
+    x, y = rng.random((32, 4, 5, 1), np.float32), rng.integers(0, 3, 32, np.int32)
+
+    @jax.jit
+    def outcome(x):
+        return losses.correct(logits_fn(x), y) == 0, loss_fn(logits_fn(x), y)
+
+    # A huge step makes the last iterate often worse than the first.
+    x_adv = attacks.pgd(
+        logits_fn,
+        x,
+        y,
+        KEY,
+        eps=0.3,
+        norm=norm,
+        step_size=5.0,
+        num_steps=4,
+        random_start=False,
+        loss=loss_fn,
+    )
+    (wrong_before, before), (wrong_after, after) = jax.device_get((outcome(x), outcome(x_adv)))
+    assert (wrong_after | ~wrong_before).all()
+    assert (after >= before - 1e-5)[wrong_before == wrong_after].all()
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -200,21 +251,21 @@ TAKE_A_CRITERION = sorted(
 def test_a_criterion_says_what_counts_before_the_loss(name):
     """The loss pulls away from where the label is lost; the default keeps such points anyway."""
     logits_fn = make_nonlinear(KEY)
-    x = jax.random.uniform(KEY, (40, 4, 5, 1))
+    x = jax.device_put(jax.random.uniform(KEY, (40, 4, 5, 1)), jax.devices()[0])
     y = jnp.argmax(logits_fn(x), -1)
     keywords = {"num_queries": 30} if name == "square" else {}
     keywords |= {"num_samples": 5} if "noise" in name else {}
 
+    def away(logits, y):
+        return -losses.cross_entropy(logits, y)
+
     def found(**criterion):
-        x_adv = POINTWISE[name](
-            logits_fn, x, y, KEY, eps=0.3, **keywords, **criterion,
-            loss=lambda logits, y: -losses.cross_entropy(logits, y),
-        )  # fmt: skip
+        x_adv = POINTWISE[name](logits_fn, x, y, KEY, eps=0.3, **keywords, **criterion, loss=away)
         logits = logits_fn(x_adv)
-        return losses.cross_entropy(logits, y), attacks.is_adversarial(logits_fn, x_adv, y), logits
+        return losses.cross_entropy(logits, y), np.asarray(logits.argmax(-1) != y), logits
 
     loss, wrong, _ = found(criterion=attacks.never)
-    default_loss, default_wrong, _ = found()
+    default_loss, default_wrong, default_logits = found()
     assert (default_wrong | ~wrong).all()
     if name != "square":  # which stops at the first success
         assert (loss <= default_loss + 1e-5).all()
@@ -225,7 +276,7 @@ def test_a_criterion_says_what_counts_before_the_loss(name):
     def by_half(logits, y):
         return losses.margin(logits, 0 * y) > 0.5
 
-    assert by_half(found(criterion=by_half)[2], y).sum() >= by_half(found()[2], y).sum()
+    assert by_half(found(criterion=by_half)[2], y).sum() >= by_half(default_logits, y).sum()
 
 
 def test_a_loss_that_compares_outputs_needs_a_criterion_without_labels():

@@ -1,47 +1,45 @@
-"""Even batches of a few sizes cover every row once, in order."""
+"""Batches of one size cover every row once, in order."""
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from robust_jax.batches import batches, joined, on_one_device
 
 
-@given(st.integers(1, 300), st.integers(1, 100), st.integers(1, 8), st.sampled_from((1, 4, 16)))
-def test_every_row_once_in_even_batches_of_few_sizes(count, batch_size, devices, num_sizes):
-    options = {"multiple_of": devices, "num_sizes": num_sizes}
-    plan = list(batches(count, batch_size, **options))
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@given(st.integers(1, 100), st.integers(0, 300), st.integers(1, 40), st.integers(1, 8))
+def test_every_row_once_in_batches_of_few_sizes(backend, count, more, batch_size, devices):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: backend)
+        options = {"most": count + more, "multiple_of": devices}
+        plan = list(batches(count, batch_size, **options))
+        possible = {len(next(batches(n, batch_size, **options))[0]) for n in range(1, count + 1)}
     np.testing.assert_array_equal(
         np.concatenate([rows[:real] for rows, real in plan]), np.arange(count)
     )
     (size,) = {len(rows) for rows, _ in plan}
     assert size % devices == 0 and size < batch_size + devices
-    largest = -(-batch_size // devices) * devices
-    assert len(plan) == -(-count // largest)  # no more than by the largest size
-    possible = {len(next(batches(n, batch_size, **options))[0]) for n in range(1, 301)}
-    assert size in possible and len(possible) <= num_sizes
+    assert size in possible and len(possible) <= {"cpu": 1, "gpu": 2}[backend]
 
 
-@given(st.integers(1, 300), st.integers(1, 100))
-def test_little_is_made_up(count, batch_size):
-    plan = list(batches(count, batch_size))
-    made_up = sum(len(rows) for rows, _ in plan) - count
-    assert made_up < len(plan) * (-(-batch_size // 16))
+def test_little_is_made_up():
+    for most in range(1, 2000):
+        made_up = sum(len(rows) for rows, _ in batches(most, 500)) - most
+        assert made_up < len(list(batches(most, 500)))  # of all of them, one row a batch
+    assert [len(rows) for rows, _ in batches(5, 128)] == [5]
+    assert [len(rows) for rows, _ in batches(5, 128, most=200)] == [25]
+    assert [len(rows) for rows, _ in batches(130, 128, most=200)] == [25] * 6
+    assert [len(rows) for rows, _ in batches(130, 128, most=2000)] == [63] * 3
 
 
-def test_few_rows_take_a_small_batch():
-    assert [len(rows) for rows, _ in batches(300, 128)] == [104, 104, 104]
-    assert [len(rows) for rows, _ in batches(329, 500)] == [352]
-    assert [len(rows) for rows, _ in batches(5, 128)] == [8]
-    assert [len(rows) for rows, _ in batches(329, 500, num_sizes=4)] == [375]
-    assert [len(rows) for rows, _ in batches(5, 128, num_sizes=1)] == [128]
-
-
-def test_an_accelerator_compiles_two_sizes(monkeypatch):
+def test_an_accelerator_takes_them_all_at_once_or_half(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    sizes = {len(rows) for count in range(1, 501) for rows, _ in batches(count, 500)}
-    assert sizes == {250, 500}
+    assert [len(rows) for rows, _ in batches(450, 500, most=1000)] == [500]
+    assert [len(rows) for rows, _ in batches(250, 500, most=1000)] == [250]
+    assert [len(rows) for rows, _ in batches(600, 500, most=600)] == [300, 300]
 
 
 def test_results_come_in_the_order_of_the_rows_and_padding_counts_for_nothing():

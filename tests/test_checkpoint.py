@@ -1,6 +1,7 @@
 """Checkpoints damaged on purpose: skipped for the one before, or refused; never other numbers."""
 
 import contextlib
+import functools
 import gc
 import resource
 import shutil
@@ -28,13 +29,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def collected():
-    """What Orbax left behind complains here, not in a later test."""
+    """What Orbax left behind complains here, not in a later file."""
     yield
     gc.collect()
 
 
+@functools.cache
 def state_at(step, width=40):
     """Random numbers, so that a file does not compress to nothing."""
     rng = np.random.default_rng(step)
@@ -135,19 +137,33 @@ def test_a_damaged_checkpoint_is_skipped_or_as_it_was(target, damage, saved, tmp
     checkpoints.close()
 
 
-def test_a_step_that_is_damaged_twice_is_set_aside_twice(saved, tmp_path):
+def test_a_step_that_is_damaged_is_set_aside_and_written_again(saved, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(saved, workdir)
+    folder = workdir / "checkpoints/last"
     for _ in range(2):
-        emptied(workdir / "checkpoints/last/5/notes/metadata")
+        emptied(folder / "5/notes/metadata")
         checkpoints = Checkpoints(workdir, state_at(0))
-        assert int(checkpoints.restore("last")[0].step) == 3
+        assert int(checkpoints.restore("last")[0].step) == checkpoints.latest_step() == 3
         checkpoints.save("last", state_at(5), {"step": 5})
         checkpoints.wait()
         assert int(checkpoints.restore("last")[0].step) == 5
         checkpoints.close()
     aside = sorted(p.name for p in (workdir / "checkpoints/damaged").iterdir())
     assert aside == ["last_5", "last_5_2"]
+
+
+def test_where_all_are_damaged_they_are_refused_and_stay(saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    for manifest in workdir.glob("checkpoints/last/*/state/manifest*"):
+        manifest.unlink()
+    checkpoints = Checkpoints(workdir, state_at(0))
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        checkpoints.restore("last")
+    assert checkpoints.restore("best") is None
+    assert sorted(p.name for p in (workdir / "checkpoints/last").iterdir()) == ["3", "5"]
+    checkpoints.close()
 
 
 def test_one_checkpoint_at_a_time_is_written(tmp_path, monkeypatch):

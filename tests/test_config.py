@@ -209,6 +209,7 @@ def two_steps(field=None, value=None):
     config.batch_size = 64
     config.duration = "3 steps"
     config.optimizer = {"name": "sgd" if field == "gradient_clip_norm" else "adam"}
+    config.attacks = ConfigDict()
     if field is not None:
         with config.unlocked():
             *sections, last = field.split(".")
@@ -324,8 +325,8 @@ def test_one_override_moves_all_that_follow():
 def test_an_adversary_of_another_radius_than_the_threat_models_is_warned_of(monkeypatch):
     said = []
     monkeypatch.setattr(training.logging, "warning", lambda text, *v: said.append(text % v))
-    build(changed(adversary__eps=8 / 255))
-    build(changed(threat__eps=8 / 255))
+    for fields in ({"adversary__eps": 8 / 255}, {"threat__eps": 8 / 255}):
+        build(changed(**fields, attacks=ConfigDict()))
     assert said == [
         "config.adversary.eps is 8/255 and config.threat.eps, which it is judged at, 0.15"
     ]

@@ -35,11 +35,14 @@ TRACED = {
     "digits_cnn_ls",
     "fashion_mnist_lenet5_at",
     "imagenet_resnet50_at",
+    "mnist_cnn_average_margin",
+    "mnist_lenet5_at",
     "mnist_madry_cnn_at",
 }
 # Fields that make a network of the same class small.
 SMALL = {
-    "cnn": {"widths": (4, 4), "hidden": 8},
+    "cnn": {"widths": (4,), "hidden": 8},
+    "small_cnn": {"widths": (4, 4), "hidden": (8, 8)},
     "preact_resnet": {"width": 1 / 16},
     "resnet50": {"width": 1 / 16},
     "wide_resnet": {"depth": 10, "width": 1},
@@ -107,10 +110,14 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     config.batch_size = 16
     config.ema_decay = 0.9
     config.gradient_clip_norm = 1.0
+    config.attacks = ConfigDict()
     plan = build(config).plan
-    state, sums = plan.train_step(plan.init(), plan.batches[0], plan.key)
+    state, _ = jax.eval_shape(lambda: plan.train_step(plan.init(), plan.batches[0], plan.key))
     floats = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype != np.int32]
     assert {leaf.dtype for leaf in floats} == {np.dtype("float32")}
+    config.model = {"name": "mlp", "hidden": (8,)}
+    plan = build(config).plan
+    _, sums = plan.train_step(plan.init(), plan.batches[0], plan.key)
     assert np.isfinite(sums["loss"][0])
 
 

@@ -287,7 +287,7 @@ def test_a_training_run_on_a_stream_ends_as_one_in_memory(small_mnist, tmp_path)
             duration="4 steps",
             seed=0,
         )
-        config.model.update(widths=(4,), hidden=8)
+        config.model = {"name": "mlp", "hidden": (4,)}
         config.adversary.num_steps = 1
         config.attacks = ConfigDict()
         plan = build(config).plan
@@ -343,7 +343,7 @@ def test_the_imagenet_config_streams_images_of_any_size(tmp_path):
     with pytest.raises(UserError, match="images of varying size .*; give image_size"):
         build(config)
     config.image_size = 32
-    config.model.width = 1 / 16
+    config.model = ConfigDict({"name": "mlp", "hidden": (4,)})
     plan = build(config).plan
     batch = next(plan.batches.starting_at(0))
     assert batch["image"].shape == (8, 32, 32, 3) and batch["image"].dtype == np.uint8

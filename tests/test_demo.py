@@ -3,17 +3,24 @@
 import fcntl
 import html.parser
 import json
+import logging
 import shutil
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
+from ml_collections import ConfigDict
 
 from configs import default
-from robust_jax.app import report
+from robust_jax.app import config as config_lib
+from robust_jax.app import report, stored
 from robust_jax.app.run import execute
 from robust_jax.errors import UserError
-from tests.conftest import REPOSITORY, environment_of
+from robust_jax.files import write_json
+from tests.conftest import environment_of
+from tests.notebooks import NOTEBOOKS, code_cells, run_cell
 from tests.pages import code
 
 TINY = (
@@ -34,21 +41,87 @@ AUTOATTACK = {
 }
 
 
-@pytest.fixture(scope="module")
-def demo(launch, tmp_path_factory):
-    """(what launch.py printed, the run's folder): the default config, as in `make demo`."""
+ONE_MEMBER = {**AUTOATTACK, "eps": (0.1,), "version": ("square",), "num_examples": 40}
+
+
+def fewer_attacks():
+    """Part of the default config's grid, with AutoAttack on a small budget."""
+    grid = default.attack_grid(
+        linf=(0.05, 0.1, 0.15, 0.2, 0.3), l2=(0.5, 1.0, 2.0), autoattack=("linf",)
+    ).to_dict()
+    grid["autoattack_linf"]["overrides"] = {
+        "apgd_ce": {"num_steps": 10},
+        "apgd_t": {"num_steps": 10},
+        "fab_t": {"num_steps": 5},
+        "square": {"num_queries": 100},
+    }
+    return {name: entry for name, entry in grid.items() if entry["name"] not in ("bim", "mim")}
+
+
+class Size(NamedTuple):
+    """Of the demo: flags beside the default config, test images, and how it is compiled."""
+
+    flags: tuple[str, ...]
+    count: int
+    as_users_do: bool
+
+
+SIZES = {
+    # Learns and resists as the whole does; with fewer images, attacks and queries.
+    "small": Size(
+        (
+            "--config.duration=16 epochs",
+            "--config.evaluation.num_examples=100",
+            f"--config.attacks={fewer_attacks()!r}",
+            "--config.audit.num_examples=40",
+            "--config.audit.num_queries=100",
+        ),
+        count=100,
+        as_users_do=False,
+    ),
+    "whole": Size((), count=500, as_users_do=True),  # as in `make demo`
+}
+
+
+class Demo(NamedTuple):
+    """A finished run: what launch.py printed, its folder and flags, and its size."""
+
+    printed: str
+    workdir: Path
+    flags: tuple[str, ...]
+    size: Size
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("whole", marks=pytest.mark.slow)])
+def demo(request, launch, tmp_path_factory):
+    size = SIZES[request.param]
     workdir = tmp_path_factory.mktemp("demo") / "run"
-    result = launch("--config=configs/default.py", f"--workdir={workdir}", as_users_do=True)
+    flags = ("--config=configs/default.py", *size.flags)
+    result = launch(*flags, f"--workdir={workdir}", as_users_do=size.as_users_do)
     assert result.returncode == 0, result.stderr[-3000:]
-    return result, workdir
+    return Demo(result.stdout, workdir, flags, size)
+
+
+@pytest.fixture
+def moved(demo, tmp_path):
+    """The folder of a copy: a run can be moved."""
+    shutil.copytree(demo.workdir, tmp_path / "copied")
+    return tmp_path / "copied"
 
 
 @pytest.fixture(scope="module")
 def finished(launch, tmp_path_factory):
-    """(flags, folder) of a small run's launch."""
+    """(flags, folder) of a small run's launch, whose clean objective learns nothing."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    attacks = {"pgd_linf": {"name": "pgd", "eps": (0.1,)}, "autoattack_linf": AUTOATTACK}
-    flags = (*TINY, f"--config.attacks={attacks!r}")
+    attacks = {"pgd_linf": {"name": "pgd", "eps": (0.1,)}, "autoattack_linf": ONE_MEMBER}
+    flags = (
+        *TINY,
+        f"--config.attacks={attacks!r}",
+        "--config.evaluation.num_examples=100",
+        "--config.evaluation.num_images=2",
+        "--config.learning_rate=1e-5",
+        "--config.loss_on=clean",
+    )
     result = launch(*flags, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr[-3000:]
     return flags, workdir
@@ -63,19 +136,12 @@ def copied(finished, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def untrained(launch, tmp_path_factory):
-    """Results of a clean objective that learns nothing."""
-    workdir = tmp_path_factory.mktemp("untrained") / "run"
-    result = launch(
-        *TINY, f"--workdir={workdir}", "--config.learning_rate=1e-9", "--config.loss_on=clean"
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((workdir / "results.json").read_text())
-
-
-@pytest.fixture(scope="module")
 def results(demo):
-    return json.loads((demo[1] / "results.json").read_text())
+    return results_in(demo.workdir)
+
+
+def results_in(workdir):
+    return json.loads((workdir / "results.json").read_text())
 
 
 def accuracy(results, name, eps):
@@ -84,9 +150,9 @@ def accuracy(results, name, eps):
     )
 
 
-def test_learns_and_is_robust_beyond_what_chance_and_standard_training_reach(results):
+def test_learns_and_is_robust_beyond_what_chance_and_standard_training_reach(demo, results):
     assert results["clean"]["accuracy"] > 0.95
-    assert results["clean"]["count"] == 500
+    assert results["clean"]["count"] == demo.size.count
     assert accuracy(results, "worst_case_linf", 0.1) > 0.7
     assert accuracy(results, "worst_case_linf", 0.15) > 0.5
     assert accuracy(results, "worst_case_l2", 0.5) > 0.6
@@ -100,15 +166,15 @@ def test_attacks_do_bite(results):
         assert accuracy(results, f"pgd_{norm}", eps) <= accuracy(results, f"fgsm_{norm}", eps)
 
 
-def test_an_untrained_network_does_not_pass(untrained):
-    assert untrained["clean"]["accuracy"] < 0.5
-    assert accuracy(untrained, "worst_case_linf", 0.1) < 0.2
+def test_an_untrained_network_does_not_pass(finished):
+    results = results_in(finished[1])
+    assert results["clean"]["accuracy"] < 0.5
+    assert accuracy(results, "worst_case_linf", 0.1) < 0.2
 
 
 def test_results_are_the_means_of_the_records(demo, results):
-    records = pd.read_csv(demo[1] / "records" / "best.csv")
-    assert len(records) == 500
-    assert (records["index"] == np.arange(500)).all()
+    records = pd.read_csv(demo.workdir / "records" / "best.csv")
+    assert (records["index"] == np.arange(demo.size.count)).all()
     assert records["correct"].mean() == results["clean"]["accuracy"]
     assert ((records["prediction"] == records["label"]) == records["correct"]).all()
     assert ((records["margin"] > 0) == records["correct"]).all()
@@ -137,7 +203,9 @@ def test_results_are_the_means_of_the_records(demo, results):
 
 
 def test_last_has_records_of_its_own(demo, results):
-    best, last = (pd.read_csv(demo[1] / "records" / f"{name}.csv") for name in ("best", "last"))
+    best, last = (
+        pd.read_csv(demo.workdir / "records" / f"{name}.csv") for name in ("best", "last")
+    )
     assert results["best"]["step"] != results["last"]["step"]
     assert (best["margin"] != last["margin"]).mean() > 0.9
     assert last["correct"].mean() == results["last"]["clean"]["accuracy"]
@@ -159,7 +227,7 @@ def test_accuracy_falls_with_eps_and_the_worst_case_is_the_worst(results):
 
 def test_autoattack_and_the_audit_end_the_demo(demo, results):
     found = next(a for a in results["attacks"] if a["attack"] == "autoattack")
-    assert (found["norm"], found["eps"], found["count"]) == ("linf", 0.15, 500)
+    assert (found["norm"], found["eps"], found["count"]) == ("linf", 0.15, demo.size.count)
     assert list(found["members"]) == ["clean", "apgd_ce", "apgd_t", "fab_t", "square"]
     assert found["members"]["clean"] == results["clean"]["accuracy"]
     assert found["members"]["square"] == found["robust_accuracy"]
@@ -167,15 +235,15 @@ def test_autoattack_and_the_audit_end_the_demo(demo, results):
     assert results["audit"]["verdict"] == "pass"
     checks = [check["name"] for check in results["audit"]["checks"]]
     assert checks[-2:] == ["square", "transfer"] and len(checks) == 11
-    assert report.audit_sentence(results) in (demo[1] / "report.html").read_text()
-    card = json.loads((demo[1] / "card.json").read_text())
+    assert report.audit_sentence(results) in (demo.workdir / "report.html").read_text()
+    card = json.loads((demo.workdir / "card.json").read_text())
     assert card["autoattack_acc"] == f"{100 * found['robust_accuracy']:.2f}"
     assert (card["threat_model"], card["eps"], card["unreliable"]) == ("Linf", "0.15", False)
-    assert not (demo[1] / "unfinished").exists()
+    assert not (demo.workdir / "unfinished").exists()
 
 
 def test_best_is_the_step_of_the_highest_robust_validation_accuracy(demo, results):
-    lines = [json.loads(line) for line in (demo[1] / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (demo.workdir / "metrics.jsonl").read_text().splitlines()]
     accuracies = {
         line["step"]: line["validation/robust_accuracy"]
         for line in lines
@@ -199,9 +267,8 @@ def test_results_say_how_they_were_made(results):
 
 
 def test_the_table_is_printed_and_the_page_is_self_contained(demo, results):
-    printed, workdir = demo
-    assert report.table(results) in printed.stdout
-    page = (workdir / "report.html").read_text()
+    assert report.table(results) in demo.printed
+    page = (demo.workdir / "report.html").read_text()
 
     class Links(html.parser.HTMLParser):
         found: list = []
@@ -214,72 +281,61 @@ def test_the_table_is_printed_and_the_page_is_self_contained(demo, results):
     assert f"{100 * results['clean']['accuracy']:.1f}" in page
 
 
-def test_a_finished_run_says_so_and_keeps_its_files(demo, launch):
-    _, workdir = demo
-    before = (workdir / "results.json").read_bytes()
-    result = launch("--config=configs/default.py", f"--workdir={workdir}")
-    assert result.returncode == 0
-    assert "is finished" in result.stderr
-    assert (workdir / "results.json").read_bytes() == before
+def test_a_finished_run_says_so_and_keeps_its_files(demo, results, caplog):
+    before = (demo.workdir / "results.json").read_bytes()
+    with caplog.at_level(logging.INFO, "absl"):
+        said = execute(stored.config_of(demo.workdir), demo.workdir, "train")
+    assert said == report.table(results)
+    assert "is finished" in caplog.text
+    assert (demo.workdir / "results.json").read_bytes() == before
 
 
 def test_another_config_in_the_same_folder_is_refused(demo):
-    _, workdir = demo
-    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-    config = default.get_config()
+    before = {p: p.stat().st_mtime_ns for p in demo.workdir.rglob("*")}
+    config = stored.config_of(demo.workdir)
     config.seed = 7
     with pytest.raises(UserError, match=r"a run of another config \(config.seed: 0 → 7\)"):
-        execute(config, workdir, "train")
-    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
+        execute(config, demo.workdir, "train")
+    assert {p: p.stat().st_mtime_ns for p in demo.workdir.rglob("*")} == before
 
 
-def test_report_mode_writes_the_page_again(demo, launch, tmp_path):
-    workdir = tmp_path / "copied"  # a run can be moved
-    shutil.copytree(demo[1], workdir)
-    page = (workdir / "report.html").read_text()
-    (workdir / "report.html").unlink()
-    assert not list(workdir.rglob("*.pending"))
-    result = launch("--config=configs/default.py", f"--workdir={workdir}", "--mode=report")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (workdir / "report.html").read_text() == page
+def test_report_mode_writes_the_page_again(moved):
+    page = (moved / "report.html").read_text()
+    (moved / "report.html").unlink()
+    assert not list(moved.rglob("*.pending"))
+    execute(stored.config_of(moved), moved, "report")
+    assert (moved / "report.html").read_text() == page
 
 
 def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_same(
-    demo, results, launch, tmp_path
+    demo, results, moved, launch
 ):
-    workdir = tmp_path / "copied"
-    shutil.copytree(demo[1], workdir)
-    attacks = {
-        "pgd_linf": {
-            "name": "pgd",
-            "norm": "linf",
-            "eps": (0.05, 0.1, 0.12),
-            "num_steps": 20,
-            "num_restarts": 3,
-        }
-    }
+    pgd = {"name": "pgd", "norm": "linf", "num_steps": 20, "num_restarts": 3}
+    attacks = {"pgd_linf": {**pgd, "eps": (0.05, 0.1, 0.12)}}
     result = launch(
-        "--config=configs/default.py",
-        f"--workdir={workdir}",
+        *demo.flags,
+        f"--workdir={moved}",
         "--mode=evaluate",
         f"--config.attacks={attacks!r}",
-        as_users_do=True,
+        "--config.audit.num_examples=0",
+        as_users_do=demo.size.as_users_do,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    again = json.loads((workdir / "results.json").read_text())
+    again = results_in(moved)
     assert {a["name"] for a in again["attacks"]} >= {"pgd_linf", "worst_case_linf"}
     for eps in (0.05, 0.1):
         assert accuracy(again, "pgd_linf", eps) == accuracy(results, "pgd_linf", eps)
+    assert accuracy(again, "pgd_linf", 0.12) <= accuracy(again, "pgd_linf", 0.1)
     assert again["clean"] == results["clean"]
+    assert again["audit"] == results["audit"]
     # The folder is now that of a run with these attacks.
-    result = launch("--config=configs/default.py", f"--workdir={workdir}")
-    assert result.returncode == 1
-    assert "is finished" in result.stderr and "--mode=evaluate" in result.stderr
+    with pytest.raises(UserError, match="is finished, and was evaluated with.*--mode=evaluate"):
+        execute(stored.config_of(demo.workdir), moved, "train")
 
 
 def test_a_run_whose_evaluation_was_killed_is_evaluated_again(launch, copied):
     flags, workdir = copied
-    results = json.loads((workdir / "results.json").read_text())
+    results = results_in(workdir)
     (workdir / "results.json").unlink()  # written last
     (workdir / "report.html").unlink()
     records = workdir / "records" / "best.csv.pending"
@@ -290,21 +346,21 @@ def test_a_run_whose_evaluation_was_killed_is_evaluated_again(launch, copied):
     records.unlink()
     with (workdir / ".lock").open("w") as lock:  # as another process would
         fcntl.flock(lock, fcntl.LOCK_EX)
-        second = launch(*flags)
-    assert second.returncode == 1
-    assert f"another process is at work in {workdir}" in second.stderr.splitlines()[-1]
+        with pytest.raises(UserError, match=f"another process is at work in {workdir}"):
+            execute(stored.config_of(workdir), workdir, "train")
     result = launch(*flags)
     assert result.returncode == 0, result.stderr[-3000:]
-    again = json.loads((workdir / "results.json").read_text())
+    again = results_in(workdir)
     for key in ("clean", "attacks", "jacobian", "last", "best"):
         assert again[key] == results[key]
     assert (workdir / "report.html").exists()
 
 
-def test_a_clean_objective_does_not_claim_an_adversary(untrained):
-    assert untrained["trained_against"] is None
-    assert "adversary" not in report.title(untrained)
-    assert "not a size it was trained against" in report.headline(untrained)
+def test_a_clean_objective_does_not_claim_an_adversary(finished):
+    results = results_in(finished[1])
+    assert results["trained_against"] is None
+    assert "adversary" not in report.title(results)
+    assert "not a size it was trained against" in report.headline(results)
 
 
 def test_verify_finds_every_adversarial_again_or_says_what_differs(launch, copied):
@@ -312,13 +368,13 @@ def test_verify_finds_every_adversarial_again_or_says_what_differs(launch, copie
     verified = launch(*flags, "--mode=verify")
     assert verified.returncode == 0, verified.stderr[-3000:]
     assert "confirmed: every adversarial" in verified.stdout
-    results = json.loads((workdir / "results.json").read_text())
+    results = results_in(workdir)
     counts = {a["name"]: a["count"] for a in results["attacks"]}
     assert counts == {
-        "pgd_linf": 500,
-        "autoattack_linf": 100,
-        "worst_case_linf": 500,
-        "worst_case_linf_first_100": 100,
+        "pgd_linf": 100,
+        "autoattack_linf": 40,
+        "worst_case_linf": 100,
+        "worst_case_linf_first_40": 40,
     }
     # An image that was broken is passed off as one that held, and two numbers are made up.
     path = workdir / "records" / "best.csv"
@@ -347,13 +403,13 @@ def test_a_record_s_key_makes_its_adversarial_again(demo):
     from robust_jax.app.subject import load
     from robust_jax.attacks import pgd
 
-    records = pd.read_csv(demo[1] / "records" / "best.csv", dtype={"key": str})
+    records = pd.read_csv(demo.workdir / "records" / "best.csv", dtype={"key": str})
     broken = records[(records["pgd_linf@0.15/held"] == False) & records["pgd_linf@0.1/held"]]  # noqa: E712
     rows = broken.iloc[:8]
     words = [[int(key[:8], 16), int(key[8:], 16)] for key in rows["key"]]
     keys = jax.random.wrap_key_data(np.array(words, np.uint32))
     keys = jax.vmap(lambda key: jax.random.fold_in(key, zlib.crc32(b"pgd_linf")))(keys)
-    logits_fn = load(demo[1]).logits_fn
+    logits_fn = load(demo.workdir).logits_fn
     images = data.to_pixels(data.load("digits", validation_size=197).test.images)[
         rows["index"].values
     ]
@@ -365,46 +421,43 @@ def test_a_record_s_key_makes_its_adversarial_again(demo):
     assert (np.argmax(logits_fn(x_adv), -1) != rows["label"]).all()
 
 
-def test_autoattack_alone_is_evaluated(launch, tmp_path):
-    flags = (*TINY, f"--config.attacks={ {'autoattack': AUTOATTACK}!r}")
-    result = launch(*flags, f"--workdir={tmp_path / 'run'}")
-    assert result.returncode == 0, result.stderr[-3000:]
-    card = json.loads((tmp_path / "run" / "card.json").read_text())
+def test_autoattack_alone_is_evaluated(copied):
+    """Of a run that was stopped when it was trained, before anything was evaluated."""
+    _, workdir = copied
+    for name in ("results.json", "card.json", "examples.npz"):
+        (workdir / name).unlink()
+    config = stored.config_of(workdir)
+    config.attacks = ConfigDict({"autoattack": {**ONE_MEMBER, "eps": (0.05, 0.1)}})
+    write_json(workdir / "config.json", config_lib.to_json(config))
+    execute(config, workdir, "train")
+    card = json.loads((workdir / "card.json").read_text())
     assert card["eps"] == "0.05" and "not the standard budgets" in card["footnote"]
-    assert not (tmp_path / "run" / "examples.npz").exists()
+    assert not (workdir / "examples.npz").exists()
 
 
-def test_audit_mode_looks_again(demo, results, launch, tmp_path):
-    workdir = tmp_path / "copied"
-    shutil.copytree(demo[1], workdir)
-    before = (workdir / "results.json").read_bytes()
-    wrong = launch(
-        "--config=configs/default.py",
-        f"--workdir={workdir}",
-        "--mode=audit",
-        "--config.audit.surrogate=nowhere",
-    )
-    assert wrong.returncode == 1
-    assert "config.audit.surrogate is 'nowhere', which holds no run" in wrong.stderr
-    ignored = launch(f"--workdir={workdir}", "--mode=audit", "--config.threat.eps=0.3")
+def test_audit_mode_looks_again(demo, results, moved, launch):
+    before = (moved / "results.json").read_bytes()
+    config = stored.config_of(moved)
+    config.audit.surrogate = "nowhere"
+    with pytest.raises(UserError, match="config.audit.surrogate is 'nowhere', which holds no run"):
+        execute(config, moved, "audit")
+    ignored = launch(f"--workdir={moved}", "--mode=audit", "--config.threat.eps=0.3")
     assert ignored.returncode == 1
     assert "--mode=audit ignores config.threat.eps; use --mode=evaluate" in ignored.stderr
-    assert (workdir / "results.json").read_bytes() == before
+    assert (moved / "results.json").read_bytes() == before
     result = launch(
-        "--config=configs/default.py",
-        f"--workdir={workdir}",
+        f"--workdir={moved}",
         "--mode=audit",
-        "--config.audit.num_examples=60",
         "--config.audit.num_queries=50",
-        f"--config.audit.surrogate={demo[1]}",
+        f"--config.audit.surrogate={demo.workdir}",
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    again = json.loads((workdir / "results.json").read_text())
-    assert again["audit"]["num_examples"] <= 60
+    again = results_in(moved)
+    assert again["config"]["audit"]["num_queries"] == 50
     transfer = again["audit"]["checks"][-1]
-    assert transfer["name"] == "transfer" and str(demo[1]) in transfer["values"]
+    assert transfer["name"] == "transfer" and str(demo.workdir) in transfer["values"]
     assert again["attacks"] == results["attacks"]
-    assert report.audit_sentence(again) in (workdir / "report.html").read_text()
+    assert report.audit_sentence(again) in (moved / "report.html").read_text()
 
 
 @pytest.mark.slow  # test_processes.py has four devices beside one, test_train.py a step on eight
@@ -416,7 +469,7 @@ def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
             *TINY, f"--workdir={workdir}", f"--config.parallel={mapping}", devices=devices
         )
         assert result.returncode == 0, result.stderr[-3000:]
-        found[devices, mapping] = json.loads((workdir / "results.json").read_text())
+        found[devices, mapping] = results_in(workdir)
     # A run continues, or is measured again, on another number of devices.
     again = launch(*TINY, f"--workdir={tmp_path / '8_pmap'}", "--mode=evaluate", devices=1)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -438,25 +491,66 @@ def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
 
 def test_the_page_on_reading_runs_runs_on_the_demo(demo, monkeypatch, tmp_path):
     for name in ("demo", "other"):
-        shutil.copytree(demo[1], tmp_path / "runs" / name)
+        shutil.copytree(demo.workdir, tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
     for example in code("docs/analyse_runs.md"):
         exec(example, {})
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (REPOSITORY / "notebooks").glob("*.ipynb")))
-def test_notebook_runs_on_the_demo(name, demo, monkeypatch, tmp_path):
+# The notebooks' images, steps and queries, and as many of them as show that every cell runs.
+FEWER = {
+    "[:200]": "[:20]",
+    "[:80]": "[:20]",
+    "[:50]": "[:10]",
+    "num_steps=20": "num_steps=5",
+    "num_queries=500": "num_queries=20",
+    "num_queries=300": "num_queries=20",
+    """{"square": {"num_queries": 500}}""": repr(fewer_attacks()["autoattack_linf"]["overrides"]),
+}
+
+
+@pytest.fixture
+def beside_the_demo(demo, moved, monkeypatch):
+    """The runs that the notebooks look at, and their folder."""
+    monkeypatch.setenv("ROBUST_JAX_RUN", str(demo.workdir))
+    monkeypatch.setenv("ROBUST_JAX_RUNS", f"{demo.workdir} {moved}")
+    monkeypatch.chdir(NOTEBOOKS[0].parent)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_every_cell_of_a_notebook_runs_on_the_demo(path, beside_the_demo):
+    namespace = {}
+    with pd.option_context("display.max_colwidth", None):  # which one of them sets
+        for source, committed in code_cells(path):
+            for many, few in FEWER.items():
+                source = source.replace(many, few)
+            assert run_cell(source, namespace) == committed, source
+
+
+def test_what_a_notebook_has_less_of_is_in_one():
+    cells = [source for path in NOTEBOOKS for source, _ in code_cells(path)]
+    for many in FEWER:
+        assert any(many in source for source in cells), many
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path,
+            marks=() if path.stem == "compare_runs" else pytest.mark.slow,
+            id=path.name,
+        )
+        for path in NOTEBOOKS
+    ],
+)
+def test_notebook_runs_in_a_kernel(path, beside_the_demo, monkeypatch):
     import nbclient
     import nbformat
 
-    other = tmp_path / "other"  # to compare with
-    shutil.copytree(demo[1], other)
-    monkeypatch.setenv("ROBUST_JAX_RUN", str(demo[1]))
-    monkeypatch.setenv("ROBUST_JAX_RUNS", f"{demo[1]} {other}")
     # That on Jacobians computes for much longer than it compiles.
-    flags = environment_of(1, as_users_do=name == "jacobian_norms.ipynb")["XLA_FLAGS"]
+    flags = environment_of(1, as_users_do=path.stem == "jacobian_norms")["XLA_FLAGS"]
     monkeypatch.setenv("XLA_FLAGS", flags)
-    path = REPOSITORY / "notebooks" / name
     notebook = nbformat.read(path, as_version=4)
     committed = sum(len(cell.get("outputs", ())) for cell in notebook.cells)
     resources = {"metadata": {"path": str(path.parent)}}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy.special import expit
+from scipy.special import expit, logsumexp
 
 from robust_jax import attacks, energy, losses
 from robust_jax.train.regularizers import Half, vat
@@ -20,11 +20,12 @@ WEIGHTS = np.asarray(jax.random.normal(KEY, SHAPE), np.float64)
 EPS = 0.05
 
 
-def two_classes(offset):
+def two_classes(offset, scale=1.0):
     """Logits 0 and w·(x - ½) + offset; far above 0, class 0's loss is the second of them."""
+    offset, scale = np.float32([offset]), np.float32([scale])  # arrays: arguments of one program
 
     def logits_fn(x):
-        second = ((x - 0.5) * jnp.float32(WEIGHTS)).sum((1, 2, 3)) + offset
+        second = scale * (((x - 0.5) * np.float32(WEIGHTS)).sum((1, 2, 3)) + offset)
         return jnp.stack([jnp.zeros_like(second), second], -1)
 
     return logits_fn
@@ -54,17 +55,16 @@ def test_energies_of_a_linear_loss(norm, mean, width):
 @pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2), ("l1", np.inf)])
 def test_variation_of_a_linear_loss_is_its_slope(norm, dual):
     slope = np.linalg.norm(WEIGHTS.ravel(), dual)
-    for squared in (False, True):
+    for squared in (False, True) if norm == "linf" else (True,):
         got = energy.total_variation(
             two_classes(40.0), X, ZEROS, KEY, eps=EPS, norm=norm, num_samples=3, squared=squared
         )
         np.testing.assert_allclose(got, np.full(6, slope ** (1 + squared)), rtol=1e-4)
-    # At an even slope every piece of the way is alike, and their sum is what the loss rose.
-    for n in (1, 2, 5):
-        got = energy.path(
-            two_classes(40.0), X, ZEROS, KEY, eps=EPS, norm=norm, step_size=4 * EPS, num_pieces=n
-        )
-        np.testing.assert_allclose(got, np.full(6, (EPS * slope) ** 2), rtol=2e-3)
+    # At an even slope all pieces of the way are alike, and their sum is what the loss rose.
+    num_pieces = {"linf": 1, "l2": 2, "l1": 5}[norm]
+    keywords = {"eps": EPS, "norm": norm, "step_size": 4 * EPS, "num_pieces": num_pieces}
+    got = energy.path(two_classes(40.0), X, ZEROS, KEY, **keywords)
+    np.testing.assert_allclose(got, np.full(6, (EPS * slope) ** 2), rtol=2e-3)
 
 
 def test_variation_is_the_mean_gradient_over_the_ball(trained):
@@ -77,9 +77,10 @@ def test_variation_is_the_mean_gradient_over_the_ball(trained):
     r *= 0.1 * rng.uniform(size=(400, 1)) ** (1 / x[0].size) / np.linalg.norm(r, axis=1)[:, None]
     points = np.clip(np.asarray(x).reshape(4, 1, -1) + r, 0, 1)
     steps = 1e-3 * np.concatenate([np.eye(20), -np.eye(20)])
-    moved = (points[:, :, None] + steps).reshape(-1, *SHAPE)
-    values = losses.cross_entropy(logits_fn(jnp.float32(moved)), jnp.repeat(y, 400 * 40))
-    up, down = np.moveaxis(np.asarray(values, np.float64).reshape(4, 400, 2, 20), 2, 0)
+    moved = np.float32(points[:, :, None] + steps).reshape(-1, *SHAPE)
+    logits = np.asarray(logits_fn(moved), np.float64)
+    values = logsumexp(logits, -1) - logits[np.arange(len(moved)), np.repeat(y, 400 * 40)]
+    up, down = np.moveaxis(values.reshape(4, 400, 2, 20), 2, 0)
     expected = np.linalg.norm((up - down) / 2e-3, axis=-1).mean(-1)
     np.testing.assert_allclose(got, expected, rtol=0.05)
 
@@ -107,7 +108,7 @@ def test_label_free_energies_are_those_of_the_kl(rng):
 @pytest.fixture(scope="module")
 def trained():
     """A network fitted to noisy labels of random images, so that it is right, wrong and unsure."""
-    x = jax.random.uniform(KEY, (64, *SHAPE))
+    x = np.asarray(jax.random.uniform(KEY, (64, *SHAPE)))
     y = jax.random.randint(jax.random.key(2), (64,), 0, 3)
 
     def network(params, x):
@@ -123,7 +124,8 @@ def trained():
         return (optax.apply_updates(carry[0], updates), state), None
 
     params = (jax.random.normal(KEY, (20, 16)), jax.random.normal(KEY, (16, 3)) / 4)
-    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=15)
+    fit = jax.jit(lambda carry: jax.lax.scan(step, carry, length=15)[0])
+    params, _ = fit((params, tx.init(params)))
     logits_fn = jax.jit(lambda x: network(params, x))
     assert 0.5 < losses.correct(logits_fn(x), y).mean() < 1
     return logits_fn, x, y
@@ -140,6 +142,12 @@ def test_oscillation_is_above_the_adversarial_term_on_every_example(trained, nor
     assert (oscillation > 1.2 * (at_adv - at_x) ** 2).all()
     rise = energy.rise(logits_fn, x, y, KEY, **keywords)
     assert (rise <= oscillation).all() and (rise > 0).all()
+    if norm == "linf":  # and without the labels
+        free, above = (
+            np.asarray(fn(logits_fn, x, None, KEY, **keywords))
+            for fn in (energy.rise, energy.oscillation)
+        )
+        assert (above >= free * (1 - 1e-3) - 1e-6).all() and (free > 0).all()
     np.testing.assert_allclose(rise.mean(), ((at_adv - at_x) ** 2).mean(), rtol=0.1)
 
 
@@ -154,19 +162,26 @@ def test_the_label_free_rise_is_above_vats_term_on_every_example_inside_the_box(
     assert (np.sqrt(np.max(rises, 0)) >= 0.999 * term).all() and (term > 0).all()
 
 
+@pytest.mark.slow  # the tests around it have the same of a network trained on random images
 def test_the_bounds_hold_for_a_network_trained_on_digits():
     logits_fn, (x, y) = digits.trained(), digits.test_points(60)
     keywords = {"eps": 0.05, "num_steps": 20}
     for labels in (y, None):
-        rise = energy.rise(logits_fn, x, labels, KEY, **keywords)
+        rise = np.asarray(energy.rise(logits_fn, x, labels, KEY, **keywords))
         assert (rise > 0).all()
         for bounded in (energy.oscillation, energy.path):
-            found = bounded(logits_fn, x, labels, KEY, **keywords)
+            found = np.asarray(bounded(logits_fn, x, labels, KEY, **keywords))
             assert (found >= rise * (1 - 1e-3) - 1e-6).all()
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    ("norm", "labelled"),
+    [
+        ("linf", True),
+        ("l2", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("linf", False), ("l2", True))),
+    ],
+)
 def test_the_way_to_the_worst_point_is_above_the_adversarial_term_on_every_example(
     trained, norm, labelled
 ):
@@ -175,7 +190,7 @@ def test_the_way_to_the_worst_point_is_above_the_adversarial_term_on_every_examp
     y = y if labelled else None
     keywords = {"eps": 0.3 if norm == "linf" else 1.0, "norm": norm, "num_steps": 20}
     rise = np.asarray(energy.rise(logits_fn, x, y, KEY, **keywords))
-    paths = [energy.path(logits_fn, x, y, KEY, num_pieces=n, **keywords) for n in (1, 2, 4, 8, 64)]
+    paths = [energy.path(logits_fn, x, y, KEY, num_pieces=n, **keywords) for n in (1, 2, 64)]
     tolerance = {"rtol": 1e-3, "atol": 1e-6}
     np.testing.assert_allclose(paths[0], rise, **tolerance)
     for fewer, more in itertools.pairwise(map(np.asarray, paths)):
@@ -212,7 +227,7 @@ def test_the_way_is_the_integral_of_the_squared_slope(trained):
 @pytest.mark.parametrize("label", [0, 1])
 def test_the_point_itself_is_among_both_ends(label):
     """A loss that is only at x itself another, higher for class 0 and lower for class 1."""
-    x = jnp.full((1, *SHAPE), 0.5)
+    x = np.full((1, *SHAPE), 0.5, np.float32)
 
     def logits_fn(images):
         at_x = (images == 0.5).all((1, 2, 3))
@@ -232,17 +247,26 @@ def test_oscillation_is_above_any_sample(trained):
         assert (sample > 0).all()
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("name", ["mean_square", "oscillation", "total_variation", "path"])
-def test_an_example_has_its_energy_in_any_batch(trained, name, labelled):
+def test_an_example_has_its_energy_in_any_batch(trained):
     logits_fn, x, y = trained
-    fn, keys = getattr(energy, name), jax.random.split(KEY, 64)
-    whole = fn(logits_fn, x, y if labelled else None, keys, eps=0.1)
-    alone = fn(logits_fn, x[5:6], y[5:6] if labelled else None, keys[5:6], eps=0.1)
-    np.testing.assert_allclose(whole[5:6], alone, rtol=1e-4)
-    if name != "total_variation" or not labelled:  # that is the gradient at x itself
-        still = fn(logits_fn, x, y if labelled else None, keys, eps=0.0)
-        np.testing.assert_allclose(still, np.zeros(64), atol=1e-5)
+    keys = jax.random.split(KEY, 64)
+    names = ("mean_square", "oscillation", "total_variation", "path")
+
+    @jax.jit
+    def energies(x, y, keys, eps):
+        """By name and labels."""
+        return {
+            (name, labels is not None): getattr(energy, name)(logits_fn, x, labels, keys, eps=eps)
+            for name in names
+            for labels in (y, None)
+        }
+
+    whole, still = (jax.device_get(energies(x, y, keys, eps)) for eps in (0.1, 0.0))
+    alone = jax.device_get(energies(x[5:6], y[5:6], keys[5:6], 0.1))
+    for kind in itertools.product(names, (True, False)):
+        np.testing.assert_allclose(whole[kind][5:6], alone[kind], rtol=1e-4, err_msg=f"{kind}")
+        if kind != ("total_variation", True):  # that is the gradient at x itself
+            np.testing.assert_allclose(still[kind], np.zeros(64), atol=1e-5, err_msg=f"{kind}")
 
 
 def test_neighbours_stay_in_the_box():
@@ -262,11 +286,15 @@ def test_neighbours_stay_in_the_box():
 
 
 def test_numerically_extreme_losses_stay_finite():
-    logits_fn = two_classes(0.0)
-    for y in (ZEROS, None):
-        for fn in (energy.mean_square, energy.oscillation, energy.total_variation, energy.path):
-            values = fn(lambda x: 1e4 * logits_fn(x), X, y, KEY, eps=0.1)
-            assert np.isfinite(values).all()
+    kinds = [*itertools.product(("mean_square", "oscillation", "total_variation", "path"), "yn")]
+
+    @jax.jit
+    def energies(x):
+        labels, logits_fn = {"y": ZEROS, "n": None}, two_classes(0.0, 1e4)
+        return [getattr(energy, n)(logits_fn, x, labels[y], KEY, eps=0.1) for n, y in kinds]
+
+    for kind, values in zip(kinds, energies(X), strict=True):
+        assert np.isfinite(values).all(), kind
 
 
 @pytest.mark.parametrize(

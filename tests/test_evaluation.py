@@ -129,36 +129,33 @@ def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, mo
     assert not seen
 
 
-def test_a_network_without_forward_mode_and_examples_of_any_dtype_are_evaluated():
+@pytest.fixture(scope="module")
+def plain():
+    """The evaluation of a small network, without the audit."""
+    return evaluate(network(weights_of(0)), *examples(count=16), KEY)
+
+
+def test_a_network_without_forward_mode_is_evaluated(plain):
     x, y = examples(count=16)
-    plain = evaluate(network(weights_of(0)), x, y, KEY)
     outside_jax = evaluate(exported(0), x, y, KEY)
     assert outside_jax.robust_accuracy == plain.robust_accuracy < 1
     exact = jacobian.singular_values(network(weights_of(0)), x)[:, 0]
     np.testing.assert_allclose(outside_jax.records["spectral_logits"], exact, rtol=1e-4)
     missing = {"frobenius_estimate_logits", "frobenius_estimate_error_logits"}
     assert set(plain.records) - set(outside_jax.records) == missing
-    seen = []
-
-    def watching(x):
-        seen.append(x.dtype)
-        return network(weights_of(0))(x)
-
-    half = evaluate(watching, x.astype(jnp.bfloat16), y, KEY)
-    assert {*seen} == {jnp.dtype(jnp.bfloat16)}
-    assert abs(half.robust_accuracy - plain.robust_accuracy) < 0.2
 
 
 def test_one_that_is_stopped_while_it_writes_continues(found, tmp_path, monkeypatch):
     x, y = points()
     arguments = (trained(), x, y, KEY)
     labels = {"folder": tmp_path, "name": "an MLP", "dataset": "digits"}
+    settings = {**SETTINGS, "num_audited": 0}
     with monkeypatch.context() as context:
         context.setattr(runs, "write_results", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            robust_jax.evaluate(*arguments, **labels, **SETTINGS)
+            robust_jax.evaluate(*arguments, **labels, **settings)
     assert (tmp_path / "card.json").exists() and not (tmp_path / "results.json").exists()
-    again = robust_jax.evaluate(*arguments, **labels, **SETTINGS)
+    again = robust_jax.evaluate(*arguments, **labels, **settings)
     assert again.robust_accuracy == found[0].robust_accuracy
     assert not (tmp_path / "unfinished").exists()
 
@@ -250,14 +247,19 @@ def test_mistakes_are_told_in_one_line(tmp_path):
 
 
 def test_records_of_one_name_and_networks_in_bfloat16_are_told_apart_and_continued(
-    tmp_path, monkeypatch
+    plain, tmp_path, monkeypatch
 ):
     x, y = examples(count=16)
     weights = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights_of(0))
+    seen = set()
+
+    def narrow(x):
+        seen.add(x.dtype)
+        return network(weights)(x)
 
     def call(norm, folder):
         return robust_jax.evaluate(
-            lambda x: network(weights)(x.astype(jnp.bfloat16)),
+            narrow,
             x.astype(jnp.bfloat16),
             y,
             KEY,
@@ -278,28 +280,30 @@ def test_records_of_one_name_and_networks_in_bfloat16_are_told_apart_and_continu
     found = call(mine[0], tmp_path)
     pd.testing.assert_frame_equal(found.records, call(mine[0], None).records)
     assert 0 < found.robust_accuracy < 1
+    assert abs(found.robust_accuracy - plain.robust_accuracy) < 0.2
+    assert seen == {jnp.dtype(jnp.bfloat16)}
     with pytest.raises(UserError, match="holds an evaluation of something else"):
         call(mine[1], tmp_path)
 
 
 def test_launchs_evaluation_of_a_network_finds_the_same():
     config = default.get_config()
-    config.model, config.seed, eps = {"name": "mlp", "hidden": (16,)}, 1, 0.01
+    config.model, config.seed, eps = {"name": "linear"}, 1, 0.01
     few = {name: SETTINGS[name] for name in ("version", "overrides")}
     config.attacks = ConfigDict({"autoattack_linf": {"name": "autoattack", "eps": (eps,), **few}})
-    config.evaluation.update({"num_examples": 200, "batch_size": 128})
-    config.audit.update({"num_examples": 200, "num_queries": 10, "eps": eps, "norm": "linf"})
+    config.evaluation.update({"num_examples": 120, "batch_size": 128})
+    config.audit.update({"num_examples": 120, "num_queries": 10, "eps": eps, "norm": "linf"})
     run = build(config)
     variables = run.plan.init().variables
     records = run.evaluator.records(variables, "evaluate")
     audit = run.evaluator.audit(variables, run.audit, {})
-    images, labels = run.dataset.test.take(np.arange(200))
+    images, labels = run.dataset.test.take(np.arange(120))
     found = robust_jax.evaluate(
         partial(training.network(run.model), parallel.on_this_device(variables)),
         data.to_pixels(images),
         labels,
         run.evaluation_key,
-        **{**SETTINGS, "eps": eps, "num_audited": 200},
+        **{**SETTINGS, "eps": eps, "num_audited": 120},
         training_loss=run.audit.training_loss,
     )
     assert 0 < found.robust_accuracy < found.clean_accuracy

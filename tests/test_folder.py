@@ -194,8 +194,9 @@ def test_launch_says_in_one_line_what_is_missing(arguments, message, monkeypatch
     assert re.search(message, str(error.value)) and "\n" not in str(error.value)
 
 
-def test_launch_takes_the_config_that_is_in_the_folder(monkeypatch, tmp_path):
-    a_run(tmp_path)
+@pytest.mark.parametrize("whose", [a_run, a_study])
+def test_launch_takes_the_config_that_is_in_the_folder(whose, monkeypatch, tmp_path):
+    whose(tmp_path)
     arguments = ["launch.py", f"--workdir={tmp_path}", "--config.seed=3"]
     found = command_line.completed(arguments, REPOSITORY / "configs")
     assert found == ["launch.py", f"--config={stored.__file__}:{tmp_path}", *arguments[1:]]

@@ -1,4 +1,4 @@
-"""The front door: each public function is compiled once, takes any input, and tells mistakes."""
+"""The front door: what is one program, whatever network, setting or criterion it is given."""
 
 import functools
 import gc
@@ -8,15 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import attacks, energy, jacobian, losses, margins
+from robust_jax import attacks, jacobian, losses, margins
 from robust_jax._network import as_network
-from tests.calls import (
-    ALL,
-    EPS,
-    FUNCTIONS,
-    WITH_EPS,
-    lowerings,
-)
+from tests.calls import ALL, FUNCTIONS, lowerings
 from tests.small_networks import (
     KEY,
     NETWORKS,
@@ -24,19 +18,11 @@ from tests.small_networks import (
     around,
     chex_close,
     examples,
-    exported,
     network,
     outside,
     straight_through,
     weights_of,
 )
-
-
-def test_every_function_behind_the_front_door_is_called_here():
-    modules = (attacks, energy, jacobian, margins)
-    public = {name: fn for module in modules for name, fn in vars(module).items()}
-    found = {name for name, fn in public.items() if getattr(fn, "is_compiled", False)}
-    assert found == set(FUNCTIONS)
 
 
 def test_a_criterion_may_compare_outputs_with_anything():
@@ -53,26 +39,6 @@ def test_a_criterion_may_compare_outputs_with_anything():
     assert moved(f(x_adv), f(x)).all()
     with pytest.raises(ValueError, match="has the label 9; the network has 4 classes"):
         attacks.pgd(f, x, jnp.full(len(x), 9), KEY, eps=0.2, criterion=attacks.misclassified)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
-    fn = ALL[name]
-    calls = [
-        (network(weights_of(seed)), *examples(seed), jax.random.key(seed)) for seed in (0, 1, 2)
-    ]
-    # AutoAttack's batches hold what stands, which is another number in each call: the same network.
-    if name in ("autoattack", "audit"):
-        calls = [calls[0], (network(weights_of(0)), *examples(0), jax.random.key(0))]
-    fn(*calls[0])
-    with lowerings() as seen:
-        for i, (logits_fn, x, y, key) in enumerate(calls[1:]):
-            if name not in ("autoattack", "audit"):
-                y = jnp.argmax(logits_fn(x), -1)
-                seen.clear()
-            eps = {"eps": EPS.get(name, 0.1) * (1 - i / 4)} if name in WITH_EPS else {}
-            fn(logits_fn, x, y, key, **eps)
-            assert not seen, f"{name} compiled {len(seen)} programs again"
 
 
 def test_a_wrong_setting_spoils_no_later_call():
@@ -164,56 +130,16 @@ def test_programs_are_kept_a_bounded_number_of_them(monkeypatch):
 
 def test_memory_does_not_grow_with_calls():
     x, y = examples()
-    for seed in range(500):
-        attacks.fgsm(network(weights_of(0)), x, y, jax.random.key(seed), eps=0.1)
-    gc.collect()
-    before = len(gc.get_objects())
-    for seed in range(500, 1000):
-        attacks.fgsm(network(weights_of(0)), x, y, jax.random.key(seed), eps=0.1)
-    gc.collect()
-    assert len(gc.get_objects()) < before + 500
+    weights, keys = weights_of(0), list(jax.random.split(KEY, 200))
 
+    def objects_after(keys):
+        for key in keys:
+            attacks.fgsm(network(weights), x, y, key, eps=0.1)
+        gc.collect()
+        return len(gc.get_objects())
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_traces_through_the_callers_transformations(name):
-    fn, (x, y), weights = FUNCTIONS[name], examples(), weights_of(0)
-    plain = fn(network(weights), x, y, KEY)
-    keys = jax.random.split(KEY, len(x))
-    jitted = jax.jit(lambda w, x, y, k: fn(network(w), x, y, k))(weights, x, y, KEY)
-    chex_close(jitted, plain)
-    per_key = fn(network(weights), x, y, keys)
-
-    @jax.jit
-    @jax.vmap
-    def lifted(x, y, k):
-        return fn(network(weights), x[None], y[None], k[None])
-
-    chex_close(jax.tree.map(lambda a: a[:, 0], lifted(x, y, keys)), per_key)
-
-    def body(carry, _):
-        return carry, fn(network(weights), x, y, KEY)
-
-    _, scanned = jax.lax.scan(body, 0, length=2)
-    chex_close(jax.tree.map(lambda a: a[1], scanned), plain)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["pgd", "apgd", "frobenius_norm", "spectral_norm", "relative_slope", "first_order"]
-    + ["mean_square", "oscillation", "total_variation", "path"],
-)
-def test_differentiates_through_the_callers_grad(name):
-    x, y = examples()
-
-    @jax.jit
-    def loss(weights):
-        out = FUNCTIONS[name](network(weights), x, y, KEY)
-        if out.shape != x.shape:
-            return out.mean()
-        return losses.cross_entropy(network(weights)(out), y).mean()
-
-    gradient = jax.grad(loss)(weights_of(0))
-    assert all(np.isfinite(leaf).all() and (leaf != 0).any() for leaf in jax.tree.leaves(gradient))
+    before = objects_after(keys[:100])
+    assert objects_after(keys[100:]) < before + 50
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -221,13 +147,13 @@ def test_a_network_is_compiled_once_however_it_is_written(name):
     x, _ = examples()
     make = NETWORKS[name]
     y = jnp.argmax(make(0)(x), -1)
-    first = attacks.pgd(make(0), x, y, KEY, eps=0.1, num_steps=2)
+    first = attacks.fgsm(make(0), x, y, KEY, eps=0.1)
     other = make(1)
     with lowerings() as seen:
-        second = attacks.pgd(other, x, y, KEY, eps=0.1, num_steps=2)
-        again = attacks.pgd(make(0), x, y, KEY, eps=0.1, num_steps=2)
+        second = attacks.fgsm(other, x, y, KEY, eps=0.1)
+        again = attacks.fgsm(make(0), x, y, KEY, eps=0.1)
         made = len(seen)
-    expected = jax.jit(lambda x, y: attacks.pgd(other, x, y, KEY, eps=0.1, num_steps=2))(x, y)
+    expected = jax.jit(lambda x, y: attacks.fgsm(other, x, y, KEY, eps=0.1))(x, y)
     np.testing.assert_allclose(second, expected, atol=1e-5)
     np.testing.assert_array_equal(first, again)
     assert (first != second).any()
@@ -263,22 +189,6 @@ def test_functions_that_differ_in_a_derivative_alone_are_two():
 
     up, down = (attacks.fgsm(scaled(s), x, y, KEY, eps=0.1) for s in (1.0, -1.0))
     assert (up != down).any()
-
-
-FORWARDS = ("spectral_norm", "squared_frobenius_samples", "frobenius_norm_estimate")
-
-
-@pytest.mark.parametrize("name", [*FUNCTIONS, "autoattack"])
-def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
-    x, y = examples()
-    if name in FORWARDS:
-        with pytest.raises(ValueError, match="singular_values and frobenius_norm do not"):
-            ALL[name](exported(0), x, y, KEY)
-        return
-    found, expected = (ALL[name](fn, x, y, KEY) for fn in (exported(0), network(weights_of(0))))
-    if name == "autoattack":
-        found, expected = found.robust, expected.robust
-    chex_close(found, expected)
 
 
 def test_more_outputs_than_inputs_and_a_derivative_backwards_alone():

@@ -23,9 +23,9 @@ DUAL = {"linf": 1, "l2": 2, "l1": np.inf}
 @pytest.mark.parametrize("norm", DUAL)
 def test_distances_to_a_linear_networks_boundaries_are_exact(norm):
     logits_fn, weights, _ = make_linear(KEY, num_classes=4)
-    x, y = interior_images(KEY, 6), jnp.arange(6) % 4
+    x, y = interior_images(KEY, 6), np.arange(6) % 4
     logits, w = (np.asarray(a, np.float64) for a in (logits_fn(x), weights))
-    got = margins.boundary_distances(logits_fn, x, y, norm=norm)
+    got = np.asarray(margins.boundary_distances(logits_fn, x, y, norm=norm))
     for i in range(6):
         others = [j for j in np.argsort(-logits[i]) if j != y[i]]
         expected = [
@@ -33,22 +33,22 @@ def test_distances_to_a_linear_networks_boundaries_are_exact(norm):
             for j in others
         ]
         np.testing.assert_allclose(got[i], expected, rtol=1e-4)
-    least = margins.first_order(logits_fn, x, y, norm=norm)
+    least = np.asarray(margins.first_order(logits_fn, x, y, norm=norm))
     np.testing.assert_array_equal(least, got.min(-1))
     # Negative exactly where the label does not win.
-    np.testing.assert_array_equal(least > 0, losses.correct(logits_fn(x), y) == 1)
+    np.testing.assert_array_equal(least > 0, logits.argmax(-1) == y)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_linear_network_is_on_the_boundary_at_that_distance(norm):
     logits_fn, weights, _ = make_linear(KEY, num_classes=2)
-    x = interior_images(KEY, 5)
-    y = jnp.argmax(logits_fn(x), -1)
+    weights, x = np.asarray(weights), interior_images(KEY, 5)
+    y = np.argmax(logits_fn(x), -1)
     towards = weights[1 - y] - weights[y]
-    step = jax.vmap(NORMS[norm].steepest)(towards).reshape(x.shape)
-    distance = margins.first_order(logits_fn, x, y, norm=norm)
-    at = x + distance[:, None, None, None] * step
-    np.testing.assert_allclose(losses.margin(logits_fn(at), y), np.zeros(5), atol=1e-4)
+    step = np.asarray(jax.jit(jax.vmap(NORMS[norm].steepest))(towards)).reshape(x.shape)
+    distance = np.asarray(margins.first_order(logits_fn, x, y, norm=norm))
+    at = np.asarray(x) + distance[:, None, None, None] * step
+    np.testing.assert_allclose(np.subtract(*logits_fn(at).T), np.zeros(5), atol=1e-4)
 
 
 def test_slopes_are_those_of_the_exact_jacobian():
@@ -106,8 +106,8 @@ def test_truncation_is_bounded_falls_strictly_and_is_near_the_hard_one(values, t
 
 
 def test_truncation_lets_go_of_safe_and_of_hopeless_examples():
-    gradient = jax.vmap(jax.grad(lambda d: margins.truncate(d[None], 0.1)[0]))
-    pull = np.abs(gradient(jnp.asarray([[-3.0, 1.0], [0.0, 1.0], [3.0, 4.0]]))).sum(-1)
+    gradient = jax.jit(jax.vmap(jax.grad(lambda d: margins.truncate(d[None], 0.1)[0])))
+    pull = np.abs(gradient(np.float32([[-3, 1], [0, 1], [3, 4]]))).sum(-1)
     assert pull[1] > 2
     assert (pull[[0, 2]] < 1e-6).all()
 
@@ -154,14 +154,14 @@ def minimisers(p, weight, num_boundaries):
 def test_cross_entropy_with_input_margin_is_fisher_consistent_for_equal_norms(
     weight, num_classes, rng
 ):
-    p = rng.dirichlet(np.ones(num_classes), 150)
+    p = rng.dirichlet(np.ones(num_classes), 60)
     # And cases that are hard to tell: the two likeliest classes a hundredth apart.
-    order, rows = np.argsort(-p[:50], -1), np.arange(50)
+    order, rows = np.argsort(-p[:20], -1), np.arange(20)
     middle = (p[rows, order[:, 0]] + p[rows, order[:, 1]]) / 2
     p[rows, order[:, 0]], p[rows, order[:, 1]] = middle + 0.005, middle - 0.005
     top = np.sort(p, -1)
     p = p[(top[:, -1] - top[:, -2] > 2e-3) & (top[:, 0] > 1e-2)]
-    assert len(p) > 80
+    assert len(p) > 30
     with jax.enable_x64(True):
         tables, gradients = minimisers(jnp.asarray(p), weight, None)
     assert np.abs(gradients).max() < 1e-3
@@ -204,7 +204,7 @@ def test_unequal_gradient_norms_break_fisher_consistency():
 scores = st.tuples(*[st.floats(-8, 8)] * 4)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(scores, st.tuples(*[st.floats(0.01, 1)] * 4), st.floats(0.1, 20))
 def test_the_ramp_of_output_margins_is_fisher_consistent(z, p, tau):
     """Giving the likeliest class the largest score lowers the ramp's risk and cross-entropy's."""
@@ -214,8 +214,8 @@ def test_the_ramp_of_output_margins_is_fisher_consistent(z, p, tau):
     swapped[[top, likeliest]] = z[[likeliest, top]]
 
     def risks(z):
-        half = regularizers.Half(jnp.zeros((4, 1, 1, 1)), jnp.tile(z, (4, 1)))
-        labels = jnp.arange(4)
+        half = regularizers.Half(np.zeros((4, 1, 1, 1), np.float32), np.tile(z, (4, 1)))
+        labels = np.arange(4)
         ramps = regularizers.output_margin_ramp(half, labels, tau=tau)
         return [
             float(p @ np.asarray(v)) for v in (ramps, losses.cross_entropy(half.logits, labels))
@@ -228,7 +228,7 @@ def test_the_ramp_of_output_margins_is_fisher_consistent(z, p, tau):
         assert cross_entropy_then < cross_entropy - 1e-3
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(scores, st.tuples(*[st.floats(0.01, 1)] * 4), st.floats(0.1, 20))
 def test_a_tie_at_the_top_is_no_minimum_of_the_ramp(z, p, tau):
     """It is how a hard minimum of input margins fails: see the test above."""
@@ -265,16 +265,16 @@ def test_orthogonality_is_that_of_matrices_and_of_reshaped_kernels(rng):
     kernel, dense, bias = rng.normal(size=(3, 3, 2, 4)), rng.normal(size=(5, 3)), np.ones(7)
     rows = [kernel.transpose(3, 2, 0, 1).reshape(4, -1), dense.T]  # [out, rest], as in PyTorch
     expected = sum(((w @ w.T - np.eye(len(w))) ** 2).sum() for w in rows)
-    params = jax.tree.map(jnp.float32, {"conv": {"kernel": kernel, "bias": bias}, "head": dense})
-    np.testing.assert_allclose(regularizers.orthogonality(params), expected, rtol=1e-5)
-    orthogonal = {"kernel": jnp.eye(6).reshape(1, 2, 3, 6)[..., :4]}
-    assert regularizers.orthogonality(orthogonal) == 0
+    params = jax.tree.map(np.float32, {"conv": {"kernel": kernel, "bias": bias}, "head": dense})
+    orthogonality = jax.jit(regularizers.orthogonality)
+    np.testing.assert_allclose(orthogonality(params), expected, rtol=1e-5)
+    assert orthogonality({"kernel": np.eye(6, dtype=np.float32).reshape(1, 2, 3, 6)[..., :4]}) == 0
 
 
 @pytest.mark.parametrize("norm", DUAL)
 def test_clever_is_exact_for_a_linear_network_and_capped_by_the_ball(norm):
     logits_fn, _, _ = make_linear(KEY, num_classes=4)
-    x = interior_images(KEY, 6)
+    x = np.asarray(interior_images(KEY, 6))
     predicted = jnp.argmax(logits_fn(x), -1)
     exact = margins.first_order(logits_fn, x, predicted, norm=norm)
     got = margins.clever(logits_fn, x, KEY, norm=norm, eps=1e3, num_samples=2, chunk_size=4)
@@ -287,7 +287,7 @@ def test_clever_is_exact_for_a_linear_network_and_capped_by_the_ball(norm):
 def test_clever_is_below_what_an_attack_finds_in_the_ball():
     """With many samples the largest gradient is nearly the largest there is."""
     logits_fn = make_nonlinear(KEY, num_classes=3)
-    x = interior_images(KEY, 6)
+    x = np.asarray(interior_images(KEY, 6))
     predicted = jnp.argmax(logits_fn(x), -1)
     upper = margins.minimum_norm(logits_fn, x, predicted, KEY, norm="l2")
     few, many = (

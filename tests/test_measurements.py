@@ -85,15 +85,15 @@ def test_what_is_free_of_scale_does_not_change_with_it():
     other = one._replace(
         variables=variables, logits_fn=functools.partial(one.model.apply, variables)
     )
-    for name, free, raw in (
-        ("spectra", "relative_spread/Conv_0", "standard_deviation/Conv_0"),
-        ("features", "relative_random/conv1", "random/conv1"),
-        ("features", "relative_random/logits", "random/logits"),
+    few = {"eps": 0.1, "num_examples": 60}
+    for name, keywords, numbers in (
+        ("spectra", {}, {"relative_spread/Conv_0": "standard_deviation/Conv_0"}),
+        ("features", few, {f"relative_random/{h}": f"random/{h}" for h in ("conv1", "logits")}),
     ):
-        keywords = {} if name == "spectra" else {"eps": 0.1, "num_examples": 60}
         found, scaled = (MEASUREMENTS[name](s, **keywords) for s in (one, other))
-        assert scaled[free] == pytest.approx(found[free], rel=1e-4), free
-        assert scaled[raw] > 2 * found[raw], raw
+        for free, raw in numbers.items():
+            assert scaled[free] == pytest.approx(found[free], rel=1e-4), free
+            assert scaled[raw] > 2 * found[raw], raw
 
 
 def test_gap_doubt_and_saturation_of_logits_known_by_hand():

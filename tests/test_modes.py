@@ -11,7 +11,7 @@ import pytest
 import robust_jax
 from robust_jax import attacks, margins
 from robust_jax.analysis import features, surface
-from tests.linear import POINTWISE, WITH_NORMS
+from tests.linear import POINTWISE, WITH_NORMS, norms_of
 
 KEY = jax.random.key(0)
 NUM_CLASSES = 5
@@ -33,6 +33,16 @@ QUICK = {
 RADII = {"linf": 0.1, "l2": 0.3, "l1": 1.0, "l0": 4.0}
 # Each attack with the first of its norms.
 ONE_NORM = dict(reversed(WITH_NORMS))
+DTYPES = (jnp.float16, jnp.bfloat16, jnp.float64)
+# The other attacks run in float64 within AutoAttack and the audit, or are PGD with other settings.
+IN_FLOAT64 = ("carlini_wagner", "deepfool", "gaussian_noise", "jsma", "multi_targeted")
+# Each attack in both half precisions, and each norm, but the attack in another norm each time.
+COVERING = [
+    (name, norms[(i + j) % len(norms)], dtype)
+    for i, (name, norms) in enumerate((name, norms_of(fn)) for name, fn in POINTWISE.items())
+    for j, dtype in enumerate(DTYPES if name in IN_FLOAT64 else DTYPES[:2])
+]
+EVERY = [(name, norm, dtype) for name, norm in WITH_NORMS for dtype in DTYPES]
 
 
 @contextlib.contextmanager
@@ -55,74 +65,75 @@ def problem(shape, dtype):
         return jnp.reshape(x, (len(x), -1)) @ jnp.asarray(weights, x.dtype)
 
     # Pixels that every dtype holds.
-    x = jnp.asarray(np.random.default_rng(1).integers(0, 65, (4, *shape)) / 64, dtype)
-    return logits_fn, x, jnp.argmax(logits_fn(x), -1).astype(jnp.int32).at[0].set(0)
+    x = np.random.default_rng(1).integers(0, 65, (4, *shape)) / 64
+    y = (x.reshape(4, -1) @ weights).argmax(-1)
+    y[0] = 0
+    return logits_fn, jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32)
 
 
-def called(name, norm, shape, dtype):
+def called(name, norm, shape, dtype, **fewer):
     """attack(x, y, key, eps=…), and its arguments."""
     logits_fn, x, y = problem(shape, dtype)
+    settings = {**QUICK.get(name, {}), **fewer}
 
     def attack(x, y, key, *, eps):
-        return POINTWISE[name](logits_fn, x, y, key, eps=eps, norm=norm, **QUICK.get(name, {}))
+        return POINTWISE[name](logits_fn, x, y, key, eps=eps, norm=norm, **settings)
 
     return attack, x, y, jax.random.key(2)
 
 
-def attacked(name, norm, shape, dtype):
-    attack, x, y, key = called(name, norm, shape, dtype)
-    return x, jax.jit(attack)(x, y, key, eps=RADII[norm])
-
-
 def assert_inside(x, x_adv, norm):
     assert x_adv.dtype == x.dtype and x_adv.shape == x.shape
-    assert ((x_adv >= 0) & (x_adv <= 1)).all()
+    assert ((np.asarray(x_adv) >= 0) & (np.asarray(x_adv) <= 1)).all()
     order = {"linf": np.inf, "l2": 2, "l1": 1, "l0": 0}[norm]
     delta = (np.asarray(x_adv, np.float64) - np.asarray(x, np.float64)).reshape(len(x), -1)
     sizes = np.linalg.norm(delta, order, axis=-1)
-    radius = float(jnp.asarray(RADII[norm], x.dtype))
+    radius = float(np.asarray(RADII[norm], x.dtype))
     assert (sizes <= radius * (1 + max(4 * float(jnp.finfo(x.dtype).eps), 1e-6))).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
-@pytest.mark.parametrize(("name", "norm"), WITH_NORMS)
-def test_attacks_keep_the_dtype_of_x(name, norm, dtype):
+def assert_dtype_is_kept(name, norm, shape, dtype, eps):
     """Traced: what a loop carries and what is promoted is known without a compilation."""
-    shape = ROWS if dtype == jnp.float32 and name != "square" else IMAGES
-    # A number, or an array of another dtype, as a compiled program takes it.
-    eps = RADII[norm] if shape == ROWS else jnp.float32(RADII[norm])
     with strictly(), jax.enable_x64(True):
         attack, *arguments = called(name, norm, shape, dtype)
         assert jax.eval_shape(lambda *a: attack(*a, eps=eps), *arguments).dtype == dtype
 
 
 @pytest.mark.parametrize(("name", "norm"), WITH_NORMS)
-def test_attacks_work_in_half_precision_where_jax_is_strict(name, norm):
-    with strictly():
-        attack, x, y, key = called(name, norm, IMAGES, jnp.float16)
-        x_adv = attack(x, y, key, eps=RADII[norm])  # a plain call
-    assert_inside(x, x_adv, norm)
+def test_attacks_keep_float64(name, norm):
+    # A radius of another dtype, as a compiled program takes it.
+    assert_dtype_is_kept(name, norm, IMAGES, jnp.float64, jnp.float32(RADII[norm]))
+
+
+@pytest.mark.parametrize(("name", "norm"), ONE_NORM.items())
+def test_attacks_keep_float32_where_float64_is_on(name, norm):
+    shape = IMAGES if name == "square" else ROWS
+    assert_dtype_is_kept(name, norm, shape, jnp.float32, RADII[norm])
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    # In default runs float64 is traced, for every norm.
-    [jnp.float64, jnp.bfloat16],
+    ("name", "norm", "dtype"),
+    [pytest.param(*c, marks=[] if c in COVERING else pytest.mark.slow) for c in EVERY],
 )
-@pytest.mark.parametrize(("name", "norm"), ONE_NORM.items())
-def test_attacks_work_in_other_precisions(name, norm, dtype):
-    with jax.enable_x64(dtype == jnp.float64):
-        x, x_adv = attacked(name, norm, IMAGES, dtype)
+def test_attacks_work_in_other_precisions_where_jax_is_strict(name, norm, dtype):
+    with strictly(), jax.enable_x64(dtype == jnp.float64):
+        attack, x, y, key = called(name, norm, IMAGES, dtype)
+        x = jax.device_put(x, jax.devices()[0])
+        x_adv = attack(x, y, key, eps=RADII[norm])  # a plain call
         assert_inside(x, x_adv, norm)
 
 
 @pytest.mark.parametrize(("name", "norm"), ONE_NORM.items())
 def test_attacks_work_on_rows_and_without_jit(name, norm):
     shape = IMAGES if name == "square" else ROWS
+    # Each shape is a program here, and restarts are in the tests above.
+    fewer = {"num_restarts": 1} if "num_restarts" in QUICK.get(name, {}) else {}
+    attack, x, y, key = called(name, norm, shape, jnp.float32, **fewer)
     with jax.disable_jit():
-        x, x_adv = attacked(name, norm, shape, jnp.float32)
+        x_adv = attack(x, y, key, eps=RADII[norm])
     assert_inside(x, x_adv, norm)
-    np.testing.assert_allclose(x_adv, attacked(name, norm, shape, jnp.float32)[1], atol=1e-5)
+    expected = jax.jit(attack)(x, y, key, eps=RADII[norm])
+    np.testing.assert_allclose(x_adv, expected, atol=1e-5)
 
 
 def feature_change(logits_fn, x, y, key):
@@ -164,7 +175,9 @@ def measured(name, dtype):
         return np.asarray(MEASURES[name](logits_fn, x, y, jax.random.key(2)), np.float64)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, jnp.float16, pytest.param(jnp.float32, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", MEASURES)
 def test_measures_are_those_of_float64(name, dtype):
     expected = measured(name, jnp.float64)

@@ -17,8 +17,8 @@ KEY = jax.random.key(0)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_is_the_best_of_one_run_of_pgd_for_each_wrong_class(norm):
     logits_fn = make_nonlinear(KEY, num_classes=5)
-    x = jax.random.uniform(KEY, (24, 4, 5, 1))
-    y = jnp.argmax(logits_fn(x), -1)
+    x = np.asarray(jax.random.uniform(KEY, (24, 4, 5, 1)))
+    y = np.asarray(logits_fn(x)).argmax(-1)
     keywords = {"eps": 0.05 if norm == "linf" else 0.15, "norm": norm, "num_steps": 8}
     together = multi_targeted(logits_fn, x, y, KEY, **keywords)
     targets = jax.vmap(lambda z, y: likeliest_wrong(z, y, 9)[0])(logits_fn(x), y)
@@ -46,16 +46,16 @@ def test_is_the_best_of_one_run_of_pgd_for_each_wrong_class(norm):
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_few_classes_and_restarts(num_classes):
     logits_fn, _, _ = make_linear(KEY, (6, 3, 1), num_classes)
-    x = interior_images(KEY, 8, (6, 3, 1))
-    y = jnp.argmax(logits_fn(x), -1)
+    x = np.asarray(interior_images(KEY, 8, (6, 3, 1)))
+    y = np.asarray(logits_fn(x)).argmax(-1)
     x_adv = multi_targeted(logits_fn, x, y, KEY, eps=0.5, num_targets=9, num_restarts=2)
     assert (jnp.argmax(logits_fn(x_adv), -1) != y).all()
 
 
 def test_zero_and_nan_gradients_are_survived():
-    x = interior_images(KEY, 3)
-    y = jnp.zeros(3, jnp.int32)
-    for value in (0.0, jnp.nan):
+    x = np.asarray(interior_images(KEY, 3))
+    y = np.zeros(3, np.int32)
+    for value in (np.zeros(1), np.full(1, np.nan)):  # arrays: arguments of one program
         x_adv = multi_targeted(
             lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
             x,
@@ -79,6 +79,6 @@ def test_zero_and_nan_gradients_are_survived():
 )
 def test_mistakes_are_told(keywords, message):
     logits_fn, _, _ = make_linear(KEY)
-    x = interior_images(KEY, 2)
+    x = np.asarray(interior_images(KEY, 2))
     with pytest.raises(ValueError, match=message):
         multi_targeted(logits_fn, x, jnp.zeros(2, jnp.int32), KEY, **{"eps": 0.1, **keywords})

@@ -21,14 +21,14 @@ def sizes(delta, norm):
 def test_noise_has_the_size_it_says(norm):
     """In the ball's quarter of the mass within (1/4)^(1/n), or half of it on the sphere."""
     logits_fn, _, _ = make_linear(KEY, (2, 1, 3))
-    x = jnp.full((2000, 2, 1, 3), 0.5)
-    y = jnp.zeros(2000, jnp.int32)
-    delta = uniform_noise(logits_fn, x, y, KEY, eps=0.2, norm=norm) - x
+    x = np.full((2000, 2, 1, 3), 0.5, np.float32)
+    y = np.zeros(2000, np.int32)
+    delta = np.asarray(uniform_noise(logits_fn, x, y, KEY, eps=0.2, norm=norm)) - x
     radii = sizes(delta, norm)
     assert radii.max() <= 0.2 * (1 + 1e-6)
     np.testing.assert_allclose((radii < 0.2 * 0.25 ** (1 / 6)).mean(), 0.25, atol=0.04)
     np.testing.assert_allclose(delta.mean(0), 0, atol=0.02)
-    delta = gaussian_noise(logits_fn, x, y, KEY, eps=0.2, norm=norm) - x
+    delta = np.asarray(gaussian_noise(logits_fn, x, y, KEY, eps=0.2, norm=norm)) - x
     radii = sizes(delta, norm)
     assert radii.max() <= 0.2 * (1 + 1e-6)
     np.testing.assert_allclose((radii > 0.2 * (1 - 1e-5)).mean(), 0.45, atol=0.08)
@@ -37,8 +37,8 @@ def test_noise_has_the_size_it_says(norm):
 
 def test_gaussian_noise_has_one_deviation_for_every_pixel():
     """Where the ball is not in the way: a 784-pixel image, of whose draws few are beyond it."""
-    x = jnp.full((40, 28, 28, 1), 0.5)
-    y = jnp.zeros(40, jnp.int32)
+    x = np.full((40, 28, 28, 1), 0.5, np.float32)
+    y = np.zeros(40, np.int32)
     logits_fn, _, _ = make_linear(KEY, (28, 28, 1))
     delta = np.asarray(gaussian_noise(logits_fn, x, y, KEY, eps=2.8, norm="l2") - x)
     np.testing.assert_allclose(delta.std(), 2.8 / 28, rtol=0.03)
@@ -51,19 +51,18 @@ def test_gaussian_noise_has_one_deviation_for_every_pixel():
 @pytest.mark.parametrize("noise", NOISES)
 def test_more_draws_find_more_and_the_misclassified_one_is_returned(noise):
     logits_fn = make_nonlinear(KEY)
-    x = jax.random.uniform(KEY, (100, 4, 5, 1))
-    y = jnp.argmax(logits_fn(x), -1)
+    x = np.asarray(jax.random.uniform(KEY, (100, 4, 5, 1)))
+    y = np.asarray(logits_fn(x)).argmax(-1)
     wrong, loss = {}, {}
-    for num_samples in (1, 5, 40):
+    for num_samples in (1, 10):
         x_adv = NOISES[noise](logits_fn, x, y, KEY, eps=0.3, num_samples=num_samples)
         logits = logits_fn(x_adv)
         wrong[num_samples] = np.asarray(jnp.argmax(logits, -1) != y)
         loss[num_samples] = np.asarray(losses.cross_entropy(logits, y))
     # The draws of few are the first of many.
-    for few, many in ((1, 5), (5, 40)):
-        assert (wrong[few] <= wrong[many]).all()
-        assert wrong[few].sum() < wrong[many].sum()
-        assert (loss[few] <= loss[many] + 1e-5)[wrong[few] == wrong[many]].all()
+    assert (wrong[1] <= wrong[10]).all()
+    assert wrong[1].sum() < wrong[10].sum()
+    assert (loss[1] <= loss[10] + 1e-5)[wrong[1] == wrong[10]].all()
     # A loss that pulls away from where the label is lost does not hide the hits.
     against = NOISES[noise](
         logits_fn,
@@ -71,10 +70,10 @@ def test_more_draws_find_more_and_the_misclassified_one_is_returned(noise):
         y,
         KEY,
         eps=0.3,
-        num_samples=40,
+        num_samples=10,
         loss=lambda logits, y: -losses.cross_entropy(logits, y),
     )
-    np.testing.assert_array_equal(jnp.argmax(logits_fn(against), -1) != y, wrong[40])
+    np.testing.assert_array_equal(jnp.argmax(logits_fn(against), -1) != y, wrong[10])
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -88,6 +87,6 @@ def test_more_draws_find_more_and_the_misclassified_one_is_returned(noise):
 )
 def test_mistakes_are_told(noise, keywords, message):
     logits_fn, _, _ = make_linear(KEY)
-    x = interior_images(KEY, 2)
+    x = np.asarray(interior_images(KEY, 2))
     with pytest.raises(ValueError, match=message):
         NOISES[noise](logits_fn, x, jnp.zeros(2, jnp.int32), KEY, **{"eps": 0.1, **keywords})

@@ -136,8 +136,8 @@ def test_names_are_those_of_the_table():
 
 def test_a_record_is_evaluated_under_its_name():
     logits_fn, _, _, x, y = problem(num_classes=3)
-    few = {"version": ("apgd_ce", "square"), "num_queries": 5, "progress": False}
-    few["overrides"] = {"apgd_ce": {"num_steps": 5}, "square": {"num_queries": 5}}
+    few = {"version": ("apgd_ce",), "num_queries": 5, "progress": False}
+    few["overrides"] = {"apgd_ce": {"num_steps": 5}}
     found = robust_jax.evaluate(logits_fn, x, y, KEY, eps=(EPS, 2 * EPS), norm=WEIGHTED, **few)
     assert found.card["threat_model"] == "Weighted" and found.audit.norm == "weighted"
     margin = margins.first_order(logits_fn, x, y, norm=WEIGHTED)

@@ -16,13 +16,21 @@ import pytest
 from robust_jax.devices import parallel, processes, speed
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY, environment_of
-from tests.test_demo import AUTOATTACK, TINY
+from tests.test_demo import AUTOATTACK
 
-ATTACKS = {"pgd_linf": {"name": "pgd", "eps": (0.05,), "num_steps": 3}, "autoattack": AUTOATTACK}
+ATTACKS = {
+    "pgd_linf": {"name": "pgd", "eps": (0.05,), "num_steps": 3},
+    "autoattack": {**AUTOATTACK, "eps": (0.05,), "version": ("square",), "num_examples": 40},
+}
 FLAGS = (
-    *TINY,
+    "--config=configs/default.py",
+    "--config.model={'name': 'mlp', 'hidden': (8,)}",
+    "--config.adversary.num_steps=2",
+    "--config.audit.num_examples=0",
     f"--config.attacks={ATTACKS!r}",
-    "--config.checkpoint_every=5 steps",
+    "--config.evaluation.num_examples=100",
+    "--config.evaluation.num_images=2",
+    "--config.checkpoint_every=10 steps",
     "--config.duration=6 epochs",
 )
 
@@ -97,6 +105,7 @@ def terminated(tmp_path_factory):
     deadline = time.monotonic() + 300
     while not list((workdir / "checkpoints" / "last").glob("[0-9]*")):
         assert time.monotonic() < deadline and started[0].poll() is None, started[0].communicate()
+        time.sleep(0.02)  # on the cores that they train on
     started[1].send_signal(signal.SIGTERM)
     (_, told), (_, silent) = finish(started, 128 + signal.SIGTERM)
     assert "stopped at step" in told and "saving at the end of this step" in told

@@ -99,12 +99,12 @@ def test_operator_norm_bounds_the_layer_as_it_stands(norm, order, image, strides
 
 def test_layers_of_a_network_are_the_maps_it_applies():
     model = CNN(num_classes=3, widths=(2, 3), hidden=5, mean=(0.5,), std=(0.25,))
-    x = jax.random.uniform(KEY, (2, 8, 8, 1))
-    variables = model.init(KEY, x)
+    x = np.random.default_rng(0).random((2, 8, 8, 1), np.float32)
+    variables = jax.jit(model.init)(KEY, x)
     layers = spectra.layers(model, variables, x.shape[1:])
     assert list(layers) == ["Conv_0", "Conv_1", "Dense_0", "head"]
     assert [layer.image for layer in layers.values()] == [(8, 8), (4, 4), (1, 1), (1, 1)]
-    hidden = captured(model, variables)(x)
+    hidden = jax.jit(captured(model, variables))(x)
     inputs = {"Conv_0": (x - 0.5) / 0.25, "Dense_0": hidden["conv2"], "head": hidden["dense1"]}
     outputs = {"Conv_0": "conv1", "Dense_0": "dense1", "head": "logits"}
     for name, before in inputs.items():
@@ -119,10 +119,15 @@ def test_layers_of_a_network_are_the_maps_it_applies():
         )
 
 
-def test_layers_of_a_residual_network_have_their_strides_and_pads():
+def residual_network(values_of):
+    """A network and its variables, with values of a shape."""
     model = PreActResNet(num_classes=3, width=1 / 32)
     shapes = jax.eval_shape(model.init, KEY, jnp.zeros((1, 8, 8, 3)))
-    variables = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), shapes)
+    return model, jax.tree.map(lambda a: np.asarray(values_of(a.shape), a.dtype), shapes)
+
+
+def test_layers_of_a_residual_network_have_their_strides_and_pads():
+    model, variables = residual_network(np.ones)
     layers = spectra.layers(model, variables, (8, 8, 3))
     assert len(layers) == 1 + 8 * 2 + 3 + 1
     strided = [layer for layer in layers.values() if layer.strides == (2, 2)]
@@ -132,27 +137,23 @@ def test_layers_of_a_residual_network_have_their_strides_and_pads():
 
 def test_a_batch_norm_right_behind_a_layer_is_folded_into_it(rng):
     """The stem and the first convolution of each block have one, what ends in a sum has not."""
-    model = PreActResNet(num_classes=3, width=1 / 32)
-    x = jnp.zeros((1, 8, 8, 3))
-    variables = jax.tree.map(
-        lambda a: jnp.asarray(rng.uniform(0.5, 2, a.shape), a.dtype), model.init(KEY, x)
-    )
+    model, variables = residual_network(lambda shape: rng.uniform(0.5, 2, shape))
     plain, folded = (
-        spectra.layers(model, variables, x.shape[1:], fold_norms=fold) for fold in (False, True)
+        spectra.layers(model, variables, (8, 8, 3), fold_norms=fold) for fold in (False, True)
     )
     changed = [
         name for name in plain if not np.array_equal(plain[name].kernel, folded[name].kernel)
     ]
     assert len(changed) == 1 + 8  # the stem's feeds the first block's norm, and its sum
     params, statistics = variables["params"], variables["batch_stats"]
-    of_norm = params["BatchNorm_1"]["scale"] / jnp.sqrt(statistics["BatchNorm_1"]["var"] + 1e-5)
+    of_norm = params["BatchNorm_1"]["scale"] / np.sqrt(statistics["BatchNorm_1"]["var"] + 1e-5)
     inner = changed[1]
     np.testing.assert_allclose(folded[inner].kernel, plain[inner].kernel * of_norm, rtol=1e-5)
 
 
 def test_a_layer_of_another_kind_is_refused():
     model = nn.Sequential([nn.Conv(2, (3, 3)), lambda x: x.reshape(len(x), -1), nn.Dense(2)])
-    variables = model.init(KEY, jnp.zeros((1, 4, 4, 1)))
+    variables = jax.jit(model.init)(KEY, np.zeros((1, 4, 4, 1)))
     with pytest.raises(ValueError, match="no nn.Dense or Conv, or never called: layers_0"):
         spectra.layers(model, variables, (4, 4, 1))
 

@@ -32,13 +32,13 @@ def compiled(norm, shape):
 @given(
     eps=st.floats(0, 3, width=32),
     seed=st.integers(0, 1000),
-    shape=st.sampled_from([(4, 5, 1), (1, 7, 2), (12, 7, 3)]),
+    shape=st.sampled_from([(1, 7, 2), (12, 7, 3)]),
 )
 def test_stays_in_the_ball_and_the_box(norm, eps, seed, shape):
     key = jax.random.key(seed)
-    x = jax.random.uniform(key, (4, *shape))
-    y = jax.random.randint(key, (4,), 0, 3)
-    x_adv = compiled(norm, shape)(x, y, key, eps)
+    rng = np.random.default_rng(seed)
+    x, y = rng.random((4, *shape), np.float32), rng.integers(0, 3, 4)
+    x_adv = np.asarray(compiled(norm, shape)(x, y, key, eps))
     assert x_adv.shape == x.shape
     assert (x_adv >= 0).all()
     assert (x_adv <= 1).all()
@@ -49,6 +49,7 @@ def test_stays_in_the_ball_and_the_box(norm, eps, seed, shape):
 def test_breaks_a_network_without_gradients(norm, slack):
     """At a little more than the closed-form distance, and never below it."""
     linear, x, y, distance = near_boundary(3, norm)
+    x, y, distance = x[:12], y[:12], distance[:12]
 
     def logits_fn(x):
         return jax.lax.stop_gradient(linear(x))
@@ -58,7 +59,7 @@ def test_breaks_a_network_without_gradients(norm, slack):
     def attack(x, y, eps):
         # Restarts: on so few pixels a search in l2 may end where no window helps.
         return square(
-            logits_fn, x[None], y[None], KEY, eps=eps, norm=norm, num_queries=1500, num_restarts=4
+            logits_fn, x[None], y[None], KEY, eps=eps, norm=norm, num_queries=750, num_restarts=4
         )[0]
 
     assert robust_accuracy(logits_fn, attack(x, y, 0.99 * distance), y) == 1
@@ -74,8 +75,8 @@ def test_needs_no_derivative_at_all():
         s = np.asarray(x).mean((-3, -2, -1))
         return np.stack([0.54 - s, 0 * s], -1).astype(np.float32)
 
-    x = jnp.full((4, 6, 4, 1), 0.5)
-    y = jnp.zeros(4, jnp.int32)
+    x = np.full((4, 6, 4, 1), 0.5, np.float32)
+    y = np.zeros(4, np.int32)
     x_adv = square(logits_fn, x, y, KEY, eps=0.05, num_queries=200)
     assert robust_accuracy(logits_fn, x_adv, y) == 0
 
@@ -83,15 +84,17 @@ def test_needs_no_derivative_at_all():
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.03), ("l2", 0.1), ("l1", 0.3)])
 def test_result_is_independent_of_batch_size_and_company(norm, eps):
     logits_fn = make_nonlinear(KEY)
-    x = jax.random.uniform(KEY, (12, 4, 5, 1))
-    y = jnp.arange(12) % 3
+    x = np.asarray(jax.random.uniform(KEY, (12, 4, 5, 1)))
+    y = np.arange(12) % 3
     keys = jax.random.split(KEY, 12)
     attack = jax.jit(
         lambda x, y, k: square(logits_fn, x, y, k, eps=eps, norm=norm, num_queries=100)
     )
     whole = attack(x, y, keys)
+    assert (sizes(whole, x, norm) <= eps * (1 + 1e-6)).all()
     assert 0 < (jnp.argmax(logits_fn(whole), -1) == y).sum() < 12
-    for index in (np.arange(5, 12), np.array([7]), np.array([11, 3, 7, 0])):
+    # Among others of the same number, and alone.
+    for index in (np.arange(12) % 5 + 7, np.array([7])):
         part = attack(x[index], y[index], keys[index])
         np.testing.assert_allclose(part, whole[index], atol=1e-6)
 
@@ -130,12 +133,12 @@ def test_a_hill_and_its_pit_have_norm_one_and_opposite_signs(norm):
 
 def test_more_queries_never_hurt():
     logits_fn = make_nonlinear(jax.random.key(4))
-    x = jax.random.uniform(KEY, (100, 4, 5, 1))
-    y = jnp.argmax(logits_fn(x), -1)
+    x = np.asarray(jax.random.uniform(KEY, (100, 4, 5, 1)))
+    y = np.asarray(logits_fn(x)).argmax(-1)
     values = []
     for num_queries in (1, 20, 200):
         x_adv = square(logits_fn, x, y, KEY, eps=0.05, num_queries=num_queries)
-        values.append(losses.margin(logits_fn(x_adv), y))
+        values.append(np.asarray(losses.margin(logits_fn(x_adv), y)))
     # The same keys, so a longer search begins as the shorter one.
     assert (values[1] <= values[0] + 1e-5).all()
     assert ((values[2] <= values[1] + 1e-5) | (values[1] < 0)).all()
@@ -144,14 +147,16 @@ def test_more_queries_never_hurt():
 
 def test_restarts_and_targets():
     logits_fn = make_nonlinear(jax.random.key(4))
-    x = jax.random.uniform(KEY, (100, 4, 5, 1))
-    y = jnp.argmax(logits_fn(x), -1)
+    x = np.asarray(jax.random.uniform(KEY, (100, 4, 5, 1)))
+    y = np.asarray(logits_fn(x)).argmax(-1)
     attack = functools.partial(square, logits_fn, x, y, KEY, eps=0.05, num_queries=20)
-    one, three = (losses.margin(logits_fn(attack(num_restarts=n)), y) for n in (1, 3))
+    one, three = (np.asarray(losses.margin(logits_fn(attack(num_restarts=n)), y)) for n in (1, 3))
     assert ((three <= one + 1e-5) | (three < 0)).all()  # the same first search
     assert (three < 0).sum() > (one < 0).sum()
     targets = (y + 1) % 3
-    before, after = (losses.margin(logits_fn(z), targets) for z in (x, attack(targets=targets)))
+    before, after = (
+        np.asarray(losses.margin(logits_fn(z), targets)) for z in (x, attack(targets=targets))
+    )
     assert (after >= before).all()
     assert ((before < 0) & (after > 0)).sum() > 5
 
@@ -168,6 +173,6 @@ def test_restarts_and_targets():
 )
 def test_mistakes_are_told(keywords, message):
     logits_fn, _, _ = make_linear(KEY)
-    x = interior_images(KEY, 2)
+    x = np.asarray(interior_images(KEY, 2))
     with pytest.raises(ValueError, match=message):
         square(logits_fn, x, jnp.zeros(2, jnp.int32), KEY, **{"eps": 0.1, **keywords})

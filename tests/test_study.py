@@ -11,13 +11,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from robust_jax.app import arms, entries, measures, stored, study, threat
+from robust_jax.app import arms, entries, folder, measures, stored, study, threat
 from robust_jax.app import config as config_lib
 from robust_jax.app import runs as run_files
 from robust_jax.app.experiment import build
 from robust_jax.errors import UserError
 from robust_jax.models import MODELS
 from robust_jax.train import loop
+from tests import small_study as small
 from tests.conftest import REPOSITORY
 from tests.test_claims import result, table
 
@@ -190,22 +191,11 @@ def fake_runs(monkeypatch, accuracy=lambda config: 0.5, num_images=200):
 
 
 def small_study(**fields):
-    """A study of two arms and one claim."""
-    config = importlib.import_module("configs.studies.entm").get_config()
-    config.scale, config.scales = "only", {"only": {}}
+    """That of small_study.py, of robust accuracy, with other fields; settled."""
+    config = small.get_config()
     config.base.attacks = {"pgd": {"eps": (0.1,)}}
-    config.arms = ConfigDict(
-        {
-            "at": {},
-            "entm": {"regularizers": {"entropy": {"weight": 1.0}}},
-            "other": {},
-        },
-        sort_keys=False,
-    )
-    config.labels = ConfigDict()
-    config.measures, config.pairs, config.published = (("PGD", "pgd@0.1"),), (), ()
-    test = {"measure": "pgd@0.1", "arms": ("entm", "at"), "relation": "above"}
-    config.claims = {"a": {"text": "Better.", "tests": (test,), "smallest_effect": 0.05}}
+    config.measures = (("PGD", "pgd@0.1"),)
+    config.claims.a.tests[0]["measure"] = "pgd@0.1"
     for path, value in fields.items():
         config_lib.set_field(config, path, value)
     return study.settled(config)
@@ -286,8 +276,9 @@ def test_a_study_keeps_no_programs_of_its_runs(tmp_path, monkeypatch):
 
     held: list[int] = []
     monkeypatch.setattr(study.run, "execute", execute)
-    study.execute(small_study(), tmp_path)
-    assert len(held) == 9 and max(held[1:]) <= held[0]
+    forget()  # those of other tests
+    study.execute(small_study(seeds=(0, 1)), tmp_path, only="at")
+    assert len(held) == 2 and held[1] <= held[0]
 
 
 SWEEP = {"field": "regularizers.entropy.weight", "values": (0.1, 1.0, 3.0)}
@@ -514,77 +505,122 @@ def test_numbers_along_training_are_those_of_the_validations(tmp_path):
 
 
 def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, monkeypatch):
-    config = config_of("entm", {"base.duration": "6 steps"}, scale="smoke")
-    trials = [trial for trial in study.trials(config) if trial.arm == "at_ls"]
+    config = small_study(seeds=(0, 1))
+    trials = [trial for trial in study.trials(config) if trial.arm == "entm"]
     study.train_seeds_together(trials, tmp_path)
     plans = [build(trial.config).plan for trial in trials]
     for trial, plan in zip(trials, plans, strict=True):
         assert loop.is_trained(plan, tmp_path / trial.name)
         assert not (tmp_path / trial.name / "results.json").exists()
-    (tmp_path / "at_ls" / "0" / "results.json").write_text("{}")
+    (tmp_path / "entm" / "0" / "results.json").write_text("{}")
     monkeypatch.setattr(study.run, "train_together", None)  # one is left: nothing to share
     study.train_seeds_together(trials, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "arm"),
-    [
-        ("entm", "at"),
-        pytest.param("adversarial_strength", "eps_1", marks=pytest.mark.slow),
-        pytest.param("average_margin", "cnn_regularised", marks=pytest.mark.slow),
-        ("energy", "at_one_step"),
-        pytest.param("energy", "oscillation_few", marks=pytest.mark.slow),
-    ],
-)
-def test_a_seed_of_each_study_runs_at_smoke(name, arm, tmp_path):
-    config = config_of(name, scale="smoke")
+SMOKE_RUNS = {  # an arm of each study
+    "entm": "at",
+    "energy": "at_one_step",
+    "adversarial_strength": "eps_1",
+    "average_margin": "mlp_regularised",
+    "guided_complement_entropy": "gce",
+}
+
+
+def run_at_smoke(config, arm, workdir):
+    """A seed of one arm alone, then the report."""
     if "sweep" in config.arms[arm]:
-        study.execute(config, tmp_path, only=f"{arm}/sweep")
-    study.execute(config, tmp_path, only=f"{arm}/0")
-    said = study.execute(config, tmp_path, "report")
+        study.execute(config, workdir, only=f"{arm}/sweep")
+    study.execute(config, workdir, only=f"{arm}/0")
+    assert not (workdir / "report.html").exists()
+    said = study.execute(config, workdir, "report")
     assert "no verdict" in said and max(map(len, said.splitlines())) <= 80
-    results = run_files.results(tmp_path)
+    results = run_files.results(workdir)
     for label, measure in results["measures"].items():
         if not measure.startswith("audit."):  # smoke has no audit
             assert results["table"][arm][label]["mean"] is not None, label
-    assert (tmp_path / "README.md").exists()
 
 
-def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path):
-    flags = (
-        "--config=configs/studies/guided_complement_entropy.py",
-        "--config.scale=smoke",
-        f"--workdir={tmp_path}",
-    )
-    with ThreadPoolExecutor() as pool:  # two processes in one folder, which neither has begun
-        parts = pool.map(lambda part: launch(*flags, f"--only={part}"), ("ce/1", "gce"))
-        for alone in parts:
-            assert alone.returncode == 0, alone.stderr[-3000:]
-    assert not (tmp_path / "report.html").exists()
-    collected = launch(f"--workdir={tmp_path}", "--mode=report")  # the folder knows the study
-    assert collected.returncode == 0, collected.stderr[-3000:]
-    assert "9 of 12 runs are not finished: ce/0, cot/0, gce_published/0, at/0" in collected.stderr
-    before = run_files.results(tmp_path / "ce" / "1")
-    again = launch(
-        f"--workdir={tmp_path}",
-        "--only=ce/1",
-        "--mode=measure",
-        "--config.base.measurements.few={'name': 'clusters', 'num_examples': 50}",
-    )
-    assert again.returncode == 0, again.stderr[-3000:]
-    after = run_files.results(tmp_path / "ce" / "1")
-    arrays = run_files.measured(tmp_path / "ce" / "1")
-    assert len(arrays["few/label"]) == 50 < len(arrays["clusters/label"])
-    del after["measurements"]["few"], after["config"]["measurements"]["few"]
-    assert after == before
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["table"]["gce"]["FGSM at 0.2"]["values"]) == 2
-    assert results["table"]["at"]["FGSM at 0.2"]["mean"] is None
-    assert results["claims"]["e"]["verdict"] == "no verdict"
-    page = (tmp_path / "report.html").read_text()
-    readme = (tmp_path / "README.md").read_text()
-    for text in (page, readme):
+@pytest.fixture
+def on_few_images(monkeypatch):
+    """on_few_images(name, workdir) runs a seed of a study, its networks and samples made small."""
+
+    def run(name, workdir):
+        config = config_of(name, scale="smoke")
+        if name in ("energy", "entm"):
+            config.base.model = ConfigDict({"name": "mlp", "hidden": (8,)})
+        if config.base.model.name == "cnn":
+            config.base.model.widths = (4,)
+        config.base.duration = "1 epoch"
+        config.base.evaluation.num_examples = 32  # so that each attack has batches of one size
+        for entry in config.base.measurements.values():
+            if "num_examples" in entry:
+                entry.num_examples = min(entry.num_examples, 50)
+        run_at_smoke(config, SMOKE_RUNS[name], workdir)
+
+    monkeypatch.setattr(study, "_forget_a_run", lambda: None)  # studies share small programs
+    monkeypatch.setattr(folder, "write_report", lambda *_: None)  # a run's page: see test_report.py
+    return run
+
+
+@pytest.mark.parametrize("name", sorted({*STUDIES} - {"guided_complement_entropy"}))
+def test_a_seed_of_each_study_runs(name, on_few_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.study_report, "write", lambda *_: None)  # the next test has one
+    on_few_images(name, tmp_path)
+
+
+def test_a_study_of_one_seed_has_a_page(on_few_images, tmp_path):
+    on_few_images("guided_complement_entropy", tmp_path)
+    for page in ("report.html", "README.md"):
+        text = (tmp_path / page).read_text()
         assert "no verdict" in text and "published 62.74" in text
     for name in ("accuracy", "measures", "pairs", "clusters"):
         figure = tmp_path / "figures" / f"{name}.svg"
         assert 1000 < figure.stat().st_size < 500_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [
+        *SMOKE_RUNS.items(),
+        ("average_margin", "cnn_regularised"),
+        ("energy", "oscillation_few"),
+    ],
+)
+def test_a_seed_of_each_study_runs_at_smoke(name, arm, tmp_path):
+    run_at_smoke(config_of(name, scale="smoke"), arm, tmp_path)
+    assert (tmp_path / "report.html").exists() and (tmp_path / "README.md").exists()
+
+
+def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path, monkeypatch):
+    flags = ("--config=tests/small_study.py", "--config.seeds=(0, 1)", f"--workdir={tmp_path}")
+    with ThreadPoolExecutor() as pool:  # two processes in one folder, which neither has begun
+        parts = pool.map(lambda part: launch(*flags, f"--only={part}"), ("at/1", "entm/0"))
+        for alone in parts:
+            assert alone.returncode == 0, alone.stderr[-3000:]
+    assert not (tmp_path / "report.html").exists()
+    before = run_files.results(tmp_path / "at" / "1")
+
+    def from_its_folder(*typed):
+        config = stored.get_config(str(tmp_path))
+        for path, value in typed:
+            config_lib.set_field(config, path, value)
+        return study.settled(config, [path for path, _ in typed])
+
+    few = ConfigDict({"name": "outputs", "num_examples": 50})
+    more = from_its_folder(("base.measurements.few", few))
+    study.execute(more, tmp_path, "measure", only="at/1")
+    after = run_files.results(tmp_path / "at" / "1")
+    arrays = run_files.measured(tmp_path / "at" / "1")
+    assert len(arrays["few/gap"]) == 50 < len(arrays["outputs/gap"])
+    del after["measurements"]["few"], after["config"]["measurements"]["few"]
+    assert after == before
+
+    said = []
+    monkeypatch.setattr(study.logging, "warning", lambda text, *values: said.append(text % values))
+    study.execute(from_its_folder(), tmp_path, "report")
+    assert said[-1] == "4 of 6 runs are not finished: at/0, other/0, entm/1, other/1"
+    results = run_files.results(tmp_path)
+    assert list(results["table"]["at"]["clean"]["values"]) == ["1"]
+    assert results["table"]["other"]["clean"]["mean"] is None
+    assert results["claims"]["a"]["verdict"] == "no verdict"

@@ -3,16 +3,30 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 from robust_jax import losses
 from robust_jax.app.training import apply_fn
 from robust_jax.attacks import pgd
+from robust_jax.devices import parallel
 from robust_jax.train import optimizer
 from robust_jax.train.objectives import Adversary, make_objective
 from robust_jax.train.state import init_state
 from robust_jax.train.step import make_train_step
+
+
+class Net(nn.Module):
+    """Smooth, with synchronised BatchNorm: its statistics and gradients cross the devices."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Dense(8)(x.reshape(x.shape[0], -1))
+        axis = parallel.AXIS if train else None
+        x = nn.BatchNorm(use_running_average=not train, axis_name=axis)(x)
+        return nn.Dense(10)(jnp.tanh(x))
 
 
 def training_of(model, *, loss_on, learning_rate=0.1):
@@ -21,7 +35,8 @@ def training_of(model, *, loss_on, learning_rate=0.1):
     make_step(settings) is `make_train_step`, init(average=…) is `init_state`.
     """
     # Smooth all along: a sign or a kink would turn a rounding difference into a large one.
-    adversary = Adversary(lambda f, x, y, k: pgd(f, x, y, k, eps=0.5, norm="l2", num_steps=2))
+    attack = functools.partial(pgd, eps=0.5, norm="l2", num_steps=2, keep_best=False)
+    adversary = Adversary(attack)
     objective = make_objective(
         apply_fn(model), loss=losses.cross_entropy, loss_on=loss_on, adversary=adversary
     )

@@ -175,7 +175,7 @@ def check_sweeps(config: ConfigDict, check_run: Callable[[ConfigDict], None]) ->
         by = sweep.get("by", config.sweep.by)
         for trial in [t for a in filter(None, (arm, nearest)) for t in sweep_trials(config, a)]:
             check_run(trial.config)
-            measures.check(by, trial.config, f"{path}.by")
+            measures.check(by, measures.known(trial.config), f"{path}.by")
 
 
 def _config(config: ConfigDict, arm: str) -> ConfigDict:

@@ -6,6 +6,7 @@ A config is an ml_collections.ConfigDict with the fields of configs/default.py. 
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -120,6 +121,11 @@ def bind(
 
 def keyword_parameters(fn: Callable, reserved: Iterable[str] = ()) -> dict[str, Any]:
     """The keyword-only parameters of a function, or the fields of a flax module, with types."""
+    return dict(_keyword_parameters(fn, frozenset(reserved)))
+
+
+@functools.cache
+def _keyword_parameters(fn: Callable, reserved: frozenset[str]) -> dict[str, Any]:
     is_class = inspect.isclass(fn)
     hints = typing.get_type_hints(fn)
     hidden = {*reserved, "parent", "name"} if is_class else {*reserved}

@@ -27,7 +27,7 @@ from robust_jax.attacks import autoattack
 from robust_jax.attacks._autoattack import check_arguments, doubts
 from robust_jax.attacks._square import check_images, square
 from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
-from robust_jax.batches import NUM_SIZES, Lift
+from robust_jax.batches import Lift
 from robust_jax.errors import UserError
 from robust_jax.losses import Loss
 from robust_jax.types import LogitsFn
@@ -147,7 +147,7 @@ def evaluate(
     attack = f"autoattack_{threat.name}"
     run = partial(autoattack, norm=norm, version=version, overrides=overrides, progress=progress)
     grid = AttackGrid("autoattack", run, threat.name, radii, members=tuple(members))
-    mapper = Mapper(network, batch_size)
+    mapper = Mapper(network, batch_size, len(x))
     # AutoAttack sees those that are right alone.
     warnings = doubts(logits_fn, x, mapper(_logits)({"x": x}))
     evaluator = Evaluator(
@@ -273,8 +273,8 @@ class _InputMargin:
 def _lift(mapper: Mapper) -> Lift:
     """Functions of the mapper's network, as an Evaluator takes them."""
 
-    def lift(fn, num_sizes=NUM_SIZES):
-        return lambda _, *rows_and_scalars: mapper.over(fn, *rows_and_scalars, num_sizes=num_sizes)
+    def lift(fn):
+        return lambda _, *rows_and_scalars: mapper.over(fn, *rows_and_scalars)
 
     return lift
 

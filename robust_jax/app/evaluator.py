@@ -32,10 +32,6 @@ from robust_jax.keys import fold_each, fold_in_each
 from robust_jax.progress import progress
 from robust_jax.types import LogitsFn
 
-# How many sizes batches have, and so at most how many programs an attack needs. Compiling one takes
-# longer than a short attack.
-_NUM_SIZES = 4
-
 
 class AttackGrid(NamedTuple):
     """attack(logits_fn, x, y, keys, eps=…) -> x_adv, its kind by name, its norm and its radii.
@@ -111,7 +107,7 @@ class Evaluator:
     def temperature(self, variables: Any, held_out: data.Split) -> float:
         """By what the logits are divided for the least cross-entropy on images held out."""
         rows = data.rows_of(held_out, np.arange(held_out.size))
-        logits = self._lift(_logits, _NUM_SIZES)(variables, *rows, self._key_data)
+        logits = self._lift(_logits)(variables, held_out.size, *rows, self._key_data)
         return calibration.temperature(logits, held_out.labels)
 
     def records(
@@ -195,26 +191,36 @@ class Evaluator:
                 training_loss=settings.training_loss,
                 surrogates=surrogates,
                 num_queries=settings.num_queries,
-                map_examples=over(self._lift, variables),
+                map_examples=over(self._lift, variables, len(labels)),
                 progress=self._shown,
             )
         except NothingToAudit as error:
             self._warn(f"no audit: {error}")
             return None
 
-    def over(self, variables: Any, fn: Callable, index: Any = None, *scalars: Any) -> Any:
-        """fn(logits_fn, batch, key_data, *scalars) on the examples of the index, or on all."""
-        index = np.arange(self._split.size) if index is None else index
+    def over(self, variables: Any, fn: Callable) -> Any:
+        """fn(logits_fn, batch, key_data) on all examples."""
+        size = self._split.size
+        return self._over(variables, fn, size, np.arange(size))
+
+    def _over(
+        self, variables: Any, fn: Callable, most: int, index: np.ndarray, *scalars: Any
+    ) -> Any:
+        """The same with scalars on the examples of the index, of at most so many."""
         rows = data.rows_of(self._split, index)
-        return self._lift(fn, _NUM_SIZES)(variables, *rows, self._key_data, *scalars)
+        return self._lift(fn)(variables, most, *rows, self._key_data, *scalars)
 
     def _measure(self, variables: Any, index: np.ndarray) -> dict[str, Any]:
-        return self.over(variables, Measurement(self._settings, self._key_impl), index)
+        measurement = Measurement(self._settings, self._key_impl)
+        return self._over(variables, measurement, self._split.size, index)
 
     def _attack(self, variables: Any, name: str, index: np.ndarray, eps: float) -> dict:
         grid = self._grids[name]
         attempt = Attempt(grid.attack, grid.norm, name, self._key_impl)
-        return self.over(variables, attempt, index, eps)
+        return self._over(variables, attempt, self._num_attacked(grid), index, eps)
+
+    def _num_attacked(self, grid: AttackGrid) -> int:
+        return min(grid.num_examples or self._split.size, self._split.size)
 
     def _autoattack(self, variables, name, standing, eps, unfinished) -> dict[str, np.ndarray]:
         images, labels = self._split.take(standing)
@@ -227,7 +233,7 @@ class Evaluator:
             _attack_keys(self._key, name, standing),
             eps=eps,
             state_path=state_path,
-            map_examples=over(self._lift, variables),
+            map_examples=over(self._lift, variables, self._num_attacked(self._grids[name])),
         )
         try:
             result = attack()

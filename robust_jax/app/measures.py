@@ -6,7 +6,7 @@ difference of two. Names in braces stand for the study's radii, as in "pgd@{trai
 
 from collections.abc import Mapping
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -126,16 +126,25 @@ def label_with_radii(label: str, radii: Mapping[str, float], path: str) -> str:
     return _filled(label, {name: format_eps(eps) for name, eps in radii.items()}, path)
 
 
-def check(measure: str, config: ConfigDict, path: str) -> None:
-    """Checks that a run of the config will have the number.
+class Known(NamedTuple):
+    """What the results of a run will have: the radii of each attack, and the numbers."""
 
-    Raises UserError with what there is instead.
-    """
+    radii: Mapping[str, tuple[float, ...]]
+    numbers: _Tree
+
+
+def known(config: ConfigDict) -> Known:
+    """What those of a run of the config will have."""
+    return Known(_radii(config), _numbers(config))
+
+
+def check(measure: str, known: Known, path: str) -> None:
+    """Checks that a run will have the number. Raises UserError with what there is instead."""
     for part in measure.split(" - "):
         if "@" in part:
-            _check_attack(part, config, path)
+            _check_attack(part, known.radii, path)
         else:
-            _check_path(part, _known(config), path)
+            _check_path(part, known.numbers, path)
 
 
 def _attack(results: Results, measure: str) -> Mapping[str, Any] | None:
@@ -162,17 +171,22 @@ def _filled(text: str, radii: Mapping[str, str], path: str) -> str:
         ) from error
 
 
-def _check_attack(measure: str, config: ConfigDict, path: str) -> None:
-    try:
-        name, eps = _attack_and_eps(measure)
-    except ValueError:
-        raise UserError(f"{path} is {measure!r}; a radius stands after the @") from None
+def _radii(config: ConfigDict) -> dict[str, tuple[float, ...]]:
+    """Those of each attack, and of the worst case in each norm."""
     radii: dict[str, tuple[float, ...]] = {}
     for label, entry in threat.complete(config).attacks.items():
         grid = entries.attack_grid(label, entry)
         radii[label] = grid.eps
         worst = f"worst_case_{grid.norm}"
         radii[worst] = radii.get(worst, ()) + grid.eps
+    return radii
+
+
+def _check_attack(measure: str, radii: Mapping[str, tuple[float, ...]], path: str) -> None:
+    try:
+        name, eps = _attack_and_eps(measure)
+    except ValueError:
+        raise UserError(f"{path} is {measure!r}; a radius stands after the @") from None
     choose(radii, name, f"{path}'s attack")
     if not np.isclose(radii[name], eps, rtol=1e-5).any():
         raise UserError(
@@ -181,7 +195,7 @@ def _check_attack(measure: str, config: ConfigDict, path: str) -> None:
         )
 
 
-def _known(config: ConfigDict) -> _Tree:
+def _numbers(config: ConfigDict) -> _Tree:
     """The numbers that the results of a run of the config will have."""
     validation = dict.fromkeys((*_VALIDATION, *(_MARGINS if config.track_margins else ())))
     numbers = {

@@ -142,20 +142,20 @@ def check(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
     arms.check_sweeps(config, check_run)
     for trial in trials(config):
         check_run(trial.config)
-    of_arm = {trial.arm: trial.config for trial in trials(config)}
+    known = {t.arm: measures.known(t.config) for t in trials(config, seeds=config.seeds[:1])}
     radii = _radii(config)
     labels = [label for label, _ in config.measures]
     for label, measure in config.measures:
         path = f"config.measures, {label!r},"
         measures.label_with_radii(label, radii, path)
-        for arm_config in of_arm.values():
-            measures.check(measures.with_radii(measure, radii, path), arm_config, path)
+        for of_arm in known.values():
+            measures.check(measures.with_radii(measure, radii, path), of_arm, path)
     for pair in config.pairs:
         for label in pair:
             choose(labels, label, "config.pairs' measure")
     for name in config.along_training:
-        for arm_config in of_arm.values():
-            measures.check(f"training.last.{name}", arm_config, "config.along_training")
+        for of_arm in known.values():
+            measures.check(f"training.last.{name}", of_arm, "config.along_training")
     for name, claim in config.claims.items():
         path = f"config.claims.{name}"
         for key in claim:
@@ -166,7 +166,7 @@ def check(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
             choose(claims.RELATIONS, test["relation"], f"{path}'s relation")
             for arm in test["arms"]:
                 choose(config.arms, arm, f"{path}'s arm")
-                measures.check(test["measure"], of_arm[arm], f"{path}'s measure")
+                measures.check(test["measure"], known[arm], f"{path}'s measure")
             for field in claims.SIZES:
                 claims.check_size(test, field, f"{path}'s {field}")
     for arm in config.labels:

@@ -172,12 +172,12 @@ def autoattack(
         "y": y.astype(np.int32),
         "key": np.asarray(jax.random.key_data(keys)),
     }
-    x, y = rows["x"], rows["y"]
-    map_examples = with_keys(map_examples or Mapper(network, batch_size), keys)
+    x = rows["x"]
+    map_examples = with_keys(map_examples or Mapper(network, batch_size, len(x)), keys)
     classify = map_examples(_Classify(is_randomised))
 
-    logits = classify(rows, _salt("clean"))
-    right, margin = _is_right(logits, y)
+    clean = classify(rows, _salt("clean"))
+    logits, right = clean["logits"], clean["right"]
     ensemble, warnings = _fit_to_classes(ensemble, num_classes)
     warnings += doubts(logits_fn, x, logits, is_randomised)
     if not is_randomised and right.any() and any(m.attack is not square for m in ensemble.values()):
@@ -190,7 +190,7 @@ def autoattack(
 
     inputs = _fingerprint(rows, eps, threat, ensemble)
     broken_by = np.where(right, "", "clean").astype("U32")
-    state = _State(x.copy(), broken_by, margin, 0, {"clean": float(right.mean())})
+    state = _State(x.copy(), broken_by, clean["margin"], 0, {"clean": float(right.mean())})
     strange = np.zeros(len(x), bool)  # what an attack leads it to
     if state_path is not None and Path(state_path).exists():
         state = _load(Path(state_path), inputs, logits, x.dtype)
@@ -209,8 +209,8 @@ def autoattack(
                 attempt = map_examples(_Attempt(member.attack, threat, _frozen(member.keywords)))
                 x_try = attempt(some, x.dtype.type(eps), ranks, _salt(salt))
                 fresh = classify({**some, "x": x_try}, _salt(f"check {salt}"))
-                strange[standing] |= _is_strange(fresh)
-                holds, margin = _is_right(fresh, y[standing])
+                holds, margin = fresh["right"], fresh["margin"]
+                strange[standing] |= _is_strange(fresh["logits"])
                 state.margin[standing] = np.where(
                     holds, np.minimum(margin, state.margin[standing]), margin
                 )
@@ -356,14 +356,21 @@ def _frozen(keywords: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Classify:
-    """The logits of a batch; those of a randomised network with a key for each example."""
+    """The logits of a batch, whether each is right, and its output margin.
+
+    A randomised network takes a key for each example.
+    """
 
     is_randomised: bool
 
     def __call__(self, logits_fn, rows, salt):
-        if not self.is_randomised:
-            return logits_fn(rows["x"])
-        return jax.vmap(lambda x, key: logits_fn(x[None], key)[0])(rows["x"], _keys(rows, salt))
+        if self.is_randomised:
+            keys = _keys(rows, salt)
+            logits = jax.vmap(lambda x, key: logits_fn(x[None], key)[0])(rows["x"], keys)
+        else:
+            logits = logits_fn(rows["x"])
+        right = losses.correct(logits, rows["y"]).astype(bool)
+        return {"logits": logits, "right": right, "margin": losses.margin(logits, rows["y"])}
 
 
 def doubts(logits_fn, x, logits, is_randomised: bool = False) -> list[str]:
@@ -407,17 +414,6 @@ def _salt(name: str) -> np.uint32:
 
 def _keys(rows, salt):
     return fold_each(rows["key"], salt)
-
-
-def _is_right(logits, y) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each example is classified right, and its output margin."""
-    right, margin = _judged(jnp.asarray(logits), jnp.asarray(y))
-    return np.array(right, bool), np.array(margin)
-
-
-@jax.jit
-def _judged(logits, y):
-    return losses.correct(logits, y), losses.margin(logits, y)
 
 
 def _is_flat(logits_fn, rows):

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from robust_jax.batches import NUM_SIZES, Lift, batches, joined
+from robust_jax.batches import Lift, batches, joined
 
 AXIS = "batch"
 Method = Literal["pmap", "shard_map"]
@@ -66,20 +66,19 @@ def map_batches(
     method: Method,
     *,
     batch_size: int,
-    num_sizes: int = NUM_SIZES,
 ) -> Callable:
     """fn(variables, batch, *scalars) -> arrays [B,…], over any number of rows on all devices.
 
-    The result is called as (variables, count, take, *scalars) and returns arrays [count,…], the
-    same in every process; take(rows) gives the batch at those row numbers, of which each process
-    takes its own. The batches are those of `batches`, in a multiple of the devices. Scalars are the
-    same for every example and can change without recompiling.
+    The result is called as (variables, most, count, take, *scalars) and returns arrays [count,…],
+    the same in every process; take(rows) gives the batch at those row numbers, of which each
+    process takes its own. The batches are those of `batches`, in a multiple of the devices. Scalars
+    are the same for every example and can change without recompiling.
     """
     num_devices = jax.device_count()
     mapped = _map_examples(fn, method)
 
-    def call(variables, count, take, *scalars):
-        sizes = list(batches(count, batch_size, multiple_of=num_devices, num_sizes=num_sizes))
+    def call(variables, most, count, take, *scalars):
+        sizes = list(batches(count, batch_size, most=most, multiple_of=num_devices))
         parts = [
             _gathered(mapped(variables, take(rows[own_rows(len(rows))]), scalars))
             for rows, _ in sizes
@@ -93,11 +92,11 @@ def lifted(network: Callable, method: Method, *, batch_size: int) -> Lift:
     """The lift of functions of a network(variables, x): see `batches.Lift`."""
 
     @cache
-    def lift(fn, num_sizes=NUM_SIZES):
+    def lift(fn):
         def per_device(variables, batch, *scalars):
             return fn(partial(network, variables), batch, *scalars)
 
-        return map_batches(per_device, method, batch_size=batch_size, num_sizes=num_sizes)
+        return map_batches(per_device, method, batch_size=batch_size)
 
     return lift
 

@@ -64,11 +64,12 @@ def make_validation(
     mapped, mapped_margins = lift(measure), lift(measure_margins)
 
     def validate(variables):
-        values = mapped(variables, *data.rows_of(split, np.arange(split.size)), run_key_data)
+        rows = data.rows_of(split, np.arange(split.size))
+        values = mapped(variables, split.size, *rows, run_key_data)
         found = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
         if margins_of is not None:
             rows = data.rows_of(margins_of, margins_of.labeled)
-            for name, values in mapped_margins(variables, *rows).items():
+            for name, values in mapped_margins(variables, len(margins_of.labeled), *rows).items():
                 values = values[np.isfinite(values)]  # infinite where the gradient vanishes
                 if len(values):
                     found[f"minimum_{name}"] = float(values.min())

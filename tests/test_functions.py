@@ -1,0 +1,288 @@
+"""Every public function: compiled once, the same with any key, mesh or transformation around it.
+
+One file, as all of it is compared with the same plain calls, whose programs are compiled once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from robust_jax import attacks, energy, jacobian, losses, margins
+from robust_jax.keys import example_keys
+from tests.calls import (
+    ALL,
+    EPS,
+    FUNCTIONS,
+    KEYLESS_NORMS,
+    WITH_EPS,
+    WITHOUT_KEY,
+    lowerings,
+)
+from tests.small_networks import (
+    KEY,
+    chex_close,
+    examples,
+    exported,
+    network,
+    on_mesh,
+    weights_of,
+)
+
+LOOPS = ("autoattack", "audit")
+# One of each kind: an attack, a norm of two numbers, a setting that is an attack, no key.
+KINDS = ("pgd", "frobenius_norm_estimate", "minimum_norm", "is_adversarial")
+
+
+@functools.cache
+def plain(name):
+    """What a plain call gives."""
+    return ALL[name](network(weights_of(0)), *examples(), KEY)
+
+
+def slow_but(chosen, names):
+    """The names as parameters, of which all but the chosen ones are left to `make test-slow`."""
+    return [pytest.param(n, marks=[] if n in chosen else pytest.mark.slow) for n in names]
+
+
+def test_every_function_behind_the_front_door_is_called_here():
+    modules = (attacks, energy, jacobian, margins)
+    public = {name: fn for module in modules for name, fn in vars(module).items()}
+    found = {name for name, fn in public.items() if getattr(fn, "is_compiled", False)}
+    assert found == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
+    fn = ALL[name]
+    calls = [(network(weights_of(seed)), *examples(seed), jax.random.key(seed)) for seed in (1, 2)]
+    plain(name)
+    with lowerings() as seen:
+        for i, (logits_fn, x, y, key) in enumerate(calls):
+            y = jnp.argmax(logits_fn(x), -1)
+            y = y.at[: i + 1].set((y[: i + 1] + 1) % 3)  # others are wrong, and others stand
+            seen.clear()
+            eps = {"eps": EPS.get(name, 0.1) * (1 - i / 4)} if name in WITH_EPS else {}
+            fn(logits_fn, x, y, key, **eps)
+            assert not seen, f"{name} compiled {len(seen)} programs again"
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_is_compiled_once_however_many_examples_still_stand(name):
+    counts = set()
+    for i, num_wrong in enumerate((0, 3, 26, 42)):
+        x, y = examples(i, 48)
+        y = y.at[:num_wrong].set((y[:num_wrong] + 1) % 4)
+        with lowerings() as seen:
+            found = ALL[name](network(weights_of(0)), x, y, jax.random.key(i))
+        assert not seen or i == 0, f"{name} compiled {len(seen)} programs again"
+        counts.add(found.num_examples if name == "audit" else int(found.robust.sum()))
+    assert len(counts) == 4
+
+
+# Keys.
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in KEYLESS_NORMS])
+def test_legacy_keys_lists_and_numpy_are_taken(name):
+    x, y = examples()
+    other = FUNCTIONS[name](
+        network(weights_of(0)), np.asarray(x), list(map(int, y)), jax.random.PRNGKey(0)
+    )
+    chex_close(other, plain(name))
+
+
+WITH_KEY = [name for name in ALL if name not in (*WITHOUT_KEY, *KEYLESS_NORMS)]
+# Each draws in a way of its own. AutoAttack with such keys: tests/test_inputs.py.
+DRAWING = ("pgd", "square", "gaussian_noise", "clever", "spectral_norm", "mean_square", "audit")
+
+
+@pytest.mark.parametrize("name", slow_but(DRAWING, WITH_KEY))
+def test_keys_of_another_implementation_are_taken(name):
+    x, y = examples()
+    key = jax.random.key(0, impl="rbg")
+    found = ALL[name](network(weights_of(0)), x, y, key)
+    keys = ALL[name](network(weights_of(0)), x, y, example_keys(key, len(x)))
+    assert jax.tree.structure(found) == jax.tree.structure(keys)
+    if name not in LOOPS:
+        chex_close(found, keys)
+
+
+@pytest.mark.parametrize("name", [n for n in WITH_KEY if n not in (*DRAWING, *LOOPS)])
+def test_keys_of_another_implementation_are_taken_in_a_trace(name):
+    x, y = examples()
+    found = jax.eval_shape(
+        lambda key: FUNCTIONS[name](network(weights_of(0)), x, y, key),
+        jax.random.key(0, impl="rbg"),
+    )
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, plain(name))
+
+
+# The caller's transformations.
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_traces_through_the_callers_transformations(name):
+    """All at once. On a mesh, below, jit is the only one."""
+
+    @jax.jit
+    def transformed(weights, x, y, keys):
+        @jax.vmap
+        def lifted(x, y, key):
+            return FUNCTIONS[name](network(weights), x[None], y[None], key[None])
+
+        return jax.lax.scan(lambda i, _: (i, lifted(x, y, keys)), 0, length=2)[1]
+
+    x, y = examples()
+    found = transformed(weights_of(0), x, y, example_keys(KEY, len(x)))
+    chex_close(jax.tree.map(lambda a: a[1, :, 0], found), plain(name))
+
+
+@pytest.mark.parametrize("name", slow_but(KINDS, FUNCTIONS))
+def test_traces_through_each_of_the_callers_transformations(name):
+    fn, (x, y), weights = FUNCTIONS[name], examples(), weights_of(0)
+    jitted = jax.jit(lambda w, x, y, k: fn(network(w), x, y, k))(weights, x, y, KEY)
+    chex_close(jitted, plain(name))
+    keys = jax.random.split(KEY, len(x))
+    per_key = fn(network(weights), x, y, keys)
+
+    @jax.jit
+    @jax.vmap
+    def lifted(x, y, k):
+        return fn(network(weights), x[None], y[None], k[None])
+
+    chex_close(jax.tree.map(lambda a: a[:, 0], lifted(x, y, keys)), per_key)
+
+    def body(carry, _):  # nothing in it is traced
+        return carry, fn(network(weights), x, y, KEY)
+
+    _, scanned = jax.lax.scan(body, 0, length=2)
+    chex_close(jax.tree.map(lambda a: a[1], scanned), plain(name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pgd", "apgd", "frobenius_norm", "spectral_norm", "relative_slope", "first_order"]
+    + ["mean_square", "oscillation", "total_variation", "path"],
+)
+def test_differentiates_through_the_callers_grad(name):
+    x, y = examples()
+
+    @jax.jit
+    @jax.grad
+    def gradient(weights):
+        out = FUNCTIONS[name](network(weights), x, y, KEY)
+        if out.shape != x.shape:
+            return out.mean()
+        return losses.cross_entropy(network(weights)(out), y).mean()
+
+    leaves = map(np.asarray, jax.tree.leaves(gradient(weights_of(0))))
+    assert all(np.isfinite(leaf).all() and (leaf != 0).any() for leaf in leaves)
+
+
+# Functions from jax.export.
+
+FORWARDS = ("spectral_norm", "squared_frobenius_samples", "frobenius_norm_estimate")
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "autoattack"])
+def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
+    x, y = examples()
+    if name in FORWARDS:
+        with pytest.raises(ValueError, match="singular_values and frobenius_norm do not"):
+            ALL[name](exported(0), x, y, KEY)
+        return
+    found, expected = ALL[name](exported(0), x, y, KEY), plain(name)
+    if name == "autoattack":
+        found, expected = found.robust, expected.robust
+    chex_close(found, expected)
+
+
+# Meshes.
+
+# jax.make_mesh's own kind for every function, and the other for some.
+EACH = [(name, AxisType.Explicit) for name in FUNCTIONS]
+EACH += [(name, AxisType.Auto) for name in ("pgd", "square", "frobenius_norm", "first_order")]
+
+
+@pytest.mark.parametrize(("name", "kind"), EACH)
+def test_sharded_examples_are_attacked_where_they_lie(name, kind):
+    x, y = on_mesh(kind, *examples())
+    found = FUNCTIONS[name](network(weights_of(0)), x, y, KEY)
+    chex_close(found, plain(name))
+    for leaf in jax.tree.leaves(found):
+        assert leaf.sharding.is_equivalent_to(x.sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_on_the_host_take_sharded_examples(name):
+    found = ALL[name](network(weights_of(0)), *on_mesh(AxisType.Explicit, *examples()), KEY)
+    assert str(found) == str(plain(name))
+
+
+def with_everything_on_a_mesh(name, kind):
+    """The call within a jit of the caller's, and its arguments."""
+
+    @jax.jit
+    def run(weights, x, y):
+        fn = jax.tree_util.Partial(lambda weights, x: network(weights)(x), weights)
+        return FUNCTIONS[name](fn, x, y, KEY)
+
+    return run, on_mesh(kind, *weights_of(0), axes=()), *on_mesh(kind, *examples())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_is_traced_within_the_callers_jit_with_everything_on_a_mesh(name):
+    """Whether the shardings of explicit axes fit is known without a compilation."""
+    run, *arguments = with_everything_on_a_mesh(name, AxisType.Explicit)
+    found = jax.eval_shape(run, *arguments)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, plain(name))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("name", slow_but(("square", *KINDS), FUNCTIONS))
+def test_works_within_the_callers_jit_with_everything_on_a_mesh(name, kind):
+    run, *arguments = with_everything_on_a_mesh(name, kind)
+    chex_close(run(*arguments), plain(name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ("pgd", "square", "frobenius_norm", "minimum_norm"),
+        ["pgd", "apgd", "fab", "square", "frobenius_norm", "spectral_norm", "first_order"]
+        + ["clever", "oscillation", "minimum_norm"],
+    ),
+)
+def test_works_within_the_callers_shard_map(name):
+    f, (x, y) = network(weights_of(0)), examples()
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("d")
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows, check_vma=False
+    )
+    def on_each_device(x, y, keys):
+        return FUNCTIONS[name](f, x, y, keys)
+
+    found = jax.jit(on_each_device)(x, y, example_keys(KEY, len(x)))
+    # Two examples at a time, one in a plain call: the roundings of other matrix products.
+    np.testing.assert_allclose(found, plain(name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_mesh_that_the_caller_has_set_changes_nothing(name):
+    logits_fn, (x, y), expected = network(weights_of(0)), map(np.asarray, examples()), plain(name)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        jnp.zeros(())  # every call makes one
+        with lowerings() as seen:
+            found = ALL[name](logits_fn, x, y, KEY)
+    assert not seen
+    if name in LOOPS:
+        assert str(found) == str(expected)
+    else:
+        chex_close(found, expected)
