@@ -73,7 +73,7 @@ SIZES = {
             "--config.duration=16 epochs",
             "--config.evaluation.num_examples=100",
             f"--config.attacks={fewer_attacks()!r}",
-            "--config.audit.num_examples=40",
+            "--config.audit.num_examples=20",
             "--config.audit.num_queries=100",
         ),
         count=100,
