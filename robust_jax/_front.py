@@ -19,7 +19,7 @@ import numpy as np
 
 from robust_jax import _checks
 from robust_jax._network import MOST_PROGRAMS, Network, comparable
-from robust_jax.batches import batches, counted, joined
+from robust_jax.batches import batches, counted, joined, side_by_side
 from robust_jax.devices.parallel import (
     Placement,
     has_explicit_axes,
@@ -266,12 +266,29 @@ class Mapper:
         sizes = list(batches(count, self._batch_size, most=most, multiple_of=where.count))
         scalars = where.replicated(scalars)  # another network may be among them
         with _told():
-            parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]
+            if where.mesh is None and _may_run_in_threads(self._network):
+                # Arrays of JAX and compiled here: the caller's modes do not hold in other threads.
+                rows = [jax.tree.map(jnp.asarray, take(i)) for i, _ in sizes]
+                placed, scalars = jax.tree.map(jnp.asarray, (self._placed, scalars))
+                compiled = program.lower(placed, rows[0], scalars).compile()
+                parts = side_by_side(
+                    lambda some: jax.device_get(compiled(placed, some, scalars)),
+                    rows,
+                    self._batch_size // len(sizes[0][0]),
+                )
+            else:
+                parts = [program(self._placed, where.shared(take(i)), scalars) for i, _ in sizes]
         return joined(jax.device_get(parts), [real for _, real in sizes])
 
 
+def _may_run_in_threads(network: Network) -> bool:
+    """Whether its program runs without Python, and without checks of JAX that need it."""
+    modes = ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs")
+    return not (network.program.outside or any(getattr(jax.config, mode) for mode in modes))
+
+
 @lru_cache(MOST_PROGRAMS)
-def _rows_program(fn: _Setting, program: Any, placement: Placement) -> Callable:
+def _rows_program(fn: _Setting, program: Any, placement: Placement) -> jax.stages.Wrapped:
     def run(network, rows, scalars):
         return fn.value(network, rows, *scalars)
 

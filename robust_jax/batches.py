@@ -1,6 +1,8 @@
 """Many examples through a compiled function: even batches, results in their order."""
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -42,6 +44,18 @@ def batches(
     size = -(-size // multiple_of) * multiple_of
     for start in range(0, count, size):
         yield np.minimum(np.arange(start, start + size), count - 1), min(size, count - start)
+
+
+def side_by_side(run: Callable, parts: Sequence, most: int) -> list:
+    """What run returns of each part, as many at once as a CPU has cores, and at most so many.
+
+    XLA divides an operation on few examples among the cores badly, and batches well.
+    """
+    workers = min(most, len(parts), os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    if workers < 2:
+        return [run(part) for part in parts]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(run, parts))
 
 
 def in_chunks(fn_one: Callable, args: Any, chunk_size: int | None):

@@ -2,14 +2,17 @@
 
 import functools
 import gc
+import os
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import attacks, jacobian, losses, margins
+from robust_jax import _front, attacks, jacobian, losses, margins
 from robust_jax._network import as_network
+from robust_jax.batches import side_by_side
 from tests.calls import ALL, FUNCTIONS, lowerings
 from tests.small_networks import (
     KEY,
@@ -126,6 +129,36 @@ def test_programs_are_kept_a_bounded_number_of_them(monkeypatch):
     for factor in (1.0, 2.0, 3.0, 4.0):  # four programs
         jacobian.frobenius_norm(lambda x, factor=factor: factor * network(weights_of(0))(x), x)
     assert small.cache_info().currsize == 2 and small.cache_info().misses == 4
+
+
+def test_batches_on_one_cpu_run_side_by_side_in_the_callers_modes(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    threads = set()
+
+    def spied(run, parts, most):
+        def noted(part):
+            threads.add(threading.get_ident())
+            return run(part)
+
+        return side_by_side(noted, parts, most)
+
+    monkeypatch.setattr(_front, "side_by_side", spied)
+    x, y = examples(0, 48)
+    on_all = ALL["autoattack"](network(weights_of(0)), x, y, KEY)
+    assert not threads
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    on_one = ALL["autoattack"](network(weights_of(0)), x, y, KEY)
+    assert threads and threading.get_ident() not in threads
+    np.testing.assert_array_equal(on_one.broken_by, on_all.broken_by)
+    chex_close(on_one.x_adv, on_all.x_adv)
+    with jax.enable_x64(True):
+        double = ALL["autoattack"](network(weights_of(0)), np.asarray(x, np.float64), y, KEY)
+    assert double.x_adv.dtype == np.float64
+    assert ALL["audit"](network(weights_of(0)), x, y, KEY).num_examples == 48  # partly in float64
+    threads.clear()
+    with jax.debug_nans(True):
+        ALL["autoattack"](network(weights_of(0)), x, y, KEY)
+    assert not threads
 
 
 def test_memory_does_not_grow_with_calls():

@@ -28,9 +28,9 @@ def image(figure: Figure, alt: str, **about: Any) -> dict[str, Any]:
     # Fixed salt and no date: the same run gives the same page.
     with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
         source = _source(figure, "svg", "svg+xml", {"Date": None})
+        # However often it is saved again, the layout stays as it is and is not worked out twice.
+        figure.set_layout_engine("none")
         if len(source) > _LARGE:
-            # The layout stays as it is, and is not worked out twice.
-            figure.set_layout_engine("none")
             source = min(source, _source(figure, "png", "png", {}), key=len)
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     return {"src": source, "alt": alt, "width": width, "height": height, **about}

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from robust_jax.batches import Lift, batches, joined
+from robust_jax.batches import Lift, batches, joined, side_by_side
 
 AXIS = "batch"
 Method = Literal["pmap", "shard_map"]
@@ -79,10 +79,13 @@ def map_batches(
 
     def call(variables, most, count, take, *scalars):
         sizes = list(batches(count, batch_size, most=most, multiple_of=num_devices))
-        parts = [
-            _gathered(mapped(variables, take(rows[own_rows(len(rows))]), scalars))
-            for rows, _ in sizes
-        ]
+
+        def run(rows):
+            return _gathered(mapped(variables, take(rows[own_rows(len(rows))]), scalars))
+
+        first, *rest = [rows for rows, _ in sizes]
+        parts = [run(first)]  # which compiles, if it has to be
+        parts += side_by_side(run, rest, batch_size // len(first) if num_devices == 1 else 1)
         return joined(parts, [real for _, real in sizes])
 
     return call
@@ -143,7 +146,7 @@ class Placement:
 
         return jax.tree.map(put, tree)
 
-    def compiled(self, run: Callable, rows_at: int) -> Callable:
+    def compiled(self, run: Callable, rows_at: int) -> jax.stages.Wrapped:
         """run as a program, each device on its share of the argument of that number."""
         if self.mesh is None:
             return jax.jit(run)
