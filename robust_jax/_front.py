@@ -55,8 +55,7 @@ def compiled(fn: Callable) -> Callable:
         with outside_any_mesh():
             values = _checked(given, defaults, needed)
             within_a_trace = _checks.is_traced([values[n].arrays for n in _NETWORKS if n in values])
-            # JAX declares its flags at run time, where mypy does not see them.
-            if within_a_trace or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            if within_a_trace or _is_set("jax_disable_jit"):
                 rows = {name: value for name, value in values.items() if name in _ROWS}
                 return _within_a_trace(fn, {**given, **rows})
             return _run(fn, values)
@@ -282,9 +281,15 @@ class Mapper:
 
 
 def _may_run_in_threads(network: Network) -> bool:
-    """Whether its program runs without Python, and without checks of JAX that need it."""
+    """Whether its program is for a CPU and needs no Python, nor checks of JAX that do."""
     modes = ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs")
-    return not (network.program.outside or any(getattr(jax.config, mode) for mode in modes))
+    needs_python = network.program.outside or any(map(_is_set, modes))
+    return jax.default_backend() == "cpu" and not needs_python
+
+
+def _is_set(mode: str) -> bool:
+    """Whether the caller has set a mode of JAX, also for this thread alone."""
+    return getattr(jax.config, mode)  # JAX declares them at run time, where mypy does not see them
 
 
 @lru_cache(MOST_PROGRAMS)

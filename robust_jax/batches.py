@@ -47,11 +47,11 @@ def batches(
 
 
 def side_by_side(run: Callable, parts: Sequence, most: int) -> list:
-    """What run returns of each part, as many at once as a CPU has cores, and at most so many.
+    """What run returns of each part, as many at once as there are cores, and at most so many.
 
-    XLA divides an operation on few examples among the cores badly, and batches well.
+    For a CPU, where XLA makes poor use of several cores for an operation on few examples.
     """
-    workers = min(most, len(parts), os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    workers = min(most, len(parts), os.cpu_count() or 1)
     if workers < 2:
         return [run(part) for part in parts]
     with ThreadPoolExecutor(workers) as pool:

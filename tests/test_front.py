@@ -158,6 +158,8 @@ def test_batches_on_one_cpu_run_side_by_side_in_the_callers_modes(monkeypatch):
     threads.clear()
     with jax.debug_nans(True):
         ALL["autoattack"](network(weights_of(0)), x, y, KEY)
+    few = {"version": ("square",), "overrides": {"square": {"num_queries": 2}}}
+    attacks.autoattack(outside(), x, y, KEY, eps=0.1, progress=False, **few)
     assert not threads
 
 

@@ -63,7 +63,7 @@ def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
     with lowerings() as seen:
         for i, (logits_fn, x, y, key) in enumerate(calls):
             y = jnp.argmax(logits_fn(x), -1)
-            y = y.at[: i + 1].set((y[: i + 1] + 1) % 3)  # others are wrong, and others stand
+            y = y.at[: i + 1].set((y[: i + 1] + 1) % 4)  # others are wrong, and others stand
             seen.clear()
             eps = {"eps": EPS.get(name, 0.1) * (1 - i / 4)} if name in WITH_EPS else {}
             fn(logits_fn, x, y, key, **eps)

@@ -75,7 +75,9 @@ def map_batches(
     are the same for every example and can change without recompiling.
     """
     num_devices = jax.device_count()
+    in_threads = num_devices == 1 and jax.default_backend() == "cpu"
     mapped = _map_examples(fn, method)
+    compiled_sizes: set[int] = set()
 
     def call(variables, most, count, take, *scalars):
         sizes = list(batches(count, batch_size, most=most, multiple_of=num_devices))
@@ -83,9 +85,13 @@ def map_batches(
         def run(rows):
             return _gathered(mapped(variables, take(rows[own_rows(len(rows))]), scalars))
 
-        first, *rest = [rows for rows, _ in sizes]
-        parts = [run(first)]  # which compiles, if it has to be
-        parts += side_by_side(run, rest, batch_size // len(first) if num_devices == 1 else 1)
+        rows = [rows for rows, _ in sizes]
+        size = len(rows[0])
+        # The first batch of a size compiles, and the others wait for it.
+        alone = 0 if size in compiled_sizes else 1
+        parts = [run(some) for some in rows[:alone]]
+        compiled_sizes.add(size)
+        parts += side_by_side(run, rows[alone:], batch_size // size if in_threads else 1)
         return joined(parts, [real for _, real in sizes])
 
     return call
