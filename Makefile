@@ -4,13 +4,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-slow lint format docs lock clean
+.PHONY: help demo install test test-slow test-frameworks lint format docs lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 chooses the interpreter, VENV=folder the environment."
 
-demo: install  ## train, attack and explain a small network (three minutes on 2 cores)
+demo: install  ## train, attack and explain a small network (two minutes on 2 cores)
 	$(BIN)/python launch.py --config=configs/default.py --workdir=runs/demo
 
 install: $(VENV)/installed  ## make .venv with all that launch.py needs
@@ -35,6 +35,11 @@ test: $(VENV)/installed-test lint  ## lint, types and the suite
 test-slow: $(VENV)/installed-test  ## the tests that take longer; some install packages
 	$(BIN)/python -m pytest -m slow
 
+test-frameworks:  ## docs/attack_your_model.md with Haiku, Keras and torch, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-frameworks
+	$(VENV)-frameworks/bin/python -m pip install --quiet --editable .[train,test,frameworks]
+	$(VENV)-frameworks/bin/python -m pytest -m "" tests/test_frameworks.py tests/test_docs.py tests/test_benchmarks.py
+
 lint: $(VENV)/installed-test  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,4 +60,4 @@ lock:  ## pin the newest versions in requirements.lock (needs uv: pip install uv
 		--python-version 3.11 --no-annotate $(UPGRADE) --output-file requirements.lock
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-frameworks build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

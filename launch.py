@@ -81,7 +81,7 @@ def carry_out(arguments: list[str]) -> str:
     """Does what the flags say; returns what the first process has to tell people."""
     workdir = Path(FLAGS.workdir)
     if FLAGS.mode == "compare":
-        from robust_jax.app import compare
+        from robust_jax.app.pages import compare
 
         return compare.write(arguments, workdir)
     if arguments:
@@ -90,7 +90,8 @@ def carry_out(arguments: list[str]) -> str:
     import jax
 
     from configs import default
-    from robust_jax.app import entries, folder, run, study
+    from robust_jax.app import entries, folder, run
+    from robust_jax.app.studies import study
     from robust_jax.devices import processes, speed, stopping
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
@@ -114,7 +115,9 @@ def carry_out(arguments: list[str]) -> str:
             said = study.execute(config, workdir, FLAGS.mode, only=FLAGS.only)
         else:
             if FLAGS.only:
-                raise UserError("--only is a study's; this config is that of one run")
+                raise UserError(
+                    "--only works only with a study's config; this one is of a single run"
+                )
             check_run(config)
             folder.check_heeded(workdir, config, typed, FLAGS.mode)
             said = run.execute(config, workdir, FLAGS.mode, profile=FLAGS.profile)

@@ -1,4 +1,4 @@
-"""Adversarial robustness in JAX: losses, Jacobian norms and attacks as pure functions."""
+"""Adversarial robustness in JAX: attacks, losses, Jacobian norms, margins, energies, audit."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

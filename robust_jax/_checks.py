@@ -76,14 +76,20 @@ def looks_like_labels(y: Any) -> bool:
     return bool(y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer))
 
 
-def labels(y: Any, num_classes: int, name: str = "y") -> None:
-    """Raises ValueError unless y is [B] and holds labels."""
+def type_of_labels(y: Any, name: str = "y", num_classes: int | None = None) -> None:
+    """Raises ValueError unless y is [B] and whole numbers."""
     if y.ndim > 1:
         is_column = y.shape[1:] == (1,)  # as Keras loads CIFAR-10
         advice = f"not a column: {name}[:, 0]" if is_column else f"not one-hot: {name}.argmax(-1)"
         raise ValueError(f"{name} has the shape {list(y.shape)}; labels are integers [B], {advice}")
     if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise ValueError(f"{name} is {y.dtype}; labels are integers from 0 to {num_classes - 1}")
+        end = " on" if num_classes is None else f" to {num_classes - 1}"
+        raise ValueError(f"{name} is {y.dtype}; labels are integers from 0{end}")
+
+
+def labels(y: Any, num_classes: int, name: str = "y") -> None:
+    """Raises ValueError unless y is [B] and holds labels."""
+    type_of_labels(y, name, num_classes)
     low, high = (int(end) for end in _ends(y))
     if low < 0 or high >= num_classes:
         raise ValueError(
@@ -117,6 +123,15 @@ def length(name: str, value: Any, *, infinite: bool = False) -> None:
     if value is None or isinstance(value, _ARRAYS):
         raise ValueError(f"{name} is {_short(value)}; give a number in pixel units")
     lengths(**{name: value}, infinite=infinite)
+
+
+def one_number(name: str, value: Any) -> None:
+    """Raises ValueError for an array with axes, which may be traced."""
+    if isinstance(value, _ARRAYS) and np.ndim(value):
+        raise ValueError(
+            f"{name} is {_short(value)}; give a number in pixel units (under vmap, one for each "
+            "example)"
+        )
 
 
 def lengths(*, infinite: bool = False, **values: Any) -> None:
@@ -187,6 +202,11 @@ def network(
                 f"{name} takes an example of the shape {list(x.shape)}, and none of the shape "
                 f"{list(x.shape[1:])}: is the batch axis of x missing (x[None])?"
             ) from error
+        if _takes_one(fn, x.shape[1:], dtype):
+            raise ValueError(
+                f"{name} takes one example of the shape {list(x.shape[1:])} and no batch of them: "
+                f"give jax.vmap({name})"
+            ) from error
         error.add_note(f"{name} was called with one example, {dtype} {[1, *x.shape[1:]]}")
         raise
 
@@ -206,6 +226,14 @@ def _takes(fn: Callable, shape: tuple[int, ...], dtype: Any) -> bool:
     except Exception:
         return False
     return True
+
+
+def _takes_one(fn: Callable, shape: tuple[int, ...], dtype: Any) -> bool:
+    try:
+        out = jax.eval_shape(fn, jax.ShapeDtypeStruct(shape, dtype))
+    except Exception:
+        return False
+    return getattr(out, "ndim", None) == 1
 
 
 def output(network: Network, name: str = "logits_fn") -> jax.ShapeDtypeStruct:
@@ -228,8 +256,11 @@ def num_classes(network: Network, name: str = "logits_fn") -> int:
     """K of a network with logits [B,K]. Raises ValueError where it has anything else."""
     out = output(network, name)
     if len(out.shape) != 2 or out.shape[0] != 1:
+        is_of_one = len(out.shape) == 1 and out.shape[0] > 1
+        hint = f"; if it takes one at a time, give jax.vmap({name})" if is_of_one else ""
         raise ValueError(
-            f"{name} returns the shape {list(out.shape)} for one example; logits are [1,K] then"
+            f"{name} returns the shape {list(out.shape)} for a batch of one example; logits are "
+            f"[1,K] then{hint}"
         )
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(f"{name} returns {out.dtype}; logits are floats")

@@ -27,7 +27,7 @@ from robust_jax._winograd import Pair, winograd_conv
 
 Padding = Literal["SAME", "VALID"] | Sequence[Pair]
 IMPLEMENTATIONS = ("auto", "plain")
-# From so many input channels on YNNPACK takes longer than Eigen (docs/performance.md).
+# YNNPACK takes longer than Eigen from this many input channels on (docs/performance.md).
 _YNNPACK_IS_SLOW_FROM = 128 if jax.__version_info__ >= (0, 11) else 16
 
 

@@ -96,6 +96,7 @@ def _checked(
         is_of_any_kind = name == "y" and values.get("criterion") is not None
         if not is_of_any_kind or _checks.looks_like_labels(values[name]):
             _checks.labels(values[name], num_classes, name)
+            values[name] = values[name].astype(np.int32)  # 8 bits do not hold every class
     for name in _LENGTHS:
         if name in values and (values[name] is not None or defaults[name] is not None):
             _checks.length(name, values[name], infinite=defaults.get(name) == np.inf)
@@ -104,9 +105,19 @@ def _checked(
 
 
 def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
-    x = given[_examples(given)]
-    if given.get("key") is not None:  # its type is known even here
-        given = {**given, "key": _checks.example_keys_of(given["key"], len(x))}
+    x, given = given[_examples(given)], dict(given)
+    # Types and shapes are known even here.
+    if given.get("key") is not None:
+        given["key"] = _checks.example_keys_of(given["key"], len(x))
+    for name in {*_LABELS} & given.keys():
+        if given[name] is not None:
+            given[name] = y = _checks.one_row_each(given[name], x, name)
+            if given.get("criterion") is None:
+                _checks.type_of_labels(y, name)
+            if _checks.looks_like_labels(y):
+                given[name] = y.astype(np.int32)
+    for name in {*_LENGTHS} & given.keys():
+        _checks.one_number(name, given[name])
     if not has_explicit_axes(x):
         with _told():
             return fn(**given)
@@ -228,7 +239,7 @@ def _program(fn: Callable, static: _Setting, programs: tuple, placement: Placeme
 
 
 class Mapper:
-    """fn(logits_fn, rows, *scalars) over at most so many rows, batch by batch, as numpy arrays.
+    """fn(logits_fn, rows, *scalars) over rows, batch by batch, as numpy arrays.
 
     fn is kept by value: two that are equal are one program. A batch that does not fit into memory
     is halved, with a warning.

@@ -119,7 +119,7 @@ def as_network(
         return jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*inputs)
 
     closed, outputs = traced()
-    if any(eqn.params["jaxpr"].consts for eqn in _jits(closed.jaxpr)):
+    if any(_keeps_arrays(eqn) for eqn in _all_equations(closed.jaxpr)):
         # A jitted function keeps what it closes over to itself.
         closed = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(*inputs)
     program = Program(closed, outputs, fn, isinstance(fn, _Plain))
@@ -241,12 +241,8 @@ def _on_the_whole_batch(fn: Callable) -> Callable:
 # Reading programs.
 
 
-def _jits(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
-    """The jitted calls of a program, and those within them."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _JITS:
-            yield eqn
-            yield from _jits(eqn.params["jaxpr"].jaxpr)
+def _keeps_arrays(eqn: core.JaxprEqn) -> bool:
+    return eqn.primitive.name in _JITS and bool(eqn.params["jaxpr"].consts)
 
 
 def _all_equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
@@ -288,7 +284,47 @@ def interpret(
 
 
 def _inlined(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
-    return interpret(jaxpr, consts, args, _as_written)
+    """The program's results with every jitted call a part of it, also in loops and branches."""
+    return interpret(jaxpr, consts, args, _written_again)
+
+
+def _written_again(
+    jaxpr: core.Jaxpr, eqn: core.JaxprEqn, inputs: Sequence[Any]
+) -> Sequence[Any] | None:
+    """A loop, a branch or a remat of an inlined body, out of which JAX takes what is closed over.
+
+    What has a derivative of its own stays as it is.
+    """
+    params = eqn.params
+
+    def inlined(body, *leading):
+        closed = body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, [])
+        return lambda *args: _inlined(closed.jaxpr, closed.consts, *leading, *args)
+
+    match eqn.primitive.name:
+        case "scan":
+            num_consts, num_carry = params["num_consts"], params["num_carry"]
+            body = inlined(params["jaxpr"], *inputs[:num_consts])
+
+            def step(carry, x):
+                results = body(*carry, *x)
+                return results[:num_carry], results[num_carry:]
+
+            carry, rows = inputs[num_consts:][:num_carry], inputs[num_consts:][num_carry:]
+            settings = {name: params[name] for name in ("length", "reverse", "unroll")}
+            return sum(map(list, jax.lax.scan(step, carry, rows, **settings)), [])
+        case "while":
+            num_tested, num_in_body = params["cond_nconsts"], params["body_nconsts"]
+            test = inlined(params["cond_jaxpr"], *inputs[:num_tested])
+            body = inlined(params["body_jaxpr"], *inputs[num_tested:][:num_in_body])
+            start = list(inputs[num_tested + num_in_body :])
+            return jax.lax.while_loop(lambda now: test(*now)[0], lambda now: body(*now), start)
+        case "cond":
+            return jax.lax.switch(inputs[0], [inlined(b) for b in params["branches"]], *inputs[1:])
+        case "checkpoint":
+            settings = {name: params[name] for name in ("prevent_cse", "policy")}
+            return jax.checkpoint(inlined(params["jaxpr"]), **settings)(*inputs)
+    return None
 
 
 def _as_written(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, inputs: Sequence[Any]) -> None:

@@ -20,8 +20,8 @@ MapExamples = Callable[[Callable], Callable]
 # functions are one program.
 Lift = Callable[..., Callable]
 
-# On a CPU a row costs about the same in any batch of this size or more, and no less above _ENOUGH.
-_FEW, _ENOUGH = 16, 64
+# On a CPU a row costs about the same in any batch of this size or more, and no less above _LARGEST.
+_SMALLEST, _LARGEST = 16, 64
 
 
 def batches(
@@ -31,13 +31,13 @@ def batches(
 
     The last is filled up with copies. The size, at most batch_size, follows from how many rows
     there are at most (count, unless given), so that passes over what an attack has left are one
-    program, whatever is left. On a CPU it is an eighth of them, within bounds, and little is filled
-    up. On an accelerator few batches matter more: it is as large as it may be, or half of that
+    program, whatever is left. On a CPU it is a twelfth of them, within bounds, so that little is filled
+    up and cores have alike. On an accelerator few batches matter more: it is as large as it may be, or half of that
     where so many suffice. Sizes are rounded up to a multiple_of the devices.
     """
     most = count if most is None else most
     on_cpu = jax.default_backend() == "cpu"
-    size = min(batch_size, max(_FEW, min(most // 8, _ENOUGH))) if on_cpu else batch_size
+    size = min(batch_size, max(_SMALLEST, min(most // 12, _LARGEST))) if on_cpu else batch_size
     size = -(-most // -(-most // size))
     if not on_cpu and count <= -(-size // 2):
         size = -(-size // 2)
@@ -46,12 +46,12 @@ def batches(
         yield np.minimum(np.arange(start, start + size), count - 1), min(size, count - start)
 
 
-def side_by_side(run: Callable, parts: Sequence, most: int) -> list:
-    """What run returns of each part, as many at once as there are cores, and at most so many.
+def side_by_side(run: Callable, parts: Sequence, max_workers: int) -> list:
+    """What run returns of each part, on one thread a core, at most max_workers.
 
     For a CPU, where XLA makes poor use of several cores for an operation on few examples.
     """
-    workers = min(most, len(parts), os.cpu_count() or 1)
+    workers = min(max_workers, len(parts), os.cpu_count() or 1)
     if workers < 2:
         return [run(part) for part in parts]
     with ThreadPoolExecutor(workers) as pool:
@@ -76,7 +76,7 @@ def counted(rows: Rows) -> tuple[int, Callable]:
 
 
 def over(lift: Lift, variables: Any, most: int) -> MapExamples:
-    """The mapping of a network with its variables, for at most so many rows."""
+    """The mapping of a network with its variables, for evaluations of `most` rows at the most."""
 
     def map_examples(fn):
         run = lift(fn)

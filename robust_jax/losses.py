@@ -391,8 +391,10 @@ def correct(logits: Logits, labels: Labels) -> PerExample:
         Array([1., 0.], dtype=float32)
     """
     known = (logits < jnp.inf).all(-1)  # and not NaN
-    top = jnp.argmax(logits, -1).astype(labels.dtype)
-    return ((top == labels) & known & (logits.max(-1) > -jnp.inf)).astype(jnp.float32)
+    top = jnp.argmax(logits, -1).astype(jnp.int32)
+    return ((top == labels.astype(jnp.int32)) & known & (logits.max(-1) > -jnp.inf)).astype(
+        jnp.float32
+    )
 
 
 def complement(logits: Logits, labels: Labels) -> Float[Array, "b k-1"]:
@@ -436,12 +438,14 @@ def _log_softmax(logits: Logits) -> Logits:
 
 
 def _at(values: Logits, labels: Labels) -> PerExample:
-    return jnp.take_along_axis(values, labels[:, None], axis=-1)[:, 0]
+    return jnp.take_along_axis(values, labels[:, None].astype(jnp.int32), axis=-1)[:, 0]
 
 
 def _without(logits: Logits, labels: Labels) -> Logits:
     """The logits with the label's replaced by -inf."""
-    return jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits)
+    return jnp.where(
+        jax.nn.one_hot(labels.astype(jnp.int32), logits.shape[-1], dtype=bool), -jnp.inf, logits
+    )
 
 
 def _check_range(name: str, value: float, low: float, high: float, half_open: bool = False) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from robust_jax.app import runs
+from robust_jax.app import stored
 
 EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
 
@@ -200,7 +200,7 @@ def make_run(
         "audit": audit,
         "measurements": {},
     }
-    runs.write_results(workdir, results)
+    stored.write_results(workdir, results)
     lines = map(json.dumps, make_metrics(300, best))
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     np.savez(workdir / "examples.npz", attack="pgd_linf", eps=0.1, **make_images(channels))

@@ -114,6 +114,20 @@ def repeated(fn):
     return logits_fn
 
 
+def in_loops(seed):
+    """Jitted functions that close over weights, called where JAX does not take them out."""
+    scale = jnp.asarray(np.random.default_rng(seed).uniform(0.5, 1, SHAPE), jnp.float32)
+    by_pixel = jax.jit(lambda x: scale * x)
+
+    def first(x):
+        x = jax.checkpoint(by_pixel)(x)
+        x = jax.lax.scan(lambda z, _: (by_pixel(z), None), x, length=2)[0]
+        x = jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, by_pixel(c[1])), (0, x))[1]
+        return jax.lax.cond(x.sum() > 0, by_pixel, lambda x: x, x)
+
+    return first
+
+
 def prelu(weights, slope):
     """With a weight that has no axes."""
 
@@ -145,6 +159,7 @@ NETWORKS = {
     "lax convolution": convolution,
     "remat": lambda seed: jax.checkpoint(network(weights_of(seed))),
     "scan": lambda seed: repeated(network(weights_of(seed))),
+    "jits in loops and branches": lambda seed: around(network(weights_of(seed)), in_loops(seed)),
     "custom_vjp": lambda seed: around(network(weights_of(seed)), straight_through),
     "PReLU": lambda seed: prelu(weights_of(seed), jnp.float32(0.1 + seed)),
     "jitted PReLU": lambda seed: jax.jit(prelu(weights_of(seed), jnp.float32(0.1 + seed))),

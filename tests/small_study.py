@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from configs.studies import entm
 from configs.studies.common import SMOKE, above
-from robust_jax.app import arms
+from robust_jax.app.studies import arms
 
 
 def get_config() -> ConfigDict:

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from robust_jax.app import claims, measures
-from robust_jax.app.claims import Evidence
-from robust_jax.app.intervals import as_wide_as, interval
+from robust_jax.app.studies import claims, measures
+from robust_jax.app.studies.claims import Evidence
+from robust_jax.app.studies.intervals import as_wide_as, interval
 from robust_jax.errors import UserError
 
 
@@ -153,7 +153,7 @@ def test_most_of_several_entries_each_with_a_verdict_of_its_own():
 )
 def test_most(verdicts, expected):
     words = {"s": "supported", "m": "supported, but small", "r": "refuted", "-": "inconclusive"}
-    assert claims.most([words[v] for v in verdicts]) == expected
+    assert claims.majority([words[v] for v in verdicts]) == expected
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out():

@@ -6,8 +6,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from robust_jax.app import compare, runs
+from robust_jax.app import stored
 from robust_jax.app.config import to_json
+from robust_jax.app.pages import compare
 from robust_jax.errors import UserError
 from robust_jax.files import write_json
 from tests.made_up import HOSTILE, Page, make_audit, make_run
@@ -22,7 +23,7 @@ def finished(workdir, *, audit=None, measurements=None, norms=("linf", "l2"), **
     results = make_run(workdir, audit=audit, norms=norms)
     results |= {"config": to_json(config), "measurements": measurements or {}}
     write_json(workdir / "config.json", results["config"])
-    runs.write_results(workdir, results)
+    stored.write_results(workdir, results)
     return workdir
 
 

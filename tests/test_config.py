@@ -108,7 +108,7 @@ MISTAKES = {
     ),
     "pair on one half": (
         {"regularizers__kl": {"weight": 1.0, "on": "clean"}},
-        "kl is not taken on one half of the batch; it looks at clean, adversarial",
+        "kl does not take 'on'; it looks at clean, adversarial",
     ),
     "infinite weight": ({"regularizers__kl": {"weight": float("nan")}}, "it must be finite"),
     "regulariser out of range": (

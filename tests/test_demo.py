@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax.app import config as config_lib
-from robust_jax.app import report, stored
+from robust_jax.app import stored
+from robust_jax.app.pages import report
 from robust_jax.app.run import execute
 from robust_jax.errors import UserError
 from robust_jax.files import write_json

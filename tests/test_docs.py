@@ -17,7 +17,7 @@ from robust_jax import attacks, losses
 from robust_jax._front import compiled
 from robust_jax.attacks import norms
 from robust_jax.keys import example_keys
-from robust_jax.plots import measures
+from robust_jax.plots import networks
 from tests.conftest import REPOSITORY
 from tests.linear import interior_images, make_linear
 from tests.pages import code
@@ -84,8 +84,9 @@ def test_the_example_threat_model_bounds_attacks(blocks, attack):
 
 
 def test_the_example_figure_is_drawn(blocks, rng):
-    namespace = dict(vars(measures))
+    namespace = dict(vars(networks))
     exec(next(b for b in blocks if "def confidences" in b), namespace)
+    assert {"Args:", "Returns:", "Example:"} <= set(namespace["confidences"].__doc__.split())
     (ax,) = namespace["confidences"](rng.random(50)).axes
     assert sum(bar.get_height() for bar in ax.patches) == 50
     assert ax.get_xlabel() and ax.get_ylabel()
@@ -115,9 +116,10 @@ def test_a_page_names_files_modules_and_fields_that_exist(page):
 def test_the_map_of_the_code_names_every_module():
     named = set(re.findall(r"`([\w/]+\.py)`", (REPOSITORY / "docs" / "design.md").read_text()))
     package = REPOSITORY / "robust_jax"
-    for folder in (package, package / "train", package / "app", package / "devices"):
-        modules = {str(p.relative_to(package)) for p in folder.glob("*.py")}
-        assert modules - named - {str((folder / "__init__.py").relative_to(package))} == set()
+    files = [*package.glob("*.py"), *(package / "devices").glob("*.py")]
+    files += [*(package / "train").glob("*.py"), *(package / "app").rglob("*.py")]
+    modules = {str(p.relative_to(package)) for p in files if p.name != "__init__.py"}
+    assert modules - named == set()
 
 
 def test_the_reference_has_every_public_name():

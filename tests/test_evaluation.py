@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import robust_jax
 from configs import default
 from robust_jax import attacks, data, jacobian, losses, margins
-from robust_jax.app import evaluation, runs, training
+from robust_jax.app import evaluation, stored, training
 from robust_jax.app.experiment import build
 from robust_jax.attacks import _autoattack
 from robust_jax.devices import parallel
@@ -151,7 +151,7 @@ def test_one_that_is_stopped_while_it_writes_continues(found, tmp_path, monkeypa
     labels = {"folder": tmp_path, "name": "an MLP", "dataset": "digits"}
     settings = {**SETTINGS, "num_audited": 0}
     with monkeypatch.context() as context:
-        context.setattr(runs, "write_results", lambda *_: 1 / 0)
+        context.setattr(stored, "write_results", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             robust_jax.evaluate(*arguments, **labels, **settings)
     assert (tmp_path / "card.json").exists() and not (tmp_path / "results.json").exists()
@@ -274,7 +274,7 @@ def test_records_of_one_name_and_networks_in_bfloat16_are_told_apart_and_continu
 
     mine = [dataclasses.replace(attacks.NORMS[name], name="mine") for name in ("linf", "l2")]
     with monkeypatch.context() as context:
-        context.setattr(runs, "write_results", lambda *_: 1 / 0)
+        context.setattr(stored, "write_results", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             call(mine[0], tmp_path)
     found = call(mine[0], tmp_path)

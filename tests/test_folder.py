@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 
 from configs import default
-from robust_jax.app import command_line, folder, runs, stored, study
+from robust_jax.app import command_line, folder, stored
 from robust_jax.app import config as config_lib
 from robust_jax.app.run import execute
+from robust_jax.app.studies import study
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -26,7 +27,7 @@ def a_study(workdir):
 
 def an_evaluation(workdir):
     workdir.mkdir()
-    runs.write_results(workdir, {"attacks": []})
+    stored.write_results(workdir, {"attacks": []})
 
 
 def other_files(workdir):
@@ -36,7 +37,7 @@ def other_files(workdir):
 
 def an_older_study(workdir):
     workdir.mkdir()
-    runs.write_results(workdir, {"claims": {}})
+    stored.write_results(workdir, {"claims": {}})
 
 
 def settled():

@@ -15,6 +15,7 @@ from robust_jax import attacks, energy, jacobian, losses, margins
 from robust_jax.keys import example_keys
 from tests.calls import (
     ALL,
+    ATTACKS,
     EPS,
     FUNCTIONS,
     KEYLESS_NORMS,
@@ -86,13 +87,41 @@ def test_is_compiled_once_however_many_examples_still_stand(name):
 # Keys.
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in KEYLESS_NORMS])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in KEYLESS_NORMS])
 def test_legacy_keys_lists_and_numpy_are_taken(name):
     x, y = examples()
-    other = FUNCTIONS[name](
+    other = ALL[name](
         network(weights_of(0)), np.asarray(x), list(map(int, y)), jax.random.PRNGKey(0)
     )
-    chex_close(other, plain(name))
+    if name in LOOPS:
+        assert str(other) == str(plain(name))
+    else:
+        chex_close(other, plain(name))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_no_radius_is_no_change(name):
+    x, y = examples()
+    x_adv = FUNCTIONS[name](network(weights_of(0)), x, y, KEY, eps=0.0)
+    np.testing.assert_allclose(x_adv, x, atol=1e-7)
+
+
+# Arrays of other types.
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_arrays_of_other_types_give_the_same_and_compile_nothing(name):
+    x, y = map(np.asarray, examples())
+    expected = plain(name)
+    with lowerings() as seen:
+        in_double = ALL[name](network(weights_of(0)), x.astype(np.float64), y.astype(np.int64), KEY)
+        of_bytes = ALL[name](network(weights_of(0)), x, y.astype(np.uint8), KEY)
+    assert not seen
+    for found in (in_double, of_bytes):
+        if name in LOOPS:
+            assert str(found) == str(expected)
+        else:
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 WITH_KEY = [name for name in ALL if name not in (*WITHOUT_KEY, *KEYLESS_NORMS)]
@@ -188,7 +217,7 @@ def test_differentiates_through_the_callers_grad(name):
 FORWARDS = ("spectral_norm", "squared_frobenius_samples", "frobenius_norm_estimate")
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "autoattack"])
+@pytest.mark.parametrize("name", slow_but([*FUNCTIONS, "autoattack"], ALL))
 def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
     x, y = examples()
     if name in FORWARDS:
@@ -198,6 +227,8 @@ def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
     found, expected = ALL[name](exported(0), x, y, KEY), plain(name)
     if name == "autoattack":
         found, expected = found.robust, expected.robust
+    if name == "audit":
+        found, expected = found.num_examples, expected.num_examples
     chex_close(found, expected)
 
 

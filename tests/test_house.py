@@ -70,7 +70,7 @@ def test_the_application_alone_knows_configs():
     "module, without",
     [
         ("robust_jax", ("jax", "numpy")),
-        ("robust_jax.app.report", ("jax",)),
+        ("robust_jax.app.pages.report", ("jax",)),
         ("robust_jax.attacks", ("flax", "matplotlib", "pandas", "sklearn", "orbax")),
     ],
 )

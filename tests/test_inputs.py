@@ -13,7 +13,7 @@ import pytest
 
 import robust_jax
 from robust_jax import attacks, margins
-from tests.calls import ATTACKS, FUNCTIONS, autoattack
+from tests.calls import ATTACKS, EPS, FUNCTIONS, autoattack
 from tests.small_networks import KEY, chex_close, examples, network, weights_of
 
 
@@ -120,6 +120,18 @@ def test_a_class_that_is_ruled_out_protects_nobody(name):
         for moved in (FUNCTIONS[name](with_a_class_at(z), x, y, KEY) for z in (-np.inf, -1e3))
     )
     assert ruled_out >= never_first - 0.2
+
+
+@pytest.mark.parametrize("name", [n for n in ATTACKS if n != "apgd_targeted"])
+def test_logits_that_are_nan_move_nothing_out_of_the_ball(name):
+    x, y = examples_of_three_classes()
+    eps = EPS.get(name, 0.1)
+    norm = {"jsma": 0, "carlini_wagner": 2}.get(name, np.inf)
+    x_adv = FUNCTIONS[name](with_a_class_at(np.nan), x, y, KEY)
+    assert np.isfinite(x_adv).all() and (x_adv >= 0).all() and (x_adv <= 1).all()
+    sizes = np.linalg.norm((x_adv - x).reshape(len(x), -1), norm, axis=-1)
+    assert (sizes <= eps + 1e-6).all()
+    assert attacks.is_adversarial(with_a_class_at(np.nan), x_adv, y).all()
 
 
 def test_a_class_that_is_ruled_out_is_no_boundary():

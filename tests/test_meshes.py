@@ -44,6 +44,10 @@ def test_every_local_device_takes_its_share_and_the_result_is_on_one():
     there = attacks.pgd(network(weights_of(0)), here, y, KEY, eps=0.1, num_steps=2)
     np.testing.assert_allclose(there, x_adv, atol=1e-6)
     assert there.sharding.device_set == {jax.devices()[3]}
+    with jax.default_device(jax.devices()[5]):
+        chosen = attacks.pgd(network(weights_of(0)), np.asarray(x), y, KEY, eps=0.1, num_steps=2)
+    np.testing.assert_allclose(chosen, x_adv, atol=1e-6)
+    assert chosen.sharding.device_set == {jax.devices()[5]}
 
 
 def test_what_a_plain_call_returns_can_be_used_on_any_mesh():

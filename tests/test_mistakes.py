@@ -1,5 +1,7 @@
 """A mistake in a call is told in one line, by every public function."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +92,8 @@ def mistakes():
             {"logits_fn": lambda x: f(x)[:, :1]},
             "one number an example; .* jnp.concatenate",
         ),
-        "no classes": ({"logits_fn": lambda x: f(x)[:, 0]}, r"returns the shape \[1\] for one"),
+        "no classes": ({"logits_fn": lambda x: f(x)[:, 0]}, r"returns the shape \[1\] for a batch"),
+        "one at a time": ({"logits_fn": lambda x: f(x[None])[0]}, r"the shape \[4\] .*jax.vmap\("),
         "with aux": ({"logits_fn": lambda x: (f(x), x)}, r"a tuple, .*lambda x: f\(x\)\[0\]"),
         "a dict": ({"logits_fn": lambda x: {"z": f(x)}}, r"a dict, .*lambda x: f\(x\)\['z'\]"),
         "numpy": ({"logits_fn": lambda x: np.asarray(x)}, "hands its input to numpy"),
@@ -139,6 +142,7 @@ WITHOUT_LABELS = [
     if {"y", "eps"}.isdisjoint(changes) and not (name in KEYLESS_NORMS and "key" in changes)
     # A Jacobian is asked for of any pixels and of any number of outputs.
     if mistake not in ("0 to 255", "a rounding error", "-1 to 1", "one logit", "no classes")
+    and mistake != "one at a time"
 ]
 
 
@@ -165,6 +169,12 @@ OTHER_MISTAKES = {
     "a function that returns a dict": (
         lambda: jacobian.frobenius_norm(lambda x: {"z": x[:, 0, :, 0]}, IMAGE[None]),
         r"fn returns a dict, not an array; .* lambda x: f\(x\)\['z'\]",
+    ),
+    "a network of one example": (
+        lambda: attacks.pgd(
+            lambda x: convolution(0)(x[None])[0], *examples(), KEY, eps=0.1, num_steps=2
+        ),
+        r"takes one example of the shape \[3, 4, 1\] .* give jax.vmap\(logits_fn\)",
     ),
     # Apart from the others, as a failed call leaves the module damaged.
     "NNX within nnx.jit": (
@@ -242,6 +252,28 @@ def test_another_mistake_is_told_in_one_line(mistake):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+IN_A_TRACE = {
+    "one-hot": (lambda x, y: {"y": jax.nn.one_hot(y, 4)}, "not one-hot"),
+    "float labels": (lambda x, y: {"y": y * 1.0}, "y is float.*; labels are integers from 0 on"),
+    "too few": (lambda x, y: {"y": y[:3]}, r"y has the shape \[3\]; one label for each of the 8"),
+    "a radius each": (lambda x, y: {"eps": x[:, 0, 0, 0]}, r"eps is an array .*under vmap, one"),
+}
+
+
+@pytest.mark.parametrize("mistake", IN_A_TRACE)
+def test_shapes_and_types_are_looked_at_in_a_trace_too(mistake):
+    changes, message = IN_A_TRACE[mistake]
+    x, y = examples()
+
+    def call(x, y, name):
+        changed = {"y": y, **changes(x, y)}
+        return FUNCTIONS[name](network(weights_of(0)), x, changed.pop("y"), KEY, **changed)
+
+    for name in WITH_EPS if mistake == "a radius each" else WITH_LABELS:
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(functools.partial(call, name=name), x, y)
 
 
 @pytest.mark.parametrize("mistake", RADII)

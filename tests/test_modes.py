@@ -202,8 +202,8 @@ def test_points_have_the_dtype_of_x(dtype):
 
 
 def test_autoattack_keeps_the_dtype_and_takes_rows(tmp_path):
-    for dtype in (jnp.float64, jnp.bfloat16):
-        with strictly(), jax.enable_x64(dtype == jnp.float64):
+    for dtype in (jnp.float64, jnp.bfloat16, jnp.float32):
+        with strictly(), jax.enable_x64(dtype != jnp.bfloat16):
             logits_fn, x, y = problem(ROWS, dtype)
             run = functools.partial(
                 attacks.autoattack, logits_fn, x, y, KEY, eps=RADII["linf"], progress=False,
@@ -216,9 +216,10 @@ def test_autoattack_keeps_the_dtype_and_takes_rows(tmp_path):
             np.testing.assert_array_equal(run().x_adv, result.x_adv)  # from its state
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+# float32 where float64 is on, as it may be for other reasons.
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16, jnp.float32])
 def test_the_audit_takes_any_dtype(dtype):
-    with strictly(), jax.enable_x64(dtype == jnp.float64):
+    with strictly(), jax.enable_x64(dtype != jnp.bfloat16):
         logits_fn, x, y = problem(IMAGES, dtype)
         found = robust_jax.audit(
             logits_fn, x, y, KEY, eps=1 / 8, num_queries=3, surrogates={"itself": logits_fn},

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 
 from robust_jax import plots
 from robust_jax.analysis.summaries import wilson_interval
-from robust_jax.app import pages, report, runs, wording
 from robust_jax.app import results as results_lib
+from robust_jax.app import stored, wording
 from robust_jax.app.evaluator import AttackGrid
+from robust_jax.app.pages import html, report
 from robust_jax.app.records import first_to_break
 from robust_jax.app.wording import format_eps
 from robust_jax.errors import UserError
@@ -23,7 +24,7 @@ from tests.made_up import ATTACKS, EPS, HOSTILE, Page, make_audit, make_records,
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     results = make_run(workdir, dataset=HOSTILE, note={HOSTILE: [1, HOSTILE]})
-    path = report.write(workdir, runs.results(workdir))
+    path = report.write(workdir, stored.results(workdir))
     assert path == workdir / "report.html"
     return results, path.read_text(encoding="utf-8")
 
@@ -54,7 +55,7 @@ def one_checkpoint(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one_checkpoint")
     results = make_run(workdir, channels=3, best=300)
     results["measurements"] = {"outputs": {"mean_margin": 1.25}}
-    tables = runs.load(workdir).records
+    tables = stored.load(workdir).records
     attack_of_the_first(40, results, tables)
     for name, table in tables.items():
         table.to_csv(workdir / "records" / f"{name}.csv", index=False)
@@ -65,7 +66,7 @@ def one_checkpoint(tmp_path_factory):
 def test_a_figure_is_a_picture_of_pixels_only_where_it_is_large(rows, kind):
     figure = Figure()
     figure.subplots().scatter(*np.random.default_rng(0).random((2, rows)))
-    source = pages.image(figure, "dots")["src"]
+    source = html.image(figure, "dots")["src"]
     assert source.startswith(f"data:image/{kind};base64,")
     assert len(source) < 250_000
 
@@ -236,7 +237,7 @@ def test_where_an_attack_saw_the_first_images_all_say_so(one_checkpoint):
 
 def test_the_worst_case_counts_nobody_whom_no_attack_saw(tmp_path):
     results = make_run(tmp_path, norms=("linf",))
-    table = runs.load(tmp_path).records["best"]
+    table = stored.load(tmp_path).records["best"]
     held = table["pgd_linf@0.1/held"].astype("boolean")
     for what in ("held", "distance", "margin"):  # AutoAttack on 20, at a radius of its own
         column = held & (np.arange(len(table)) % 4 == 0) if what == "held" else 0.2
@@ -343,7 +344,7 @@ def test_no_adversary_no_metrics_and_no_images(tmp_path):
     results = make_run(tmp_path, adversary=False, norms=("linf",), regularizers={})
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "examples.npz").unlink()
-    page = Page(report.write(tmp_path, runs.results(tmp_path)).read_text(encoding="utf-8"))
+    page = Page(report.write(tmp_path, stored.results(tmp_path)).read_text(encoding="utf-8"))
     assert "not a size it was trained against" in page.text
     assert report.title(results) == "digits, CNN: standard training"
     assert len(page.all("img")) == 6
@@ -367,7 +368,7 @@ def test_best_is_last_in_colour(one_checkpoint):
 def test_no_attack_at_all(tmp_path):
     results = make_run(tmp_path, norms=())
     (tmp_path / "examples.npz").unlink()
-    page = Page(report.write(tmp_path, runs.results(tmp_path)).read_text(encoding="utf-8"))
+    page = Page(report.write(tmp_path, stored.results(tmp_path)).read_text(encoding="utf-8"))
     assert "No attack was evaluated." in page.text
     assert len(page.all("img")) == 4
     assert "clean accuracy" in report.table(results)
@@ -412,14 +413,14 @@ def test_format_eps(eps, text):
 
 def test_results_of_another_schema_are_read_or_refused_in_one_line(tmp_path):
     make_run(tmp_path)
-    before = runs.results(tmp_path)
+    before = stored.results(tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found.pop("schema") == before.pop("schema") == runs.SCHEMA
+    assert found.pop("schema") == before.pop("schema") == stored.SCHEMA
     (tmp_path / "results.json").write_text(json.dumps(found))  # as they were before there was one
-    assert runs.results(tmp_path) == before
+    assert stored.results(tmp_path) == before
     report.table(before)
-    (tmp_path / "results.json").write_text(json.dumps({**found, "schema": runs.SCHEMA + 1}))
+    (tmp_path / "results.json").write_text(json.dumps({**found, "schema": stored.SCHEMA + 1}))
     with pytest.raises(
-        UserError, match=r"has the schema \d and this robust_jax reads up to \d; take"
+        UserError, match=r"has the schema \d, and this robust_jax reads up to \d; take"
     ):
-        runs.results(tmp_path)
+        stored.results(tmp_path)

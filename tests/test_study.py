@@ -11,10 +11,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from robust_jax.app import arms, entries, folder, measures, stored, study, threat
 from robust_jax.app import config as config_lib
-from robust_jax.app import runs as run_files
+from robust_jax.app import entries, folder, stored, threat
 from robust_jax.app.experiment import build
+from robust_jax.app.studies import arms, measures, study
 from robust_jax.errors import UserError
 from robust_jax.models import MODELS
 from robust_jax.train import loop
@@ -214,7 +214,7 @@ def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monk
 
     ran = fake_runs(monkeypatch, apart)
     said = study.execute(config, tmp_path / "apart")
-    results = run_files.results(tmp_path / "apart")
+    results = stored.results(tmp_path / "apart")
     seeds = {arm: list(row["PGD"]["values"]) for arm, row in results["table"].items()}
     assert seeds["other"] == ["0", "1", "2"]  # no test is of it
     assert seeds["at"] == seeds["entm"] == [str(seed) for seed in results["seeds"]]
@@ -229,7 +229,7 @@ def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monk
     study.execute(config, tmp_path / "apart", only="other/7")  # a scheduler adds one by itself
     study.execute(config, tmp_path / "apart", "report")
     assert ran == ["other/7"]
-    assert "7" in run_files.results(tmp_path / "apart")["table"]["other"]["PGD"]["values"]
+    assert "7" in stored.results(tmp_path / "apart")["table"]["other"]["PGD"]["values"]
     ran.clear()
     study.execute(config, tmp_path / "apart", "evaluate")
     assert len(ran) == 9 + 2 * (len(test["values"]) - 3) + 1  # each once, the added ones too
@@ -301,17 +301,17 @@ def test_a_sweep_chooses_a_value_that_the_seeds_then_have(tmp_path, monkeypatch)
     swept = [f"entm/sweep/{value}" for value in SWEEP["values"]]
     assert ran == swept
     for name in swept:
-        own = run_files.results(tmp_path / name)["config"]
+        own = stored.results(tmp_path / name)["config"]
         assert own["seed"] not in config.seeds and not own["attacks"]
         assert own["audit"]["num_examples"] == 0
     study.execute(config, tmp_path, only="entm/0")
     study.execute(config, tmp_path)
     assert ran.count("entm/sweep/1.0") == ran.count("entm/0") == 1
     for seed in config.seeds:
-        own = run_files.results(tmp_path / "entm" / str(seed))["config"]
+        own = stored.results(tmp_path / "entm" / str(seed))["config"]
         assert own["regularizers"]["entropy"]["weight"] == 1.0 and own["seed"] == seed
         assert list(own["attacks"]) == ["pgd"] and "sweep" not in own
-    results = run_files.results(tmp_path)
+    results = stored.results(tmp_path)
     assert results["sweeps"]["entm"] == {
         **SWEEP,
         "values": [0.1, 1.0, 3.0],
@@ -344,7 +344,7 @@ def test_a_page_says_what_each_test_rests_on(tmp_path, monkeypatch):
     assert said.startswith("supported, but small: Better.")
     readme, page = ((tmp_path / name).read_text() for name in ("README.md", "report.html"))
     mean, low, high = (
-        100 * run_files.results(tmp_path)["claims"]["a"]["tests"][0][end]
+        100 * stored.results(tmp_path)["claims"]["a"]["tests"][0][end]
         for end in ("mean", "low", "high")
     )
     assert 0 < low < mean < high < 5
@@ -374,7 +374,7 @@ def test_a_sweep_can_choose_what_is_nearest_to_another_arm(tmp_path, monkeypatch
     with pytest.raises(UserError, match="run --only=other/sweep and --only=entm/sweep first"):
         study.execute(config, tmp_path, only="entm/0")
     study.execute(config, tmp_path)
-    sweeps = run_files.results(tmp_path)["sweeps"]
+    sweeps = stored.results(tmp_path)["sweeps"]
     assert sweeps["other"]["chosen"] == 0.1 and sweeps["entm"]["chosen"] == 3.0
     np.testing.assert_allclose(sweeps["entm"]["target"], 0.4)
     page = (tmp_path / "README.md").read_text()
@@ -534,7 +534,7 @@ def run_at_smoke(config, arm, workdir):
     assert not (workdir / "report.html").exists()
     said = study.execute(config, workdir, "report")
     assert "no verdict" in said and max(map(len, said.splitlines())) <= 80
-    results = run_files.results(workdir)
+    results = stored.results(workdir)
     for label, measure in results["measures"].items():
         if not measure.startswith("audit."):  # smoke has no audit
             assert results["table"][arm][label]["mean"] is not None, label
@@ -564,7 +564,7 @@ def on_few_images(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted({*STUDIES} - {"guided_complement_entropy"}))
 def test_a_seed_of_each_study_runs(name, on_few_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(study.study_report, "write", lambda *_: None)  # the next test has one
+    monkeypatch.setattr(study.report, "write", lambda *_: None)  # the next test has one
     on_few_images(name, tmp_path)
 
 
@@ -599,7 +599,7 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path, monkeypatc
         for alone in parts:
             assert alone.returncode == 0, alone.stderr[-3000:]
     assert not (tmp_path / "report.html").exists()
-    before = run_files.results(tmp_path / "at" / "1")
+    before = stored.results(tmp_path / "at" / "1")
 
     def from_its_folder(*typed):
         config = stored.get_config(str(tmp_path))
@@ -610,8 +610,8 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path, monkeypatc
     few = ConfigDict({"name": "outputs", "num_examples": 50})
     more = from_its_folder(("base.measurements.few", few))
     study.execute(more, tmp_path, "measure", only="at/1")
-    after = run_files.results(tmp_path / "at" / "1")
-    arrays = run_files.measured(tmp_path / "at" / "1")
+    after = stored.results(tmp_path / "at" / "1")
+    arrays = stored.measured(tmp_path / "at" / "1")
     assert len(arrays["few/gap"]) == 50 < len(arrays["outputs/gap"])
     del after["measurements"]["few"], after["config"]["measurements"]["few"]
     assert after == before
@@ -620,7 +620,7 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path, monkeypatc
     monkeypatch.setattr(study.logging, "warning", lambda text, *values: said.append(text % values))
     study.execute(from_its_folder(), tmp_path, "report")
     assert said[-1] == "4 of 6 runs are not finished: at/0, other/0, entm/1, other/1"
-    results = run_files.results(tmp_path)
+    results = stored.results(tmp_path)
     assert list(results["table"]["at"]["clean"]["values"]) == ["1"]
     assert results["table"]["other"]["clean"]["mean"] is None
     assert results["claims"]["a"]["verdict"] == "no verdict"

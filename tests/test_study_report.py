@@ -2,21 +2,22 @@
 
 import pytest
 
-from robust_jax.app import runs, study_report
+from robust_jax.app import stored
+from robust_jax.app.studies import report
 from tests.conftest import REPOSITORY
 
 
 def test_pairs_are_drawn_in_the_unit_of_the_table(tmp_path, monkeypatch):
     drawn = {}
-    plot = study_report.plots.measures_against_each_other
+    plot = report.plots.measures_against_each_other
 
     def noted(table, pairs):
         drawn.update(table=table, pairs=pairs)
         return plot(table, pairs)
 
-    monkeypatch.setattr(study_report.plots, "measures_against_each_other", noted)
-    results = runs.results(REPOSITORY / "docs/studies/adversarial_strength")
-    study_report.write(tmp_path, results, {})
+    monkeypatch.setattr(report.plots, "measures_against_each_other", noted)
+    results = stored.results(REPOSITORY / "docs/studies/adversarial_strength")
+    report.write(tmp_path, results, {})
     assert ["mean margin", "input-space margin"] in drawn["pairs"]
     assert ["mean confidence", "clean, %"] in drawn["pairs"]
     for arm, name in results["arms"].items():

@@ -50,7 +50,7 @@ def get_config():
         "adversarial training, and do smaller Jacobians explain it?"
     )
     config.notes = (
-        "Published: the methods and the claims. The paper's tables and weights were not to be had. "
+        "Published: the methods and the claims. The paper's tables and weights were not available. "
         "AutoAttack runs at every eps that a claim names; AT is trained at 0.1 (8/255 at scale "
         "full). Ours: the Jacobian free of the logits' scale, for a constant factor on the logits "
         "changes ‖J‖ and no decision. logits / T are divided by the temperature that minimises "

@@ -1,1 +1,1 @@
-"""What a finished run shows: arrays in, arrays or figures out."""
+"""Measurements of a network: arrays in, arrays out."""

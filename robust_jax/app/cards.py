@@ -11,8 +11,9 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
     there; None where AutoAttack did not run.
 
     Accuracies are in percent, both of the images that AutoAttack saw. RobustBench leaves link,
-    authors and venue to people. `unreliable` is the audit's verdict "fail", None without one;
-    `footnote` says what a reader must know.
+    authors and venue to people; of a network that was not trained here, its data and how many times
+    it runs for a prediction are left to them too. `unreliable` is the audit's verdict "fail", None
+    without one; `footnote` says what a reader must know.
     """
     runs = [entry for entry in results["attacks"] if entry["attack"] == "autoattack"]
     if not runs:
@@ -22,15 +23,16 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
     config, audit = results["config"], results.get("audit")
     version = config["attacks"][entry["name"]].get("version", "standard")
     standard = version == "standard" and not config["attacks"][entry["name"]].get("overrides")
+    is_ours = "title" not in results  # which `evaluate` gives
     notes = [
         f"AutoAttack {version if isinstance(version, str) else ', '.join(version)}"
         f"{'' if standard else ' (not the standard budgets)'} on {entry['count']} test images.",
         f"Audit: {audit['verdict']}." if audit else "Not audited.",
     ]
     return {
-        "name": results["model"]["name"]
-        if "title" in results
-        else (f"{config['loss']['name']} on {config['loss_on']}"),
+        "name": f"{config['loss']['name']} on {config['loss_on']}"
+        if is_ours
+        else results["model"]["name"],
         "dataset": results["data"]["name"].removeprefix("tfds:"),
         "architecture": results["model"]["name"],
         "threat_model": entry["norm"].capitalize(),
@@ -38,8 +40,8 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "clean_acc": f"{100 * entry['members']['clean']:.2f}",
         "autoattack_acc": f"{100 * entry['robust_accuracy']:.2f}",
         "reported": None,
-        "additional_data": False,
-        "number_forward_passes": 1,
+        "additional_data": False if is_ours else None,
+        "number_forward_passes": 1 if is_ours else None,
         "unreliable": audit["verdict"] == "fail" if audit else None,
         "footnote": " ".join(notes),
         "link": None,

@@ -78,7 +78,7 @@ def term(name: str, entry: ConfigDict, loss_on: str) -> Term:
     bound = Term(fn, weight, entry.get("on", loss_on))
     if "on" in entry and "half" not in bound.inputs:
         raise UserError(
-            f"{path}.on: {fn.func.__name__} is not taken on one half of the batch; "
+            f"{path}.on: {fn.func.__name__} does not take 'on'; "
             f"it looks at {', '.join(bound.inputs)}"
         )
     return bound
@@ -132,7 +132,7 @@ def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:
 
 @dataclasses.dataclass(frozen=True)
 class _RelativeStep:
-    """An attack whose step is so many of the radii that it is called with."""
+    """An attack whose step size is a multiple of the radius that it is called with."""
 
     attack: Callable
     relative: float

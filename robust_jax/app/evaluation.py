@@ -18,7 +18,7 @@ from robust_jax import _checks, data, losses, margins
 from robust_jax._audit import Audit
 from robust_jax._front import Mapper, on_the_host
 from robust_jax._network import Network, has_forward_mode
-from robust_jax.app import cards, runs, stored
+from robust_jax.app import cards, stored
 from robust_jax.app import folder as run_folder
 from robust_jax.app import records as records_lib
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
@@ -33,7 +33,7 @@ from robust_jax.losses import Loss
 from robust_jax.types import LogitsFn
 
 _LEFT = {"unfinished", "records", "report.html", "card.json"}  # before results.json
-_FEW = 8  # examples by which a network is known again
+_RECOGNISED_BY = 8  # examples, by their margins
 
 
 class Evaluation(NamedTuple):
@@ -219,12 +219,12 @@ def _claim(folder: Path, name: str, digest: str, logits_fn: LogitsFn, x, y) -> N
     names = {path.name for path in folder.iterdir()} if found == "other files" else set()
     begun = "unfinished" in names and names <= _LEFT  # one stopped while it wrote, too
     if found == "an evaluation":
-        old = runs.results(folder)
+        old = stored.results(folder)
         is_same = old.get("evaluated") == digest and old["model"]["name"] == name
         if is_same:
-            known = records_lib.read(folder / "records" / "best.csv")["margin"][:_FEW]
-            logits = logits_fn(jnp.asarray(x[:_FEW]))
-            found_now = losses.margin(logits, jnp.asarray(y[:_FEW], jnp.int32))
+            known = records_lib.read(folder / "records" / "best.csv")["margin"][:_RECOGNISED_BY]
+            logits = logits_fn(jnp.asarray(x[:_RECOGNISED_BY]))
+            found_now = losses.margin(logits, jnp.asarray(y[:_RECOGNISED_BY], jnp.int32))
             is_same = np.allclose(found_now, known, rtol=0.01, atol=0.01 * np.abs(known).max())
         if not is_same:
             raise UserError(f"{folder} holds an evaluation of something else; give another folder")

@@ -15,8 +15,9 @@ import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
 
-from robust_jax.app import cards, report, runs, stored, threat
+from robust_jax.app import cards, stored, threat
 from robust_jax.app import config as config_lib
+from robust_jax.app.pages import report
 from robust_jax.devices import processes
 from robust_jax.errors import UserError
 from robust_jax.files import save_arrays, write_json
@@ -159,9 +160,9 @@ def earlier(workdir: Path) -> Earlier:
     """What there is, where results.json says that it is whole; nothing otherwise."""
     if not (workdir / "results.json").exists():
         return Earlier({}, {}, {}, None)
-    results = runs.results(workdir)
-    found = runs.load(workdir).records
-    return Earlier(found, results["measurements"], runs.measured(workdir), results["audit"])
+    results = stored.results(workdir)
+    found = stored.load(workdir).records
+    return Earlier(found, results["measurements"], stored.measured(workdir), results["audit"])
 
 
 def unfinished(workdir: Path, config: ConfigDict, name: str, step: int) -> Path:
@@ -209,7 +210,7 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         write_json(workdir / "card.json", card)
     if (workdir / stored.RUN).exists():
         write_json(workdir / stored.RUN, results["config"])
-    runs.write_results(workdir, results)
+    stored.write_results(workdir, results)
     shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 from robust_jax import __version__
 from robust_jax._audit import Audit
 from robust_jax.app import records as records_lib
-from robust_jax.app import runs
+from robust_jax.app import stored
 from robust_jax.app.evaluator import AttackGrid
 from robust_jax.app.records import column, worst_case
 
@@ -73,7 +73,7 @@ def audit_to_json(audit: Audit) -> dict[str, Any]:
 
 def validations(workdir: Path) -> dict[str, dict[str, float]]:
     """What the first, the last and the best checkpoint's validation found."""
-    metrics = runs.metrics(workdir).dropna(subset=["validation/cross_entropy"])
+    metrics = stored.metrics(workdir).dropna(subset=["validation/cross_entropy"])
     columns = [name for name in metrics if name.startswith("validation/")]
     best = int(metrics["validation/robust_accuracy"].argmax())  # the earlier on a tie, as chosen
     return {

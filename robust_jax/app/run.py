@@ -14,10 +14,11 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from robust_jax.app import config as config_lib
-from robust_jax.app import folder, merge, report, runs, stored, surrogate, threat, verify
+from robust_jax.app import folder, merge, stored, surrogate, threat, verify
 from robust_jax.app import records as records_lib
 from robust_jax.app.experiment import Experiment, build
 from robust_jax.app.folder import Mode
+from robust_jax.app.pages import report
 from robust_jax.app.results import audit_to_json, compose, validations, versions
 from robust_jax.app.subject import subject_of
 from robust_jax.devices import processes, speed
@@ -99,7 +100,7 @@ def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> N
 def _train(experiment: Experiment, workdir: Path, profile: bool) -> str:
     if (workdir / "results.json").exists() and is_trained(experiment.plan, workdir):
         logging.info("%s is finished; --mode=evaluate or --mode=report redo a part", workdir)
-        return report.table(runs.results(workdir))
+        return report.table(stored.results(workdir))
     trained = train(experiment.plan, workdir, workdir / "profile" if profile else None)
     logging.info(_speed(trained.timings))
     return _evaluate(Finished(experiment, trained, workdir, experiment.config))
@@ -115,7 +116,7 @@ def _measure(run: Finished) -> str:
     numbers, arrays = _measured(run)
     results["config"]["measurements"] = config_lib.to_json(run.experiment.config.measurements)
     results["measurements"] = {**results["measurements"], **numbers}
-    arrays = merge.arrays(runs.measured(run.workdir), arrays, numbers)
+    arrays = merge.arrays(stored.measured(run.workdir), arrays, numbers)
     processes.on_first(partial(folder.write_arrays, run.workdir, arrays))
     processes.on_first(partial(folder.write, run.workdir, results))
     return report.measurements_text(numbers)
@@ -144,7 +145,7 @@ def _verify(run: Finished) -> str:
 def _results(workdir: Path, mode: Mode) -> dict[str, Any]:
     if not (workdir / "results.json").exists():
         raise UserError(f"{workdir} has no results yet; --mode={mode} needs a finished run")
-    return runs.results(workdir)
+    return stored.results(workdir)
 
 
 def _evaluate(run: Finished) -> str:

@@ -1,15 +1,35 @@
-"""What a folder holds, and the config it was made with: launch.py's, where none is given."""
+"""What a run, a study or `robust_jax.evaluate` left in its folder: config, results, records.
+
+A config is launch.py's where none is given; tables are pandas', arrays numpy's.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import pandas as pd
 from ml_collections import ConfigDict
 
+from robust_jax.app import records
 from robust_jax.errors import UserError
+from robust_jax.files import write_json
 
 RUN, STUDY = "config.json", "study.json"
 Holds = Literal["nothing", "a run", "a study", "an evaluation", "other files"]
+Results = Mapping[str, Any]
+# The version of results.json, which goes up where older readers would misread it. A file without
+# one has version 0, which reads like 1.
+SCHEMA = 1
+
+
+class Run(NamedTuple):
+    """The records of best and last; a row per line of metrics.jsonl; the images, if any."""
+
+    records: dict[str, pd.DataFrame]
+    metrics: pd.DataFrame
+    images: dict[str, np.ndarray] | None
 
 
 def holds(workdir: Path) -> Holds:
@@ -60,6 +80,49 @@ def get_config(workdir: str) -> ConfigDict:
     return config
 
 
+def results(workdir: Path | str) -> dict[str, Any]:
+    """What results.json holds, of a run or of a study.
+
+    Raises OSError where it is not finished, UserError where another version wrote it.
+    """
+    found = json.loads((Path(workdir) / "results.json").read_text())
+    if found.get("schema", 0) > SCHEMA:
+        raise UserError(
+            f"{workdir}/results.json has the schema {found['schema']}, and this robust_jax reads "
+            f"up to {SCHEMA}; take the version that wrote it or a newer one"
+        )
+    return found
+
+
+def write_results(workdir: Path, results: dict[str, Any]) -> None:
+    """Writes results.json, which says that all the rest is there, and the version of its schema."""
+    write_json(workdir / "results.json", {**results, "schema": SCHEMA})
+
+
+def load(workdir: Path | str) -> Run:
+    """Reads the rest of an evaluated run; nothing in it is unpickled."""
+    workdir = Path(workdir)
+    files = ((name, workdir / "records" / f"{name}.csv") for name in ("best", "last"))
+    return Run(
+        records={name: records.read(path) for name, path in files if path.exists()},
+        metrics=metrics(workdir),
+        images=_arrays(workdir / "examples.npz"),
+    )
+
+
+def metrics(workdir: Path) -> pd.DataFrame:
+    """A row per line of metrics.jsonl; none where nothing was trained, as `evaluate` leaves it."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    # A value that was not finite is null there.
+    return pd.DataFrame([json.loads(line) for line in lines]).astype(float)
+
+
+def measured(workdir: Path | str) -> dict[str, np.ndarray]:
+    """The arrays of a run's measurements, as "measurement/array"; none where it took none."""
+    return _arrays(Path(workdir) / "measurements.npz") or {}
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
@@ -93,3 +156,10 @@ def _with_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_tuples(entry) for key, entry in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray] | None:
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)

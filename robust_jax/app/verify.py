@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from robust_jax.app import records, runs
+from robust_jax.app import records, stored
 from robust_jax.app.experiment import Experiment
 from robust_jax.app.results import summarize
 from robust_jax.errors import UserError
@@ -22,18 +22,18 @@ def compare(
     Returns what it came to, in a line. Raises UserError with the differences, where an example's
     fate is another, or the records do not add up to the table.
     """
-    stored, wrong = runs.load(workdir).records, []
+    saved, wrong = stored.load(workdir).records, []
     kept = {attack["name"] for attack in results["attacks"] if attack.get("earlier")}
     for name, state in {"best": trained.best, "last": trained.last}.items():
         if name == "last" and int(state.step) == int(trained.best.step):
-            fresh = stored["best"]
+            fresh = saved["best"]
         else:
             fresh = experiment.evaluator.records(state.variables, f"verify {name}")
-        found = records.disagreements(stored[name], fresh)
-        logging.info("%s: %d columns agree", name, len(stored[name].columns) - len(found))
+        found = records.disagreements(saved[name], fresh)
+        logging.info("%s: %d columns agree", name, len(saved[name].columns) - len(found))
         wrong += [f"records/{name}.csv {column}: {count} rows" for column, count in found.items()]
         temperature = results[name].get("temperature")
-        summary = summarize(stored[name], experiment.grids, kept, temperature)
+        summary = summarize(saved[name], experiment.grids, kept, temperature)
         summary = json.loads(json.dumps(summary))
         for part, value in summary.items():
             if not _alike(value, results[name][part]):
@@ -42,7 +42,7 @@ def compare(
                 wrong.append(f"results.json {part} is not what the records add up to")
     if wrong:
         raise UserError(f"{workdir} is not confirmed: {'; '.join(wrong)}")
-    count = len(stored["best"])
+    count = len(saved["best"])
     return f"confirmed: every adversarial of {workdir} was found again ({count} examples)"
 
 

@@ -168,7 +168,7 @@ def deepfool(
         eps: The largest distance, in pixel units.
         norm: "linf", "l2" or a record with `dense_steps`: in l1 a step would be a single pixel's.
         num_steps: At most, each as many gradients as targets.
-        num_targets: So many of the likeliest wrong classes; None for all of them.
+        num_targets: How many of the likeliest wrong classes; None for all of them.
         overshoot: See above.
 
     Returns:

@@ -35,7 +35,7 @@ def multi_targeted(
     Args:
         logits_fn, x, key, eps, norm, num_steps, step_size: As in `pgd`.
         y: Labels [B].
-        num_targets: So many of the likeliest wrong classes; None for all of them.
+        num_targets: How many of the likeliest wrong classes; None for all of them.
         num_restarts: Runs towards each.
 
     Returns:

@@ -171,14 +171,18 @@ class Placement:
 
 
 def placement_of(x: Any, num_rows: int) -> Placement:
-    """Where x lies. What lies nowhere in particular is shared by all local devices."""
+    """Where x lies. What lies nowhere in particular is shared by all local devices.
+
+    That is so unless the caller has chosen a device by jax.default_device.
+    """
     if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
         if isinstance(x.sharding, NamedSharding):
             spec = x.sharding.spec
             return Placement(x.sharding.mesh, spec[0] if len(spec) else None)
         return Placement(_mesh(list(x.sharding.device_set)), AXIS)
     devices = jax.local_devices()[:num_rows]
-    if len(devices) == 1 or (isinstance(x, jax.Array) and x.committed):
+    is_chosen = jax.config.jax_default_device is not None
+    if len(devices) == 1 or is_chosen or (isinstance(x, jax.Array) and x.committed):
         return Placement()
     return Placement(_mesh(devices), AXIS, True)
 

@@ -1,9 +1,9 @@
 """Figures: arrays or DataFrames in, matplotlib Figures out.
 
-`run` of one run, `measures` of any networks, `study` of arms and seeds.
+`run` of one run, `networks` of any, `study` of arms and seeds.
 """
 
-from robust_jax.plots.measures import (
+from robust_jax.plots.networks import (
     by_layer,
     distributions,
     latent_scatter,

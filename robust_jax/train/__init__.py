@@ -1,1 +1,1 @@
-"""Training: state, step, devices, loop, checkpoints and metrics."""
+"""Training: state, step, loop, checkpoints and metrics."""

@@ -12,9 +12,9 @@ _LARGE = 250_000  # of a figure, in characters
 
 
 def template(name: str) -> jinja2.Template:
-    """A page of this package; what is put into it is escaped."""
+    """A page of this folder; what is put into it is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("robust_jax.app"),
+        loader=jinja2.PackageLoader("robust_jax.app.pages"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -17,14 +17,15 @@ from matplotlib.figure import Figure
 
 from robust_jax import plots
 from robust_jax.analysis.summaries import wilson_interval
-from robust_jax.app import figures as figures_lib
-from robust_jax.app import report, runs, stored, threat
+from robust_jax.app import stored, threat
 from robust_jax.app.config import flatten, to_json
-from robust_jax.app.pages import image, template
+from robust_jax.app.pages import figures as figures_lib
+from robust_jax.app.pages import report
+from robust_jax.app.pages.html import image, template
 from robust_jax.app.wording import format_eps, number, percent
 from robust_jax.errors import UserError
 from robust_jax.files import write_atomically, write_json
-from robust_jax.plots import measures
+from robust_jax.plots import networks
 from robust_jax.plots.study import accuracy_by_arm
 
 _FILE = "comparison.json"
@@ -46,18 +47,18 @@ def load(folders: Sequence[Path | str]) -> dict[str, Compared]:
     paths = [Path(folder).absolute() for folder in folders]
     if len(set(paths)) < 2:
         raise UserError(
-            f"to compare takes two runs or more, not {len(set(paths))}: name their folders, as in "
-            "launch.py --mode=compare --workdir=OUT RUN RUN"
+            f"--mode=compare needs two runs or more, not {len(set(paths))}: name their folders, as "
+            "in launch.py --mode=compare --workdir=OUT RUN RUN"
         )
     found = {}
     for name, path in _names(paths).items():
         if stored.holds(path) not in ("a run", "an evaluation"):
             raise stored.no_run(path)
         try:
-            results, records = runs.results(path), runs.load(path).records["best"]
+            results, records = stored.results(path), stored.load(path).records["best"]
         except (OSError, KeyError) as error:
             raise UserError(f"{path} has no results yet; finish it with --mode=train") from error
-        found[name] = Compared(results, records, runs.measured(path))
+        found[name] = Compared(results, records, stored.measured(path))
     return found
 
 
@@ -122,7 +123,7 @@ def figures(compared: Mapping[str, Compared]) -> dict[str, tuple[Figure, str]]:
         }
         if len(values) == len(compared):
             found[column] = (
-                measures.distributions(values, xlabel=label),
+                networks.distributions(values, xlabel=label),
                 f"{label[0].upper()}{label[1:]}, of each test image.",
             )
     return found | figures_lib.of_measurements({name: run.arrays for name, run in compared.items()})

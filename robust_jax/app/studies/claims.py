@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from robust_jax.app import measures
-from robust_jax.app.intervals import Interval, as_wide_as, interval
+from robust_jax.app.studies import measures
+from robust_jax.app.studies.intervals import Interval, as_wide_as, interval
 from robust_jax.errors import UserError
 
 Verdict = Literal["supported", "supported, but small", "refuted", "inconclusive", "no verdict"]
@@ -123,11 +123,11 @@ def _judge_most(test: Mapping[str, Any], runs: Sequence[Sequence[Evidence]]) -> 
             for i in range(len(measured))
         ],
         "images": None,
-        "verdict": most(verdicts),
+        "verdict": majority(verdicts),
     }
 
 
-def most(verdicts: Sequence[Verdict]) -> Verdict:
+def majority(verdicts: Sequence[Verdict]) -> Verdict:
     """What the verdicts on several entries say of the claim that it is so of most of them."""
     if not verdicts or "no verdict" in verdicts:
         return "no verdict"

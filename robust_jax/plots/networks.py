@@ -377,7 +377,7 @@ def _arm(i: int) -> dict[str, Any]:
 
 
 def _panels(count: int, *, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """count axes in rows of so many columns, each row so many inches high."""
+    """count axes in rows of that many columns, each row that many inches high."""
     rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH, height * rows + 0.6))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -387,7 +387,7 @@ def _panels(count: int, *, columns: int, height: float) -> tuple[Figure, list[Ax
 
 
 def _wrapped(title: str, width: int) -> str:
-    """The title in lines of so many characters, its own lines kept."""
+    """The title wrapped to that many characters, its own lines kept."""
     return "\n".join(fill(line, width) for line in title.splitlines())
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from robust_jax.plots import measures
+from robust_jax.plots import networks
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]
 # What of a measurement's arrays, one number an example, is drawn as histograms, and its axis.
@@ -42,14 +42,14 @@ def of_measurements(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
         here = f"{measurement}/{array}"
         if array in _DISTRIBUTIONS:
             figures[f"{measurement}_{array}"] = (
-                measures.distributions(of(here), xlabel=_DISTRIBUTIONS[array]),
+                networks.distributions(of(here), xlabel=_DISTRIBUTIONS[array]),
                 f"{measurement}, {_DISTRIBUTIONS[array]}.",
             )
         elif array in _PLANES:
             label = next(iter(of(f"{measurement}/label").values()))
             axes, said = _PLANES[array]
             figures[measurement if array == "projection" else f"{measurement}_{array}"] = (
-                measures.latent_scatter(
+                networks.latent_scatter(
                     {arm: points[:_DRAWN] for arm, points in of(here).items()},
                     label[:_DRAWN],
                     axes=axes,
@@ -58,13 +58,13 @@ def of_measurements(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
             )
         elif array == "loss_along":
             figures[measurement] = (
-                measures.loss_along(of(here)),
+                networks.loss_along(of(here)),
                 "Mean loss on the way from the images to the worst points found, with the middle "
                 "half of the examples.",
             )
         elif array == "singular_values":
             figures[measurement] = (
-                measures.singular_values(by_layer(f"{here}/")),
+                networks.singular_values(by_layer(f"{here}/")),
                 "Singular values of each layer.",
             )
         elif array in ("change_random", "relative_change_random"):
@@ -75,7 +75,7 @@ def of_measurements(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
             }
             over = "(‖h(x)‖ ‖δ‖)" if prefix else "‖δ‖"
             figures[f"{prefix}{measurement}"] = (
-                measures.by_layer(changes, ylabel=f"‖h(x+δ) - h(x)‖ / {over}"),
+                networks.by_layer(changes, ylabel=f"‖h(x+δ) - h(x)‖ / {over}"),
                 "The change in each layer over that of the image"
                 + (" and over the layer's own size" if prefix else "")
                 + ", median and middle half of the examples.",

@@ -16,29 +16,14 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from robust_jax.app import (
-    arms,
-    claims,
-    folder,
-    measures,
-    records,
-    run,
-    runs,
-    stored,
-    study_report,
-)
 from robust_jax.app import config as config_lib
-from robust_jax.app.arms import (
-    SWEEP,
-    Trial,
-    changed,
-    is_finished,
-    trials,
-)
-from robust_jax.app.claims import Evidence, Found
+from robust_jax.app import folder, records, run, stored
 from robust_jax.app.config import choose, get_field, set_field
 from robust_jax.app.folder import Mode
-from robust_jax.app.intervals import interval
+from robust_jax.app.studies import arms, claims, measures, report
+from robust_jax.app.studies.arms import SWEEP, Trial, changed, is_finished, trials
+from robust_jax.app.studies.claims import Evidence, Found
+from robust_jax.app.studies.intervals import interval
 from robust_jax.devices import processes, speed
 from robust_jax.errors import UserError
 from robust_jax.files import write_json
@@ -238,7 +223,7 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: st
     results = collect(config, workdir)
     processes.on_first(write)
     processes.on_first(partial(_write, workdir, results))
-    return study_report.text(results)
+    return report.text(results)
 
 
 def _run(config: ConfigDict, chosen: Sequence[Trial], workdir: Path, mode: Mode) -> None:
@@ -251,7 +236,7 @@ def _run(config: ConfigDict, chosen: Sequence[Trial], workdir: Path, mode: Mode)
 def _forget_a_run() -> None:
     """Drops its programs, which serve no other run, and its peak of memory.
 
-    A process may have so many memory maps, and programs fill them.
+    The number of a process's memory maps is limited, and programs fill them.
     """
     jax.clear_caches()
     gc.collect()
@@ -286,12 +271,12 @@ def _add_seeds(config: ConfigDict, chosen: Mapping[str, float], workdir: Path) -
 
 def _write(workdir: Path, results: dict[str, Any]) -> None:
     arrays = {
-        arm: runs.measured(workdir / arm / min(by_seed, key=int))
+        arm: stored.measured(workdir / arm / min(by_seed, key=int))
         for arm, by_seed in results["audits"].items()
         if by_seed
     }
-    study_report.write(workdir, results, {arm: found for arm, found in arrays.items() if found})
-    runs.write_results(workdir, results)
+    report.write(workdir, results, {arm: found for arm, found in arrays.items() if found})
+    stored.write_results(workdir, results)
     logging.info("report: %s", workdir / "report.html")
 
 
@@ -323,7 +308,7 @@ def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
         if is_finished(here):
             folder.check_run(here, trial.config)
             found[trial.arm][trial.seed] = Evidence(
-                runs.results(here), records.read(here / "records" / "best.csv")
+                stored.results(here), records.read(here / "records" / "best.csv")
             )
         elif trial.seed in config.seeds:
             missing.append(trial.name)
@@ -447,7 +432,7 @@ def _history(workdirs: Sequence[Path], name: str) -> list[dict[str, Any]]:
     """A number of the validations against the epoch: mean and interval over seeds."""
     by_epoch: dict[float, list[float]] = {}
     for workdir in workdirs:
-        metrics = runs.load(workdir).metrics
+        metrics = stored.load(workdir).metrics
         steps_per_epoch = (metrics["step"] / metrics["epoch"]).dropna().iloc[0]
         for _, line in metrics.dropna(subset=[f"validation/{name}"]).iterrows():
             epoch = round(line["step"] / steps_per_epoch, 3)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from robust_jax.app import entries, records, threat
 from robust_jax.app.config import choose
 from robust_jax.app.measurements import NUMBERS
-from robust_jax.app.runs import Results
+from robust_jax.app.stored import Results
 from robust_jax.app.wording import format_eps
 from robust_jax.errors import UserError
 
@@ -166,7 +166,7 @@ def _filled(text: str, radii: Mapping[str, str], path: str) -> str:
         return text.format(**radii)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
-            f"{path} is {text!r}; in braces stand the radii of the scale: "
+            f"{path} is {text!r}; in braces there may be a radius of the scale: "
             f"{', '.join(radii) or 'there is none'}"
         ) from error
 

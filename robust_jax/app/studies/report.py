@@ -7,11 +7,11 @@ from typing import Any
 
 import matplotlib
 
-from robust_jax.app import figures as figures_lib
-from robust_jax.app import measures
-from robust_jax.app.figures import Arrays
-from robust_jax.app.pages import image, template
-from robust_jax.app.runs import Results
+from robust_jax.app.pages import figures as figures_lib
+from robust_jax.app.pages.figures import Arrays
+from robust_jax.app.pages.html import image, template
+from robust_jax.app.stored import Results
+from robust_jax.app.studies import measures
 from robust_jax.app.wording import format_eps, words
 from robust_jax.files import write_atomically
 from robust_jax.plots import study as plots

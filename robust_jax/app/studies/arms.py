@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from robust_jax.app import measures, runs
+from robust_jax.app import stored
 from robust_jax.app.config import choose, get_field, set_field
+from robust_jax.app.studies import measures
 from robust_jax.errors import UserError
 
 # What an arm's sweep says; see docs/studies/verdicts.md.
@@ -159,7 +160,7 @@ def check_sweeps(config: ConfigDict, check_run: Callable[[ConfigDict], None]) ->
         if old is None:
             raise UserError(
                 f"{path}.field is {sweep['field']!r}, which the arm does not have; give it a value "
-                "in the arm, too"
+                "in the arm as well"
             )
         values = (*sweep["values"], old) if isinstance(sweep["values"], tuple) else (None,)
         if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
@@ -187,4 +188,4 @@ def _config(config: ConfigDict, arm: str) -> ConfigDict:
 def _measured(workdir: Path, measure: str) -> float | None:
     if not is_finished(workdir):
         return None
-    return measures.value(runs.results(workdir), measure)
+    return measures.value(stored.results(workdir), measure)

@@ -13,13 +13,13 @@ import pandas as pd
 from robust_jax import plots
 from robust_jax.analysis.calibration import expected_calibration_error, reliability
 from robust_jax.analysis.summaries import wilson_interval
-from robust_jax.app import figures as figures_lib
-from robust_jax.app import runs
+from robust_jax.app import stored
 from robust_jax.app.config import flatten
 from robust_jax.app.methods import method
-from robust_jax.app.pages import image, template
+from robust_jax.app.pages import figures as figures_lib
+from robust_jax.app.pages.html import image, template
 from robust_jax.app.records import fates, first_to_break
-from robust_jax.app.runs import Results
+from robust_jax.app.stored import Results
 from robust_jax.app.wording import format_eps, number, percent, threat, with_interval, words
 from robust_jax.files import write_atomically
 
@@ -36,11 +36,11 @@ class Radius(NamedTuple):
 
 def write(workdir: Path, results: Results) -> Path:
     """Writes workdir/report.html from the results and what else the run left; returns its path."""
-    run, names = runs.load(workdir), checkpoint_names(results)
+    run, names = stored.load(workdir), checkpoint_names(results)
     records = {name: run.records[name] for name in names}
     figures = _figures(results, records, run.metrics, run.images)
     drawn = figures_lib.of_measurements(
-        {"best": arrays} if (arrays := runs.measured(workdir)) else {}
+        {"best": arrays} if (arrays := stored.measured(workdir)) else {}
     )
     page = template("report.html.j2").render(
         title=title(results),

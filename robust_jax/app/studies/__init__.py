@@ -1,0 +1,1 @@
+"""Studies: arms × seeds of runs, verdicts on claims, and the page."""
