@@ -5,8 +5,8 @@
 Their networks "plain", "constraint" and "regularised" (a CNN) and a linear one, as npz files (see
 `load`); nobody has published what AutoAttack leaves of them. Takes MNIST's first test images, in l2
 at each eps, PGD on cross-entropy (as published and as ours) and on the margin beside it, on fewer
-images, and the audit. A command that was stopped continues with the network and eps where it was. Hours on 2 CPU
-cores.
+images, and the audit. A command that was stopped continues with the network and eps where it was.
+Hours on 2 CPU cores.
 """
 
 import argparse

@@ -29,7 +29,9 @@ def refuse_traces(*values: Any) -> None:
 
 
 def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.ndarray:
-    """x [B,...] as an array. Raises ValueError unless it is floating, in [0,1] and not empty.
+    """x [B,...] as an array of JAX's precision.
+
+    Raises ValueError unless it is floating, in [0,1] and not empty.
 
     bounded: whether it has to be in [0,1].
     """
@@ -54,7 +56,7 @@ def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.n
             f"{name} ranges over [{ends}]; pixels must be in [0, 1]: "
             + (f"jnp.clip({name}, 0, 1)" if is_rounding else advice)
         )
-    return x
+    return x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def one_row_each(y: Any, x: Any, name: str = "y") -> jax.Array | np.ndarray:

@@ -112,7 +112,7 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
     for name in {*_LABELS} & given.keys():
         if given[name] is not None:
             given[name] = y = _checks.one_row_each(given[name], x, name)
-            if given.get("criterion") is None:
+            if given.keys().isdisjoint(("loss", "criterion")):  # theirs need not be labels
                 _checks.type_of_labels(y, name)
             if _checks.looks_like_labels(y):
                 given[name] = y.astype(np.int32)

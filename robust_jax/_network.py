@@ -293,7 +293,7 @@ def _written_again(
 ) -> Sequence[Any] | None:
     """A loop, a branch or a remat of an inlined body, out of which JAX takes what is closed over.
 
-    What has a derivative of its own stays as it is.
+    What has a derivative of its own stays as it is, and so does a while loop, which has none.
     """
     params = eqn.params
 
@@ -313,15 +313,9 @@ def _written_again(
             carry, rows = inputs[num_consts:][:num_carry], inputs[num_consts:][num_carry:]
             settings = {name: params[name] for name in ("length", "reverse", "unroll")}
             return sum(map(list, jax.lax.scan(step, carry, rows, **settings)), [])
-        case "while":
-            num_tested, num_in_body = params["cond_nconsts"], params["body_nconsts"]
-            test = inlined(params["cond_jaxpr"], *inputs[:num_tested])
-            body = inlined(params["body_jaxpr"], *inputs[num_tested:][:num_in_body])
-            start = list(inputs[num_tested + num_in_body :])
-            return jax.lax.while_loop(lambda now: test(*now)[0], lambda now: body(*now), start)
         case "cond":
             return jax.lax.switch(inputs[0], [inlined(b) for b in params["branches"]], *inputs[1:])
-        case "checkpoint":
+        case "checkpoint" | "remat2":
             settings = {name: params[name] for name in ("prevent_cse", "policy")}
             return jax.checkpoint(inlined(params["jaxpr"]), **settings)(*inputs)
     return None

@@ -31,9 +31,10 @@ def batches(
 
     The last is filled up with copies. The size, at most batch_size, follows from how many rows
     there are at most (count, unless given), so that passes over what an attack has left are one
-    program, whatever is left. On a CPU it is a twelfth of them, within bounds, so that little is filled
-    up and cores have alike. On an accelerator few batches matter more: it is as large as it may be, or half of that
-    where so many suffice. Sizes are rounded up to a multiple_of the devices.
+    program, whatever is left. On a CPU it is a twelfth of them, within bounds, so that little is
+    filled up and all cores have work. On an accelerator few batches matter more: it is as large as
+    it may be, or half of that where that suffices. Sizes are rounded up to a multiple_of the
+    devices.
     """
     most = count if most is None else most
     on_cpu = jax.default_backend() == "cpu"

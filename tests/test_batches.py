@@ -31,7 +31,7 @@ def test_little_is_made_up():
         assert made_up < len(list(batches(most, 500)))  # of all of them, one row a batch
     assert [len(rows) for rows, _ in batches(5, 128)] == [5]
     assert [len(rows) for rows, _ in batches(5, 128, most=200)] == [16]
-    assert [len(rows) for rows, _ in batches(130, 128, most=200)] == [25] * 6
+    assert [len(rows) for rows, _ in batches(130, 128, most=200)] == [16] * 9
     assert [len(rows) for rows, _ in batches(130, 128, most=2000)] == [63] * 3
 
 

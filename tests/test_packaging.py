@@ -156,7 +156,7 @@ def test_the_wheel_holds_the_whole_package(wheel):
     }
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == files
-    assert {"robust_jax/py.typed", "robust_jax/app/templates/report.html.j2"} <= files
+    assert {"robust_jax/py.typed", "robust_jax/app/pages/templates/report.html.j2"} <= files
 
 
 def test_the_wheel_attacks_a_model_with_the_packages_of_a_bare_install(wheel, tmp_path):

@@ -145,7 +145,10 @@ WRONG = {
     "a number's whole section": ({"measures": (("x", "jacobian.logits"),)}, "is not a number"),
     "below a number": ({"measures": (("x", "clean.count.x"),)}, "nothing below clean.count"),
     "not measured": ({"measures": (("x", "measurements.gaps.accuracy"),)}, "choices: outputs"),
-    "label of a radius": ({"measures": (("at {x}", "clean.accuracy"),)}, "radii of the scale: fai"),
+    "label of a radius": (
+        {"measures": (("at {x}", "clean.accuracy"),)},
+        "a radius of the scale: fai",
+    ),
     "pair": ({"pairs": (("clean", "dirty"),)}, "pairs' measure is 'dirty'"),
     "along training": ({"along_training": ("margin",)}, "along_training.*'margin'.*average_margin"),
 }

@@ -126,7 +126,6 @@ def evaluate(
     _check_settings(radii, version, num_audited, batch_size, folder)
     members = check_arguments(eps=radii[0], norm=norm, version=version, overrides=overrides)
     x = np.asarray(_checks.pixels(x))
-    x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
     y = _checks.one_row_each(y, x)
     if any(member.attack is square for member in members.values()):
         check_images(x.shape[1:])

@@ -181,8 +181,8 @@ def placement_of(x: Any, num_rows: int) -> Placement:
             return Placement(x.sharding.mesh, spec[0] if len(spec) else None)
         return Placement(_mesh(list(x.sharding.device_set)), AXIS)
     devices = jax.local_devices()[:num_rows]
-    is_chosen = jax.config.jax_default_device is not None
-    if len(devices) == 1 or is_chosen or (isinstance(x, jax.Array) and x.committed):
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]  # declared at run time
+    if len(devices) == 1 or chosen is not None or (isinstance(x, jax.Array) and x.committed):
         return Placement()
     return Placement(_mesh(devices), AXIS, True)
 
