@@ -10,7 +10,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 chooses the interpreter, VENV=folder the environment."
 
-demo: install  ## train, attack and explain a small network (two minutes on 2 cores)
+demo: install  ## train, attack and explain a small network (a minute and a half on 2 cores)
 	$(BIN)/python launch.py --config=configs/default.py --workdir=runs/demo
 
 install: $(VENV)/installed  ## make .venv with all that launch.py needs
@@ -36,7 +36,7 @@ test-slow: $(VENV)/installed-test  ## the tests that take longer; some install p
 	$(BIN)/python -m pytest -m slow
 
 test-frameworks:  ## docs/attack_your_model.md with Haiku, Keras and torch, in an environment of its own
-	$(PYTHON) -m venv $(VENV)-frameworks
+	$(PYTHON) -m venv --clear $(VENV)-frameworks
 	$(VENV)-frameworks/bin/python -m pip install --quiet --editable .[train,test,frameworks]
 	$(VENV)-frameworks/bin/python -m pytest -m "" tests/test_frameworks.py tests/test_docs.py tests/test_benchmarks.py
 

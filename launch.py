@@ -115,9 +115,7 @@ def carry_out(arguments: list[str]) -> str:
             said = study.execute(config, workdir, FLAGS.mode, only=FLAGS.only)
         else:
             if FLAGS.only:
-                raise UserError(
-                    "--only works only with a study's config; this one is of a single run"
-                )
+                raise UserError("--only needs a study's config; this one is of a single run")
             check_run(config)
             folder.check_heeded(workdir, config, typed, FLAGS.mode)
             said = run.execute(config, workdir, FLAGS.mode, profile=FLAGS.profile)

@@ -77,7 +77,7 @@ def mnist(num_examples: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def accuracy(logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray, batch_size: int = 500) -> float:
-    """Clean accuracy, so many examples at a time."""
+    """Clean accuracy, batch_size examples at a time."""
     right = [
         losses.correct(logits_fn(x[i : i + batch_size]), jnp.asarray(y[i : i + batch_size]))
         for i in range(0, len(y), batch_size)
@@ -130,7 +130,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """PGD as published and on two losses, AutoAttack and the audit, in l2 at eps.
 
-    num_for_pgd: how many of the images PGD attacks; its 1,000 steps cost as much as AutoAttack.
+    num_for_pgd: How many of the images PGD attacks; 1,000 steps cost as much as AutoAttack.
     keywords: AutoAttack's.
     """
     start, key = time.perf_counter(), jax.random.key(0)
@@ -181,6 +181,7 @@ def main(
     num_examples: int,
     networks: tuple[str, ...],
     sizes: tuple[float, ...],
+    num_for_pgd: int,
 ) -> None:
     results = json.loads(out.read_text()) if out.exists() else {}
     x, y = mnist(num_examples)
@@ -189,12 +190,15 @@ def main(
         logits_fn = load(reference / f"{name}.npz")
         for eps in sizes:
             found = results.setdefault(name, {})
-            if found.get(f"{eps:g}", {}).get("count") == len(y):
+            done = found.get(f"{eps:g}", {})
+            if (done.get("count"), done.get("count_pgd")) == (len(y), min(num_for_pgd, len(y))):
                 print(f"{name} at {eps:g}: done before", flush=True)
                 continue
             print(f"{name} at {eps:g}, {len(y)} images …", flush=True)
             state = out.with_name(f"{out.stem}_{name}_{eps:g}.npz")
-            found[f"{eps:g}"] = evaluate(logits_fn, x, y, eps=eps, state_path=state)
+            found[f"{eps:g}"] = evaluate(
+                logits_fn, x, y, eps=eps, num_for_pgd=num_for_pgd, state_path=state
+            )
             write_json(out, results)
             state.unlink(missing_ok=True)
             print(_line(name, found[f"{eps:g}"]), flush=True)
@@ -222,7 +226,15 @@ if __name__ == "__main__":
     parser.add_argument("--reference", type=Path, default=Path("../shared/reference"))
     parser.add_argument("--out", type=Path, default=Path("authors.json"))
     parser.add_argument("--num_examples", type=int, default=1000)
+    parser.add_argument("--num_for_pgd", type=int, default=200)
     parser.add_argument("--networks", nargs="+", default=tuple(NETWORKS), choices=tuple(NETWORKS))
     parser.add_argument("--sizes", nargs="+", type=float, default=SIZES)
     flags = parser.parse_args()
-    main(flags.reference, flags.out, flags.num_examples, tuple(flags.networks), tuple(flags.sizes))
+    main(
+        flags.reference,
+        flags.out,
+        flags.num_examples,
+        tuple(flags.networks),
+        tuple(flags.sizes),
+        flags.num_for_pgd,
+    )

@@ -381,7 +381,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="a folder for what is measured")
     parser.add_argument("--norm", choices=list(attacks.NORMS), default="linf")
     parser.add_argument("--eps", type=float, required=True, help="pixel units (pixels in [0,1])")
-    parser.add_argument("--points", type=int, default=1000, help="so many of the first test points")
+    parser.add_argument(
+        "--points", type=int, default=1000, help="how many of the first test points"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="repetitions, with seeds 0, 1, …")
     parser.add_argument("--attacks", type=names, default="apgd_ce,apgd_t,fab_t,square,standard")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["torchattacks"])

@@ -1,4 +1,4 @@
-"""Mistakes in a call, told in one line. Traced values cannot be looked at: they are not checked."""
+"""Mistakes in a call, told in one line. Of traced values only types and shapes are checked."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -56,7 +56,7 @@ def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.n
             f"{name} ranges over [{ends}]; pixels must be in [0, 1]: "
             + (f"jnp.clip({name}, 0, 1)" if is_rounding else advice)
         )
-    return x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+    return x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
 
 
 def one_row_each(y: Any, x: Any, name: str = "y") -> jax.Array | np.ndarray:

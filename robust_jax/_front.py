@@ -96,7 +96,9 @@ def _checked(
         is_of_any_kind = name == "y" and values.get("criterion") is not None
         if not is_of_any_kind or _checks.looks_like_labels(values[name]):
             _checks.labels(values[name], num_classes, name)
-            values[name] = values[name].astype(np.int32)  # 8 bits do not hold every class
+            values[name] = values[name].astype(
+                np.int32, copy=False
+            )  # 8 bits do not hold every class
     for name in _LENGTHS:
         if name in values and (values[name] is not None or defaults[name] is not None):
             _checks.length(name, values[name], infinite=defaults.get(name) == np.inf)
@@ -109,15 +111,15 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
     # Types and shapes are known even here.
     if given.get("key") is not None:
         given["key"] = _checks.example_keys_of(given["key"], len(x))
-    for name in {*_LABELS} & given.keys():
-        if given[name] is not None:
+    for name in _LABELS:
+        if given.get(name) is not None:
             given[name] = y = _checks.one_row_each(given[name], x, name)
             if given.keys().isdisjoint(("loss", "criterion")):  # theirs need not be labels
                 _checks.type_of_labels(y, name)
             if _checks.looks_like_labels(y):
                 given[name] = y.astype(np.int32)
-    for name in {*_LENGTHS} & given.keys():
-        _checks.one_number(name, given[name])
+    for name in _LENGTHS:
+        _checks.one_number(name, given.get(name))
     if not has_explicit_axes(x):
         with _told():
             return fn(**given)

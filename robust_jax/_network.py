@@ -24,6 +24,7 @@ MOST_PROGRAMS = 256
 _LIBRARY = os.path.dirname(jax.__file__) + os.sep
 _OURS = core.DebugInfo("robust_jax", "robust_jax", None, None)
 _JITS = ("jit", "pjit")
+_REMATS = ("checkpoint", "remat2")
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
 
 
@@ -119,7 +120,7 @@ def as_network(
         return jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*inputs)
 
     closed, outputs = traced()
-    if any(_keeps_arrays(eqn) for eqn in _all_equations(closed.jaxpr)):
+    if any(map(_keeps_arrays, closed.jaxpr.eqns)):
         # A jitted function keeps what it closes over to itself.
         closed = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(*inputs)
     program = Program(closed, outputs, fn, isinstance(fn, _Plain))
@@ -242,7 +243,15 @@ def _on_the_whole_batch(fn: Callable) -> Callable:
 
 
 def _keeps_arrays(eqn: core.JaxprEqn) -> bool:
-    return eqn.primitive.name in _JITS and bool(eqn.params["jaxpr"].consts)
+    """Whether a jitted call in it keeps arrays to itself that `_inlined` takes out."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in _JITS:
+        return bool(params["jaxpr"].consts) or any(map(_keeps_arrays, params["jaxpr"].jaxpr.eqns))
+    if name == "cond":  # a branch for each platform stays as it is
+        bodies = () if params.get("branches_platforms") else params["branches"]
+    else:
+        bodies = (params["jaxpr"],) if name in ("scan", *_REMATS) else ()
+    return any(_keeps_arrays(inner) for body in bodies for inner in body.eqns)
 
 
 def _all_equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
@@ -293,9 +302,12 @@ def _written_again(
 ) -> Sequence[Any] | None:
     """A loop, a branch or a remat of an inlined body, out of which JAX takes what is closed over.
 
-    What has a derivative of its own stays as it is, and so does a while loop, which has none.
+    What has a derivative of its own stays as it is, and so does a while loop, which has no
+    derivative backwards.
     """
     params = eqn.params
+    if not _keeps_arrays(eqn):
+        return None
 
     def inlined(body, *leading):
         closed = body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, [])
@@ -315,7 +327,7 @@ def _written_again(
             return sum(map(list, jax.lax.scan(step, carry, rows, **settings)), [])
         case "cond":
             return jax.lax.switch(inputs[0], [inlined(b) for b in params["branches"]], *inputs[1:])
-        case "checkpoint" | "remat2":
+        case name if name in _REMATS:
             settings = {name: params[name] for name in ("prevent_cse", "policy")}
             return jax.checkpoint(inlined(params["jaxpr"]), **settings)(*inputs)
     return None

@@ -77,7 +77,7 @@ def counted(rows: Rows) -> tuple[int, Callable]:
 
 
 def over(lift: Lift, variables: Any, most: int) -> MapExamples:
-    """The mapping of a network with its variables, for evaluations of `most` rows at the most."""
+    """The mapping of a network with its variables, for evaluations of at most `most` rows."""
 
     def map_examples(fn):
         run = lift(fn)

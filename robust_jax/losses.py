@@ -392,9 +392,7 @@ def correct(logits: Logits, labels: Labels) -> PerExample:
     """
     known = (logits < jnp.inf).all(-1)  # and not NaN
     top = jnp.argmax(logits, -1).astype(jnp.int32)
-    return ((top == labels.astype(jnp.int32)) & known & (logits.max(-1) > -jnp.inf)).astype(
-        jnp.float32
-    )
+    return ((top == _indices(labels)) & known & (logits.max(-1) > -jnp.inf)).astype(jnp.float32)
 
 
 def complement(logits: Logits, labels: Labels) -> Float[Array, "b k-1"]:
@@ -437,14 +435,21 @@ def _log_softmax(logits: Logits) -> Logits:
     return jax.nn.log_softmax(wide(logits))
 
 
+def _indices(labels: Labels) -> Labels:
+    """Labels that hold any class: those of 8 bits end at 255."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels are {labels.dtype}; give integers [B]")
+    return labels.astype(jnp.int32)
+
+
 def _at(values: Logits, labels: Labels) -> PerExample:
-    return jnp.take_along_axis(values, labels[:, None].astype(jnp.int32), axis=-1)[:, 0]
+    return jnp.take_along_axis(values, _indices(labels)[:, None], axis=-1)[:, 0]
 
 
 def _without(logits: Logits, labels: Labels) -> Logits:
     """The logits with the label's replaced by -inf."""
     return jnp.where(
-        jax.nn.one_hot(labels.astype(jnp.int32), logits.shape[-1], dtype=bool), -jnp.inf, logits
+        jax.nn.one_hot(_indices(labels), logits.shape[-1], dtype=bool), -jnp.inf, logits
     )
 
 

@@ -97,6 +97,7 @@ def test_the_command_finds_of_the_linear_network_what_its_margins_say(networks, 
         num_steps=20,
         step_size=0.1,
         num_audited=5,
+        num_for_pgd=20,
         version=("apgd_ce",),
         overrides={"apgd_ce": {"num_steps": 20}},
         progress=False,
@@ -104,5 +105,7 @@ def test_the_command_finds_of_the_linear_network_what_its_margins_say(networks, 
     head = network.variables["params"]["head"]
     exact = margins.linear(np.asarray(head["kernel"]).T, np.asarray(head["bias"]), x, y, norm="l2")
     assert (exact > 0.5).mean() <= found["autoattack"] < found["clean"]
-    assert (exact > 0.5).mean() <= found["pgd_margin"] <= (exact > 0.5).mean() + 0.1
+    holds = (exact > 0.5)[:20].mean()
+    assert (found["count"], found["count_pgd"]) == (40, 20)
+    assert holds <= found["autoattack_where_pgd"] and holds <= found["pgd_margin"] <= holds + 0.1
     assert found["clean"] == (exact > 0).mean() and found["audit"]["verdict"] in ("pass", "warn")

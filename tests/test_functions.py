@@ -228,7 +228,12 @@ def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
     if name == "autoattack":
         found, expected = found.robust, expected.robust
     if name == "audit":
-        found, expected = found.num_examples, expected.num_examples
+        found, expected = (
+            {c.name: c.verdict for c in report.checks if c.name != "precision"}
+            for report in (found, expected)
+        )
+        assert found == expected
+        return
     chex_close(found, expected)
 
 

@@ -216,7 +216,7 @@ def test_autoattack_keeps_the_dtype_and_takes_rows(tmp_path):
             np.testing.assert_array_equal(run().x_adv, result.x_adv)  # from its state
 
 
-# float32 where float64 is on, as it may be for other reasons.
+# float32 with x64 enabled, as another library may have done.
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16, jnp.float32])
 def test_the_audit_takes_any_dtype(dtype):
     with strictly(), jax.enable_x64(dtype != jnp.bfloat16):

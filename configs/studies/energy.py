@@ -36,7 +36,7 @@ def get_config():
     config.notes = (
         "The paper was withdrawn from arXiv (version 2, June 2020); its successor says that the "
         "energy describes the total variation in a small neighbourhood. The formula of neither was "
-        "to be had: every energy here is our reading. The rise of the loss to its worst point "
+        "available: every energy here is our reading. The rise of the loss to its worst point "
         "bounds the oscillation and the squared variation along the way (path) from below, example "
         "by example, which tests/test_energy.py checks; it does not bound the mean square, which "
         "averages over the ball. Adversarial training minimises the loss at the worst point, an "

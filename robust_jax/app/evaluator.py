@@ -206,7 +206,7 @@ class Evaluator:
     def _over(
         self, variables: Any, fn: Callable, most: int, index: np.ndarray, *scalars: Any
     ) -> Any:
-        """The same with scalars on the examples of the index, `most` of them at the most."""
+        """The same with scalars on the examples of the index, at most `most` of them."""
         rows = data.rows_of(self._split, index)
         return self._lift(fn)(variables, most, *rows, self._key_data, *scalars)
 

@@ -289,7 +289,7 @@ def _climb(measure, x, found, start_key, key, settings: _Settings) -> Best:
     checked_at = checked_steps(num_steps)
     period = np.zeros(num_steps, np.int32)
     period[np.array(checked_at) - 1] = np.diff([0, *checked_at])
-    # The number of steps that raised the loss up to which they are too few.
+    # Up to this many steps that raised the loss are too few.
     too_few = np.floor(rho * period).astype(np.int32)
 
     def inside(x_adv):

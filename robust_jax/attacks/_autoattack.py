@@ -296,7 +296,7 @@ def _take(rows, which) -> dict[str, np.ndarray]:
 
 
 def _fit_to_classes(ensemble, num_classes) -> tuple[dict[str, Member], list[str]]:
-    """The ensemble with losses that exist for so many classes, and what had to be replaced."""
+    """The ensemble with losses that exist for num_classes, and what had to be replaced."""
     warnings = []
     for name, member in ensemble.items():
         if member.keywords.get("loss") is losses.dlr and num_classes < 3:
