@@ -2,11 +2,13 @@
 
     python -m benchmarks.scaling --model=preact_resnet --image=32,32,3 --chip="NVIDIA H200"
     python -m benchmarks.scaling --model=wide_resnet --dtype=bfloat16 --tpu=v5e:2x4
+    python -m benchmarks.scaling --model=preact_resnet --tpu=v5e:2x2 --work=attacks
 
 First it compiles the step for 1, 2, 4 and 8 devices (of a CPU, made up; nothing is run) and prints
 what the model says of one device (operations, bytes of all-reduce, bytes of the state) beside what
 the programs hold. Then it predicts step times. docs/scaling.md has the formulas. The second command
 asks a TPU's compiler instead, which comes with the tpu extra and needs no TPU: does the step fit?
+The third asks it about AutoAttack's members, one target or restart each, and exact Jacobian norms.
 """
 
 import argparse
@@ -24,8 +26,8 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from robust_jax import attacks, losses, models
-from robust_jax.app.training import apply_fn
+from robust_jax import attacks, jacobian, losses, models
+from robust_jax.app.training import apply_fn, network
 from robust_jax.devices import parallel, speed
 from robust_jax.train.objectives import Adversary, make_objective
 from robust_jax.train.state import init_state
@@ -149,26 +151,30 @@ def cost_model(flags) -> None:
         )
 
 
-def compiled_for_tpu(flags) -> None:
-    """Prints what the TPU's own compiler makes of the step on the chips of a topology."""
+def chips_of(topology: str) -> Sequence[jax.Device]:
+    """The chips of a TPU's topology, for its compiler alone."""
     # It would look for the machine that holds the chips.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
-        devices = topologies.get_topology_desc(flags.tpu, "tpu").devices
+        return topologies.get_topology_desc(topology, "tpu").devices
     except RuntimeError as error:  # no such topology, or no compiler
-        raise SystemExit(f"error: --tpu={flags.tpu}: {str(error).splitlines()[0]}") from None
+        raise SystemExit(f"error: --tpu={topology}: {str(error).splitlines()[0]}") from None
+
+
+def placed(tree, mesh: Mesh, *axes: str):
+    """The shapes on the mesh, divided by their first axis or not at all."""
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
+def compiled_for_tpu(flags) -> None:
+    """Prints what the TPU's own compiler makes of the step on the chips of a topology."""
+    devices = chips_of(flags.tpu)
     batch_size = flags.batch_per_device * len(devices)
     step, inputs = step_and_inputs(flags, devices, batch_size, "shard_map")
     mesh = Mesh(devices, (parallel.AXIS,))
-
-    def placed(tree, *axes):
-        sharding = NamedSharding(mesh, PartitionSpec(*axes))
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
-        )
-
     state, batch, key = inputs
-    inputs = placed(state), placed(batch, parallel.AXIS), placed(key)
+    inputs = placed(state, mesh), placed(batch, mesh, parallel.AXIS), placed(key, mesh)
     started = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(*inputs).compile()
     seconds = time.perf_counter() - started
@@ -184,6 +190,62 @@ def compiled_for_tpu(flags) -> None:
         f"convolutions: "
         + ", ".join(f"{convolutions.count(t)} to {t}" for t in sorted(set(convolutions)))
     )
+
+
+# AutoAttack's members, one target or restart each as it runs them, and exact Jacobian norms.
+ATTACKS = {
+    "apgd_ce": partial(attacks.apgd, eps=8 / 255, num_steps=100),
+    "apgd_t": partial(attacks.apgd_targeted, eps=8 / 255, num_steps=100, num_targets=1),
+    "fab_t": partial(attacks.fab, eps=8 / 255, num_steps=100, num_targets=1),
+    "square": partial(attacks.square, eps=8 / 255, num_queries=5000),
+    "frobenius_norm": lambda fn, x, y, keys: jacobian.frobenius_norm(fn, x),
+}
+
+
+def host_crossings(program: str) -> int:
+    """How many instructions of a compiled program exchange data with the host."""
+    return len(re.findall(r" (?:infeed|outfeed|send|recv)\(|is_host_transfer=true", program))
+
+
+def attacks_compiled_for_tpu(flags) -> None:
+    """Prints what the TPU's own compiler makes of AutoAttack and Jacobians on those chips."""
+    devices = chips_of(flags.tpu)
+    mesh, batch_size = Mesh(devices, (parallel.AXIS,)), flags.batch_per_device * len(devices)
+    model = models.MODELS[flags.model](num_classes=flags.classes, dtype=flags.dtype)
+    image = jax.ShapeDtypeStruct((batch_size, *flags.image), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+    rows = image, jax.ShapeDtypeStruct((batch_size,), jnp.int32), keys
+    inputs = placed(variables, mesh), *placed(rows, mesh, parallel.AXIS)
+    print(f"{flags.model} on {len(devices)} × {devices[0].device_kind}, {batch_size} images\n")
+    print(
+        "| program | compiled in, s | TFLOP an image | MB of a chip in use at most "
+        "| exchanges with the host |"
+    )
+    print("|" + " --- |" * 5, flush=True)
+    for name, attack in ATTACKS.items():
+
+        def run(variables, x, y, keys, attack=attack):
+            return attack(partial(network(model), variables), x, y, keys)
+
+        shares = (PartitionSpec(parallel.AXIS),) * 3
+        mapped = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), *shares),
+            out_specs=shares[0],
+            check_vma=False,
+        )
+        started = time.perf_counter()
+        compiled = jax.jit(mapped).lower(*inputs).compile()
+        seconds = time.perf_counter() - started
+        flops = speed.flops(run, variables, *rows) / batch_size
+        peak = compiled.memory_analysis().peak_memory_in_bytes
+        print(
+            f"| {name} | {seconds:.0f} | {flops / 1e12:.3g} | {peak / 1e6:.4g} "
+            f"| {host_crossings(compiled.as_text())} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -205,10 +267,15 @@ def main() -> None:
     parser.add_argument(
         "--tpu", help="a topology, such as v5e:2x2: compile for it, and that is all"
     )
+    parser.add_argument(
+        "--work", default="step", choices=("step", "attacks"), help="what a TPU's compiler gets"
+    )
     flags = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    if flags.tpu:
+    if flags.tpu and flags.work == "attacks":
+        attacks_compiled_for_tpu(flags)
+    elif flags.tpu:
         compiled_for_tpu(flags)
     else:
         cost_model(flags)

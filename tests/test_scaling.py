@@ -52,6 +52,29 @@ def test_a_tpu_s_compiler_takes_the_step(capsys):
     assert "to bf16" in printed and "to f32" not in printed
 
 
+@pytest.mark.slow
+def test_a_tpu_s_compiler_takes_the_attacks_and_asks_the_host_for_nothing(capsys, monkeypatch):
+    pytest.importorskip("libtpu", reason="of the tpu extra")
+    few = {name: scaling.ATTACKS[name] for name in ("apgd_ce", "frobenius_norm")}
+    monkeypatch.setattr(scaling, "ATTACKS", few)
+    scaling.attacks_compiled_for_tpu(
+        argparse.Namespace(**vars(FLAGS), tpu="v5e:2x2", batch_per_device=2)
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mlp on 4 × TPU v5 lite, 8 images"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
+    assert [row[0] for row in rows] == list(few) and {row[-1] for row in rows} == {"0"}
+
+
+def test_exchanges_with_the_host_are_counted():
+    lines = (
+        "%a = (f32[3], u32[]) send(%x, %t), channel_id=1, is_host_transfer=true",
+        "%o = token[] outfeed(%x, %t)",
+        "%b = f32[3] add(%x, %x)",
+    )
+    assert [scaling.host_crossings(line) > 0 for line in lines] == [True, True, False]
+
+
 def test_a_topology_that_nothing_compiles_for_is_told_in_one_line():
     flags = argparse.Namespace(**vars(FLAGS), tpu="v0:9x9", batch_per_device=2)
     with pytest.raises(SystemExit, match="error: --tpu=v0:9x9: [^\n]+$"):
