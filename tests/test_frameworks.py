@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import symtable
 
 import jax
 import numpy as np
@@ -60,6 +61,25 @@ def test_the_page_runs_from_top_to_bottom():
     assert "transfer" in names["printed"]
 
 
+def read_by_functions(table):
+    """The names of a module that functions in it read when they are called."""
+    found = set()
+    for inner in table.get_children():
+        if inner.get_type() == "function":
+            found |= set(inner.get_globals())
+        found |= read_by_functions(inner)
+    return found
+
+
+def test_no_section_of_the_page_takes_a_name_that_an_earlier_function_reads():
+    read = set()
+    for block in code("docs/attack_your_model.md"):
+        table = symtable.symtable(block, "page", "exec")
+        bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned()}
+        assert not bound & read, block
+        read |= read_by_functions(table)
+
+
 def network(name):
     """(The function, 20 images, what the framework itself says of them), or a skip."""
     if name not in page():
@@ -95,7 +115,7 @@ def calls(logits_fn, x, y, key):
 def test_logits_are_the_frameworks_own(name):
     logits_fn, x, own = network(name)
     traced = jax.jit(as_network(logits_fn, x.shape[1:], x.dtype))
-    assert np.ptp(own) > 0.1
+    assert np.ptp(own) > 0.05
     np.testing.assert_allclose(traced(x), own, atol=1e-5)
 
 
