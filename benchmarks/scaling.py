@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from robust_jax import attacks, jacobian, losses, models
 from robust_jax.app.training import apply_fn, network
+from robust_jax.attacks._autoattack import MEMBERS, VERSIONS
 from robust_jax.devices import parallel, speed
 from robust_jax.train.objectives import Adversary, make_objective
 from robust_jax.train.state import init_state
@@ -194,17 +195,23 @@ def compiled_for_tpu(flags) -> None:
 
 # AutoAttack's members, one target or restart each as it runs them, and exact Jacobian norms.
 ATTACKS = {
-    "apgd_ce": partial(attacks.apgd, eps=8 / 255, num_steps=100),
-    "apgd_t": partial(attacks.apgd_targeted, eps=8 / 255, num_steps=100, num_targets=1),
-    "fab_t": partial(attacks.fab, eps=8 / 255, num_steps=100, num_targets=1),
-    "square": partial(attacks.square, eps=8 / 255, num_queries=5000),
+    **{
+        name: partial(
+            MEMBERS[name].attack,
+            eps=8 / 255,
+            **MEMBERS[name].keywords,
+            **({"num_targets": 1} if name.endswith("_t") else {}),
+        )
+        for name in VERSIONS["standard"]
+    },
     "frobenius_norm": lambda fn, x, y, keys: jacobian.frobenius_norm(fn, x),
 }
 
 
 def host_crossings(program: str) -> int:
     """How many instructions of a compiled program exchange data with the host."""
-    return len(re.findall(r" (?:infeed|outfeed|send|recv)\(|is_host_transfer=true", program))
+    lines = program.splitlines()
+    return sum(bool(re.search(r" (in|out)feed\(|is_host_transfer=true", line)) for line in lines)
 
 
 def attacks_compiled_for_tpu(flags) -> None:
@@ -271,12 +278,12 @@ def main() -> None:
         "--work", default="step", choices=("step", "attacks"), help="what a TPU's compiler gets"
     )
     flags = parser.parse_args()
+    if flags.work == "attacks" and not flags.tpu:
+        parser.error("--work=attacks needs --tpu")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    if flags.tpu and flags.work == "attacks":
-        attacks_compiled_for_tpu(flags)
-    elif flags.tpu:
-        compiled_for_tpu(flags)
+    if flags.tpu:
+        (attacks_compiled_for_tpu if flags.work == "attacks" else compiled_for_tpu)(flags)
     else:
         cost_model(flags)
 

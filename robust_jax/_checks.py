@@ -120,10 +120,10 @@ def example_keys_of(key: Any, count: int) -> jax.Array:
 def length(name: str, value: Any, *, infinite: bool = False) -> None:
     """Raises ValueError for a radius or a step that is no number, negative or infinite."""
     refuse_traces(value)
-    if isinstance(value, _ARRAYS) and np.ndim(value) == 0:
-        value = float(value)
-    if value is None or isinstance(value, _ARRAYS):
-        raise ValueError(f"{name} is {_short(value)}; give a number in pixel units")
+    one_number(name, value)
+    if value is None:
+        raise ValueError(f"{name} is None; give a number in pixel units")
+    value = float(value) if isinstance(value, _ARRAYS) else value
     lengths(**{name: value}, infinite=infinite)
 
 

@@ -96,9 +96,8 @@ def _checked(
         is_of_any_kind = name == "y" and values.get("criterion") is not None
         if not is_of_any_kind or _checks.looks_like_labels(values[name]):
             _checks.labels(values[name], num_classes, name)
-            values[name] = values[name].astype(
-                np.int32, copy=False
-            )  # 8 bits do not hold every class
+            # 8 bits do not hold every class.
+            values[name] = values[name].astype(np.int32, copy=False)
     for name in _LENGTHS:
         if name in values and (values[name] is not None or defaults[name] is not None):
             _checks.length(name, values[name], infinite=defaults.get(name) == np.inf)

@@ -438,7 +438,7 @@ def _log_softmax(logits: Logits) -> Logits:
 def _indices(labels: Labels) -> Labels:
     """Labels that hold any class: those of 8 bits end at 255."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels are {labels.dtype}; give integers [B]")
+        raise ValueError(f"labels are {labels.dtype}; give integers [B]")
     return labels.astype(jnp.int32)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Integer, Key
 
 __all__ = [
     "Array",
@@ -27,7 +27,7 @@ Array = jax.Array | np.ndarray
 
 # Images [B,H,W,C] as a rule; whatever does not say so takes examples of any shape.
 Images = Float[Array, "b ..."]
-Labels = Int[Array, " b"]
+Labels = Integer[Array, " b"]
 Logits = Float[Array, "b k"]
 PerExample = Float[Array, " b"]
 # A network with its parameters bound, in evaluation mode.

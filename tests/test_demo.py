@@ -240,6 +240,7 @@ def test_autoattack_and_the_audit_end_the_demo(demo, results):
     card = json.loads((demo.workdir / "card.json").read_text())
     assert card["autoattack_acc"] == f"{100 * found['robust_accuracy']:.2f}"
     assert (card["threat_model"], card["eps"], card["unreliable"]) == ("Linf", "0.15", False)
+    assert (card["additional_data"], card["number_forward_passes"]) == (False, 1)
     assert not (demo.workdir / "unfinished").exists()
 
 

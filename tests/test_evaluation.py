@@ -100,6 +100,7 @@ def test_it_leaves_records_a_card_and_a_page(found):
     card = json.loads((folder / "card.json").read_text())
     assert card == result.card
     assert card["name"] == "an MLP" and card["threat_model"] == "Linf"
+    assert card["additional_data"] is card["number_forward_passes"] is None  # not known here
     assert float(card["autoattack_acc"]) == pytest.approx(100 * result.robust_accuracy, abs=0.01)
     page = (folder / "report.html").read_text()
     assert "digits, an MLP" in page and "Is it real?" in page

@@ -115,7 +115,7 @@ def calls(logits_fn, x, y, key):
 def test_logits_are_the_frameworks_own(name):
     logits_fn, x, own = network(name)
     traced = jax.jit(as_network(logits_fn, x.shape[1:], x.dtype))
-    assert np.ptp(own) > 0.05
+    assert np.ptp(own) > 0.1
     np.testing.assert_allclose(traced(x), own, atol=1e-5)
 
 

@@ -218,6 +218,25 @@ def test_nan_logits_are_wrong():
     assert losses.correct(jnp.asarray([[jnp.nan, 0.0, 1.0]]), jnp.asarray([0]))[0] == 0
 
 
+OF_LABELS = [
+    getattr(losses, name)
+    for name in losses.__all__
+    if "labels" in getattr(inspect.unwrap(getattr(losses, name)), "__annotations__", {})
+]
+
+
+@pytest.mark.parametrize("fn", OF_LABELS, ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16"])
+def test_labels_of_few_bits_are_those_classes_among_many(fn, dtype, rng):
+    logits = jnp.asarray(rng.normal(size=(3, 300)), jnp.float32).at[0, 256].set(9.0)
+    labels = np.array([0, 1, 127])  # 256 is 0 in eight bits
+    more = {"targets": np.array([2, 3, 4])} if fn is losses.targeted_dlr else {}
+    more |= {"targets": np.array([2, 3, 4])} if fn is losses.targeted_margin else {}
+    expected = fn(logits, labels, **more)
+    found = fn(logits, labels.astype(dtype), **{k: v.astype(dtype) for k, v in more.items()})
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_complement_keeps_order():
     logits = jnp.asarray([[0.0, 1.0, 2.0, 3.0]] * 4)
     np.testing.assert_array_equal(
@@ -238,6 +257,7 @@ def test_complement_keeps_order():
         (lambda z, y: losses.dlr(z[:, :2], y), "at least 3 classes, not 2; use margin_loss"),
         (lambda z, y: losses.guided_complement_entropy(z[:, :2], y), "at least 3 classes"),
         (lambda z, y: losses.complement_entropy(z[:, :2], y), "complement_entropy needs at least"),
+        (lambda z, y: inspect.unwrap(losses._indices)(y * 1.0), "labels are float32; give integ"),
     ],
 )
 def test_mistakes_are_told(call, message):
