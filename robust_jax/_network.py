@@ -323,9 +323,7 @@ def _written_again(
                 return results[:num_carry], results[num_carry:]
 
             carry, rows = inputs[num_consts:][:num_carry], inputs[num_consts:][num_carry:]
-            settings = {
-                name: params[name] for name in ("length", "reverse", "unroll", "_split_transpose")
-            }
+            settings = {name: params[name] for name in ("length", "reverse", "unroll")}
             return sum(map(list, jax.lax.scan(step, carry, rows, **settings)), [])
         case "cond":
             return jax.lax.switch(inputs[0], [inlined(b) for b in params["branches"]], *inputs[1:])
