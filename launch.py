@@ -50,8 +50,9 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "distributed",
     "",
-    "Join several processes into one run: auto reads what SLURM, Open MPI, Kubernetes or a TPU pod "
-    "say (under srun and mpirun: auto); or address:port,number of processes,number of this one.",
+    "Join several processes into one run: auto takes the addresses from SLURM, Open MPI, "
+    "Kubernetes or a TPU pod, and is the default under srun and mpirun; or address:port,number of "
+    "processes,number of this one.",
 )
 flags.DEFINE_bool("profile", False, "Leave a trace of ten training steps in workdir/profile.")
 flags.mark_flags_as_required(["workdir"])

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
 
     # Data. digits (embedded, no download) | tfds:<name> | npz:<path> with x_train, y_train, x_test
-    # and y_test. Pixels are in [0,1] everywhere outside the model, and so is every eps.
+    # and y_test. Outside the model pixels are in [0,1], and every eps is in those units.
     config.dataset = "digits"
     config.data_dir = ""  # of TFDS; "" is TFDS's own default
     config.test_split = "test"  # of TFDS: the name of the split that is measured

@@ -9,6 +9,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
 from types import NoneType
 from typing import Any, get_args
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_jax import _checks
-from robust_jax._network import MOST_PROGRAMS, Network, comparable
+from robust_jax._network import MOST_PROGRAMS, Network, comparable, on_the_whole_batch
 from robust_jax.batches import batches, counted, joined, side_by_side
 from robust_jax.devices.parallel import (
     Placement,
@@ -120,8 +121,8 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
     for name in _LENGTHS:
         _checks.one_number(name, given.get(name))
     if not has_explicit_axes(x):
-        with _told():
-            return fn(**given)
+        with _told() as is_outermost:
+            return _on_whole_batches(fn, given) if is_outermost else fn(**given)
     # vmap wants everything divided alike, which keys and labels need not be.
     leaves, structure = jax.tree.flatten(dict(given), is_leaf=lambda leaf: leaf is None)
     arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
@@ -134,23 +135,47 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
         return on_automatic_axes(run, x)(arrays)
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """JAX's errors while a program is traced, told as what leads to them."""
+def _on_whole_batches(fn: Callable, given: Mapping[str, Any]) -> Any:
+    """fn(**given); with networks that take whole batches if vmap has no rule for one of them."""
     try:
-        yield
+        return fn(**given)
+    except (NotImplementedError, ValueError) as error:
+        if _NO_RULE not in str(error) and "vmap_method" not in str(error):
+            raise
+    lifted = {name: on_the_whole_batch(given[name]) for name in _NETWORKS if name in given}
+    return fn(**{**given, **lifted})
+
+
+_within_a_call: ContextVar[bool] = ContextVar("within_a_call", default=False)
+
+
+@contextmanager
+def _told() -> Iterator[bool]:
+    """JAX's errors while a program is traced, told as what leads to them.
+
+    Gives whether it is the caller's own call, and not one that a function here makes of another.
+    """
+    is_outermost = not _within_a_call.get()
+    token = _within_a_call.set(True)
+    try:
+        yield is_outermost
     except (TypeError, ValueError, NotImplementedError) as error:
         for said, meant in _MEANT.items():
             if said in str(error):
                 raise ValueError(meant) from error
         raise
+    finally:
+        _within_a_call.reset(token)
 
 
 _ON_A_MESH = (
     "the network closes over weights that lie on a mesh; give them as a part of it: "
     "jax.tree_util.Partial(apply, weights), which is called as apply(weights, x)"
 )
+_NO_RULE = "Batching rule for"
 _MEANT = {
+    _NO_RULE: "jax.vmap has no rule for an operation of the network, and attacks are written for "
+    "one example and lifted by it",
     "Mesh for all inputs should be equal": _ON_A_MESH,
     "should match the aval mesh": _ON_A_MESH,
     "Closing over inputs to shard_map": _ON_A_MESH,

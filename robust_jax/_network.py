@@ -64,7 +64,7 @@ class Program:
 
     def __call__(self, arrays: Sequence[jax.Array], x: jax.Array, *key: jax.Array) -> Any:
         if self._fn is not None:
-            return _on_the_whole_batch(self._fn)(x)
+            return on_the_whole_batch(self._fn)(x)
         is_fast = jax.default_backend() == "cpu" and not self._is_plain
 
         def evaluate(*args):
@@ -198,7 +198,7 @@ def _outside(jaxpr: core.Jaxpr) -> str | None:
 _OUTSIDE = ("call_exported", "pure_callback", "io_callback", "ffi_call", "call_tf")
 
 
-def _on_the_whole_batch(fn: Callable) -> Callable:
+def on_the_whole_batch(fn: Callable) -> Callable:
     """fn where vmap has no rule for it: the examples of a vmap are one batch of it."""
 
     def merged(fn, *batched):

@@ -97,12 +97,12 @@ ALL = {**FUNCTIONS, "autoattack": autoattack, "audit": audit}
 
 @contextmanager
 def lowerings():
-    """How many programs JAX lowered within, as a list to look at."""
+    """What JAX lowered and compiled within, as a list to look at."""
     seen = []
 
     def listen(event, duration, **_):
-        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-            seen.append(duration)
+        if event.endswith(("/jaxpr_to_mlir_module_duration", "/backend_compile_duration")):
+            seen.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

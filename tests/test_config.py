@@ -1,6 +1,7 @@
 """What bad input gets: one line that names the field, the value and the choices."""
 
 import dataclasses
+import errno
 import importlib
 import re
 from functools import partial
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+import launch as launch_py
 from configs import default
 from robust_jax import losses
 from robust_jax.app import config as config_lib
@@ -167,6 +169,24 @@ def test_launch_tells_a_mistake_in_one_line_and_writes_nothing(launch, tmp_path)
     assert result.stderr.strip().splitlines()[-1].startswith("error: config.loss.name is 'ce'")
     assert "Traceback" not in result.stderr
     assert not workdir.exists()
+
+
+def test_launch_tells_of_a_full_disk_in_one_line(monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/demo/records/best.csv")
+
+    class Ended(BaseException):
+        """What ends a process."""
+
+    def ended(code):
+        raise Ended(code)
+
+    monkeypatch.setattr("launch.carry_out", full)
+    monkeypatch.setattr("os._exit", ended)
+    with pytest.raises(Ended, match="1"):
+        launch_py.main(["launch.py"])
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: No space left on device: runs/demo/records/best.csv; what was")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -4,9 +4,10 @@ import fcntl
 import html.parser
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,18 +22,18 @@ from robust_jax.app.run import execute
 from robust_jax.errors import UserError
 from robust_jax.files import write_json
 from tests.conftest import environment_of
+from tests.launches import default_with, flags
 from tests.notebooks import NOTEBOOKS, code_cells, run_cell
 from tests.pages import code
 
-TINY = (
-    "--config=configs/default.py",
-    "--config.model.widths=(4,4)",
-    "--config.model.hidden=8",
-    "--config.adversary.num_steps=2",
-    "--config.duration=3 epochs",
-    "--config.attacks=" + repr({"pgd_linf": {"name": "pgd", "eps": (0.1, 0.2), "num_steps": 3}}),
-    "--config.audit.num_examples=0",
-)
+TINY = {
+    "model.widths": (4, 4),
+    "model.hidden": 8,
+    "adversary.num_steps": 2,
+    "duration": "3 epochs",
+    "attacks": {"pgd_linf": {"name": "pgd", "eps": (0.1, 0.2), "num_steps": 3}},
+    "audit.num_examples": 0,
+}
 AUTOATTACK = {
     "name": "autoattack",
     "eps": (0.05, 0.1),
@@ -60,9 +61,9 @@ def fewer_attacks():
 
 
 class Size(NamedTuple):
-    """Of the demo: flags beside the default config, test images, and how it is compiled."""
+    """Of the demo: fields beside those of the default config, test images, how it is compiled."""
 
-    flags: tuple[str, ...]
+    fields: dict[str, Any]
     count: int
     as_users_do: bool
 
@@ -70,26 +71,25 @@ class Size(NamedTuple):
 SIZES = {
     # Learns and resists as the whole does; with fewer images, attacks and queries.
     "small": Size(
-        (
-            "--config.duration=16 epochs",
-            "--config.evaluation.num_examples=100",
-            f"--config.attacks={fewer_attacks()!r}",
-            "--config.audit.num_examples=20",
-            "--config.audit.num_queries=100",
-        ),
+        {
+            "duration": "16 epochs",
+            "evaluation.num_examples": 100,
+            "attacks": fewer_attacks(),
+            "audit.num_examples": 20,
+            "audit.num_queries": 100,
+        },
         count=100,
         as_users_do=False,
     ),
-    "whole": Size((), count=500, as_users_do=True),  # as in `make demo`
+    "whole": Size({}, count=500, as_users_do=True),  # as in `make demo`
 }
 
 
 class Demo(NamedTuple):
-    """A finished run: what launch.py printed, its folder and flags, and its size."""
+    """A finished run: what launch.py printed, its folder and its size."""
 
     printed: str
     workdir: Path
-    flags: tuple[str, ...]
     size: Size
 
 
@@ -97,10 +97,9 @@ class Demo(NamedTuple):
 def demo(request, launch, tmp_path_factory):
     size = SIZES[request.param]
     workdir = tmp_path_factory.mktemp("demo") / "run"
-    flags = ("--config=configs/default.py", *size.flags)
-    result = launch(*flags, f"--workdir={workdir}", as_users_do=size.as_users_do)
+    result = launch(*flags(size.fields), f"--workdir={workdir}", as_users_do=size.as_users_do)
     assert result.returncode == 0, result.stderr[-3000:]
-    return Demo(result.stdout, workdir, flags, size)
+    return Demo(result.stdout, workdir, size)
 
 
 @pytest.fixture
@@ -111,29 +110,25 @@ def moved(demo, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(launch, tmp_path_factory):
-    """(flags, folder) of a small run's launch, whose clean objective learns nothing."""
+def finished(tmp_path_factory):
+    """The folder of a small run, made in this process, whose clean objective learns nothing."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    attacks = {"pgd_linf": {"name": "pgd", "eps": (0.1,)}, "autoattack_linf": ONE_MEMBER}
-    flags = (
-        *TINY,
-        f"--config.attacks={attacks!r}",
-        "--config.evaluation.num_examples=100",
-        "--config.evaluation.num_images=2",
-        "--config.learning_rate=1e-5",
-        "--config.loss_on=clean",
-    )
-    result = launch(*flags, f"--workdir={workdir}")
-    assert result.returncode == 0, result.stderr[-3000:]
-    return flags, workdir
+    fields = {
+        **TINY,
+        "attacks": {"pgd_linf": {"name": "pgd", "eps": (0.1,)}, "autoattack_linf": ONE_MEMBER},
+        "evaluation.num_examples": 100,
+        "evaluation.num_images": 2,
+        "learning_rate": 1e-5,
+        "loss_on": "clean",
+    }
+    execute(default_with(fields), workdir, "train")
+    return workdir
 
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """(flags, folder) of a copy, to do things to."""
-    flags, workdir = finished
-    shutil.copytree(workdir, tmp_path / "run")
-    return (*flags, f"--workdir={tmp_path / 'run'}"), tmp_path / "run"
+    """The folder of a copy, to do things to."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +163,7 @@ def test_attacks_do_bite(results):
 
 
 def test_an_untrained_network_does_not_pass(finished):
-    results = results_in(finished[1])
+    results = results_in(finished)
     assert results["clean"]["accuracy"] < 0.5
     assert accuracy(results, "worst_case_linf", 0.1) < 0.2
 
@@ -315,7 +310,7 @@ def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_sa
     pgd = {"name": "pgd", "norm": "linf", "num_steps": 20, "num_restarts": 3}
     attacks = {"pgd_linf": {**pgd, "eps": (0.05, 0.1, 0.12)}}
     result = launch(
-        *demo.flags,
+        *flags(demo.size.fields),
         f"--workdir={moved}",
         "--mode=evaluate",
         f"--config.attacks={attacks!r}",
@@ -335,42 +330,37 @@ def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_sa
         execute(stored.config_of(demo.workdir), moved, "train")
 
 
-def test_a_run_whose_evaluation_was_killed_is_evaluated_again(launch, copied):
-    flags, workdir = copied
-    results = results_in(workdir)
-    (workdir / "results.json").unlink()  # written last
-    (workdir / "report.html").unlink()
-    records = workdir / "records" / "best.csv.pending"
+def test_a_run_whose_evaluation_was_killed_is_evaluated_again(copied):
+    results, config = results_in(copied), stored.config_of(copied)
+    (copied / "results.json").unlink()  # written last
+    (copied / "report.html").unlink()
+    records = copied / "records" / "best.csv.pending"
     records.symlink_to("/dev/full")
-    full = launch(*flags)
-    assert full.returncode == 1
-    assert full.stderr.splitlines()[-1].startswith("error: No space left on device")
+    with pytest.raises(OSError, match="No space left on device"):
+        execute(config, copied, "train")
     records.unlink()
-    with (workdir / ".lock").open("w") as lock:  # as another process would
+    with (copied / ".lock").open("w") as lock:  # as another process would
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=f"another process is at work in {workdir}"):
-            execute(stored.config_of(workdir), workdir, "train")
-    result = launch(*flags)
-    assert result.returncode == 0, result.stderr[-3000:]
-    again = results_in(workdir)
+        with pytest.raises(UserError, match=f"another process is at work in {copied}"):
+            execute(config, copied, "train")
+    execute(config, copied, "train")
+    again = results_in(copied)
     for key in ("clean", "attacks", "jacobian", "last", "best"):
         assert again[key] == results[key]
-    assert (workdir / "report.html").exists()
+    assert (copied / "report.html").exists()
 
 
 def test_a_clean_objective_does_not_claim_an_adversary(finished):
-    results = results_in(finished[1])
+    results = results_in(finished)
     assert results["trained_against"] is None
     assert "adversary" not in report.title(results)
     assert "not a size it was trained against" in report.headline(results)
 
 
-def test_verify_finds_every_adversarial_again_or_says_what_differs(launch, copied):
-    flags, workdir = copied
-    verified = launch(*flags, "--mode=verify")
-    assert verified.returncode == 0, verified.stderr[-3000:]
-    assert "confirmed: every adversarial" in verified.stdout
-    results = results_in(workdir)
+def test_verify_finds_every_adversarial_again_or_says_what_differs(copied):
+    config = stored.config_of(copied)
+    assert "confirmed: every adversarial" in execute(config, copied, "verify")
+    results = results_in(copied)
     counts = {a["name"]: a["count"] for a in results["attacks"]}
     assert counts == {
         "pgd_linf": 100,
@@ -379,20 +369,20 @@ def test_verify_finds_every_adversarial_again_or_says_what_differs(launch, copie
         "worst_case_linf_first_40": 40,
     }
     # An image that was broken is passed off as one that held, and two numbers are made up.
-    path = workdir / "records" / "best.csv"
+    path = copied / "records" / "best.csv"
     records = pd.read_csv(path)
     broken = records.index[(records["pgd_linf@0.1/held"] == False) & records["correct"]]  # noqa: E712
     records.loc[broken[0], "pgd_linf@0.1/held"] = True
     records.to_csv(path, index=False)
     results["last"]["attacks"][0]["robust_accuracy"] += 0.1
     results["clean"]["accuracy"] += 0.1
-    (workdir / "results.json").write_text(json.dumps(results))
-    verified = launch(*flags, "--mode=verify")
-    assert verified.returncode == 1
-    assert "is not confirmed: records/best.csv pgd_linf@0.1/held: 1 rows" in verified.stderr
+    (copied / "results.json").write_text(json.dumps(results))
+    wrong = "is not confirmed: records/best.csv pgd_linf@0.1/held: 1 rows"
+    with pytest.raises(UserError, match=re.escape(wrong)) as told:
+        execute(config, copied, "verify")
     for name in ("attacks", "best.attacks", "last.attacks", "clean"):
-        assert f"results.json {name} is not what the records add up to" in verified.stderr
-    assert "best.clean is not" not in verified.stderr
+        assert f"results.json {name} is not what the records add up to" in str(told.value)
+    assert "best.clean is not" not in str(told.value)
 
 
 def test_a_record_s_key_makes_its_adversarial_again(demo):
@@ -425,35 +415,26 @@ def test_a_record_s_key_makes_its_adversarial_again(demo):
 
 def test_autoattack_alone_is_evaluated(copied):
     """Of a run that was stopped when it was trained, before anything was evaluated."""
-    _, workdir = copied
     for name in ("results.json", "card.json", "examples.npz"):
-        (workdir / name).unlink()
-    config = stored.config_of(workdir)
+        (copied / name).unlink()
+    config = stored.config_of(copied)
     config.attacks = ConfigDict({"autoattack": {**ONE_MEMBER, "eps": (0.05, 0.1)}})
-    write_json(workdir / "config.json", config_lib.to_json(config))
-    execute(config, workdir, "train")
-    card = json.loads((workdir / "card.json").read_text())
+    write_json(copied / "config.json", config_lib.to_json(config))
+    execute(config, copied, "train")
+    card = json.loads((copied / "card.json").read_text())
     assert card["eps"] == "0.05" and "not the standard budgets" in card["footnote"]
-    assert not (workdir / "examples.npz").exists()
+    assert not (copied / "examples.npz").exists()
 
 
-def test_audit_mode_looks_again(demo, results, moved, launch):
+def test_audit_mode_looks_again(demo, results, moved):
     before = (moved / "results.json").read_bytes()
     config = stored.config_of(moved)
     config.audit.surrogate = "nowhere"
     with pytest.raises(UserError, match="config.audit.surrogate is 'nowhere', which holds no run"):
         execute(config, moved, "audit")
-    ignored = launch(f"--workdir={moved}", "--mode=audit", "--config.threat.eps=0.3")
-    assert ignored.returncode == 1
-    assert "--mode=audit ignores config.threat.eps; use --mode=evaluate" in ignored.stderr
     assert (moved / "results.json").read_bytes() == before
-    result = launch(
-        f"--workdir={moved}",
-        "--mode=audit",
-        "--config.audit.num_queries=50",
-        f"--config.audit.surrogate={demo.workdir}",
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    config.audit.num_queries, config.audit.surrogate = 50, str(demo.workdir)
+    execute(config, moved, "audit")
     again = results_in(moved)
     assert again["config"]["audit"]["num_queries"] == 50
     transfer = again["audit"]["checks"][-1]
@@ -468,12 +449,12 @@ def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
     for devices, mapping in ((1, "pmap"), (8, "pmap"), (8, "shard_map")):
         workdir = tmp_path / f"{devices}_{mapping}"
         result = launch(
-            *TINY, f"--workdir={workdir}", f"--config.parallel={mapping}", devices=devices
+            *flags(TINY), f"--workdir={workdir}", f"--config.parallel={mapping}", devices=devices
         )
         assert result.returncode == 0, result.stderr[-3000:]
         found[devices, mapping] = results_in(workdir)
     # A run continues, or is measured again, on another number of devices.
-    again = launch(*TINY, f"--workdir={tmp_path / '8_pmap'}", "--mode=evaluate", devices=1)
+    again = launch(*flags(TINY), f"--workdir={tmp_path / '8_pmap'}", "--mode=evaluate", devices=1)
     assert again.returncode == 0, again.stderr[-3000:]
     one = found.pop((1, "pmap"))
     for other in found.values():

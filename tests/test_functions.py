@@ -66,9 +66,22 @@ def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
             y = jnp.argmax(logits_fn(x), -1)
             y = y.at[: i + 1].set((y[: i + 1] + 1) % 4)  # others are wrong, and others stand
             seen.clear()
-            eps = {"eps": EPS.get(name, 0.1) * (1 - i / 4)} if name in WITH_EPS else {}
-            fn(logits_fn, x, y, key, **eps)
+            eps = {"eps": EPS.get(name, 0.1) * (1 - i / 4)}
+            fn(logits_fn, x, y, key, **eps if name in (*WITH_EPS, *LOOPS) else {})
             assert not seen, f"{name} compiled {len(seen)} programs again"
+
+
+@pytest.mark.parametrize("name", [*KINDS, *LOOPS])
+def test_is_compiled_once_on_one_device(name, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    fn = ALL[name]
+    found = fn(network(weights_of(0)), *examples(), KEY)
+    if name not in LOOPS:
+        chex_close(found, plain(name))
+    logits_fn, (x, y) = network(weights_of(1)), examples(1)
+    with lowerings() as seen:
+        fn(logits_fn, x, y, jax.random.key(1))
+    assert not seen
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -192,24 +205,36 @@ def test_traces_through_each_of_the_callers_transformations(name):
     chex_close(jax.tree.map(lambda a: a[1], scanned), plain(name))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["pgd", "apgd", "frobenius_norm", "spectral_norm", "relative_slope", "first_order"]
-    + ["mean_square", "oscillation", "total_variation", "path"],
-)
-def test_differentiates_through_the_callers_grad(name):
+def gradient(name):
+    """Of the loss at an attack's points, or of a function's mean, by the weights."""
     x, y = examples()
 
-    @jax.jit
-    @jax.grad
-    def gradient(weights):
-        out = FUNCTIONS[name](network(weights), x, y, KEY)
+    def value(weights, x):
+        out = jax.tree.leaves(FUNCTIONS[name](network(weights), x, y, KEY))[0]
         if out.shape != x.shape:
             return out.mean()
         return losses.cross_entropy(network(weights)(out), y).mean()
 
-    leaves = map(np.asarray, jax.tree.leaves(gradient(weights_of(0))))
-    assert all(np.isfinite(leaf).all() and (leaf != 0).any() for leaf in leaves)
+    return functools.partial(jax.jit(jax.grad(value, (0, 1))), weights_of(0), x)
+
+
+WITH_DERIVATIVE = [name for name in FUNCTIONS if name != "is_adversarial"]
+COMPILED_WITH_IT = (
+    *("pgd", "apgd", "fab", "square", "frobenius_norm", "spectral_norm", "relative_slope"),
+    *("first_order", "mean_square", "oscillation", "total_variation", "path"),
+)
+
+
+@pytest.mark.parametrize("name", slow_but(COMPILED_WITH_IT, WITH_DERIVATIVE))
+def test_differentiates_through_the_callers_grad(name):
+    by_weights = map(np.asarray, jax.tree.leaves(gradient(name)()[0]))
+    assert all(np.isfinite(leaf).all() and (leaf != 0).any() for leaf in by_weights)
+
+
+@pytest.mark.parametrize("name", [n for n in WITH_DERIVATIVE if n not in COMPILED_WITH_IT])
+def test_is_traced_through_the_callers_grad(name):
+    (first, second), x = jax.eval_shape(gradient(name))
+    assert (first.shape, second.shape) == ((12, 8), (8, 4)) and x.shape == (8, 3, 4, 1)
 
 
 # Functions from jax.export.
@@ -235,6 +260,18 @@ def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
         assert found == expected
         return
     chex_close(found, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in FORWARDS])
+def test_a_function_that_cannot_be_vmapped_works_within_the_callers_jit(name):
+    call = functools.partial(FUNCTIONS[name], exported(0))
+    chex_close(jax.jit(call)(*examples(), KEY), plain(name))
+
+
+def test_a_function_that_cannot_be_vmapped_works_without_any_jit():
+    with jax.disable_jit():
+        found = FUNCTIONS["pgd"](exported(0), *examples(), KEY)
+    chex_close(found, plain("pgd"))
 
 
 # Meshes.

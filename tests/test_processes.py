@@ -13,29 +13,30 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from robust_jax.app.run import execute
 from robust_jax.devices import parallel, processes, speed
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY, environment_of
+from tests.launches import default_with, flags
 from tests.test_demo import AUTOATTACK
 
 ATTACKS = {
     "pgd_linf": {"name": "pgd", "eps": (0.05,), "num_steps": 3},
     "autoattack": {**AUTOATTACK, "eps": (0.05,), "version": ("square",), "num_examples": 40},
 }
-FLAGS = (
-    "--config=configs/default.py",
-    "--config.model={'name': 'mlp', 'hidden': (8,)}",
-    "--config.adversary.num_steps=2",
-    "--config.audit.num_examples=0",
-    f"--config.attacks={ATTACKS!r}",
-    "--config.evaluation.num_examples=100",
-    "--config.evaluation.num_images=2",
-    "--config.checkpoint_every=10 steps",
-    "--config.duration=6 epochs",
-)
+FIELDS = {
+    "model": {"name": "mlp", "hidden": (8,)},
+    "adversary.num_steps": 2,
+    "audit.num_examples": 0,
+    "attacks": ATTACKS,
+    "evaluation.num_examples": 100,
+    "evaluation.num_images": 2,
+    "checkpoint_every": "10 steps",
+    "duration": "6 epochs",
+}
 
 
-def start(workdir, num_processes, num_devices, *flags):
+def start(workdir, num_processes, num_devices, *more):
     """One process, or several, each with its own devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -46,9 +47,9 @@ def start(workdir, num_processes, num_devices, *flags):
             [
                 sys.executable,
                 "launch.py",
-                *FLAGS,
+                *flags(FIELDS),
                 f"--workdir={workdir}",
-                *flags,
+                *more,
                 *([one] if num_processes > 1 else []),
             ],
             cwd=REPOSITORY,
@@ -91,9 +92,9 @@ def assert_the_same(one, other):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """One process with four devices."""
+    """One process, this one, with eight devices."""
     workdir = tmp_path_factory.mktemp("processes") / "undisturbed"
-    finish(start(workdir, 1, 4))
+    execute(default_with(FIELDS), workdir, "train")
     return left_in(workdir)
 
 

@@ -23,16 +23,19 @@ from ml_collections import ConfigDict
 from robust_jax.app import training
 from robust_jax.train.loop import restore
 from tests.conftest import REPOSITORY, environment_of
+from tests.launches import flags
 from tests.test_demo import AUTOATTACK, TINY
 
 NUM_STOPS = 20
 ATTACKS = {"pgd_linf": {"name": "pgd", "eps": (0.1,), "num_steps": 3}, "autoattack": AUTOATTACK}
-FLAGS = (
-    *TINY,
-    "--config.duration=150 steps",
-    "--config.checkpoint_every=5 steps",
-    "--config.validate_every=10 steps",
-    f"--config.attacks={ATTACKS!r}",
+FLAGS = flags(
+    {
+        **TINY,
+        "duration": "150 steps",
+        "checkpoint_every": "5 steps",
+        "validate_every": "10 steps",
+        "attacks": ATTACKS,
+    }
 )
 
 

@@ -88,7 +88,7 @@ def fab(
 
     Returns:
         [B,...]: x itself where nothing was found. `attacks.is_adversarial` and `attacks.distances`
-        say where something was, and how far away.
+        say where something was, and how far away. A constant to the caller's derivatives.
 
     Raises:
         ValueError: eps is negative, a count below 1, alpha_max or beta outside (0,1], eta below 1,
@@ -106,7 +106,8 @@ def fab(
     Reference:
         Croce & Hein 2020, arXiv 1907.02044.
     """
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    # No derivative goes backwards through the search.
+    x, y = jax.lax.stop_gradient(jnp.asarray(x)), jnp.asarray(y)
     threat = threat_model(norm, needs="to_boundary")
     settings = _Settings(
         threat,
@@ -147,7 +148,7 @@ def _search_one(logits_of, x, y, key, own_target, settings: _Settings):
 
         def step(state, _):
             x_adv, best = state
-            value, gradient = boundary_to(target, x_adv)
+            value, gradient = jax.lax.stop_gradient(boundary_to(target, x_adv))
             x_adv = _mixed(x_adv, x, value, gradient, settings)
             wrong = is_hit(logits_of(x_adv))
             hit = wrong & (distance(x_adv) <= eps)

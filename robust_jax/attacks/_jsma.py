@@ -52,7 +52,7 @@ def jsma(
             class will do.
 
     Returns:
-        [B,...], where the search ended.
+        [B,...], where the search ended. A constant to the caller's derivatives.
 
     Raises:
         ValueError: eps is negative, theta 0 or outside [-1,1], or the norm another.
@@ -74,7 +74,8 @@ def jsma(
         raise ValueError(f"theta must be in [-1, 1] and not 0, not {theta!r}")
     if norm != L0.name and norm is not L0:
         raise ValueError(f"norm must be l0, not {norm!r}")
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    # No derivative goes backwards through the search.
+    x, y = jax.lax.stop_gradient(jnp.asarray(x)), jnp.asarray(y)
     towards = 1.0 if theta > 0 else -1.0
 
     def logits_of(x):
@@ -94,7 +95,8 @@ def jsma(
             x_adv, _ = state
             logits, pull = jax.vjp(logits_of, x_adv)
             onto = jax.nn.one_hot(target[None], len(logits), dtype=logits.dtype)[0]
-            gain, cost = (_scaled(towards * pull(along)[0].ravel()) for along in (onto, 1 - onto))
+            slopes = (jax.lax.stop_gradient(pull(along)[0].ravel()) for along in (onto, 1 - onto))
+            gain, cost = (_scaled(towards * slope) for slope in slopes)
             free = (x_adv < 1 if theta > 0 else x_adv > 0).ravel()
             changed = (x_adv != x).ravel()
             pair, found = most_salient_pair(gain, cost, free, changed, eps)

@@ -173,7 +173,7 @@ def deepfool(
 
     Returns:
         [B,...]: x itself where nothing was found. `attacks.is_adversarial` and `attacks.distances`
-        say where something was, and how far away.
+        say where something was, and how far away. A constant to the caller's derivatives.
 
     Raises:
         ValueError: eps or overshoot is negative, a count below 1, or the norm another.
@@ -190,7 +190,8 @@ def deepfool(
     Reference:
         Moosavi-Dezfooli et al. 2016, arXiv 1511.04599.
     """
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    # No derivative goes backwards through the search.
+    x, y = jax.lax.stop_gradient(jnp.asarray(x)), jnp.asarray(y)
     threat = threat_model(norm, needs="dense_steps")
     settings = _DeepFool(threat, eps, num_steps, num_targets, overshoot).checked(x.dtype)
 
@@ -274,7 +275,7 @@ def _cross_one(logits_of, x, y, settings: _DeepFool):
     def step(state):
         i, x_adv, _ = state
         logits, pull = jax.vjp(logits_of, x_adv)
-        (gradients,) = jax.vmap(pull)(towards)
+        logits, (gradients,) = jax.lax.stop_gradient((logits, jax.vmap(pull)(towards)))
         gradients = jnp.nan_to_num(gradients)
         rates = jax.vmap(norm.dual_size)(gradients)
         gaps = (logits[y] - logits[targets]).astype(rates.dtype)

@@ -50,7 +50,7 @@ def run(
         logits_fn: The network, [B,...] -> [B,K].
         x, y, key: As in `pgd`.
         eps: The radius in pixel units, or several.
-        norm: A name or a record; None for the attack's own.
+        norm: A name or a record; None for the attack's own, which `transfer` has not.
         targets: As in `pgd`, for attacks that have them.
         keywords: The attack's other arguments.
 
@@ -58,7 +58,7 @@ def run(
         An `Outcome`; with several radii its arrays have an axis for them in front.
 
     Raises:
-        ValueError: As the attack does; or eps holds no radius.
+        ValueError: As the attack does; or eps holds no radius, or there is no norm.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -76,11 +76,13 @@ def run(
         raise ValueError(
             "autoattack returns its own mask and distances: call it directly, once for each radius"
         )
-    own = inspect.signature(attack).parameters
-    seeks_nearest = own["eps"].default == np.inf
+    own = {name: p.default for name, p in inspect.signature(attack).parameters.items()}
+    seeks_nearest = own.get("eps") == np.inf
     for radius in radii:
         _checks.lengths(eps=radius, infinite=seeks_nearest)
-    norm = own["norm"].default if norm is None else norm
+    norm = own.get("norm") if norm is None else norm
+    if norm is None:
+        raise ValueError("norm is None and the attack has none of its own; give norm='linf', say")
     keywords |= {} if targets is None else {"targets": targets}
 
     def points(eps):

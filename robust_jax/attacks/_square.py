@@ -93,7 +93,7 @@ def square(
 
     Returns:
         [B,H,W,C]: the first point that succeeds, where the search for that example ends, or the
-        point of largest loss.
+        point of largest loss. A constant to the caller's derivatives.
 
     Raises:
         ValueError: eps is negative, num_queries or num_restarts below 1, p_init outside (0,1], the
@@ -113,7 +113,8 @@ def square(
     Reference:
         Andriushchenko et al. 2020, arXiv 1912.00049; in l1 Croce & Hein 2021, arXiv 2103.01208.
     """
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    # No derivative goes backwards through the search.
+    x, y = jax.lax.stop_gradient(jnp.asarray(x)), jnp.asarray(y)
     threat = threat_model(norm, needs="patches")
     settings = _Settings(threat, eps, num_queries, num_restarts, p_init)
     settings = settings.checked(x.shape[1:], x.dtype)
@@ -122,7 +123,7 @@ def square(
 
     def search_one(x, reference, key):
         def judged(x_adv):
-            return Best(x_adv, *goal.at(logits_fn, x_adv, reference))
+            return jax.lax.stop_gradient(Best(x_adv, *goal.at(logits_fn, x_adv, reference)))
 
         def search(found, number):
             restart_key = jax.random.fold_in(key, number)
