@@ -160,7 +160,7 @@ def _told() -> Iterator[bool]:
     try:
         yield is_outermost
     except (TypeError, ValueError, NotImplementedError) as error:
-        for said, meant in _MEANT.items():
+        for said, meant in _MEANT.items() if is_outermost else ():
             if said in str(error):
                 raise ValueError(meant) from error
         raise
