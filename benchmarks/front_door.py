@@ -5,8 +5,7 @@
 Few steps on small networks, so that the call shows beside the work. Each call has another batch,
 another key and a new function for the network, as in a user's loop: the first call compiles, the
 second should not. Beside it stands jax.jit of the same call with the weights as arguments; the
-two take turns. AutoAttack and the audit are loops on the host, which cannot be jitted, and get the
-same batch again: the sizes of what they compile follow from how many points hold.
+two take turns. AutoAttack and the audit are loops on the host, which cannot be jitted.
 """
 
 import argparse

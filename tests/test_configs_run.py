@@ -15,7 +15,7 @@ from robust_jax.models import num_parameters
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
-# Those whose program is like another's are traced, which is most of what can go wrong.
+# Those whose program is like another's, or whose terms are run in test_objectives.py, are traced.
 TRACED = {
     "cifar10_lenet5_fast_at",
     "cifar10_preact_resnet18_at",
@@ -26,17 +26,22 @@ TRACED = {
     "digits_cnn_cot",
     "digits_cnn_energy",
     "digits_cnn_energy_label_free",
+    "digits_cnn_energy_oscillation",
+    "digits_cnn_energy_path",
+    "digits_cnn_energy_total_variation",
     "digits_cnn_energy_mean_square_label_free",
     "digits_cnn_entm",
     "digits_cnn_fast_at",
     "digits_cnn_gce",
     "digits_cnn_gce_at",
     "digits_cnn_l2_at",
+    "digits_cnn_l2_one_step_at",
     "digits_cnn_ls",
     "fashion_mnist_lenet5_at",
     "imagenet_resnet50_at",
     "mnist_cnn_average_margin",
     "mnist_lenet5_at",
+    "mnist_lenet5_gce",
     "mnist_madry_cnn_at",
 }
 # Fields that make a network of the same class small.

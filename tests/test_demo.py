@@ -305,29 +305,39 @@ def test_report_mode_writes_the_page_again(moved):
 
 
 def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_same(
-    demo, results, moved, launch
+    finished, copied
 ):
-    pgd = {"name": "pgd", "norm": "linf", "num_steps": 20, "num_restarts": 3}
-    attacks = {"pgd_linf": {**pgd, "eps": (0.05, 0.1, 0.12)}}
+    results, config = results_in(copied), stored.config_of(copied)
+    pgd = {"name": "pgd", "eps": (0.05, 0.1, 0.12)}
+    config.attacks = ConfigDict({"pgd_linf": pgd})
+    execute(config, copied, "evaluate")
+    again = results_in(copied)
+    assert {a["name"] for a in again["attacks"]} >= {"pgd_linf", "worst_case_linf"}
+    assert accuracy(again, "pgd_linf", 0.1) == accuracy(results, "pgd_linf", 0.1)
+    assert accuracy(again, "pgd_linf", 0.12) <= accuracy(again, "pgd_linf", 0.1)
+    assert accuracy(again, "autoattack_linf", 0.1) == accuracy(results, "autoattack_linf", 0.1)
+    assert again["clean"] == results["clean"]
+    # The folder is now that of a run with these attacks.
+    with pytest.raises(UserError, match="is finished, and was evaluated with.*--mode=evaluate"):
+        execute(stored.config_of(finished), copied, "train")
+
+
+@pytest.mark.slow  # beside the whole demo; the test above has the mode
+def test_launch_evaluates_the_demo_again_and_keeps_its_audit(demo, results, moved, launch):
+    pgd = {"name": "pgd", "norm": "linf", "eps": (0.05, 0.1), "num_steps": 20, "num_restarts": 3}
     result = launch(
         *flags(demo.size.fields),
         f"--workdir={moved}",
         "--mode=evaluate",
-        f"--config.attacks={attacks!r}",
+        f"--config.attacks={ ({'pgd_linf': pgd})!r}",
         "--config.audit.num_examples=0",
         as_users_do=demo.size.as_users_do,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     again = results_in(moved)
-    assert {a["name"] for a in again["attacks"]} >= {"pgd_linf", "worst_case_linf"}
     for eps in (0.05, 0.1):
         assert accuracy(again, "pgd_linf", eps) == accuracy(results, "pgd_linf", eps)
-    assert accuracy(again, "pgd_linf", 0.12) <= accuracy(again, "pgd_linf", 0.1)
-    assert again["clean"] == results["clean"]
-    assert again["audit"] == results["audit"]
-    # The folder is now that of a run with these attacks.
-    with pytest.raises(UserError, match="is finished, and was evaluated with.*--mode=evaluate"):
-        execute(stored.config_of(demo.workdir), moved, "train")
+    assert again["clean"] == results["clean"] and again["audit"] == results["audit"]
 
 
 def test_a_run_whose_evaluation_was_killed_is_evaluated_again(copied):

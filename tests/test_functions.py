@@ -242,7 +242,13 @@ def test_is_traced_through_the_callers_grad(name):
 FORWARDS = ("spectral_norm", "squared_frobenius_samples", "frobenius_norm_estimate")
 
 
-@pytest.mark.parametrize("name", slow_but([*FUNCTIONS, "autoattack"], ALL))
+# What is PGD with other settings is left to `make test-slow` here.
+LIKE_PGD = ("bim", "fgsm", "mim", "multi_targeted", "uniform_noise", "transfer", "rise")
+
+
+@pytest.mark.parametrize(
+    "name", slow_but([n for n in (*FUNCTIONS, "autoattack") if n not in LIKE_PGD], ALL)
+)
 def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
     x, y = examples()
     if name in FORWARDS:

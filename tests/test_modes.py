@@ -123,7 +123,17 @@ def test_attacks_work_in_other_precisions_where_jax_is_strict(name, norm, dtype)
         assert_inside(x, x_adv, norm)
 
 
-@pytest.mark.parametrize(("name", "norm"), ONE_NORM.items())
+# PGD with other settings, and APGD with other losses.
+LIKE_ANOTHER = ("apgd_targeted", "bim", "fgsm", "mim", "multi_targeted", "uniform_noise")
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        pytest.param(*item, marks=[pytest.mark.slow] if item[0] in LIKE_ANOTHER else [])
+        for item in ONE_NORM.items()
+    ],
+)
 def test_attacks_work_on_rows_and_without_jit(name, norm):
     shape = IMAGES if name == "square" else ROWS
     # Each shape is a program here, and restarts are in the tests above.

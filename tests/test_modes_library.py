@@ -171,8 +171,19 @@ def test_any_dtype_gives_the_same_but_for_rounding_where_jax_is_strict(name, dty
 MODES = {"x64": lambda: jax.enable_x64(True), "no jit": jax.disable_jit}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", CALLS)
+# Without labels they are the same functions, and `rise` and `path` the loops of `oscillation`.
+LIKE_ANOTHER = ("mean_square_label_free", "oscillation_label_free", "rise", "path")
+IN_MODES = [
+    pytest.param(
+        *(name, mode),
+        marks=[pytest.mark.slow] if mode == "no jit" and name in LIKE_ANOTHER else [],
+    )
+    for name in CALLS
+    for mode in MODES
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), IN_MODES)
 def test_every_mode_gives_the_same(name, mode):
     plain = result(name, "float32", count=2)
     with MODES[mode]():

@@ -93,7 +93,8 @@ def test_peaks_are_found_by_the_longest_name(kind, expected):
 def test_training_says_how_fast_it_was_and_leaves_a_trace(tmp_path, monkeypatch):
     monkeypatch.setitem(speed.__dict__, "PEAKS", {jax.devices()[0].device_kind: 1e12})
     # Every operation of the ten steps is in the trace: few of them, without an adversary.
-    plan = plan_with(duration="14 steps", loss_on="clean", adversary=None)
+    mlp = {"name": "mlp", "hidden": (8,)}
+    plan = plan_with(duration="14 steps", loss_on="clean", adversary=None, model=mlp)
     timings = loop.train(plan, tmp_path, tmp_path / "profile").timings
     np.testing.assert_allclose(
         timings["examples_per_second"] * timings["step_milliseconds"] / 1000, plan.batch_size

@@ -549,7 +549,7 @@ def on_few_images(monkeypatch):
 
     def run(name, workdir):
         config = config_of(name, scale="smoke")
-        if name in ("energy", "entm"):
+        if name in ("energy", "entm", "guided_complement_entropy"):
             config.base.model = ConfigDict({"name": "mlp", "hidden": (8,)})
         if config.base.model.name == "cnn":
             config.base.model.widths = (4,)
