@@ -75,6 +75,11 @@ def mistakes():
         ),
         "-1 to 1": ({"x": 2 * x - 1}, r"x\w* ranges over .*; pixels must be in \[0, 1\]"),
         "NaN": ({"x": nan}, r"x\w* holds NaN"),
+        "NaN on the device": ({"x": jnp.asarray(nan)}, r"x\w* holds NaN"),
+        "0 to 255 on the device": (
+            {"x": jnp.asarray(255 * x)},
+            r"x\w* ranges over .*; pixels must be in \[0, 1\]",
+        ),
         "one image": ({"x": x[0], "y": y[0]}, r"y has the shape \[\].*batch axis"),
         "no image": ({"x": x[:0], "y": y[:0]}, r"x\w* has the shape \[0, 3, 4, 1\]; give a batch"),
         "one-hot": ({"y": np.eye(4)[y]}, r"y has the shape \[8, 4\]; labels are integers \[B\]"),
@@ -141,8 +146,8 @@ WITHOUT_LABELS = [
     for mistake, (changes, _) in mistakes().items()
     if {"y", "eps"}.isdisjoint(changes) and not (name in KEYLESS_NORMS and "key" in changes)
     # A Jacobian is asked for of any pixels and of any number of outputs.
-    if mistake not in ("0 to 255", "a rounding error", "-1 to 1", "one logit", "no classes")
-    and mistake != "one at a time"
+    if mistake not in ("0 to 255", "0 to 255 on the device", "a rounding error", "-1 to 1")
+    and mistake not in ("one logit", "no classes", "one at a time")
 ]
 
 
