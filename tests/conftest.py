@@ -59,6 +59,11 @@ def programs_are_dropped_in_time():
         gc.collect()
 
 
+def slow_but(chosen, names):
+    """The names as parameters, of which all but the chosen ones are left to `make test-slow`."""
+    return [pytest.param(n, marks=[] if n in chosen else pytest.mark.slow) for n in names]
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

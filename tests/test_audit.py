@@ -12,6 +12,7 @@ from robust_jax._audit import _Lab
 from robust_jax._double import NotInDouble, in_double
 from robust_jax._front import Mapper
 from robust_jax._network import as_network
+from tests.conftest import slow_but
 from tests.digits import EPS, network, test_points, trained
 from tests.small_networks import NETWORKS, examples, repeated, weights_of
 
@@ -142,6 +143,16 @@ def test_a_convolution_that_does_not_follow_the_type_of_its_input_runs_in_float6
     assert double.dtype == moved.dtype == jnp.float64
     np.testing.assert_allclose(double, logits_fn(x), atol=1e-4)
     assert (np.asarray(moved) != wide).any()
+
+
+@pytest.mark.parametrize(
+    "name", slow_but(["lax convolution"], ["lax convolution", "equinox", "nnx"])
+)
+def test_a_convolution_is_audited_with_nothing_skipped(name):
+    logits_fn, (x, _) = NETWORKS[name](0), examples()
+    report = audit(logits_fn, x, logits_fn(x).argmax(-1), KEY, eps=0.01, **QUICKLY)
+    skipped = [check for check in report.checks if check.verdict == "skipped"]
+    assert {check.name for check in skipped} <= {"transfer"}, skipped
 
 
 def test_precision_is_compared_where_a_network_computes_in_float32_whatever_its_input():

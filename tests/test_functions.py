@@ -23,6 +23,7 @@ from tests.calls import (
     WITHOUT_KEY,
     lowerings,
 )
+from tests.conftest import slow_but
 from tests.small_networks import (
     KEY,
     chex_close,
@@ -42,11 +43,6 @@ KINDS = ("pgd", "frobenius_norm_estimate", "minimum_norm", "is_adversarial")
 def plain(name):
     """What a plain call gives."""
     return ALL[name](network(weights_of(0)), *examples(), KEY)
-
-
-def slow_but(chosen, names):
-    """The names as parameters, of which all but the chosen ones are left to `make test-slow`."""
-    return [pytest.param(n, marks=[] if n in chosen else pytest.mark.slow) for n in names]
 
 
 def test_every_function_behind_the_front_door_is_called_here():

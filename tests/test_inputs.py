@@ -17,7 +17,7 @@ from tests.calls import ATTACKS, EPS, FUNCTIONS, autoattack
 from tests.small_networks import KEY, chex_close, examples, network, weights_of
 
 
-@pytest.mark.parametrize("name", ["mean_square", "spectral_norm"])
+@pytest.mark.parametrize("name", ["mean_square", "spectral_norm", "pgd", "square"])
 @pytest.mark.parametrize("count", [2, 8])
 def test_legacy_keys_are_taken_within_the_callers_jit_too(name, count):
     x, y = examples(count=count)
@@ -25,6 +25,12 @@ def test_legacy_keys_are_taken_within_the_callers_jit_too(name, count):
     plain, legacy = call(KEY), jax.random.PRNGKey(0)
     chex_close(jax.jit(call)(legacy), plain)
     chex_close(call(legacy), plain)
+
+
+def test_autoattack_takes_a_legacy_key_for_two_examples():
+    x, y = examples(count=2)
+    call = functools.partial(autoattack, network(weights_of(0)), x, y)
+    assert str(call(jax.random.PRNGKey(0))) == str(call(KEY))
 
 
 @pytest.mark.parametrize("name", ["mean_square", "spectral_norm"])

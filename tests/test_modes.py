@@ -11,6 +11,7 @@ import pytest
 import robust_jax
 from robust_jax import attacks, margins
 from robust_jax.analysis import features, surface
+from tests.conftest import slow_but
 from tests.linear import POINTWISE, WITH_NORMS, norms_of
 
 KEY = jax.random.key(0)
@@ -127,14 +128,9 @@ def test_attacks_work_in_other_precisions_where_jax_is_strict(name, norm, dtype)
 LIKE_ANOTHER = ("apgd_targeted", "bim", "fgsm", "mim", "multi_targeted", "uniform_noise")
 
 
-@pytest.mark.parametrize(
-    ("name", "norm"),
-    [
-        pytest.param(*item, marks=[pytest.mark.slow] if item[0] in LIKE_ANOTHER else [])
-        for item in ONE_NORM.items()
-    ],
-)
-def test_attacks_work_on_rows_and_without_jit(name, norm):
+@pytest.mark.parametrize("name", slow_but([n for n in ONE_NORM if n not in LIKE_ANOTHER], ONE_NORM))
+def test_attacks_work_on_rows_and_without_jit(name):
+    norm = ONE_NORM[name]
     shape = IMAGES if name == "square" else ROWS
     # Each shape is a program here, and restarts are in the tests above.
     fewer = {"num_restarts": 1} if "num_restarts" in QUICK.get(name, {}) else {}
@@ -182,7 +178,9 @@ MEASURES = {
 def measured(name, dtype):
     with strictly(), jax.enable_x64(dtype == jnp.float64):
         logits_fn, x, y = problem(ROWS, dtype)
-        return np.asarray(MEASURES[name](logits_fn, x, y, jax.random.key(2)), np.float64)
+        found = MEASURES[name](logits_fn, x, y, jax.random.key(2))
+        assert found.dtype == jnp.float64 or dtype != jnp.float64
+        return np.asarray(found, np.float64)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,12 @@ def test_targets_and_mistakes():
     assert found.success.any()
     with pytest.raises(ValueError, match="eps is empty"):
         run("pgd", ())
+    x, y = examples()
+    f = network(weights_of(0))
+    transferred = functools.partial(attacks.run, attacks.transfer, f, x, y, KEY, eps=0.3)
+    with pytest.raises(ValueError, match="norm is None and the attack has none of its own"):
+        transferred(surrogate=f, num_steps=2)
+    assert transferred(surrogate=f, num_steps=2, norm="linf").success.any()
     with pytest.raises(ValueError, match="eps must not be negative, not -0.1"):
         run("pgd", (0.1, -0.1))
     for name, norm in (("deepfool", "linf"), ("carlini_wagner", "l2")):  # their own
