@@ -132,7 +132,10 @@ def test_honest_networks_pass(method, norm, eps):
     assert result.num_examples > 100
 
 
-@pytest.mark.parametrize("name", ["lax convolution", "equinox", "nnx"])
+CONVOLUTIONS = ("lax convolution", "equinox", "nnx")
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_that_does_not_follow_the_type_of_its_input_runs_in_float64(name):
     logits_fn, (x, _) = NETWORKS[name](0), examples()
     y = logits_fn(x).argmax(-1)
@@ -145,9 +148,7 @@ def test_a_convolution_that_does_not_follow_the_type_of_its_input_runs_in_float6
     assert (np.asarray(moved) != wide).any()
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(["lax convolution"], ["lax convolution", "equinox", "nnx"])
-)
+@pytest.mark.parametrize("name", slow_but(CONVOLUTIONS[:1], CONVOLUTIONS))
 def test_a_convolution_is_audited_with_nothing_skipped(name):
     logits_fn, (x, _) = NETWORKS[name](0), examples()
     report = audit(logits_fn, x, logits_fn(x).argmax(-1), KEY, eps=0.01, **QUICKLY)

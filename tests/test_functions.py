@@ -272,8 +272,8 @@ def test_a_function_that_cannot_be_vmapped_works_within_the_callers_jit(name):
 
 def test_a_function_that_cannot_be_vmapped_works_without_any_jit():
     with jax.disable_jit():
-        found = FUNCTIONS["pgd"](exported(0), *examples(), KEY)
-    chex_close(found, plain("pgd"))
+        found = FUNCTIONS["fgsm"](exported(0), *examples(), KEY)
+    chex_close(found, plain("fgsm"))
 
 
 # Meshes.
