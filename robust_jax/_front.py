@@ -129,9 +129,10 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
 
     def run(arrays):
         values = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return fn(**jax.tree.unflatten(structure, values))
+        given = jax.tree.unflatten(structure, values)
+        return _on_whole_batches(fn, given) if is_outermost else fn(**given)
 
-    with _told():
+    with _told() as is_outermost:
         return on_automatic_axes(run, x)(arrays)
 
 
@@ -140,7 +141,8 @@ def _on_whole_batches(fn: Callable, given: Mapping[str, Any]) -> Any:
     try:
         return fn(**given)
     except (NotImplementedError, ValueError) as error:
-        if _NO_RULE not in str(error) and "vmap_method" not in str(error):
+        has_no_rule = _NO_RULE in str(error) or "vmap_method" in str(error)
+        if not has_no_rule or given.get("eot_samples"):  # a network that takes a key as well
             raise
     lifted = {name: on_the_whole_batch(given[name]) for name in _NETWORKS if name in given}
     return fn(**{**given, **lifted})
@@ -175,7 +177,7 @@ _ON_A_MESH = (
 _NO_RULE = "Batching rule for"
 _MEANT = {
     _NO_RULE: "jax.vmap has no rule for an operation of the network, and attacks are written for "
-    "one example and lifted by it",
+    "one example and lifted by it; jax.custom_batching.custom_vmap gives it one",
     "Mesh for all inputs should be equal": _ON_A_MESH,
     "should match the aval mesh": _ON_A_MESH,
     "Closing over inputs to shard_map": _ON_A_MESH,

@@ -204,7 +204,7 @@ def on_the_whole_batch(fn: Callable) -> Callable:
     def merged(fn, *batched):
         """fn of arrays [N,1,...] at once, as [N,1,...]."""
         out = fn(*(a.reshape(-1, *a.shape[2:]) for a in batched))
-        return out.reshape(*batched[0].shape[:2], *out.shape[1:])
+        return jax.tree.map(lambda a: a.reshape(*batched[0].shape[:2], *a.shape[1:]), out)
 
     def lifted(fn):
         call = jax.custom_batching.custom_vmap(fn)
@@ -215,7 +215,8 @@ def on_the_whole_batch(fn: Callable) -> Callable:
                 a if b else jnp.broadcast_to(a, (size, *a.shape))
                 for a, b in zip(args, is_batched, strict=True)
             ]
-            return merged(call, *whole), True  # within another vmap perhaps
+            out = merged(call, *whole)  # within another vmap perhaps
+            return out, jax.tree.map(lambda _: True, out)
 
         return call
 

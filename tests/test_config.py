@@ -6,6 +6,7 @@ import importlib
 import re
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,8 @@ def test_launch_tells_of_a_full_disk_in_one_line(monkeypatch, capsys):
         raise Ended(code)
 
     monkeypatch.setattr("launch.carry_out", full)
+    monkeypatch.setattr("launch.logging", MagicMock())
+    monkeypatch.setattr("launch.python_logging", MagicMock())
     monkeypatch.setattr("os._exit", ended)
     with pytest.raises(Ended, match="1"):
         launch_py.main(["launch.py"])

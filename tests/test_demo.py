@@ -296,18 +296,22 @@ def test_another_config_in_the_same_folder_is_refused(demo):
     assert {p: p.stat().st_mtime_ns for p in demo.workdir.rglob("*")} == before
 
 
-def test_report_mode_writes_the_page_again(moved):
+def test_report_mode_writes_the_page_again(moved, launch):
     page = (moved / "report.html").read_text()
     (moved / "report.html").unlink()
     assert not list(moved.rglob("*.pending"))
-    execute(stored.config_of(moved), moved, "report")
+    said = launch(f"--workdir={moved}", "--mode=report")  # which finds the config in the folder
+    assert said.stdout == f"report: {moved / 'report.html'}\n", said.stderr[-3000:]
     assert (moved / "report.html").read_text() == page
 
 
 def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_same(
-    finished, copied
+    finished, copied, results
 ):
-    results, config = results_in(copied), stored.config_of(copied)
+    audited = results["audit"]  # as if the small run had one
+    results, config = {**results_in(copied), "audit": audited}, stored.config_of(copied)
+    write_json(copied / "results.json", results)
+    before = pd.read_csv(copied / "records" / "best.csv")
     pgd = {"name": "pgd", "eps": (0.05, 0.1, 0.12)}
     config.attacks = ConfigDict({"pgd_linf": pgd})
     execute(config, copied, "evaluate")
@@ -316,7 +320,10 @@ def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_sa
     assert accuracy(again, "pgd_linf", 0.1) == accuracy(results, "pgd_linf", 0.1)
     assert accuracy(again, "pgd_linf", 0.12) <= accuracy(again, "pgd_linf", 0.1)
     assert accuracy(again, "autoattack_linf", 0.1) == accuracy(results, "autoattack_linf", 0.1)
-    assert again["clean"] == results["clean"]
+    assert again["clean"] == results["clean"] and again["audit"] == audited
+    columns = ["margin", *(c for c in before if c.startswith("pgd_linf@0.1/"))]
+    after = pd.read_csv(copied / "records" / "best.csv")
+    pd.testing.assert_frame_equal(after[columns], before[columns])
     # The folder is now that of a run with these attacks.
     with pytest.raises(UserError, match="is finished, and was evaluated with.*--mode=evaluate"):
         execute(stored.config_of(finished), copied, "train")

@@ -69,11 +69,11 @@ def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
 
 @pytest.mark.parametrize("name", [*KINDS, *LOOPS])
 def test_is_compiled_once_on_one_device(name, monkeypatch):
+    fn, expected = ALL[name], plain(name)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    fn = ALL[name]
     found = fn(network(weights_of(0)), *examples(), KEY)
     if name not in LOOPS:
-        chex_close(found, plain(name))
+        chex_close(found, expected)
     logits_fn, (x, y) = network(weights_of(1)), examples(1)
     with lowerings() as seen:
         fn(logits_fn, x, y, jax.random.key(1))
@@ -227,6 +227,17 @@ def test_differentiates_through_the_callers_grad(name):
     assert all(np.isfinite(leaf).all() and (leaf != 0).any() for leaf in by_weights)
 
 
+@pytest.mark.parametrize("name", ["deepfool", "fab", "jsma", "square"])
+def test_what_a_search_finds_is_a_constant_to_the_callers_grad(name):
+    x, y = examples()
+
+    def total(weights, x):
+        return FUNCTIONS[name](network(weights), x, y, KEY).sum()
+
+    by_weights, by_x = jax.jit(jax.grad(total, (0, 1)))(weights_of(0), x)
+    assert all((leaf == 0).all() for leaf in (*by_weights, by_x))
+
+
 @pytest.mark.parametrize("name", [n for n in WITH_DERIVATIVE if n not in COMPILED_WITH_IT])
 def test_is_traced_through_the_callers_grad(name):
     (first, second), x = jax.eval_shape(gradient(name))
@@ -266,8 +277,10 @@ def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in FORWARDS])
 def test_a_function_that_cannot_be_vmapped_works_within_the_callers_jit(name):
-    call = functools.partial(FUNCTIONS[name], exported(0))
-    chex_close(jax.jit(call)(*examples(), KEY), plain(name))
+    call = jax.jit(functools.partial(FUNCTIONS[name], exported(0)))
+    chex_close(call(*examples(), KEY), plain(name))
+    if name == "pgd":
+        chex_close(call(*on_mesh(AxisType.Explicit, *examples()), KEY), plain(name))
 
 
 def test_a_function_that_cannot_be_vmapped_works_without_any_jit():

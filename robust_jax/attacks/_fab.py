@@ -88,7 +88,7 @@ def fab(
 
     Returns:
         [B,...]: x itself where nothing was found. `attacks.is_adversarial` and `attacks.distances`
-        say where something was, and how far away. A constant to the caller's derivatives.
+        say where something was, and how far away. Derivatives by x and weights are 0.
 
     Raises:
         ValueError: eps is negative, a count below 1, alpha_max or beta outside (0,1], eta below 1,

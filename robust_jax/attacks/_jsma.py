@@ -52,7 +52,7 @@ def jsma(
             class will do.
 
     Returns:
-        [B,...], where the search ended. A constant to the caller's derivatives.
+        [B,...], where the search ended. Derivatives by x and weights are 0.
 
     Raises:
         ValueError: eps is negative, theta 0 or outside [-1,1], or the norm another.

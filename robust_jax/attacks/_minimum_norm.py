@@ -173,7 +173,7 @@ def deepfool(
 
     Returns:
         [B,...]: x itself where nothing was found. `attacks.is_adversarial` and `attacks.distances`
-        say where something was, and how far away. A constant to the caller's derivatives.
+        say where something was, and how far away. Derivatives by x and weights are 0.
 
     Raises:
         ValueError: eps or overshoot is negative, a count below 1, or the norm another.

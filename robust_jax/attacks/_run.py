@@ -50,7 +50,7 @@ def run(
         logits_fn: The network, [B,...] -> [B,K].
         x, y, key: As in `pgd`.
         eps: The radius in pixel units, or several.
-        norm: A name or a record; None for the attack's own, which `transfer` has not.
+        norm: A name or a record; None for the attack's own (`transfer` has none).
         targets: As in `pgd`, for attacks that have them.
         keywords: The attack's other arguments.
 
@@ -76,13 +76,16 @@ def run(
         raise ValueError(
             "autoattack returns its own mask and distances: call it directly, once for each radius"
         )
-    own = {name: p.default for name, p in inspect.signature(attack).parameters.items()}
+    parameters = inspect.signature(attack).parameters.items()
+    own = {name: p.default for name, p in parameters if p.default is not p.empty}
     seeks_nearest = own.get("eps") == np.inf
     for radius in radii:
         _checks.lengths(eps=radius, infinite=seeks_nearest)
     norm = own.get("norm") if norm is None else norm
     if norm is None:
-        raise ValueError("norm is None and the attack has none of its own; give norm='linf', say")
+        raise ValueError(
+            "norm is None and the attack has none of its own; give one, e.g. norm='linf'"
+        )
     keywords |= {} if targets is None else {"targets": targets}
 
     def points(eps):

@@ -93,7 +93,7 @@ def square(
 
     Returns:
         [B,H,W,C]: the first point that succeeds, where the search for that example ends, or the
-        point of largest loss. A constant to the caller's derivatives.
+        point of largest loss. Derivatives by x and weights are 0.
 
     Raises:
         ValueError: eps is negative, num_queries or num_restarts below 1, p_init outside (0,1], the
