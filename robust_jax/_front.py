@@ -140,7 +140,7 @@ def _on_whole_batches(fn: Callable, given: Mapping[str, Any]) -> Any:
     """fn(**given); with networks that take whole batches if vmap has no rule for one of them."""
     try:
         return fn(**given)
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:  # what vmap says where it has no rule
         has_no_rule = _NO_RULE in str(error) or "vmap_method" in str(error)
         if not has_no_rule or given.get("eot_samples"):  # a network that takes a key as well
             raise
@@ -161,7 +161,7 @@ def _told() -> Iterator[bool]:
     token = _within_a_call.set(True)
     try:
         yield is_outermost
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:  # the types of those in _MEANT
         for said, meant in _MEANT.items() if is_outermost else ():
             if said in str(error):
                 raise ValueError(meant) from error

@@ -183,7 +183,7 @@ def _can_be_lifted(closed: core.ClosedJaxpr) -> bool:
         return True
     try:
         jax.eval_shape(jax.vmap(core.jaxpr_as_fun(closed)), batch)
-    except (NotImplementedError, ValueError):  # vmap has no rule for what leaves JAX
+    except (NotImplementedError, ValueError):  # what vmap says where it has no rule
         return False
     return True
 

@@ -35,7 +35,6 @@ TRACED = {
     "digits_cnn_gce",
     "digits_cnn_gce_at",
     "digits_cnn_l2_at",
-    "digits_cnn_l2_one_step_at",
     "digits_cnn_ls",
     "fashion_mnist_lenet5_at",
     "imagenet_resnet50_at",

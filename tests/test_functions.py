@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 from jax.sharding import AxisType, PartitionSpec
 
 from robust_jax import attacks, energy, jacobian, losses, margins
@@ -281,6 +282,14 @@ def test_a_function_that_cannot_be_vmapped_works_within_the_callers_jit(name):
     chex_close(call(*examples(), KEY), plain(name))
     if name == "pgd":
         chex_close(call(*on_mesh(AxisType.Explicit, *examples()), KEY), plain(name))
+
+
+def test_an_operation_without_a_batching_rule_is_told_in_one_line():
+    without_rule = core.Primitive("without_rule")
+    without_rule.def_abstract_eval(lambda x: x)
+    logits_fn = network(weights_of(0))
+    with pytest.raises(ValueError, match="no rule for an operation of the network.*custom_vmap"):
+        FUNCTIONS["square"](lambda x: logits_fn(without_rule.bind(x)), *examples(), KEY)
 
 
 def test_a_function_that_cannot_be_vmapped_works_without_any_jit():
