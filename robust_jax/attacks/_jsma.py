@@ -95,8 +95,7 @@ def jsma(
             x_adv, _ = state
             logits, pull = jax.vjp(logits_of, x_adv)
             onto = jax.nn.one_hot(target[None], len(logits), dtype=logits.dtype)[0]
-            slopes = (jax.lax.stop_gradient(pull(along)[0].ravel()) for along in (onto, 1 - onto))
-            gain, cost = (_scaled(towards * slope) for slope in slopes)
+            gain, cost = (_scaled(towards * pull(along)[0].ravel()) for along in (onto, 1 - onto))
             free = (x_adv < 1 if theta > 0 else x_adv > 0).ravel()
             changed = (x_adv != x).ravel()
             pair, found = most_salient_pair(gain, cost, free, changed, eps)

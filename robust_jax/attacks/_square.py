@@ -123,7 +123,7 @@ def square(
 
     def search_one(x, reference, key):
         def judged(x_adv):
-            return jax.lax.stop_gradient(Best(x_adv, *goal.at(logits_fn, x_adv, reference)))
+            return Best(x_adv, *goal.at(logits_fn, x_adv, reference))
 
         def search(found, number):
             restart_key = jax.random.fold_in(key, number)
