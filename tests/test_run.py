@@ -73,6 +73,12 @@ def test_targets_and_mistakes():
     with pytest.raises(ValueError, match="norm is None and the attack has none of its own"):
         transferred(surrogate=f, num_steps=2)
     assert transferred(surrogate=f, num_steps=2, norm="linf").success.any()
+
+    def with_any_norm(*arguments, eps, norm):
+        return attacks.pgd(*arguments, eps=eps, norm=norm, num_steps=2)
+
+    with pytest.raises(ValueError, match="norm is None and the attack has none of its own"):
+        attacks.run(with_any_norm, f, x, y, KEY, eps=0.3)
     with pytest.raises(ValueError, match="eps must not be negative, not -0.1"):
         run("pgd", (0.1, -0.1))
     for name, norm in (("deepfool", "linf"), ("carlini_wagner", "l2")):  # their own

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -12,12 +11,10 @@ from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax.app import config as config_lib
-from robust_jax.app import entries, folder, stored, threat
-from robust_jax.app.experiment import build
+from robust_jax.app import entries, stored, threat
 from robust_jax.app.studies import arms, measures, study
 from robust_jax.errors import UserError
 from robust_jax.models import MODELS
-from robust_jax.train import loop
 from tests import small_study as small
 from tests.conftest import REPOSITORY
 from tests.test_claims import result, table
@@ -505,128 +502,3 @@ def test_numbers_along_training_are_those_of_the_validations(tmp_path):
     assert [point["epoch"] for point in points] == [0.5, 2.0]
     np.testing.assert_allclose([point["mean"] for point in points], [1.1, 3.1])
     assert points[0]["low"] < 1.1 < points[0]["high"]
-
-
-def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, monkeypatch):
-    config = small_study(seeds=(0, 1))
-    trials = [trial for trial in study.trials(config) if trial.arm == "entm"]
-    study.train_seeds_together(trials, tmp_path)
-    plans = [build(trial.config).plan for trial in trials]
-    for trial, plan in zip(trials, plans, strict=True):
-        assert loop.is_trained(plan, tmp_path / trial.name)
-        assert not (tmp_path / trial.name / "results.json").exists()
-    (tmp_path / "entm" / "0" / "results.json").write_text("{}")
-    monkeypatch.setattr(study.run, "train_together", None)  # one is left: nothing to share
-    study.train_seeds_together(trials, tmp_path)
-
-
-SMOKE_RUNS = {  # an arm of each study
-    "entm": "at",
-    "energy": "at_one_step",
-    "adversarial_strength": "eps_1",
-    "average_margin": "mlp_regularised",
-    "guided_complement_entropy": "gce",
-}
-
-
-def run_at_smoke(config, arm, workdir):
-    """A seed of one arm alone, then the report."""
-    if "sweep" in config.arms[arm]:
-        study.execute(config, workdir, only=f"{arm}/sweep")
-    study.execute(config, workdir, only=f"{arm}/0")
-    assert not (workdir / "report.html").exists()
-    said = study.execute(config, workdir, "report")
-    assert "no verdict" in said and max(map(len, said.splitlines())) <= 80
-    results = stored.results(workdir)
-    for label, measure in results["measures"].items():
-        if not measure.startswith("audit."):  # smoke has no audit
-            assert results["table"][arm][label]["mean"] is not None, label
-
-
-@pytest.fixture
-def on_few_images(monkeypatch):
-    """on_few_images(name, workdir) runs a seed of a study, its networks and samples made small."""
-
-    def run(name, workdir):
-        config = config_of(name, scale="smoke")
-        if name in ("energy", "entm", "guided_complement_entropy"):
-            config.base.model = ConfigDict({"name": "mlp", "hidden": (8,)})
-        if config.base.model.name == "cnn":
-            config.base.model.widths = (4,)
-        config.base.duration = "1 epoch"
-        config.base.evaluation.num_examples = 32  # so that each attack has batches of one size
-        for entry in config.base.measurements.values():
-            if "num_examples" in entry:
-                entry.num_examples = min(entry.num_examples, 50)
-        run_at_smoke(config, SMOKE_RUNS[name], workdir)
-
-    monkeypatch.setattr(study, "_forget_a_run", lambda: None)  # studies share small programs
-    monkeypatch.setattr(folder, "write_report", lambda *_: None)  # a run's page: see test_report.py
-    return run
-
-
-@pytest.mark.parametrize("name", sorted({*STUDIES} - {"guided_complement_entropy"}))
-def test_a_seed_of_each_study_runs(name, on_few_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(study.report, "write", lambda *_: None)  # the next test has one
-    on_few_images(name, tmp_path)
-
-
-def test_a_study_of_one_seed_has_a_page(on_few_images, tmp_path):
-    on_few_images("guided_complement_entropy", tmp_path)
-    for page in ("report.html", "README.md"):
-        text = (tmp_path / page).read_text()
-        assert "no verdict" in text and "published 62.74" in text
-    for name in ("accuracy", "measures", "pairs", "clusters"):
-        figure = tmp_path / "figures" / f"{name}.svg"
-        assert 1000 < figure.stat().st_size < 500_000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "arm"),
-    [
-        *SMOKE_RUNS.items(),
-        ("average_margin", "cnn_regularised"),
-        ("energy", "oscillation_few"),
-    ],
-)
-def test_a_seed_of_each_study_runs_at_smoke(name, arm, tmp_path):
-    run_at_smoke(config_of(name, scale="smoke"), arm, tmp_path)
-    assert (tmp_path / "report.html").exists() and (tmp_path / "README.md").exists()
-
-
-def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path, monkeypatch):
-    flags = ("--config=tests/small_study.py", "--config.seeds=(0, 1)", f"--workdir={tmp_path}")
-    config = small.get_config()
-    config.seeds = (0, 1)
-    monkeypatch.setattr(study, "_forget_a_run", lambda: None)
-    with ThreadPoolExecutor() as pool:  # two processes in one folder at a time
-        other = pool.submit(launch, *flags, "--only=at/1")
-        study.execute(study.settled(config, ["seeds"]), tmp_path, only="entm/0")
-        assert other.result().returncode == 0, other.result().stderr[-3000:]
-    assert not (tmp_path / "report.html").exists()
-    before = stored.results(tmp_path / "at" / "1")
-
-    def from_its_folder(*typed):
-        config = stored.get_config(str(tmp_path))
-        for path, value in typed:
-            config_lib.set_field(config, path, value)
-        return study.settled(config, [path for path, _ in typed])
-
-    few = ConfigDict({"name": "outputs", "num_examples": 50})
-    more = from_its_folder(("base.measurements.few", few))
-    study.execute(more, tmp_path, "measure", only="at/1")
-    after = stored.results(tmp_path / "at" / "1")
-    arrays = stored.measured(tmp_path / "at" / "1")
-    assert len(arrays["few/gap"]) == 50 < len(arrays["outputs/gap"])
-    del after["measurements"]["few"], after["config"]["measurements"]["few"]
-    assert after == before
-
-    said = []
-    monkeypatch.setattr(study.logging, "warning", lambda text, *values: said.append(text % values))
-    study.execute(from_its_folder(), tmp_path, "report")
-    assert said[-1] == "4 of 6 runs are not finished: at/0, other/0, entm/1, other/1"
-    results = stored.results(tmp_path)
-    assert list(results["table"]["at"]["clean"]["values"]) == ["1"]
-    assert results["table"]["other"]["clean"]["mean"] is None
-    assert results["claims"]["a"]["verdict"] == "no verdict"
