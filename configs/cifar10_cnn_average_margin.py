@@ -39,7 +39,7 @@ def get_config():
     config.validate_every = "1 epoch"
     config.checkpoint_every = "1 epoch"
     config.validation_attack = {"name": "fgsm", "eps": 0.0}  # best by clean accuracy
-    config.track_margins = 1000
+    config.track_margins.update(first_order=1000, minimum_norm=100, clever=100)
 
     published = {"name": "pgd", "num_steps": 1000, "step_size": 0.01}
     config.attacks = ConfigDict(

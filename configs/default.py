@@ -97,10 +97,14 @@ def get_config() -> ConfigDict:
     config.validate_every = "2 epochs"
     config.checkpoint_every = "10 epochs"
     config.validation_attack = ConfigDict({"name": "pgd"})
-    # Also logs l2 margins of this many training examples, from before the first step; 0: none.
-    # minimum_margin, average_margin, margin_q10, margin_q50 and margin_q90 are from the label;
-    # minimum_distance and average_distance from the predicted class, unsigned.
-    config.track_margins = 0
+    # Also logs l2 margins of so many training examples, by each estimate, from before the first
+    # step. first_order: minimum_margin, average_margin, margin_q10, margin_q50 and margin_q90, from
+    # the label, and minimum_distance and average_distance, from the predicted class and unsigned.
+    # minimum_norm: …_margin_attack, which takes two attacks of num_steps an example. clever:
+    # …_distance_clever, which takes num_samples gradients of every class an example.
+    config.track_margins = ConfigDict(
+        {"first_order": 0, "minimum_norm": 0, "clever": 0, "num_steps": 100, "num_samples": 1024}
+    )
 
     # Attacks on the best and the last checkpoint. The key labels the attack in tables, and names it
     # if "name" is missing; eps lists the radii in pixel units. num_examples: attack the first so

@@ -37,7 +37,7 @@ def get_config():
     config.validate_every = "1 epoch"
     config.checkpoint_every = "1 epoch"
     config.validation_attack = {"name": "fgsm", "eps": 0.0}  # best by clean accuracy
-    config.track_margins = 1000
+    config.track_margins.update(first_order=1000, minimum_norm=100, clever=100)
 
     eps = (0.5, 1.0, 1.5, 2.0)
     published = {"name": "pgd", "eps": eps, "num_steps": 1000, "step_size": 0.01}

@@ -207,7 +207,11 @@ def check_numbers(config: ConfigDict) -> None:
         "evaluation.jacobian_projections": 2,
         "evaluation.spectral_iterations": 1,
         "evaluation.num_images": 1,
-        "track_margins": 0,
+        "track_margins.first_order": 0,
+        "track_margins.minimum_norm": 0,
+        "track_margins.clever": 0,
+        "track_margins.num_steps": 1,
+        "track_margins.num_samples": 1,
         "audit.num_examples": 0,
         "audit.num_queries": 1,
     }

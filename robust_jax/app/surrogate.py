@@ -12,6 +12,7 @@ from robust_jax.app.folder import Mode
 from robust_jax.app.subject import load, subject_of
 from robust_jax.devices import processes
 from robust_jax.train.loop import train
+from robust_jax.train.validate import NOT_TRACKED
 from robust_jax.types import LogitsFn
 
 # What describes the data and the machine, and how many examples fit on it.
@@ -90,7 +91,7 @@ def surrogate_config(config: ConfigDict) -> ConfigDict:
             "validate_every": "100 steps",
             "checkpoint_every": "100 steps",
             "validation_attack": {"name": "fgsm", "eps": 0.0},
-            "track_margins": 0,
+            "track_margins": NOT_TRACKED._asdict(),
             "attacks": {},
             "measurements": {},
             "audit": {**config.audit, "num_examples": 0},

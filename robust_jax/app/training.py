@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -27,7 +26,7 @@ from robust_jax.train.objectives import Apply, halves_needed, make_objective
 from robust_jax.train.regularizers import Half, Term
 from robust_jax.train.state import init_state
 from robust_jax.train.step import StepSettings, make_train_step, vmap_train_step
-from robust_jax.train.validate import make_validation
+from robust_jax.train.validate import Tracked, make_validation
 from robust_jax.types import LogitsFn
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -140,8 +139,8 @@ def build(config: ConfigDict) -> Training:
         # As the step returns it, or its program would be compiled once more for the second step.
         return jax.device_put(state, parallel.replicated())
 
-    count = min(config.track_margins, dataset.train.size)
-    tracked = dataset.train.take(np.arange(count)) if count else None
+    tracked = Tracked(**config.track_margins)
+    most = max(tracked.first_order, tracked.minimum_norm, tracked.clever)
     plan = Plan(
         init=init,
         train_step=parallel.map_step(train_step, method),
@@ -153,7 +152,8 @@ def build(config: ConfigDict) -> Training:
             batch_size=config.evaluation.batch_size,
             key=validation_key,
             method=method,
-            margins_of=tracked,
+            tracked=tracked,
+            margins_of=dataset.train.take(dataset.train.labeled[:most]) if most else None,
         ),
         batches=data.TrainBatches(
             dataset.train,
@@ -169,7 +169,7 @@ def build(config: ConfigDict) -> Training:
         batch_size=config.batch_size,
         log_every=steps("log_every"),
         validate_every=steps("validate_every"),
-        validate_first=count > 0,
+        validate_first=most > 0,
         checkpoint_every=steps("checkpoint_every"),
     )
     uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)

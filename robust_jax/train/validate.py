@@ -1,17 +1,35 @@
 """Clean and robust accuracy on the validation set: what chooses the best checkpoint."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from robust_jax import data, losses, margins
+from robust_jax.attacks import fab
 from robust_jax.devices import parallel
 from robust_jax.keys import fold_in_each
 
 Validate = Callable[[Any], dict[str, float]]
+
+
+class Tracked(NamedTuple):
+    """Of how many training examples each validation estimates the margins, by each estimate.
+
+    num_steps: of the minimum-norm attack (FAB). num_samples: of the CLEVER-like estimate.
+    """
+
+    first_order: int = 0
+    minimum_norm: int = 0
+    clever: int = 0
+    num_steps: int = 100
+    num_samples: int = 1024
+
+
+NOT_TRACKED = Tracked()
 
 
 def make_validation(
@@ -22,25 +40,29 @@ def make_validation(
     batch_size: int,
     key: jax.Array,
     method: parallel.Method,
+    tracked: Tracked = NOT_TRACKED,
     margins_of: data.Split | None = None,
 ) -> Validate:
     """validate(variables) -> {clean_accuracy, robust_accuracy, cross_entropy} over the whole split.
 
-    And, of the split margins_of, if there is one: minimum_margin, average_margin and the quantiles
-    margin_q10, margin_q50 and margin_q90, first-order in the input space (exact for a linear
-    network), l2, in pixel units, negative where misclassified, of the examples whose gradient does
-    not vanish; none where all do. minimum_distance and average_distance are those from the
-    predicted class, which are never negative; for a linear network they are the margins of arXiv
-    1907.11780, which has a CLEVER-like estimate for others.
+    And minimum_… and average_… of l2 margins, in pixel units, of the first examples of margins_of,
+    as many as are tracked, but for infinite ones; none where all are. margin (with the quantiles
+    margin_q10, margin_q50 and margin_q90) is first-order, exact for a linear network, from the
+    label and negative where misclassified; margin_attack bounds its magnitude from above, by a
+    minimum-norm attack. distance is first-order from the predicted class, never negative: the
+    margin of arXiv 1907.11780 for a linear network, as distance_clever is for others.
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
     where both the example and its x_adv are classified right.
     """
 
+    # The key is an argument of the compiled program, which serves every seed.
+    run_key_data = np.asarray(jax.random.key_data(key))
+    lift = parallel.lifted(network, method, batch_size=batch_size)
+
     def measure(logits_fn, batch, key_data):
-        key = jax.random.wrap_key_data(key_data)
         x, y = data.to_pixels(batch["image"]), batch["label"]
-        x_adv = attack(logits_fn, x, y, fold_in_each(key, batch["index"]))
+        x_adv = attack(logits_fn, x, y, _keys(batch, key_data))
         logits = logits_fn(x)
         clean = losses.correct(logits, y)
         return {
@@ -49,34 +71,64 @@ def make_validation(
             "cross_entropy": losses.cross_entropy(logits, y),
         }
 
-    # The key is an argument of the compiled program, which serves every seed.
-    run_key_data = np.asarray(jax.random.key_data(key))
-
-    def measure_margins(logits_fn, batch):
-        x = data.to_pixels(batch["image"])
-        predicted = jnp.argmax(logits_fn(x), -1).astype(batch["label"].dtype)
-        return {
-            name: margins.first_order(logits_fn, x, y, norm="l2")
-            for name, y in (("margin", jnp.maximum(batch["label"], 0)), ("distance", predicted))
-        }
-
-    lift = parallel.lifted(network, method, batch_size=batch_size)
-    mapped, mapped_margins = lift(measure), lift(measure_margins)
+    estimates = [
+        (lift(estimate), _rows(margins_of, min(count, margins_of.size)))
+        for estimate, count in (
+            (_first_order, tracked.first_order),
+            (partial(_by_attack, num_steps=tracked.num_steps), tracked.minimum_norm),
+            (partial(_clever, num_samples=tracked.num_samples), tracked.clever),
+        )
+        if margins_of is not None and count
+    ]
+    mapped = lift(measure)
 
     def validate(variables):
-        rows = data.rows_of(split, np.arange(split.size))
-        values = mapped(variables, split.size, *rows, run_key_data)
+        values = mapped(variables, *_rows(split, split.size), run_key_data)
         found = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
-        if margins_of is not None:
-            rows = data.rows_of(margins_of, margins_of.labeled)
-            for name, values in mapped_margins(variables, len(margins_of.labeled), *rows).items():
-                values = values[np.isfinite(values)]  # infinite where the gradient vanishes
-                if len(values):
-                    found[f"minimum_{name}"] = float(values.min())
-                    found[f"average_{name}"] = float(values.mean(dtype=np.float64))
-                    # The minimum is one example's, and a few far ones move the average.
-                    for q in (10, 50, 90) if name == "margin" else ():
-                        found[f"margin_q{q}"] = float(np.percentile(values, q))
+        for estimate, rows in estimates:
+            for name, values in estimate(variables, *rows, run_key_data).items():
+                found |= _summary(name, values[np.isfinite(values)])
         return found
 
     return validate
+
+
+def _rows(split: data.Split, count: int) -> tuple[int, int, Callable]:
+    return count, *data.rows_of(split, np.arange(count))
+
+
+def _keys(batch, key_data) -> jax.Array:
+    return fold_in_each(jax.random.wrap_key_data(key_data), batch["index"])
+
+
+def _first_order(logits_fn, batch, key_data):
+    x = data.to_pixels(batch["image"])
+    predicted = jnp.argmax(logits_fn(x), -1).astype(batch["label"].dtype)
+    return {
+        name: margins.first_order(logits_fn, x, y, norm="l2")
+        for name, y in (("margin", batch["label"]), ("distance", predicted))
+    }
+
+
+def _by_attack(logits_fn, batch, key_data, *, num_steps):
+    x, y, keys = data.to_pixels(batch["image"]), batch["label"], _keys(batch, key_data)
+    attack = partial(fab, num_steps=num_steps)
+    return {"margin_attack": margins.minimum_norm(logits_fn, x, y, keys, norm="l2", attack=attack)}
+
+
+def _clever(logits_fn, batch, key_data, *, num_samples):
+    x, keys = data.to_pixels(batch["image"]), _keys(batch, key_data)
+    return {"distance_clever": margins.clever(logits_fn, x, keys, num_samples=num_samples)}
+
+
+def _summary(name: str, values: np.ndarray) -> dict[str, float]:
+    """The least and the mean of what there is, and for first-order margins quantiles."""
+    if not len(values):
+        return {}
+    # The minimum is one example's, and a few far ones move the average.
+    quantiles = (10, 50, 90) if name == "margin" else ()
+    return {
+        f"minimum_{name}": float(values.min()),
+        f"average_{name}": float(values.mean(dtype=np.float64)),
+        **{f"{name}_q{q}": float(np.percentile(values, q)) for q in quantiles},
+    }

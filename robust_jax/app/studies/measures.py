@@ -4,6 +4,7 @@
 difference of two. Names in braces stand for the study's radii, as in "pgd@{trained}".
 """
 
+import itertools
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
@@ -38,10 +39,15 @@ AUDIT_CHECKS = (
     "transfer",
 )
 _VALIDATION = ("clean_accuracy", "robust_accuracy", "cross_entropy")
-_MARGINS = (
-    *(f"{of}_{what}" for what in ("margin", "distance") for of in ("minimum", "average")),
-    *(f"margin_q{q}" for q in (10, 50, 90)),
-)
+# What a validation logs of the margins that it tracks, by estimate.
+_MARGINS = {
+    "first_order": (
+        *(f"{of}_{what}" for what in ("margin", "distance") for of in ("minimum", "average")),
+        *(f"margin_q{q}" for q in (10, 50, 90)),
+    ),
+    "minimum_norm": ("minimum_margin_attack", "average_margin_attack"),
+    "clever": ("minimum_distance_clever", "average_distance_clever"),
+}
 
 
 def value(results: Results, measure: str) -> float | None:
@@ -197,7 +203,8 @@ def _check_attack(measure: str, radii: Mapping[str, tuple[float, ...]], path: st
 
 def _numbers(config: ConfigDict) -> _Tree:
     """The numbers that the results of a run of the config will have."""
-    validation = dict.fromkeys((*_VALIDATION, *(_MARGINS if config.track_margins else ())))
+    tracked = (names for of, names in _MARGINS.items() if config.track_margins[of])
+    validation = dict.fromkeys((*_VALIDATION, *itertools.chain(*tracked)))
     numbers = {
         label: dict.fromkeys(NUMBERS[entry.get("name", label)])
         for label, entry in config.measurements.items()

@@ -49,7 +49,8 @@ _FIELDS = (
 _OPTIONAL = ("labels", "seeds_limit", "sweep")
 _OF_CLAIMS = ("text", "tests", *claims.SIZES)
 _SWEEP = {"by": "training.best.robust_accuracy", "seed": 1000, "base": {}}
-_OF_SCALES = ("seeds", "seeds_limit", "radii", "base", "arms", "sweep", "published")
+_AS_SCALED = ("seeds", "seeds_limit", "along_training", "published")
+_OF_SCALES = (*_AS_SCALED, "radii", "base", "arms", "sweep")
 
 
 def is_study(config: ConfigDict) -> bool:
@@ -87,7 +88,7 @@ def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
     result.sweep = changed(result.sweep, scale.get("sweep", {}))
     for field in result.sweep:
         choose(_SWEEP, field, "config.sweep's field")
-    for field in {"seeds", "seeds_limit", "published"} - typed:
+    for field in set(_AS_SCALED) - typed:
         result[field] = scale.get(field, result[field])
     result.scales = {config.scale: {"radii": scale.get("radii", {})}}
     for path in typed:
