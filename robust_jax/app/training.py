@@ -230,17 +230,25 @@ def check_radius(entry: Mapping[str, Any], path: str, dataset: data.Dataset) -> 
             )
 
 
+_tried: set[tuple] = set()  # what passed: the runs of a study have the same attacks
+
+
 def try_attack(path: str, attack: Callable, dataset: data.Dataset, reference=None, **keywords):
     """Traces an attack on the data's shapes and a linear network, which is where it checks itself.
 
     reference: what stands for the labels.
     """
+    # Of functions and what is bound to them, repr tells the equal ones.
+    this = (repr(attack), repr(keywords), dataset.image_shape, dataset.num_classes, reference)
+    if this in _tried:
+        return
     x, y, key, _ = _shapes(dataset)
 
     def attacked(x, reference, key):
         return attack(_linear(dataset), x, reference, key, **keywords)
 
     guard(path, jax.eval_shape, attacked, x, y if reference is None else reference, key)
+    _tried.add(this)
 
 
 def _try_out(dataset, model, loss, adversary, terms: Mapping[str, Term], validation_attack) -> None:

@@ -292,7 +292,9 @@ class _Trace:
         self._done += 1
         if self._folder is not None and self._done == 1:
             jax.block_until_ready(results)
-            jax.profiler.start_trace(self._folder)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # calls of JAX's own would be most of the trace
+            jax.profiler.start_trace(self._folder, profiler_options=options)
             self._running = True
         elif self._running and self._done == 11:
             jax.block_until_ready(results)
