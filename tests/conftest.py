@@ -44,8 +44,12 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files go first, or one worker would be alone with them in the end."""
-    first = ["test_demo.py", "test_study_runs.py", "test_processes.py", "test_functions.py"]
+    """The longest files go early, or one worker would be alone with them in the end.
+
+    Before them go those that count, or free, all that their process holds.
+    """
+    first = ["test_study.py", "test_front.py"]
+    first += ["test_demo.py", "test_study_runs.py", "test_processes.py", "test_functions.py"]
     ranks = {name: rank for rank, name in enumerate(first)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(first)))
 
