@@ -39,7 +39,8 @@ def get_config():
     config.validate_every = "1 epoch"
     config.checkpoint_every = "1 epoch"
     config.validation_attack = {"name": "fgsm", "eps": 0.0}  # best by clean accuracy
-    config.track_margins.update(first_order=1000, minimum_norm=100, clever=100)
+    config.track_margins.update(first_order=1000, minimum_norm=50, clever=100)
+    config.track_margins.update(num_steps=50, num_samples=64)
 
     published = {"name": "pgd", "num_steps": 1000, "step_size": 0.01}
     config.attacks = ConfigDict(

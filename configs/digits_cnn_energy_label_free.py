@@ -2,6 +2,8 @@
 
 python launch.py --config=configs/digits_cnn_energy_label_free.py --workdir=runs/digits_label_free
 
+The paper was withdrawn; robust_jax/energy.py names its successor.
+
 Under a minute on 2 CPU cores: 95.0 % clean, 64.0 % worst of the PGD family at linf 0.15 (seed 0).
 """
 

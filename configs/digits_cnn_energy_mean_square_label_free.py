@@ -2,6 +2,8 @@
 
 python launch.py --config=configs/digits_cnn_energy_mean_square_label_free.py --workdir=runs/digits
 
+The paper was withdrawn; robust_jax/energy.py names its successor.
+
 Under a minute on 2 CPU cores: 89.2 % clean, 26.8 % worst of the PGD family at linf 0.15, 24.2 %
 with AutoAttack (seed 0).
 """

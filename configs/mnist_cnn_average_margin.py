@@ -20,7 +20,7 @@ def get_config():
     config.validation_size = 1000
     config.model = {"name": "small_cnn"}
     config.normalize = False
-    config.threat = {"norm": "l2", "eps": 1.0}
+    config.threat = {"norm": "l2", "eps": 2.0}
 
     config.loss_on = "clean"
     config.adversary = None
@@ -37,7 +37,8 @@ def get_config():
     config.validate_every = "1 epoch"
     config.checkpoint_every = "1 epoch"
     config.validation_attack = {"name": "fgsm", "eps": 0.0}  # best by clean accuracy
-    config.track_margins.update(first_order=1000, minimum_norm=100, clever=100)
+    config.track_margins.update(first_order=1000, minimum_norm=50, clever=100)
+    config.track_margins.update(num_steps=50, num_samples=64)
 
     eps = (0.5, 1.0, 1.5, 2.0)
     published = {"name": "pgd", "eps": eps, "num_steps": 1000, "step_size": 0.01}

@@ -51,4 +51,7 @@ def get_config():
             for name, keywords in attacks.items()
         }
     )
+    config.attacks.jsma = {"eps": (196, 392), "num_examples": 1000}  # a quarter and a half
+    config.attacks.carlini_wagner = {"eps": 28.0, "num_examples": 1000}  # no bound: ‖1‖
+    config.attacks.autoattack = {"eps": (0.1, 0.2), "num_examples": 1000}
     return config

@@ -6,6 +6,7 @@ import importlib
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import jax
@@ -25,6 +26,7 @@ from robust_jax.app.evaluator import Attempt, Settings
 from robust_jax.app.experiment import build
 from robust_jax.app.surrogate import SHARED, surrogate_config
 from robust_jax.errors import UserError
+from robust_jax.train.validate import NOT_TRACKED
 from tests.conftest import REPOSITORY
 from tests.linear import POINTWISE
 
@@ -284,6 +286,34 @@ def test_every_field_is_read(monkeypatch):
     assert unread == []
     # The section `evaluation` is taken whole, and its fields are the ones there are.
     assert set(plain(config, "evaluation")) == {*Settings._fields, "num_examples"}
+    assert plain(config, "track_margins").to_dict() == NOT_TRACKED._asdict()
+
+
+def test_an_attack_is_tried_out_once_unless_something_is_different(monkeypatch):
+    attempts = []
+
+    def attack(logits_fn, x, y, key, *, eps, norm="l2"):
+        attempts.append((eps, norm))
+        if eps < 0:
+            raise ValueError("eps is negative")
+        return x
+
+    few, many = (SimpleNamespace(image_shape=(8, 8, 1), num_classes=n) for n in (3, 10))
+    wide = SimpleNamespace(image_shape=(8, 9, 1), num_classes=3)
+    bound = partial(attack, norm="linf")
+    for one, dataset, eps in (
+        *((attack, few, 0.1), (bound, few, 0.1), (attack, many, 0.1)),
+        *((attack, wide, 0.1), (attack, few, 0.2)),
+    ):
+        before = len(attempts)
+        training.try_attack("config.attacks.it", one, dataset, eps=eps)
+        assert len(attempts) == before + 1
+        again = partial(one.func, **one.keywords) if one is bound else one
+        training.try_attack("config.attacks.it", again, dataset, eps=eps)
+        assert len(attempts) == before + 1
+    for _ in range(2):
+        with pytest.raises(UserError, match="config.attacks.it: eps is negative"):
+            training.try_attack("config.attacks.it", attack, few, eps=-0.1)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "default"])

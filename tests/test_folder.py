@@ -207,6 +207,17 @@ def test_launch_takes_the_config_that_is_in_the_folder(whose, monkeypatch, tmp_p
         assert command_line.completed(untouched, REPOSITORY / "configs") == untouched
 
 
+def test_a_run_that_tracked_margins_by_one_estimate_is_read(tmp_path):
+    a_run(tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    for before, first_order in ((0, 0), (1000, 1000)):
+        (tmp_path / "config.json").write_text(json.dumps({**tree, "track_margins": before}))
+        expected = default.get_config()
+        expected.track_margins.first_order = first_order
+        assert stored.config_of(tmp_path).track_margins == expected.track_margins
+        folder.check_run(tmp_path, expected)
+
+
 def test_json_is_a_config_again():
     tree = {"a": [1, [2, 3]], "b": {"c": [], "d": None}, "arms": {"z": {}, "a": {"eps": [0.5]}}}
     config = stored.from_json(json.loads(json.dumps(tree)))

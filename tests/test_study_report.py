@@ -7,6 +7,22 @@ from robust_jax.app.studies import report
 from tests.conftest import REPOSITORY
 
 
+def test_a_claim_about_most_layers_shows_the_interval_of_each(tmp_path):
+    results = stored.results(REPOSITORY / "docs/studies/adversarial_strength")
+    report.write(tmp_path, results, {})
+    page = (tmp_path / "README.md").read_text()
+    entries = [
+        (name, entry)
+        for claim in results["claims"].values()
+        for test in claim["tests"]
+        for name, entry in test.get("entries", {}).items()
+    ]
+    assert len(entries) > 20
+    for name, entry in entries:
+        mean, low, high = (f"{entry[of]:+.3g}" for of in ("mean", "low", "high"))
+        assert f"{name} {mean} [{low}, {high}]" in page
+
+
 def test_pairs_are_drawn_in_the_unit_of_the_table(tmp_path, monkeypatch):
     drawn = {}
     plot = report.plots.measures_against_each_other

@@ -107,7 +107,7 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path, monkeypatc
     config = small.get_config()
     config.seeds = (0, 1)
     monkeypatch.setattr(study, "_forget_a_run", lambda: None)
-    monkeypatch.setattr(folder, "write_report", lambda *_: None)  # of this process's runs
+    monkeypatch.setattr(folder, "write_report", lambda *_: None)  # a run's page: see test_report.py
     with ThreadPoolExecutor() as pool:  # two processes in one folder at a time
         other = pool.submit(launch, *flags, "--only=at/1")
         study.execute(study.settled(config, ["seeds"]), tmp_path, only="entm/0")

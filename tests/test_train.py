@@ -16,13 +16,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from robust_jax import data
+from robust_jax import data, margins
 from robust_jax.app.experiment import build
 from robust_jax.attacks import pgd
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
 from robust_jax.models import MODELS
-from robust_jax.train import loop, optimizer
+from robust_jax.train import loop, optimizer, validate
 from robust_jax.train.checkpoint import Checkpoints
 from robust_jax.train.metrics import MetricsWriter, reduce_sums
 from robust_jax.train.step import StepSettings
@@ -198,6 +198,43 @@ def test_validation_leaves_flat_examples_out_of_the_margins():
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
     return loop.train(plan_of(), workdir), workdir
+
+
+def test_margins_are_of_the_first_labelled_images_there_are():
+    config = small_config(num_labeled=20, labeled_fraction=0.5, train_size=200)
+    config.track_margins.first_order = 5000
+    run = build(config)
+    variables = run.plan.init().variables
+    x, y = run.dataset.train.take(run.dataset.train.labeled)
+    assert len(y) == 20
+    network = jax.tree_util.Partial(run.model.apply, variables)
+    expected = margins.first_order(network, data.to_pixels(x), y, norm="l2")
+    found = run.plan.validate(variables)
+    np.testing.assert_allclose(found["average_margin"], np.mean(expected), rtol=1e-3)
+    np.testing.assert_allclose(found["minimum_margin"], np.min(expected), rtol=1e-3)
+
+
+def test_each_estimate_is_as_thorough_as_it_was_told(monkeypatch):
+    asked = {}
+
+    def attack(logits_fn, x, y, key, *, norm, num_steps):
+        asked["attack"] = num_steps
+        return x
+
+    def clever(logits_fn, x, keys, *, num_samples):
+        asked["clever"] = num_samples
+        return jax.vmap(jax.random.uniform)(keys)
+
+    monkeypatch.setattr(validate, "fab", attack)
+    monkeypatch.setattr(margins, "clever", clever)
+    config = small_config()
+    config.track_margins.update(minimum_norm=3, clever=2, num_steps=7, num_samples=9)
+    plan = build(config).plan
+    assert plan.validate_first
+    found = plan.validate(plan.init().variables)
+    assert asked == {"attack": 7, "clever": 9}
+    assert found["minimum_distance_clever"] < found["average_distance_clever"]  # a key for each
+    assert "minimum_margin" not in found
 
 
 def test_margins_are_tracked_from_initialisation_on(tmp_path):

@@ -19,6 +19,19 @@ BOUNDED = ("oscillation", "path")
 ENERGIES = ("total_variation", *BOUNDED, "mean_square")
 # Those that look at the interior of the ball.
 INTERIOR = ("total_variation", "path", "mean_square")
+# At small these arms took the largest or the smallest weight of three.
+WIDER = {
+    arm: {"sweep": {"values": weights}}
+    for arm, weights in {
+        "vat": (1.0, 3.0, 10.0, 30.0),
+        "vat_few": (1.0, 3.0, 10.0, 30.0),
+        "total_variation": (0.03, 0.1, 0.3, 1.0),
+        "total_variation_few": (0.001, 0.003, 0.01, 0.03),
+        "oscillation": (0.03, 0.1, 0.3, 1.0),
+        "oscillation_few": (1.0, 3.0, 10.0, 30.0),
+        "path": (0.03, 0.1, 0.3, 1.0),
+    }.items()
+}
 
 
 def get_config():
@@ -127,10 +140,12 @@ def get_config():
                 "evaluation": {"num_examples": 1000},
                 "attacks": attacks(sizes(EPS), 1000),
             },
+            "arms": WIDER,
         },
         "full": {
             "seeds": (0, 1, 2, 3, 4),
             "radii": radii(EPS),
+            "arms": WIDER,
             "base": {
                 "adversary": {"num_steps": 10},
                 "duration": "20 epochs",
@@ -150,7 +165,7 @@ def get_config():
         *(
             (f"{name.replace('_', ' ')}{words}", f"measurements.{kind}.{name}")
             for kind, words in (("energy", ""), ("energy_free", ", label-free"))
-            for name in (*ENERGIES, "rise")
+            for name in (*ENERGIES, "total_variation_squared", "rise")
         ),
         ("loss halfway", "measurements.interior.loss/50"),
         ("loss at the worst point", "measurements.interior.loss/100"),

@@ -48,8 +48,9 @@ def outputs(
 ) -> Numbers:
     """Output margins z_y - max_j z_j, gaps, confidence p_y, entropy and calibration error.
 
-    The gap is z_y less the mean of the wrong logits; 1 - p_y is computed without cancellation, and
-    an example is saturated whose p_y is 1 in float32, where cross-entropy has no gradient left.
+    Margins and confidence are those of arXiv 2011.07478, the rest is ours. The gap is z_y less the
+    mean of the wrong logits; 1 - p_y is computed without cancellation, and an example is saturated
+    whose p_y is 1 in float32, where cross-entropy has no gradient left.
     Arrays: output_margin, gap, confidence [N]. Costs a forward pass an example.
     """
     x, y = _examples(getattr(subject.dataset, split), num_examples)
@@ -220,8 +221,9 @@ def feature_change(
 def clusters(subject: Subject, *, num_examples: int = 1000) -> Numbers:
     """Silhouette and intra/inter-class distance of the last layer's input, on test images.
 
-    Arrays: projection [N,2] on the principal axes, tsne [N,2], label [N]. Costs a forward pass an
-    example, N² distances and seconds of t-SNE.
+    The numbers are ours; arXiv 1903.09799 shows the t-SNE, of CIFAR-10. Arrays: projection [N,2] on
+    the principal axes, tsne [N,2], label [N]. Costs a forward pass an example, N² distances and
+    seconds of t-SNE.
     """
     x, y = _examples(subject.dataset.test, num_examples)
     features_fn = features.captured(subject.model, subject.variables)
@@ -247,13 +249,17 @@ def loss_energy(
 ) -> Numbers:
     """The energies of the loss on test images, and the term of adversarial training, `rise`.
 
-    Ours, after arXiv 1911.06479. label_free: of KL(p(x) ‖ p(x+r)) instead of the cross-entropy.
-    Costs num_samples forward passes and as many gradients, and four ascents of num_steps an
-    example.
+    Ours, after arXiv 1911.06479 (withdrawn; see `robust_jax.energy`). label_free: of
+    KL(p(x) ‖ p(x+r)) instead of the cross-entropy. Costs num_samples forward passes and twice as
+    many gradients, and four ascents of num_steps an example.
     """
     x, y = _examples(subject.dataset.test, num_examples)
     key = jax.random.fold_in(subject.key, 1)
-    drawn = (energy.mean_square, energy.total_variation)
+    drawn = {
+        "mean_square": energy.mean_square,
+        "total_variation": energy.total_variation,
+        "total_variation_squared": partial(energy.total_variation, squared=True),
+    }
     ascended = (energy.oscillation, energy.rise, energy.path)
 
     def measure(fn, rows):
@@ -265,7 +271,7 @@ def loss_energy(
         )
         around: dict[str, Any] = {"eps": eps, "norm": norm}
         return {
-            **{f.__name__: f(*args, **around, num_samples=num_samples) for f in drawn},
+            **{name: f(*args, **around, num_samples=num_samples) for name, f in drawn.items()},
             **{f.__name__: f(*args, **around, num_steps=num_steps) for f in ascended},
         }
 
@@ -282,7 +288,7 @@ def interior(
     num_steps: int = 10,
     num_pieces: int = 4,
 ) -> Numbers:
-    """Mean cross-entropy on the way to the worst point of the ball, on test images.
+    """Mean cross-entropy on the way to the worst point of the ball, on test images (ours).
 
     loss/PERCENT is the loss at that part of the way. worst_inside is the share of examples whose
     loss is largest before the end, where arXiv 1911.06479 says adversarial training does not look.
@@ -381,7 +387,14 @@ NUMBERS: Mapping[str, tuple[str, ...]] = {
         "adversarial_over_random/*",
     ),
     "clusters": ("silhouette", "distance_ratio"),
-    "energy": ("mean_square", "total_variation", "oscillation", "rise", "path"),
+    "energy": (
+        "mean_square",
+        "total_variation",
+        "total_variation_squared",
+        "oscillation",
+        "rise",
+        "path",
+    ),
     "interior": ("loss/*", "worst_inside"),
     "gaps": ("accuracy", "cross_entropy"),
     "jacobian_spectrum": ("[0-9]*",),

@@ -133,10 +133,14 @@ def _read(path: Path) -> dict[str, Any]:
 def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     """A run's config from before there was config.threat, when every norm was linf by default.
 
-    Later the audit had a norm and an eps of None, which stood for those of the threat model.
+    Later the audit had a norm and an eps of None, which stood for those of the threat model, and
+    margins were tracked by one estimate.
     """
     if "audit" not in tree:
         return tree
+    if isinstance(count := tree.get("track_margins"), int):
+        others = {"minimum_norm": 0, "clever": 0, "num_steps": 100, "num_samples": 1024}
+        tree = {**tree, "track_margins": {"first_order": count, **others}}
     if "threat" in tree:
         audit = {k: v for k, v in tree["audit"].items() if v is not None}
         return {**tree, "audit": audit}

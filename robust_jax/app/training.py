@@ -12,6 +12,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from robust_jax import data, losses
+from robust_jax._network import comparable
 from robust_jax.app import config as config_lib
 from robust_jax.app import entries, threat
 from robust_jax.app.config import bind, choose, guard
@@ -230,7 +231,8 @@ def check_radius(entry: Mapping[str, Any], path: str, dataset: data.Dataset) -> 
             )
 
 
-_tried: set[tuple] = set()  # what passed: the runs of a study have the same attacks
+# The attacks that passed, with the shapes: the runs of a study have the same ones.
+_tried: set[tuple] = set()
 
 
 def try_attack(path: str, attack: Callable, dataset: data.Dataset, reference=None, **keywords):
@@ -238,8 +240,8 @@ def try_attack(path: str, attack: Callable, dataset: data.Dataset, reference=Non
 
     reference: what stands for the labels.
     """
-    # Of functions and what is bound to them, repr tells the equal ones.
-    this = (repr(attack), repr(keywords), dataset.image_shape, dataset.num_classes, reference)
+    shapes = (dataset.image_shape, dataset.num_classes, reference)
+    this = (comparable(attack), comparable(keywords), *shapes)
     if this in _tried:
         return
     x, y, key, _ = _shapes(dataset)

@@ -293,7 +293,7 @@ class _Trace:
         if self._folder is not None and self._done == 1:
             jax.block_until_ready(results)
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # calls of JAX's own would be most of the trace
+            options.python_tracer_level = 0  # Python's calls would be most of the trace
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._running = True
         elif self._running and self._done == 11:

@@ -211,7 +211,9 @@ def input_margin(
 
 
 def _energy(fn: Callable[..., PerExample]) -> Callable[..., PerExample]:
-    """An energy over the ball around each image of a half (arXiv 1911.06479, our reading).
+    """An energy over the ball around each image of a half: our reading of arXiv 1911.06479.
+
+    That paper was withdrawn; see `robust_jax.energy` for it and its successor.
 
     The loss is cross-entropy, or KL(p(x) ‖ p(x+r)) with label_free=True. Takes fn's keywords.
     """

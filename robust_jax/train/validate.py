@@ -1,4 +1,4 @@
-"""Clean and robust accuracy on the validation set: what chooses the best checkpoint."""
+"""Accuracy on the validation set, which chooses the best checkpoint, and margins in training."""
 
 from collections.abc import Callable
 from functools import partial
@@ -45,19 +45,22 @@ def make_validation(
 ) -> Validate:
     """validate(variables) -> {clean_accuracy, robust_accuracy, cross_entropy} over the whole split.
 
-    And minimum_… and average_… of l2 margins, in pixel units, of the first examples of margins_of,
-    as many as are tracked, but for infinite ones; none where all are. margin (with the quantiles
-    margin_q10, margin_q50 and margin_q90) is first-order, exact for a linear network, from the
-    label and negative where misclassified; margin_attack bounds its magnitude from above, by a
-    minimum-norm attack. distance is first-order from the predicted class, never negative: the
-    margin of arXiv 1907.11780 for a linear network, as distance_clever is for others.
+    And minimum_… and average_… of l2 margins, in pixel units, of the first labelled examples of
+    margins_of, as many as are tracked. Infinite ones are left out; where all are, so is the number.
+    margin (with the quantiles margin_q10, margin_q50 and margin_q90) is first-order, exact for a
+    linear network, from the label and negative where misclassified. margin_attack is from the label
+    too, by a minimum-norm attack, and never smaller in magnitude than the true margin. distance is
+    first-order from the predicted class, never negative: for a linear network the margin of arXiv
+    1907.11780. distance_clever (at most 5) is that paper's for others.
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
     where both the example and its x_adv are classified right.
     """
 
-    # The key is an argument of the compiled program, which serves every seed.
-    run_key_data = np.asarray(jax.random.key_data(key))
+    # The keys are arguments of the compiled programs, which serve every seed.
+    of_attack, of_margins = (
+        np.asarray(jax.random.key_data(k)) for k in (key, jax.random.fold_in(key, 1))
+    )
     lift = parallel.lifted(network, method, batch_size=batch_size)
 
     def measure(logits_fn, batch, key_data):
@@ -83,10 +86,10 @@ def make_validation(
     mapped = lift(measure)
 
     def validate(variables):
-        values = mapped(variables, *_rows(split, split.size), run_key_data)
+        values = mapped(variables, *_rows(split, split.size), of_attack)
         found = {name: float(v.mean(dtype=np.float64)) for name, v in values.items()}
         for estimate, rows in estimates:
-            for name, values in estimate(variables, *rows, run_key_data).items():
+            for name, values in estimate(variables, *rows, of_margins).items():
                 found |= _summary(name, values[np.isfinite(values)])
         return found
 

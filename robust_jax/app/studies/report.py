@@ -244,24 +244,35 @@ _OF_ENTRIES = {
 
 
 def _found(test: Mapping[str, Any]) -> str:
-    """The mean and the interval; of several entries which of them do what is claimed."""
+    """The mean and the interval; of several entries, those that do what is claimed come first."""
     if not test["values"]:
         return "not measured"
+    percent = measures.is_share(test["measure"])
     if entries := test.get("entries"):
         return "; ".join(
-            f"{words}: {', '.join(names)}"
+            f"{words}: {', '.join(found)}"
             for words, verdicts in _OF_ENTRIES.items()
-            if (names := [name for name, e in entries.items() if e["verdict"] in verdicts])
+            if (
+                found := [
+                    f"{name} {_with_interval(entry, percent)}"
+                    for name, entry in entries.items()
+                    if entry["verdict"] in verdicts
+                ]
+            )
         )
-    percent = measures.is_share(test["measure"])
+    return _with_interval(test, percent)
+
+
+def _with_interval(known: Mapping[str, Any], percent: bool) -> str:
+    """The mean and the interval of a difference."""
 
     def signed(x):
         return f"{100 * x:+.1f}" if percent else f"{x:+.3g}"
 
     unit = " points" if percent else ""
-    if test["low"] is None:
-        return f"{signed(test['mean'])}{unit} (one seed)"
-    return f"{signed(test['mean'])}{unit} [{signed(test['low'])}, {signed(test['high'])}]"
+    if known["low"] is None:
+        return f"{signed(known['mean'])}{unit} (one seed)"
+    return f"{signed(known['mean'])}{unit} [{signed(known['low'])}, {signed(known['high'])}]"
 
 
 def _smallest(test: Mapping[str, Any]) -> str:

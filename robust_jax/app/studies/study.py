@@ -435,9 +435,11 @@ def _history(workdirs: Sequence[Path], name: str) -> list[dict[str, Any]]:
     for workdir in workdirs:
         metrics = stored.load(workdir).metrics
         steps_per_epoch = (metrics["step"] / metrics["epoch"]).dropna().iloc[0]
-        for _, line in metrics.dropna(subset=[f"validation/{name}"]).iterrows():
+        column = f"validation/{name}"
+        known = metrics[metrics[column].notna()] if column in metrics else metrics[:0]
+        for _, line in known.iterrows():
             epoch = round(line["step"] / steps_per_epoch, 3)
-            by_epoch.setdefault(epoch, []).append(line[f"validation/{name}"])
+            by_epoch.setdefault(epoch, []).append(line[column])
     bounds = (0.0, 1.0) if name.endswith("accuracy") else (-np.inf, np.inf)
     return [
         {"epoch": epoch, **_interval(values, bounds)} for epoch, values in sorted(by_epoch.items())
