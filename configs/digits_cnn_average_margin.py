@@ -2,8 +2,7 @@
 
 python launch.py --config=configs/digits_cnn_average_margin.py --workdir=runs/digits_average_margin
 
-Under a minute on 2 CPU cores: 84.4 % clean, 21.0 % under AutoAttack at linf 0.15 at the
-best epoch; 98.6 % and 15.4 % at the last (seed 0).
+Under a minute on 2 CPU cores: 97.8 % clean, 55.6 % under AutoAttack at l2 0.5 (seed 0).
 """
 
 from configs import default
@@ -11,6 +10,8 @@ from configs import default
 
 def get_config():
     config = default.get_config()
+    config.threat = {"norm": "l2", "eps": 0.5}
+    config.attacks = default.attack_grid(l2=(0.125, 0.25, 0.5, 0.75, 1.0), autoattack=("l2",))
     config.loss_on = "clean"
     config.adversary = None
     config.regularizers.output_margin_ramp.update(weight=0.1, tau=5.0)
