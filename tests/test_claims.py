@@ -168,7 +168,10 @@ def test_intervals_of_accuracies_stay_between_none_and_all():
     assert measures.bounds("measurements.outputs.mean_margin")[0] == -np.inf
     saturated = "measurements.outputs.saturated"
     assert measures.bounds(saturated) == (0, 1)
-    assert measures.bounds(f"{saturated} - {saturated}")[0] == -np.inf
+    assert measures.bounds(f"{saturated} - {saturated}") == (-1, 1)
+    confidence = "measurements.outputs.mean_confidence"
+    assert measures.bounds(confidence) == (0, 1)
+    assert measures.bounds(f"{confidence} - {confidence}")[0] == -np.inf
 
 
 def test_intervals_of_differences_of_accuracies_stay_between_minus_and_plus_one():
@@ -298,10 +301,15 @@ def test_shares_of_images_are_read_from_the_records():
         {"name": "fgsm", "attack": "fgsm", "norm": "linf", "eps": 0.05},
         {"name": "worst_case_linf", "attack": "worst_case", "norm": "linf", "eps": 0.1, "count": 5},
     ]
-    run = {"attacks": [{**attack, "robust_accuracy": 0} for attack in attacks]}
+    records["frobenius_logits"] = [4.0, 2.0, 6.0, 8.0, 10.0]
+    arrays = {"gaps/of_images/accuracy": np.array([0.0, 1.0, np.nan])}
+    run = {
+        "attacks": [{**attack, "robust_accuracy": 0} for attack in attacks],
+        "temperature": 2.0,
+    }
 
     def outcomes(measure):
-        found = measures.outcomes(run, records, measure)
+        found = measures.outcomes(run, records, arrays, measure)
         return None if found is None else found.to_dict()
 
     assert outcomes("clean.accuracy") == {0: 1, 1: 1, 2: 1, 3: 1, 4: 0}
@@ -309,8 +317,45 @@ def test_shares_of_images_are_read_from_the_records():
     assert outcomes("worst_case_linf@0.1") == {0: 1, 1: 0, 2: 0, 3: 0, 4: 0}
     assert outcomes("clean.accuracy - pgd@0.1") == {0: 0, 1: 0, 2: 1, 3: 1, 4: 0}
     assert outcomes("clean.accuracy - fgsm@0.05") == {0: 0, 1: 1, 2: 0}
-    for other in ("jacobian.logits.frobenius.mean", "pgd@0.3", "training.last.robust_accuracy"):
+    assert outcomes("jacobian.logits.frobenius.mean") == {0: 4, 1: 2, 2: 6, 3: 8, 4: 10}
+    assert outcomes("jacobian.matched.frobenius.mean") == {0: 2, 1: 1, 2: 3, 3: 4, 4: 5}
+    assert outcomes("measurements.gaps.accuracy") == {0: 0, 1: 1}
+    for other in (
+        *("jacobian.logits.spectral.mean", "jacobian.logits.frobenius.median"),
+        *("measurements.gaps.cross_entropy", "pgd@0.3", "training.last.robust_accuracy"),
+    ):
         assert outcomes(other) is None
+
+
+def test_a_mean_over_images_has_an_interval_for_other_images():
+    """A gap on 200 images that is the same for each seed is no more certain than the images."""
+    rng = np.random.default_rng(0)
+    of_images = {"a": rng.normal(size=200), "b": rng.normal(size=200)}
+    runs = {
+        arm: {
+            seed: Evidence(
+                {"measurements": {"gaps": {"loss": values.mean() + seed / 1000}}},
+                arrays={"gaps/of_images/loss": values + seed / 1000},
+            )
+            for seed in range(3)
+        }
+        for arm, values in of_images.items()
+    }
+    test = {**ABOVE, "measure": "measurements.gaps.loss"}
+    judged = claims.judge_test(test, runs)
+    difference = of_images["b"] - of_images["a"]
+    expected = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
+    np.testing.assert_allclose((judged["low"], judged["high"]), expected)
+    assert judged["images"] == 200
+    assert not 2 * judged["from_images"] > judged["high"] - judged["low"] + 1e-9
+    # No number of the images' makes an interval of what is no share.
+    same = interval(np.full((3, 200), 0.1), shares=False)
+    assert same.high - same.low < 1e-9
+
+
+def test_unseen_images_count_where_an_image_is_right_or_wrong_in_a_measurement():
+    found = interval(np.zeros((3, 200)), shares=measures.is_share("measurements.outputs.saturated"))
+    assert found.high == pytest.approx(-np.log(0.025) / 200)
 
 
 def test_a_smallest_effect_can_be_a_share_of_what_it_is_compared_with():

@@ -45,6 +45,22 @@ def test_numbers_are_finite(name):
         assert fnmatch.filter(named, pattern), pattern
     assert all(any(fnmatch.fnmatch(key, p) for p in NUMBERS[name]) for key in named)
     assert np.isfinite(numbers).all() and all(array.size for array in arrays)
+    for key, values in found.items():
+        if key.startswith("of_images/"):
+            number = found[key.removeprefix("of_images/")]
+            assert len(values) == 60 and np.nanmean(values) == pytest.approx(number, rel=1e-6)
+
+
+def test_gaps_are_train_minus_test_of_as_many_of_either():
+    test = subject().dataset.test
+    found = MEASUREMENTS["gaps"](subject(), num_examples=10_000)
+    assert len(found["of_images/accuracy"]) == test.size < subject().dataset.train.size
+    of = {
+        split: MEASUREMENTS["outputs"](subject(), split=split, num_examples=test.size)
+        for split in ("train", "test")
+    }
+    right = {split: (numbers["output_margin"] > 0).mean() for split, numbers in of.items()}
+    assert found["accuracy"] == pytest.approx(right["train"] - right["test"])
 
 
 def test_what_a_study_draws_is_what_its_numbers_say():

@@ -169,7 +169,7 @@ def get_config():
         ),
         ("loss halfway", "measurements.interior.loss/50"),
         ("loss at the worst point", "measurements.interior.loss/100"),
-        ("worst inside, share", "measurements.interior.worst_inside"),
+        ("worst inside", "measurements.interior.worst_inside"),
         ("accuracy gap", "measurements.gaps.accuracy"),
         ("loss gap", "measurements.gaps.cross_entropy"),
     )

@@ -15,7 +15,6 @@ from flax import linen as nn
 
 from robust_jax import data, energy, jacobian, losses, margins, models
 from robust_jax.analysis import calibration, features, latent, spectra, surface
-from robust_jax.analysis.summaries import gaps as gaps_between
 from robust_jax.analysis.summaries import summary
 from robust_jax.attacks import Norm, fab, never, pgd
 from robust_jax.batches import on_one_device
@@ -23,7 +22,8 @@ from robust_jax.errors import UserError
 from robust_jax.keys import fold_in_each
 from robust_jax.types import LogitsFn
 
-# Numbers are for results.json; arrays, to draw, for measurements.npz.
+# Numbers are for results.json; arrays, to draw, for measurements.npz. The array of_images/NAME [N]
+# holds what the number of that name is the mean of, an image each.
 Numbers = dict[str, float | np.ndarray]
 _BATCH_SIZE = 250
 # Networks of one layer after another, which margins by Lipschitz constants are for.
@@ -63,13 +63,15 @@ def outputs(
     doubt = np.exp(jax.nn.logsumexp(wrong, -1) - jax.nn.logsumexp(z, -1))
     curve = calibration.reliability(found["top_probability"], found["correct"])
     return {
-        "mean_margin": float(margin.mean()),
+        **_means(
+            mean_margin=margin,
+            mean_confidence=found["confidence"],
+            mean_entropy=found["entropy"],
+            saturated=losses.confidence(z, labels) == 1,
+        ),
         "std_margin": float(margin.std()),
         "median_gap": float(np.median(gap)),
-        "mean_confidence": float(found["confidence"].mean()),
         "median_doubt": float(np.median(doubt)),
-        "saturated": float((losses.confidence(z, labels) == 1).mean()),
-        "mean_entropy": float(found["entropy"].mean()),
         "calibration_error": calibration.expected_calibration_error(curve),
         "output_margin": margin,
         "gap": gap,
@@ -129,7 +131,8 @@ def input_margins(
     found = np.asarray(found)
     if not np.isfinite(found).any():  # such as those of a network that collapsed
         return {"count": 0, "not_finite": len(found)}
-    return {**summary(found), "input_margin": found}
+    finite = np.where(np.isfinite(found), found, np.nan)
+    return {**summary(found), "input_margin": found, "of_images/mean": finite}
 
 
 def layer_spectra(subject: Subject) -> Numbers:
@@ -255,7 +258,7 @@ def loss_energy(
     """
     x, y = _examples(subject.dataset.test, num_examples)
     key = jax.random.fold_in(subject.key, 1)
-    drawn = {
+    drawn: dict[str, Callable[..., jax.Array]] = {
         "mean_square": energy.mean_square,
         "total_variation": energy.total_variation,
         "total_variation_squared": partial(energy.total_variation, squared=True),
@@ -275,8 +278,7 @@ def loss_energy(
             **{f.__name__: f(*args, **around, num_steps=num_steps) for f in ascended},
         }
 
-    found = _over(subject, measure, x, y)
-    return {name: float(values.mean()) for name, values in found.items()}
+    return _means(**_over(subject, measure, x, y))
 
 
 def interior(
@@ -308,11 +310,10 @@ def interior(
 
     along = np.asarray(_over(subject, measure, x, y))
     return {
-        **{
-            f"loss/{100 * share:.0f}": float(v)
-            for share, v in zip(shares, along.mean(0), strict=True)
-        },
-        "worst_inside": float((along[:, :-1].max(-1) > along[:, -1]).mean()),
+        **_means(
+            **{f"loss/{100 * share:.0f}": v for share, v in zip(shares, along.T, strict=True)},
+            worst_inside=along[:, :-1].max(-1) > along[:, -1],
+        ),
         "loss_along": along,
     }
 
@@ -320,7 +321,7 @@ def interior(
 def gaps(subject: Subject, *, num_examples: int = 1000) -> Numbers:
     """Generalisation gaps: accuracy and cross-entropy on training images minus on test images.
 
-    Costs a forward pass an example.
+    Of as many of either. Costs a forward pass an example.
     """
 
     def measure(fn, rows):
@@ -331,7 +332,10 @@ def gaps(subject: Subject, *, num_examples: int = 1000) -> Numbers:
         }
 
     splits = (subject.dataset.train, subject.dataset.test)
-    return {**gaps_between(*(_over(subject, measure, *_examples(s, num_examples)) for s in splits))}
+    num_examples = min(num_examples, *(len(split.labeled) for split in splits))
+    train, test = (_over(subject, measure, *_examples(s, num_examples)) for s in splits)
+    # Any pairing of the two has the variance of their difference.
+    return _means(**{name: train[name] - test[name] for name in train})
 
 
 def jacobian_spectrum(
@@ -399,6 +403,15 @@ NUMBERS: Mapping[str, tuple[str, ...]] = {
     "gaps": ("accuracy", "cross_entropy"),
     "jacobian_spectrum": ("[0-9]*",),
 }
+
+
+def _means(**of_images: Any) -> Numbers:
+    """The mean of each [N], and what it is the mean of."""
+    values = {name: np.asarray(v, np.float64) for name, v in of_images.items()}
+    return {
+        **{name: float(v.mean()) for name, v in values.items()},
+        **{f"of_images/{name}": v for name, v in values.items()},
+    }
 
 
 def _examples(

@@ -5,6 +5,7 @@ above zero, and from the smallest effect that is worth claiming, which the confi
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,10 +34,11 @@ _DECISIVE: tuple[Verdict, ...] = (
 
 
 class Evidence(NamedTuple):
-    """A finished run: its results.json, and the table of its test images where it is known."""
+    """A finished run: its results.json, and where known its test images' table and its arrays."""
 
     results: Mapping[str, Any]
     records: pd.DataFrame | None = None
+    arrays: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 Found = Mapping[str, Mapping[int, Evidence]]  # by arm and seed
@@ -76,7 +78,7 @@ def judge_test(
     tolerance = -min(test.get("by", 0.0), 0.0)
     smallest = 0.0 if tolerance else _size(test.get("smallest_effect", 0.0), test, measured)
     widest = _size(test["widest"], test, measured) if "widest" in test else smallest or tolerance
-    known = interval(outcomes, bounds=_bounds(test))
+    known = interval(outcomes, bounds=_bounds(test), shares=measures.is_share(test["measure"]))
     if adds_seeds:
         known = as_wide_as(widest, known)
     return {
@@ -208,12 +210,12 @@ def _relative(size: Any) -> float | None:
 
 
 def by_image(measure: str, runs: Sequence[Sequence[Evidence]]) -> np.ndarray | None:
-    """What a share is the mean of, [seeds, arms, images], of the runs that have it, [seeds][arms].
+    """What a number is the mean of, [seeds, arms, images], of the runs that have it, [seeds][arms].
 
     The images are those on which every run was measured. None where there are none.
     """
     found = [
-        [measures.outcomes(run.results, run.records, measure) for run in of_seed]
+        [measures.outcomes(run.results, run.records, run.arrays, measure) for run in of_seed]
         for of_seed in runs
         if all(measures.value(run.results, measure) is not None for run in of_seed)
     ]
@@ -225,10 +227,10 @@ def by_image(measure: str, runs: Sequence[Sequence[Evidence]]) -> np.ndarray | N
 
 
 def _outcomes(test: Mapping[str, Any], runs: Sequence[Sequence[Evidence]]) -> np.ndarray:
-    """How far each seed is on the claimed side, [seeds]; of a share each image, [seeds, images]."""
+    """How far each seed is on the claimed side, [seeds]; of a mean each image, [seeds, images]."""
     measure = test["measure"]
-    if (shares := by_image(measure, runs)) is not None:
-        return np.stack([_margin(test, of_seed) for of_seed in shares])
+    if (of_images := by_image(measure, runs)) is not None:
+        return np.stack([_margin(test, of_seed) for of_seed in of_images])
     numbers = [[measures.value(run.results, measure) for run in of_seed] for of_seed in runs]
     known = [np.array(of_seed, float) for of_seed in numbers if None not in of_seed]
     return np.array([_margin(test, of_seed) for of_seed in known])

@@ -23,7 +23,10 @@ class Interval(NamedTuple):
 
 
 def interval(
-    outcomes: Sequence[float] | np.ndarray, *, bounds: tuple[float, float] = (-np.inf, np.inf)
+    outcomes: Sequence[float] | np.ndarray,
+    *,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+    shares: bool = True,
 ) -> Interval:
     """The mean of outcomes and its interval, for seeds that were not run and images not seen.
 
@@ -32,11 +35,13 @@ def interval(
     number of seeds, plus that of the images' effects, divided by the number of images. The two
     half-widths, each with the quantile of Student's t for its own number, are added as squares. The
     interval then covers the mean at least as often as it says (Banerjee), for any number of seeds.
-    It is at least as wide as where no image differs (the rule of three): -log(0.025) / images.
+    That of a share is at least as wide as where no image differs (the rule of three): -log(0.025) /
+    images.
 
     Args:
-        outcomes: [seeds] or, shares of images between -1 and 1, [seeds, images].
+        outcomes: [seeds] or [seeds, images].
         bounds: Between which numbers a mean can lie.
+        shares: Whether images count 0 or 1, or differences of these.
 
     Returns:
         The mean and its interval; NaN where there is nothing.
@@ -69,7 +74,7 @@ def interval(
         variance = max(of_images.var(ddof=1) - noise / num_seeds, 0.0)
         from_images = _quantile(num_images) * np.sqrt(variance / num_images)
         squared += from_images**2
-        least = max(from_images, -log((1 - LEVEL) / 2) / num_images)
+        least = max(from_images, -log((1 - LEVEL) / 2) / num_images if shares else 0.0)
     half = max(float(np.sqrt(squared)), least)
     return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), float(least))
 

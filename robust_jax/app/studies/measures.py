@@ -69,19 +69,34 @@ def by_entry(results: Results, measure: str) -> dict[str, float]:
     return {k.removeprefix(start): float(v) for k, v in sorted(found) if k.startswith(start)}
 
 
-def outcomes(results: Results, table: pd.DataFrame | None, measure: str) -> pd.Series | None:
-    """What a share is the mean of: a number for each test image, by its index.
+def outcomes(
+    results: Results,
+    table: pd.DataFrame | None,
+    arrays: Mapping[str, np.ndarray],
+    measure: str,
+) -> pd.Series | None:
+    """What a number is the mean of: one for each image, by its index.
 
-    None where the measure is no share of test images, or their table (see records.py) is not known.
+    None where the measure is no mean over images, or neither their table (see records.py) nor the
+    arrays of the measurements have it.
     """
+    if " - " in measure:
+        one, other = (outcomes(results, table, arrays, part) for part in measure.split(" - "))
+        return None if one is None or other is None else (one - other).dropna()
+    if measure.startswith("measurements."):
+        _, label, name = measure.split(".", 2)
+        of_images = arrays.get(f"{label}/of_images/{name}")
+        return None if of_images is None else pd.Series(of_images).dropna()
     if table is None:
         return None
-    if " - " in measure:
-        one, other = (outcomes(results, table, part) for part in measure.split(" - "))
-        return None if one is None or other is None else (one - other).dropna()
     table = table.set_index("index")
     if measure == "clean.accuracy":
         return table["correct"].astype(float)
+    if measure.startswith("jacobian.") and measure.endswith(".mean"):
+        _, of, norm, _ = measure.split(".")
+        scale = results["temperature"] if of == "matched" else 1.0
+        column = f"{norm}_{'logits' if of == 'matched' else of}"
+        return table[column] / scale if column in table else None
     if "@" not in measure or (entry := _attack(results, measure)) is None:
         return None
     if entry["attack"].startswith("worst_case"):
@@ -92,10 +107,13 @@ def outcomes(results: Results, table: pd.DataFrame | None, measure: str) -> pd.S
     return held.astype(float)
 
 
+_SHARES = ("accuracy", "saturated", "worst_inside")
+
+
 def is_share(measure: str) -> bool:
     """Whether it is a share of the examples, or the difference of two."""
     return all(
-        "@" in part or part.endswith("accuracy") or ".transfer." in part
+        "@" in part or part.endswith(_SHARES) or ".transfer." in part
         for part in measure.split(" - ")
     )
 
@@ -107,8 +125,7 @@ def unit(measure: str) -> str:
 
 # Measurements that are no shares of the examples, and between which numbers they lie.
 _BOUNDED: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(("saturated", "worst_inside", "calibration_error"), (0.0, 1.0)),
-    **dict.fromkeys(("mean_confidence", "median_doubt"), (0.0, 1.0)),
+    **dict.fromkeys(("mean_confidence", "median_doubt", "calibration_error"), (0.0, 1.0)),
     "silhouette": (-1.0, 1.0),
 }
 

@@ -153,14 +153,14 @@ _VERDICTS = (
     "A difference counts towards the claim: above zero is what it says. Supported: the whole 95 % "
     "interval is above zero. Refuted: it is below the smallest effect that is worth claiming. "
     "Supported, but small: both, so there is an effect, and it is smaller than that. Intervals are "
-    "for seeds that were not run and, of accuracies, for images that were not seen. A claim is "
+    "for seeds that were not run and, where they come from images, for images not seen. A claim is "
     "supported where all of its tests are and refuted where one is."
 )
 _CAPTION = (
-    "The mean over seeds, with its 95 % interval, which needs three seeds to mean anything; an "
-    "accuracy's is also for images that were not seen. An arm whose audit fails in any seed is "
-    "marked †: its robust accuracies are not to be trusted; one that it warns of in any is marked "
-    "⚠. ‡: not audited."
+    "The mean over seeds, with its 95 % interval, which needs three seeds to mean anything; where "
+    "a row names images, it is also for images that were not seen. An arm whose audit fails in any "
+    "seed is marked †: its robust accuracies are not to be trusted; one that it warns of in any is "
+    "marked ⚠. ‡: not audited."
 )
 
 

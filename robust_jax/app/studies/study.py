@@ -309,7 +309,9 @@ def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
         if is_finished(here):
             folder.check_run(here, trial.config)
             found[trial.arm][trial.seed] = Evidence(
-                stored.results(here), records.read(here / "records" / "best.csv")
+                stored.results(here),
+                records.read(here / "records" / "best.csv"),
+                stored.measured(here),
             )
         elif trial.seed in config.seeds:
             missing.append(trial.name)
@@ -399,14 +401,18 @@ def _summary(measure: str, by_seed: Mapping[int, Evidence]) -> dict[str, Any]:
     by_image = claims.by_image(measure, [[run] for run in by_seed.values()])
     outcomes = list(known.values()) if by_image is None else by_image[:, 0]
     images = None if by_image is None else by_image.shape[2]
-    return {"values": known, **_interval(outcomes, measures.bounds(measure)), "images": images}
+    found = _interval(outcomes, measures.bounds(measure), shares=measures.is_share(measure))
+    return {"values": known, **found, "images": images}
 
 
 def _interval(
-    outcomes: Sequence[float] | np.ndarray, bounds: tuple[float, float] = (-np.inf, np.inf)
+    outcomes: Sequence[float] | np.ndarray,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+    *,
+    shares: bool = True,
 ) -> dict[str, float | None]:
     """Mean, low and high; None where there is none."""
-    known = interval(outcomes, bounds=bounds)._asdict()
+    known = interval(outcomes, bounds=bounds, shares=shares)._asdict()
     return {k: known[k] if np.isfinite(known[k]) else None for k in ("mean", "low", "high")}
 
 
