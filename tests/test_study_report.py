@@ -1,9 +1,11 @@
 """The figures of a study's page, of one that is in docs/."""
 
+import numpy as np
 import pytest
 
 from robust_jax.app import stored
 from robust_jax.app.studies import report
+from robust_jax.plots import networks
 from tests.conftest import REPOSITORY
 
 
@@ -21,6 +23,31 @@ def test_a_claim_about_most_layers_shows_the_interval_of_each(tmp_path):
     for name, entry in entries:
         mean, low, high = (f"{entry[of]:+.3g}" for of in ("mean", "low", "high"))
         assert f"{name} {mean} [{low}, {high}]" in page
+
+
+def test_what_was_measured_at_initialisation_is_one_more_line(tmp_path, monkeypatch):
+    drawn = {}
+    plot = networks.singular_values
+
+    def noted(spectra):
+        drawn.update(spectra)
+        return plot(spectra)
+
+    monkeypatch.setattr(networks, "singular_values", noted)
+    results = stored.results(REPOSITORY / "docs/studies/adversarial_strength")
+    arrays = {
+        arm: {
+            "spectra/singular_values/head": np.array([2.0, 1.0 + i]),
+            "spectra_initial/singular_values/head": np.array([5.0, 4.0]),
+            "outputs/confidence": np.linspace(0, 1, 9),
+        }
+        for i, arm in enumerate(results["arms"])
+    }
+    report.write(tmp_path, results, arrays)
+    assert list(drawn) == [*results["arms"].values(), "initialisation"]
+    np.testing.assert_array_equal(drawn["initialisation"]["head"], [5.0, 4.0])
+    figures = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert {"spectra", "outputs_confidence"} < figures and "spectra_initial" not in figures
 
 
 def test_pairs_are_drawn_in_the_unit_of_the_table(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 
 from robust_jax.app.pages import figures as figures_lib
 from robust_jax.app.pages.figures import Arrays
@@ -73,7 +75,8 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
             plots.along_training({k: named(v) for k, v in results["along_training"].items()}),
             "Along training: the mean over seeds with its 95 % interval.",
         )
-    for name, (figure, alt) in figures_lib.of_measurements(named(arrays)).items():
+    at_start = _at_start(results)
+    for name, (figure, alt) in _of_measurements(named(arrays), at_start).items():
         figures[name] = figure, f"{alt} One seed of each arm."
     (workdir / "figures").mkdir(parents=True, exist_ok=True)
     images = []
@@ -129,6 +132,47 @@ def _in_percent(measure: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 def _with_unit(label: str, measure: str) -> str:
     unit = measures.unit(measure)
     return f"{label},{unit}" if unit else label
+
+
+def _at_start(results: Results) -> dict[str, str]:
+    """The measurements that were also taken at initialisation, and the labels of those."""
+    config = next(iter(results["configs"].values()))
+    entries = {
+        label: {"name": label, "at": "best", **entry}
+        for label, entry in config["measurements"].items()
+    }
+    return {
+        label: start
+        for start, initial in entries.items()
+        for label, entry in entries.items()
+        if initial["at"] == "initialisation" and entry == {**initial, "at": "best"}
+    }
+
+
+def _of_measurements(arrays: Arrays, at_start: Mapping[str, str]) -> dict[str, tuple[Figure, str]]:
+    """Figures of the measurements, with what there was at initialisation as one more arm.
+
+    All arms begin there: it is that of the first.
+    """
+
+    def left_by(measurement: str, found: Mapping[str, np.ndarray], label: str):
+        """What a measurement left, under the label."""
+        return {
+            label + name.removeprefix(measurement): array
+            for name, array in found.items()
+            if name.partition("/")[0] == measurement
+        }
+
+    others = {
+        arm: {n: v for n, v in found.items() if n.partition("/")[0] not in at_start.values()}
+        for arm, found in arrays.items()
+    }
+    figures = figures_lib.of_measurements(others)
+    for label, start in at_start.items() if arrays else ():
+        beside = {arm: left_by(label, found, label) for arm, found in arrays.items()}
+        beside["initialisation"] = left_by(start, next(iter(arrays.values())), label)
+        figures |= figures_lib.of_measurements(beside)
+    return figures
 
 
 def text(results: Results) -> str:
