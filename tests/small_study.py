@@ -21,7 +21,9 @@ def get_config() -> ConfigDict:
     entropy = {"regularizers": {"entropy": {"weight": 1.0}}}
     config.arms = ConfigDict({"at": {}, "entm": entropy, "other": {}}, sort_keys=False)
     config.labels = ConfigDict()
-    config.measures, config.pairs, config.published = (("clean", "clean.accuracy"),), (), ()
+    margin = "measurements.outputs.mean_margin"
+    config.measures = (("clean", "clean.accuracy"), ("mean margin", margin))
+    config.pairs, config.published = (), ()
     tests = (above("clean.accuracy", "entm", "at"),)
     config.claims = {"a": {"text": "Better.", "tests": tests, "smallest_effect": 0.05}}
     return config

@@ -169,6 +169,7 @@ def test_intervals_of_accuracies_stay_between_none_and_all():
     saturated = "measurements.outputs.saturated"
     assert measures.bounds(saturated) == (0, 1)
     assert measures.bounds(f"{saturated} - {saturated}") == (-1, 1)
+    assert measures.bounds("measurements.interior.worst_inside") == (0, 1)
     confidence = "measurements.outputs.mean_confidence"
     assert measures.bounds(confidence) == (0, 1)
     assert measures.bounds(f"{confidence} - {confidence}")[0] == -np.inf
@@ -302,10 +303,17 @@ def test_shares_of_images_are_read_from_the_records():
         {"name": "worst_case_linf", "attack": "worst_case", "norm": "linf", "eps": 0.1, "count": 5},
     ]
     records["frobenius_logits"] = [4.0, 2.0, 6.0, 8.0, 10.0]
-    arrays = {"gaps/of_images/accuracy": np.array([0.0, 1.0, np.nan])}
+    records["spectral_logits"] = [4.0, 2.0, 6.0, 8.0, np.nan]
+    arrays = {
+        "energy/of_images/path": np.array([0.0, 1.0]),
+        "energy/of_images/rise": np.array([0.0, 1.0]),
+        "margins/of_images/mean": np.array([0.0, np.inf]),
+    }
+    measured = {"energy": {"path": 0.5, "rise": 0.7}, "margins": {"mean": 0.0}}
     run = {
         "attacks": [{**attack, "robust_accuracy": 0} for attack in attacks],
         "temperature": 2.0,
+        "measurements": measured,
     }
 
     def outcomes(measure):
@@ -319,38 +327,45 @@ def test_shares_of_images_are_read_from_the_records():
     assert outcomes("clean.accuracy - fgsm@0.05") == {0: 0, 1: 1, 2: 0}
     assert outcomes("jacobian.logits.frobenius.mean") == {0: 4, 1: 2, 2: 6, 3: 8, 4: 10}
     assert outcomes("jacobian.matched.frobenius.mean") == {0: 2, 1: 1, 2: 3, 3: 4, 4: 5}
-    assert outcomes("measurements.gaps.accuracy") == {0: 0, 1: 1}
+    assert outcomes("measurements.energy.path") == {0: 0, 1: 1}
     for other in (
-        *("jacobian.logits.spectral.mean", "jacobian.logits.frobenius.median"),
-        *("measurements.gaps.cross_entropy", "pgd@0.3", "training.last.robust_accuracy"),
+        # An image without a value, of the probabilities no value, and no mean.
+        *("jacobian.logits.spectral.mean", "jacobian.probabilities.frobenius.mean"),
+        *("jacobian.logits.frobenius.median", "measurements.margins.mean"),
+        "measurements.energy.rise",  # of another measurement than its array
+        *("measurements.energy.oscillation", "pgd@0.3", "training.last.robust_accuracy"),
     ):
         assert outcomes(other) is None
 
 
 def test_a_mean_over_images_has_an_interval_for_other_images():
-    """A gap on 200 images that is the same for each seed is no more certain than the images."""
+    """An energy of 200 images that is the same for each seed is no more certain than the images."""
     rng = np.random.default_rng(0)
     of_images = {"a": rng.normal(size=200), "b": rng.normal(size=200)}
     runs = {
         arm: {
             seed: Evidence(
-                {"measurements": {"gaps": {"loss": values.mean() + seed / 1000}}},
-                arrays={"gaps/of_images/loss": values + seed / 1000},
+                {"measurements": {"energy": {"path": values.mean() + seed / 1000}}},
+                arrays={"energy/of_images/path": values + seed / 1000},
             )
             for seed in range(3)
         }
         for arm, values in of_images.items()
     }
-    test = {**ABOVE, "measure": "measurements.gaps.loss"}
+    test = {**ABOVE, "measure": "measurements.energy.path"}
     judged = claims.judge_test(test, runs)
     difference = of_images["b"] - of_images["a"]
     expected = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
     np.testing.assert_allclose((judged["low"], judged["high"]), expected)
     assert judged["images"] == 200
     assert not 2 * judged["from_images"] > judged["high"] - judged["low"] + 1e-9
-    # No number of the images' makes an interval of what is no share.
-    same = interval(np.full((3, 200), 0.1), shares=False)
-    assert same.high - same.low < 1e-9
+    # Where all images are alike, only a share may be another for images not seen.
+    for by_seed in runs["a"].values():
+        by_seed.arrays["energy/of_images/path"][:] = by_seed.results["measurements"]["energy"][
+            "path"
+        ]
+    alike = claims.judge_test({**test, "arms": ("a",), "level": 0.0}, runs)
+    assert alike["images"] == 200 and alike["from_images"] < 1e-9
 
 
 def test_unseen_images_count_where_an_image_is_right_or_wrong_in_a_measurement():

@@ -216,6 +216,15 @@ def test_a_run_that_tracked_margins_by_one_estimate_is_read(tmp_path):
         expected.track_margins.first_order = first_order
         assert stored.config_of(tmp_path).track_margins == expected.track_margins
         folder.check_run(tmp_path, expected)
+    (tmp_path / "config.json").unlink()
+    a_study(tmp_path)
+    tree = json.loads((tmp_path / "study.json").read_text())
+    arm = next(iter(tree["arms"]))
+    tree["base"]["track_margins"] = tree["arms"][arm]["track_margins"] = 7
+    (tmp_path / "study.json").write_text(json.dumps(tree))
+    found = stored.config_of(tmp_path)
+    assert found.base.track_margins.first_order == found.arms[arm].track_margins.first_order == 7
+    assert found.base.track_margins.keys() == expected.track_margins.keys()
 
 
 def test_json_is_a_config_again():

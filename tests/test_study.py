@@ -506,3 +506,5 @@ def test_numbers_along_training_are_those_of_the_validations(tmp_path):
     assert [point["epoch"] for point in points] == [0.5, 2.0]
     np.testing.assert_allclose([point["mean"] for point in points], [1.1, 3.1])
     assert points[0]["low"] < 1.1 < points[0]["high"]
+    # A run whose margins were all infinite has none.
+    assert study._history([tmp_path / "0"], "average_margin_attack") == []

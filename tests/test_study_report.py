@@ -22,7 +22,8 @@ def test_a_claim_about_most_layers_shows_the_interval_of_each(tmp_path):
     assert len(entries) > 20
     for name, entry in entries:
         mean, low, high = (f"{entry[of]:+.3g}" for of in ("mean", "low", "high"))
-        assert f"{name} {mean} [{low}, {high}]" in page
+        assert page.count(f"{name} {mean} [{low}, {high}]") == 1
+    assert "so: Dense_0 +0.105 [+0.0465, +0.163], Dense_1 +0.112" in page
 
 
 def test_what_was_measured_at_initialisation_is_one_more_line(tmp_path, monkeypatch):
@@ -40,6 +41,8 @@ def test_what_was_measured_at_initialisation_is_one_more_line(tmp_path, monkeypa
             "spectra/singular_values/head": np.array([2.0, 1.0 + i]),
             "spectra_initial/singular_values/head": np.array([5.0, 4.0]),
             "outputs/confidence": np.linspace(0, 1, 9),
+            "features_initial/change_random/head": np.ones(3) + i,  # of networks that differ
+            "features_initial/change_adversarial/head": np.ones(3),
         }
         for i, arm in enumerate(results["arms"])
     }
@@ -47,7 +50,8 @@ def test_what_was_measured_at_initialisation_is_one_more_line(tmp_path, monkeypa
     assert list(drawn) == [*results["arms"].values(), "initialisation"]
     np.testing.assert_array_equal(drawn["initialisation"]["head"], [5.0, 4.0])
     figures = {path.stem for path in (tmp_path / "figures").iterdir()}
-    assert {"spectra", "outputs_confidence"} < figures and "spectra_initial" not in figures
+    assert {"spectra", "outputs_confidence", "features_initial"} < figures
+    assert "spectra_initial" not in figures
 
 
 def test_pairs_are_drawn_in_the_unit_of_the_table(tmp_path, monkeypatch):

@@ -136,5 +136,6 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path, monkeypatc
     assert said[-1] == "4 of 6 runs are not finished: at/0, other/0, entm/1, other/1"
     results = stored.results(tmp_path)
     assert list(results["table"]["at"]["clean"]["values"]) == ["1"]
+    assert results["table"]["at"]["mean margin"]["images"] == len(arrays["outputs/gap"])
     assert results["table"]["other"]["clean"]["mean"] is None
     assert results["claims"]["a"]["verdict"] == "no verdict"

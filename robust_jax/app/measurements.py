@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from robust_jax import data, energy, jacobian, losses, margins, models
 from robust_jax.analysis import calibration, features, latent, spectra, surface
+from robust_jax.analysis.summaries import gaps as gaps_between
 from robust_jax.analysis.summaries import summary
 from robust_jax.attacks import Norm, fab, never, pgd
 from robust_jax.batches import on_one_device
@@ -23,7 +24,8 @@ from robust_jax.keys import fold_in_each
 from robust_jax.types import LogitsFn
 
 # Numbers are for results.json; arrays, to draw, for measurements.npz. The array of_images/NAME [N]
-# holds what the number of that name is the mean of, an image each.
+# holds what the number of that name is the mean of, an image each, where these are test images:
+# training images are other ones for each seed.
 Numbers = dict[str, float | np.ndarray]
 _BATCH_SIZE = 250
 # Networks of one layer after another, which margins by Lipschitz constants are for.
@@ -64,6 +66,7 @@ def outputs(
     curve = calibration.reliability(found["top_probability"], found["correct"])
     return {
         **_means(
+            of_images=split == "test",
             mean_margin=margin,
             mean_confidence=found["confidence"],
             mean_entropy=found["entropy"],
@@ -131,8 +134,8 @@ def input_margins(
     found = np.asarray(found)
     if not np.isfinite(found).any():  # such as those of a network that collapsed
         return {"count": 0, "not_finite": len(found)}
-    finite = np.where(np.isfinite(found), found, np.nan)
-    return {**summary(found), "input_margin": found, "of_images/mean": finite}
+    of_images = {"of_images/mean": found} if split == "test" else {}
+    return {**summary(found), "input_margin": found, **of_images}
 
 
 def layer_spectra(subject: Subject) -> Numbers:
@@ -321,7 +324,7 @@ def interior(
 def gaps(subject: Subject, *, num_examples: int = 1000) -> Numbers:
     """Generalisation gaps: accuracy and cross-entropy on training images minus on test images.
 
-    Of as many of either. Costs a forward pass an example.
+    Costs a forward pass an example.
     """
 
     def measure(fn, rows):
@@ -332,10 +335,7 @@ def gaps(subject: Subject, *, num_examples: int = 1000) -> Numbers:
         }
 
     splits = (subject.dataset.train, subject.dataset.test)
-    num_examples = min(num_examples, *(len(split.labeled) for split in splits))
-    train, test = (_over(subject, measure, *_examples(s, num_examples)) for s in splits)
-    # Any pairing of the two has the variance of their difference.
-    return _means(**{name: train[name] - test[name] for name in train})
+    return {**gaps_between(*(_over(subject, measure, *_examples(s, num_examples)) for s in splits))}
 
 
 def jacobian_spectrum(
@@ -405,13 +405,11 @@ NUMBERS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def _means(**of_images: Any) -> Numbers:
-    """The mean of each [N], and what it is the mean of."""
-    values = {name: np.asarray(v, np.float64) for name, v in of_images.items()}
-    return {
-        **{name: float(v.mean()) for name, v in values.items()},
-        **{f"of_images/{name}": v for name, v in values.items()},
-    }
+def _means(*, of_images: bool = True, **values: Any) -> Numbers:
+    """The mean of each [N] and, if wanted, what it is the mean of."""
+    found = {name: np.asarray(v, np.float32) for name, v in values.items()}
+    kept = {f"of_images/{name}": v for name, v in found.items()} if of_images else {}
+    return {**{name: float(v.mean(dtype=np.float64)) for name, v in found.items()}, **kept}
 
 
 def _examples(

@@ -136,11 +136,9 @@ def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     Later the audit had a norm and an eps of None, which stood for those of the threat model, and
     margins were tracked by one estimate.
     """
+    tree = _with_estimates(tree)
     if "audit" not in tree:
         return tree
-    if isinstance(count := tree.get("track_margins"), int):
-        others = {"minimum_norm": 0, "clever": 0, "num_steps": 100, "num_samples": 1024}
-        tree = {**tree, "track_margins": {"first_order": count, **others}}
     if "threat" in tree:
         audit = {k: v for k, v in tree["audit"].items() if v is not None}
         return {**tree, "audit": audit}
@@ -154,6 +152,17 @@ def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
         if entry and "eps" in entry and entry.get("name") not in ("jsma", "carlini_wagner"):
             entry.setdefault("norm", "linf")
     return {**tree, "threat": {"norm": audit["norm"], "eps": audit["eps"]}}
+
+
+def _with_estimates(value: Any) -> Any:
+    """A config, or a study's, that tracked margins by one estimate, with a section for all."""
+    if not isinstance(value, dict):
+        return value
+    value = {key: _with_estimates(entry) for key, entry in value.items()}
+    if isinstance(count := value.get("track_margins"), int):
+        others = {"minimum_norm": 0, "clever": 0, "num_steps": 100, "num_samples": 1024}
+        value["track_margins"] = {"first_order": count, **others}
+    return value
 
 
 def _with_tuples(value: Any) -> Any:

@@ -75,18 +75,21 @@ def outcomes(
     arrays: Mapping[str, np.ndarray],
     measure: str,
 ) -> pd.Series | None:
-    """What a number is the mean of: one for each image, by its index.
+    """What a number is the mean of: one for each test image, by its index.
 
-    None where the measure is no mean over images, or neither their table (see records.py) nor the
-    arrays of the measurements have it.
+    None where the measure is no mean over test images, where neither their table (see records.py)
+    nor the arrays of the measurements have it, or where an image has no value.
     """
     if " - " in measure:
         one, other = (outcomes(results, table, arrays, part) for part in measure.split(" - "))
         return None if one is None or other is None else (one - other).dropna()
     if measure.startswith("measurements."):
         _, label, name = measure.split(".", 2)
-        of_images = arrays.get(f"{label}/of_images/{name}")
-        return None if of_images is None else pd.Series(of_images).dropna()
+        of_images, number = arrays.get(f"{label}/of_images/{name}"), _node(results, measure)
+        # A run that was stopped between its two files has the arrays of another measurement.
+        if of_images is None or number is None or not np.isclose(of_images.mean(), number):
+            return None
+        return pd.Series(of_images.astype(float))
     if table is None:
         return None
     table = table.set_index("index")
@@ -96,7 +99,9 @@ def outcomes(
         _, of, norm, _ = measure.split(".")
         scale = results["temperature"] if of == "matched" else 1.0
         column = f"{norm}_{'logits' if of == 'matched' else of}"
-        return table[column] / scale if column in table else None
+        if column not in table or not np.isfinite(table[column]).all():
+            return None
+        return table[column] / scale
     if "@" not in measure or (entry := _attack(results, measure)) is None:
         return None
     if entry["attack"].startswith("worst_case"):

@@ -1,7 +1,7 @@
 """A study's folder as report.html and as README.md with its figures, for a repository."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def _at_start(results: Results) -> dict[str, str]:
 def _of_measurements(arrays: Arrays, at_start: Mapping[str, str]) -> dict[str, tuple[Figure, str]]:
     """Figures of the measurements, with what there was at initialisation as one more arm.
 
-    All arms begin there: it is that of the first.
+    That is for arms which all begin at the same network; others keep a figure of their own.
     """
 
     def left_by(measurement: str, found: Mapping[str, np.ndarray], label: str):
@@ -163,16 +163,29 @@ def _of_measurements(arrays: Arrays, at_start: Mapping[str, str]) -> dict[str, t
             if name.partition("/")[0] == measurement
         }
 
+    shared = {
+        label: start
+        for label, start in at_start.items()
+        if arrays and _alike([left_by(start, found, label) for found in arrays.values()])
+    }
     others = {
-        arm: {n: v for n, v in found.items() if n.partition("/")[0] not in at_start.values()}
+        arm: {n: v for n, v in found.items() if n.partition("/")[0] not in shared.values()}
         for arm, found in arrays.items()
     }
     figures = figures_lib.of_measurements(others)
-    for label, start in at_start.items() if arrays else ():
+    for label, start in shared.items():
         beside = {arm: left_by(label, found, label) for arm, found in arrays.items()}
         beside["initialisation"] = left_by(start, next(iter(arrays.values())), label)
         figures |= figures_lib.of_measurements(beside)
     return figures
+
+
+def _alike(found: Sequence[Mapping[str, np.ndarray]]) -> bool:
+    first = found[0]
+    return all(
+        other.keys() == first.keys() and all(np.array_equal(first[n], other[n]) for n in first)
+        for other in found
+    )
 
 
 def text(results: Results) -> str:

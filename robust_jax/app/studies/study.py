@@ -311,7 +311,7 @@ def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
             found[trial.arm][trial.seed] = Evidence(
                 stored.results(here),
                 records.read(here / "records" / "best.csv"),
-                stored.measured(here),
+                {k: v for k, v in stored.measured(here).items() if "/of_images/" in k},
             )
         elif trial.seed in config.seeds:
             missing.append(trial.name)
