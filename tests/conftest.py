@@ -1,4 +1,4 @@
-"""Eight fake devices for every test, and how programs are compiled."""
+"""Eight fake devices for every test, and a compilation cache that the workers share."""
 
 import gc
 import os
@@ -26,12 +26,11 @@ os.environ["XLA_FLAGS"] = (
 )
 
 REPOSITORY = Path(__file__).parents[1]
-# For the processes that tests start. The tests' own uses a cache only if that variable was set:
-# writing the programs slows a first run of the suite, and speeds up the second.
-DEFAULT_CACHE = str(Path(tempfile.gettempdir()) / "robust_jax_test_cache")
-CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", DEFAULT_CACHE)
+CACHE = os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "robust_jax_test_cache")
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # scikit-learn's threads would wait for each other
-jax.config.update("jax_compilation_cache_dir", None if CACHE == DEFAULT_CACHE else CACHE)
+jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # A tenth of the time goes to garbage and to the lines of source that a program came from.
 jax.config.update("jax_traceback_in_locations_limit", 0)

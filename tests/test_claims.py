@@ -307,7 +307,7 @@ def test_shares_of_images_are_read_from_the_records():
     arrays = {
         "energy/of_images/path": np.array([0.0, 1.0]),
         "energy/of_images/rise": np.array([0.0, 1.0]),
-        "margins/of_images/mean": np.array([0.0, np.inf]),
+        "margins/of_images/mean": np.array([-np.inf, 0.0, np.inf]),
     }
     measured = {"energy": {"path": 0.5, "rise": 0.7}, "margins": {"mean": 0.0}}
     run = {

@@ -86,8 +86,10 @@ def outcomes(
     if measure.startswith("measurements."):
         _, label, name = measure.split(".", 2)
         of_images, number = arrays.get(f"{label}/of_images/{name}"), _node(results, measure)
+        if of_images is None or number is None or not np.isfinite(of_images).all():
+            return None
         # A run that was stopped between its two files has the arrays of another measurement.
-        if of_images is None or number is None or not np.isclose(of_images.mean(), number):
+        if not np.isclose(of_images.mean(), number):
             return None
         return pd.Series(of_images.astype(float))
     if table is None:
