@@ -139,6 +139,38 @@ def test_most_of_several_entries_each_with_a_verdict_of_its_own():
     assert judge(two, falls)["verdict"] == "no verdict"
 
 
+def test_each_entry_that_is_a_mean_over_images_has_an_interval_for_other_images():
+    rng = np.random.default_rng(0)
+    layers = ("conv", "head")
+    change = {(arm, layer): rng.random(50) for arm in ("a", "b") for layer in layers}
+    runs = {
+        arm: {
+            seed: Evidence(
+                {
+                    "measurements": {
+                        "features": {
+                            f"random/{n}": change[arm, n].mean() + seed / 100 for n in layers
+                        }
+                    }
+                },
+                arrays={
+                    f"features/of_images/random/{n}": change[arm, n] + seed / 100 for n in layers
+                },
+            )
+            for seed in range(3)
+        }
+        for arm in ("a", "b")
+    }
+    (test,) = judge(runs, {**ABOVE, "measure": "measurements.features.random/*"})["tests"]
+    assert test["images"] == 50
+    for layer, entry in test["entries"].items():
+        (alone,) = judge(runs, {**ABOVE, "measure": f"measurements.features.random/{layer}"})[
+            "tests"
+        ]
+        assert entry["high"] - entry["low"] == alone["high"] - alone["low"] > 0.1
+        assert entry["images"] == 50
+
+
 @pytest.mark.parametrize(
     ("verdicts", "expected"),
     [

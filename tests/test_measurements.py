@@ -51,12 +51,39 @@ def test_numbers_are_finite(name):
             assert len(values) == 60 and values.mean() == pytest.approx(number, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["margins", "outputs", "gaps"])
+@pytest.mark.parametrize("name", ["margins", "outputs"])
 def test_images_of_training_which_are_others_for_each_seed_are_not_kept(name):
-    split = {} if name == "gaps" else {"split": "train"}
-    assert not [key for key in measured(name, **split) if key.startswith("of_images")]
-    if split:
-        assert [key for key in measured(name, split="test") if key.startswith("of_images")]
+    assert not [key for key in measured(name, split="train") if key.startswith("of_images")]
+    assert [key for key in measured(name, split="test") if key.startswith("of_images")]
+
+
+def test_a_gap_is_kept_as_that_between_all_training_images_and_each_test_image():
+    gaps, dataset = measured("gaps"), subject().dataset
+    for split, of in ((dataset.train, "train"), (dataset.test, "test")):
+        logits = subject().logits_fn(data.to_pixels(split.images[:60]))
+        right = np.asarray(losses.correct(logits, split.labels[:60]))
+        if of == "train":
+            mean = right.mean()
+        else:
+            np.testing.assert_allclose(gaps["of_images/accuracy"], mean - right, rtol=1e-6)
+    assert gaps["accuracy"] == pytest.approx(mean - right.mean(), abs=1e-6)
+
+
+def test_every_image_tells_how_it_changes_a_layer_and_the_ratio_of_two_changes():
+    changes = measured("features")
+    images = 60
+    adversarial, random = (changes[f"change_{kind}/logits"] for kind in ("adversarial", "random"))
+    assert np.isfinite(adversarial).all() and (adversarial > 0).all()  # the misclassified move, too
+    shares = changes["of_images/adversarial_over_random/logits"]
+    ratio = changes["adversarial_over_random/logits"]
+    assert ratio == pytest.approx(adversarial.mean() / random.mean(), rel=1e-5)
+    without = [
+        np.delete(adversarial, i).mean() / np.delete(random, i).mean() for i in range(images)
+    ]
+    pseudo_values = images * ratio - (images - 1) * np.array(without)
+    # The same to first order, which makes the jackknife's interval.
+    assert np.corrcoef(shares, pseudo_values)[0, 1] > 0.999
+    np.testing.assert_allclose(shares.std(), np.std(pseudo_values), rtol=0.05)
 
 
 def test_what_a_study_draws_is_what_its_numbers_say():

@@ -15,7 +15,6 @@ from flax import linen as nn
 
 from robust_jax import data, energy, jacobian, losses, margins, models
 from robust_jax.analysis import calibration, features, latent, spectra, surface
-from robust_jax.analysis.summaries import gaps as gaps_between
 from robust_jax.analysis.summaries import summary
 from robust_jax.attacks import Norm, fab, never, pgd
 from robust_jax.batches import on_one_device
@@ -206,15 +205,18 @@ def feature_change(
         if layer != "features"  # where it is a layer that has a name, it counts once
         or not any(np.array_equal(of_one[layer], h) for n, h in of_one.items() if n != layer)
     ]
-    means = {
-        kind: {layer: float(np.nanmean(by_layer[layer])) for layer in layers}
-        for kind, by_layer in changes.items()
-    }
-    means["adversarial_over_random"] = {
-        layer: means["adversarial"][layer] / means["random"][layer] for layer in layers
-    }
+    found = {f"{kind}/{layer}": changes[kind][layer] for kind in changes for layer in layers}
+    for layer in layers:
+        adversarial, random = (changes[kind][layer] for kind in ("adversarial", "random"))
+        random = np.where(np.isnan(adversarial), np.nan, random)  # both of the same images
+        ratio = np.nanmean(adversarial) / np.nanmean(random)
+        # The ratio of the means, and how each image moves it to first order.
+        found[f"adversarial_over_random/{layer}"] = ratio + (
+            adversarial - ratio * random
+        ) / np.nanmean(random)
     return {
-        **{f"{kind}/{layer}": v for kind, found in means.items() for layer, v in found.items()},
+        # An image that did not move has no number, and then there is no interval for images.
+        **_means(mean=np.nanmean, **found),
         **{
             f"{prefix}change_{kind}/{layer}": changes[f"{prefix}{kind}"][layer]
             for prefix in ("", "relative_")
@@ -324,7 +326,8 @@ def interior(
 def gaps(subject: Subject, *, num_examples: int = 1000) -> Numbers:
     """Generalisation gaps: accuracy and cross-entropy on training images minus on test images.
 
-    Costs a forward pass an example.
+    Of a test image, it is the gap to the mean over training images. Costs a forward pass an
+    example.
     """
 
     def measure(fn, rows):
@@ -335,7 +338,8 @@ def gaps(subject: Subject, *, num_examples: int = 1000) -> Numbers:
         }
 
     splits = (subject.dataset.train, subject.dataset.test)
-    return {**gaps_between(*(_over(subject, measure, *_examples(s, num_examples)) for s in splits))}
+    train, test = (_over(subject, measure, *_examples(s, num_examples)) for s in splits)
+    return _means(**{name: train[name].mean() - test[name] for name in train})
 
 
 def jacobian_spectrum(
@@ -353,7 +357,7 @@ def jacobian_spectrum(
         )
 
     found = _over(subject, measure, x, y)
-    return {f"{i}": float(value) for i, value in enumerate(found.mean(0))}
+    return _means(**{f"{i}": values for i, values in enumerate(found.T)})
 
 
 MEASUREMENTS: Mapping[str, Callable[..., Numbers]] = {
@@ -405,11 +409,11 @@ NUMBERS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def _means(*, of_images: bool = True, **values: Any) -> Numbers:
+def _means(*, of_images: bool = True, mean: Callable = np.mean, **values: Any) -> Numbers:
     """The mean of each [N] and, if wanted, what it is the mean of."""
     found = {name: np.asarray(v, np.float32) for name, v in values.items()}
     kept = {f"of_images/{name}": v for name, v in found.items()} if of_images else {}
-    return {**{name: float(v.mean(dtype=np.float64)) for name, v in found.items()}, **kept}
+    return {**{name: float(mean(v, dtype=np.float64)) for name, v in found.items()}, **kept}
 
 
 def _examples(

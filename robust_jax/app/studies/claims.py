@@ -67,10 +67,9 @@ def judge_test(
     A test of "a.path/*" claims this for most of the entries, such as layers. Each entry has an
     interval and a verdict of its own.
     """
-    shared = sorted(set.intersection(*(set(found[arm]) for arm in test["arms"])))
-    runs = [[found[arm][seed] for arm in test["arms"]] for seed in shared]
     if test["measure"].endswith("/*"):
-        return _judge_most(test, runs)
+        return _judge_most(test, found)
+    runs = _paired(test, found)
     outcomes = _outcomes(test, runs)
     numbers = [[measures.value(run.results, test["measure"]) for run in arms] for arms in runs]
     measured = np.array([of_seed for of_seed in numbers if None not in of_seed], float)
@@ -101,22 +100,29 @@ def _bounds(test: Mapping[str, Any]) -> tuple[float, float]:
     return low - high - by, high - low - by
 
 
-def _judge_most(test: Mapping[str, Any], runs: Sequence[Sequence[Evidence]]) -> dict[str, Any]:
-    by_seed = [[measures.by_entry(run.results, test["measure"]) for run in arms] for arms in runs]
+def _paired(test: Mapping[str, Any], found: Found) -> list[list[Evidence]]:
+    """The runs of the test's arms, [seeds][arms], of the seeds that all the arms have."""
+    shared = sorted(set.intersection(*(set(found[arm]) for arm in test["arms"])))
+    return [[found[arm][seed] for arm in test["arms"]] for seed in shared]
+
+
+def _judge_most(test: Mapping[str, Any], found: Found) -> dict[str, Any]:
+    by_seed = [
+        [measures.by_entry(run.results, test["measure"]) for run in arms]
+        for arms in _paired(test, found)
+    ]
     measured = [of_seed for of_seed in by_seed if all(of_seed)]
-    entries: dict[str, dict[str, Any]] = {}
-    for name in measured[0][0] if measured else ():
-        numbers = np.array([[of_arm[name] for of_arm in of_seed] for of_seed in measured])
-        outcomes = [float(_margin(test, of_seed)) for of_seed in numbers]
-        smallest = _size(test.get("smallest_effect", 0.0), test, numbers)
-        known = interval(outcomes)
-        entries[name] = {
-            "values": outcomes,
-            **_known(known),
-            "smallest_effect": smallest,
-            "verdict": verdict(known, len(outcomes), smallest),
+    path = test["measure"].removesuffix("*")
+    entries = {
+        name: {
+            key: value
+            for key, value in judge_test({**test, "measure": f"{path}{name}"}, found).items()
+            if key not in KEYS or key == "smallest_effect"
         }
+        for name in (measured[0][0] if measured else ())
+    }
     verdicts = [entry["verdict"] for entry in entries.values()]
+    num_images = {entry["images"] for entry in entries.values()}
     return {
         **test,
         "entries": entries,
@@ -124,7 +130,7 @@ def _judge_most(test: Mapping[str, Any], runs: Sequence[Sequence[Evidence]]) -> 
             float(np.mean([entry["values"][i] > 0 for entry in entries.values()]))
             for i in range(len(measured))
         ],
-        "images": None,
+        "images": num_images.pop() if len(num_images) == 1 else None,
         "verdict": majority(verdicts),
     }
 
