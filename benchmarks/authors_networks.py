@@ -71,7 +71,8 @@ def load(path: Path) -> LogitsFn:
 
 def mnist(num_examples: int) -> tuple[np.ndarray, np.ndarray]:
     """The first test images, in [0,1], and their labels."""
-    test = data.load("tfds:mnist", validation_size=1000).test
+    # Streaming, for the training set is not needed.
+    test = data.load("tfds:mnist", validation_size=1000, streaming=True).test
     images, labels = test.take(np.arange(min(num_examples, test.size)))
     return np.asarray(data.to_pixels(images)), labels
 

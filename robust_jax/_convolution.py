@@ -93,7 +93,8 @@ def _plain_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
 
 def _widen(*arrays: Array) -> list[Array]:
     """In float32 at least: not every bfloat16 product accumulated in float32 runs on the CPU."""
-    return [array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in arrays]
+    # numpy's promotion, as JAX may have been told to allow none.
+    return [array.astype(np.promote_types(array.dtype, np.float32)) for array in arrays]
 
 
 def _cpu_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:

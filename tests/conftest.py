@@ -73,6 +73,13 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages get empty figures, for tests that do not read them: drawing takes a second."""
+    empty = "data:image/svg+xml;base64,"
+    monkeypatch.setattr("robust_jax.app.pages.html._source", lambda *_: empty)
+
+
 def environment_of(devices: int, *, as_users_do: bool = False) -> dict[str, str]:
     """For a process of its own, with as many made-up devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"

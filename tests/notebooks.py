@@ -37,6 +37,6 @@ def run_cell(source: str, namespace: dict[str, Any]) -> list[str]:
     if printed.getvalue():
         kinds.append("stream")
     if value is not None:
-        value.savefig(io.BytesIO()) if isinstance(value, Figure) else value._repr_html_()
+        value.draw_without_rendering() if isinstance(value, Figure) else value._repr_html_()
         kinds.append("execute_result")
     return kinds

@@ -379,6 +379,14 @@ def test_one_example_alone():
     np.testing.assert_allclose(alone.x_adv, expected.x_adv[20:21], atol=1e-5)
 
 
+def test_a_legacy_key_is_one_key_for_two_examples_too():
+    logits_fn, x, y = problem()
+    legacy, typed = (
+        run(logits_fn, x[5:7], y[5:7], key, eps=0.05) for key in (jax.random.PRNGKey(0), KEY)
+    )
+    assert str(legacy) == str(typed)
+
+
 def test_shows_the_attack_and_how_many_still_stand(capsys):
     logits_fn, x, y = problem()
     autoattack(logits_fn, x, y, KEY, eps=0.05, version=("apgd_ce",), overrides=QUICK)

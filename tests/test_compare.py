@@ -138,7 +138,7 @@ def test_the_page_holds_the_tables_and_figures(made):
     assert HOSTILE not in html and not page.all("script") and not page.all("link")
 
 
-def test_what_cannot_be_compared_is_refused_and_nothing_is_written(made, tmp_path):
+def test_what_cannot_be_compared_is_refused_and_nothing_is_written(made, tmp_path, undrawn):
     out = made[2]
     one, other, empty = out.parent / "alone", out.parent / "arm" / "0", tmp_path / "empty"
     empty.mkdir()

@@ -226,7 +226,11 @@ EFFECTS = {
 }
 
 
-def two_steps(field=None, value=None):
+# The others are trained clean, which compiles faster.
+ATTACKED = ("loss_on", "adversary.eps")
+
+
+def two_steps(field=None, value=None, *, attacked=False):
     """The parameters after two steps of a tiny run whose config has one field changed."""
     config = default.get_config()
     config.model = {"name": "mlp", "hidden": (8,)}
@@ -235,6 +239,8 @@ def two_steps(field=None, value=None):
     config.duration = "3 steps"
     config.optimizer = {"name": "sgd" if field == "gradient_clip_norm" else "adam"}
     config.attacks = ConfigDict()
+    if not attacked:
+        config.loss_on = "clean"
     if field is not None:
         with config.unlocked():
             *sections, last = field.split(".")
@@ -251,13 +257,20 @@ def two_steps(field=None, value=None):
 
 @pytest.fixture(scope="module")
 def unchanged():
-    return two_steps(), two_steps("optimizer.name", "sgd")
+    return {
+        "clean": two_steps(),
+        "sgd": two_steps("optimizer.name", "sgd"),
+        "attacked": two_steps(attacked=True),
+    }
 
 
 @pytest.mark.parametrize("field", EFFECTS)
 def test_field_has_an_effect_on_training(field, unchanged):
-    before = unchanged[field == "gradient_clip_norm"]
-    after = two_steps(field, EFFECTS[field])
+    attacked = field in ATTACKED
+    kind = "attacked" if attacked else "sgd" if field == "gradient_clip_norm" else "clean"
+    before = unchanged[kind]
+    after = two_steps(field, EFFECTS[field], attacked=attacked)
+    assert all(np.isfinite(leaf).all() for leaf in after)
     same = [a.shape == b.shape and (a == b).all() for a, b in zip(before, after, strict=True)]
     assert not all(same)
 

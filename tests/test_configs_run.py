@@ -9,8 +9,10 @@ from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax import data
-from robust_jax.app import entries
+from robust_jax._network import comparable
+from robust_jax.app import entries, training
 from robust_jax.app.experiment import build
+from robust_jax.attacks import square
 from robust_jax.models import num_parameters
 from tests.conftest import REPOSITORY
 
@@ -23,6 +25,7 @@ TRACED = {
     "cifar10_wide_resnet34_trades",
     "digits_cnn_at_entm",
     "digits_cnn_at_ls",
+    "digits_cnn_average_margin",
     "digits_cnn_cot",
     "digits_cnn_energy",
     "digits_cnn_energy_label_free",
@@ -34,8 +37,13 @@ TRACED = {
     "digits_cnn_fast_at",
     "digits_cnn_gce",
     "digits_cnn_gce_at",
+    "digits_cnn_input_gradient",
+    "digits_cnn_input_margin",
+    "digits_cnn_jacobian",
     "digits_cnn_l2_at",
     "digits_cnn_ls",
+    "digits_cnn_mart",
+    "digits_cnn_vat",
     "fashion_mnist_lenet5_at",
     "imagenet_resnet50_at",
     "mnist_cnn_average_margin",
@@ -75,8 +83,27 @@ def npz_files(tmp_path_factory):
     return files
 
 
+@pytest.fixture(scope="module")
+def attacks_tried_once():
+    """Whatever the radius, and but for Square's windows whatever the images: tracing takes time."""
+    tried, plain = set(), training.try_attack
+
+    def try_attack(path, attack, dataset, reference=None, **keywords):
+        every = attack.keywords | keywords
+        shape = dataset.image_shape if attack.func is square else None
+        kept = comparable({name: value for name, value in every.items() if name != "eps"})
+        this = (attack.func, kept, shape, reference is None)
+        if this not in tried:
+            plain(path, attack, dataset, reference, **keywords)
+            tried.add(this)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "try_attack", try_attack)
+        yield
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_takes_two_steps_or_is_traced(name, npz_files):
+def test_config_takes_two_steps_or_is_traced(name, npz_files, attacks_tried_once):
     config = importlib.import_module(f"configs.{name}").get_config()
     if config.dataset != "digits":
         config.dataset = npz_files[config.dataset]

@@ -286,9 +286,11 @@ def test_a_training_run_on_a_stream_ends_as_one_in_memory(small_mnist, tmp_path)
             batch_size=8,
             duration="4 steps",
             seed=0,
+            loss_on="clean",
+            validation_attack={"name": "fgsm", "eps": 0.0},
         )
         config.model = {"name": "mlp", "hidden": (4,)}
-        config.adversary.num_steps = 1
+        config.adversary = None
         config.attacks = ConfigDict()
         plan = build(config).plan
         found[streaming] = jax.device_get(train(plan, tmp_path / str(streaming)).last.params)

@@ -15,10 +15,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
+from configs.studies import entm
 from robust_jax.app import config as config_lib
 from robust_jax.app import stored
 from robust_jax.app.pages import report
 from robust_jax.app.run import execute
+from robust_jax.app.studies import measures
 from robust_jax.errors import UserError
 from robust_jax.files import write_json
 from tests.conftest import environment_of
@@ -49,7 +51,7 @@ ONE_MEMBER = {**AUTOATTACK, "eps": (0.1,), "version": ("square",), "num_examples
 def fewer_attacks():
     """Part of the default config's grid, with AutoAttack on a small budget."""
     grid = default.attack_grid(
-        linf=(0.05, 0.1, 0.15, 0.2, 0.3), l2=(0.5, 1.0, 2.0), autoattack=("linf",)
+        linf=(0.1, 0.15, 0.2, 0.3), l2=(0.5, 1.0, 2.0), autoattack=("linf",)
     ).to_dict()
     grid["autoattack_linf"]["overrides"] = {
         "apgd_ce": {"num_steps": 10},
@@ -115,13 +117,16 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "run"
     fields = {
         **TINY,
+        "model": {"name": "mlp", "hidden": (8, 8)},
         "attacks": {"pgd_linf": {"name": "pgd", "eps": (0.1,)}, "autoattack_linf": ONE_MEMBER},
         "evaluation.num_examples": 100,
         "evaluation.num_images": 2,
         "learning_rate": 1e-5,
         "loss_on": "clean",
     }
-    execute(default_with(fields), workdir, "train")
+    with pytest.MonkeyPatch.context() as patch:  # as the fixture undrawn does
+        patch.setattr("robust_jax.app.pages.html._source", lambda *_: "data:image/svg+xml;base64,")
+        execute(default_with(fields), workdir, "train")
     return workdir
 
 
@@ -261,6 +266,10 @@ def test_results_say_how_they_were_made(results):
     assert results["jacobian"]["logits"]["frobenius"]["mean"] > 0
     # Compiled as for users, two computations of one logit's gradient differ by rounding.
     assert 0 < results["relative_slope"]["median"] < 100 and 0.1 < results["temperature"] < 10
+    # The table of the study of EntM, no arm of which runs in test_study_runs.py.
+    for _, measure in entm.get_config().measures:
+        if not re.match(r"\w+@|measurements\.|audit\.", measure):
+            assert measures.value(results, measure) is not None, measure
 
 
 def test_the_table_is_printed_and_the_page_is_self_contained(demo, results):
@@ -306,7 +315,7 @@ def test_report_mode_writes_the_page_again(moved, launch):
 
 
 def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_same(
-    finished, copied, results
+    finished, copied, results, undrawn
 ):
     audited = results["audit"]  # as if the small run had one
     results, config = {**results_in(copied), "audit": audited}, stored.config_of(copied)
@@ -348,7 +357,7 @@ def test_launch_evaluates_the_demo_again_and_keeps_its_audit(demo, results, move
     assert again["clean"] == results["clean"] and again["audit"] == results["audit"]
 
 
-def test_a_run_whose_evaluation_was_killed_is_evaluated_again(copied):
+def test_a_run_whose_evaluation_was_killed_is_evaluated_again(copied, undrawn):
     results, config = results_in(copied), stored.config_of(copied)
     (copied / "results.json").unlink()  # written last
     (copied / "report.html").unlink()
@@ -431,7 +440,7 @@ def test_a_record_s_key_makes_its_adversarial_again(demo):
     assert (np.argmax(logits_fn(x_adv), -1) != rows["label"]).all()
 
 
-def test_autoattack_alone_is_evaluated(copied):
+def test_autoattack_alone_is_evaluated(copied, undrawn):
     """Of a run that was stopped when it was trained, before anything was evaluated."""
     for name in ("results.json", "card.json", "examples.npz"):
         (copied / name).unlink()
@@ -444,21 +453,23 @@ def test_autoattack_alone_is_evaluated(copied):
     assert not (copied / "examples.npz").exists()
 
 
-def test_audit_mode_looks_again(demo, results, moved):
-    before = (moved / "results.json").read_bytes()
-    config = stored.config_of(moved)
-    config.audit.surrogate = "nowhere"
+def test_audit_mode_looks_again(finished, copied, results, undrawn):
+    audited = results["audit"]  # as if the small run had one
+    results, config = {**results_in(copied), "audit": audited}, stored.config_of(copied)
+    write_json(copied / "results.json", results)
+    before = (copied / "results.json").read_bytes()
+    config.audit.num_examples, config.audit.surrogate = 20, "nowhere"
     with pytest.raises(UserError, match="config.audit.surrogate is 'nowhere', which holds no run"):
-        execute(config, moved, "audit")
-    assert (moved / "results.json").read_bytes() == before
-    config.audit.num_queries, config.audit.surrogate = 50, str(demo.workdir)
-    execute(config, moved, "audit")
-    again = results_in(moved)
+        execute(config, copied, "audit")
+    assert (copied / "results.json").read_bytes() == before
+    config.audit.num_queries, config.audit.surrogate = 50, str(finished)
+    execute(config, copied, "audit")
+    again = results_in(copied)
     assert again["config"]["audit"]["num_queries"] == 50
     transfer = again["audit"]["checks"][-1]
-    assert transfer["name"] == "transfer" and str(demo.workdir) in transfer["values"]
+    assert transfer["name"] == "transfer" and str(finished) in transfer["values"]
     assert again["attacks"] == results["attacks"]
-    assert report.audit_sentence(again) in (moved / "report.html").read_text()
+    assert report.audit_sentence(again) in (copied / "report.html").read_text()
 
 
 @pytest.mark.slow  # test_processes.py has four devices beside one, test_train.py a step on eight
@@ -498,7 +509,8 @@ def test_the_page_on_reading_runs_runs_on_the_demo(demo, monkeypatch, tmp_path):
         exec(example, {})
 
 
-# The notebooks' images, steps and queries, and as many of them as show that every cell runs.
+# The notebooks' images, steps, queries and attacks, and as many of them as show that every cell
+# runs. What is audited twice is compiled once.
 FEWER = {
     "[:200]": "[:20]",
     "[:80]": "[:20]",
@@ -506,7 +518,10 @@ FEWER = {
     "num_steps=20": "num_steps=5",
     "num_queries=500": "num_queries=20",
     "num_queries=300": "num_queries=20",
-    """{"square": {"num_queries": 500}}""": repr(fewer_attacks()["autoattack_linf"]["overrides"]),
+    "audit(honest, x, y, key": "audit(rounded, x, y, key",
+    """overrides={"square": {"num_queries": 500}}""": (
+        f"version={AUTOATTACK['version']}, overrides={AUTOATTACK['overrides']}"
+    ),
 }
 
 

@@ -130,6 +130,10 @@ def test_the_reference_has_every_public_name():
 
 def test_the_readme_library_example_runs():
     (example,) = code("README.md")
+    call = 'attacks.autoattack(logits_fn, x, y, key, eps=8 / 255, norm="linf"'
+    assert f"{call})" in example
+    # Two of AutoAttack's members, for all four are compiled in test_autoattack.py.
+    example = example.replace(call, f'{call}, version=("apgd_ce", "square")')
     logits_fn, _, _ = make_linear(KEY)
 
     class Model:

@@ -107,6 +107,7 @@ def test_it_leaves_records_a_card_and_a_page(found):
     assert "http" not in page.replace("http://www.w3.org", "").replace("data:image", "")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, monkeypatch):
     result, _ = found
     x, y = points()
@@ -130,35 +131,45 @@ def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, mo
     assert not seen
 
 
+RBG = jax.random.key(0, impl="rbg")
+
+
+def broken_above(mean):
+    """A network whose logits are NaN for brighter images: one program for any number."""
+    mean = jnp.float32(mean)
+
+    def logits_fn(x):
+        is_broken = x.mean((1, 2, 3))[:, None] > mean
+        return jnp.where(is_broken, jnp.nan, network(weights_of(0))(x))
+
+    return logits_fn
+
+
 @pytest.fixture(scope="module")
 def plain():
-    """The evaluation of a small network, without the audit."""
-    return evaluate(network(weights_of(0)), *examples(count=16), KEY)
+    """The evaluation of a small network, without the audit, by a key of another implementation."""
+    return evaluate(broken_above(2.0), *examples(count=16), RBG)
 
 
 def test_a_network_without_forward_mode_is_evaluated(plain):
     x, y = examples(count=16)
-    outside_jax = evaluate(exported(0), x, y, KEY)
+    outside_jax = evaluate(exported(0), x, y, RBG)
     assert outside_jax.robust_accuracy == plain.robust_accuracy < 1
+    held = "autoattack_linf@0.05/held"
+    np.testing.assert_array_equal(outside_jax.records[held], plain.records[held])
     exact = jacobian.singular_values(network(weights_of(0)), x)[:, 0]
     np.testing.assert_allclose(outside_jax.records["spectral_logits"], exact, rtol=1e-4)
     missing = {"frobenius_estimate_logits", "frobenius_estimate_error_logits"}
     assert set(plain.records) - set(outside_jax.records) == missing
 
 
-def test_one_that_is_stopped_while_it_writes_continues(found, tmp_path, monkeypatch):
-    x, y = points()
-    arguments = (trained(), x, y, KEY)
-    labels = {"folder": tmp_path, "name": "an MLP", "dataset": "digits"}
-    settings = {**SETTINGS, "num_audited": 0}
-    with monkeypatch.context() as context:
-        context.setattr(stored, "write_results", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            robust_jax.evaluate(*arguments, **labels, **settings)
-    assert (tmp_path / "card.json").exists() and not (tmp_path / "results.json").exists()
-    again = robust_jax.evaluate(*arguments, **labels, **settings)
-    assert again.robust_accuracy == found[0].robust_accuracy
-    assert not (tmp_path / "unfinished").exists()
+def test_logits_that_are_nan_are_told(plain):
+    x, y = examples(count=16)
+    is_broken = x.mean((1, 2, 3)) > 0.5
+    found = evaluate(broken_above(0.5), x, y, RBG)
+    assert 0 < found.clean_accuracy == 1 - is_broken.mean() < plain.clean_accuracy
+    many = f"{is_broken.sum()} of 16 points have logits that are NaN"
+    assert found.warnings[0].startswith(many)
 
 
 def test_a_folder_of_something_else_is_left_alone(found, tmp_path):
@@ -247,6 +258,7 @@ def test_mistakes_are_told_in_one_line(tmp_path):
     assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_records_of_one_name_and_networks_in_bfloat16_are_told_apart_and_continued(
     plain, tmp_path, monkeypatch
 ):
@@ -278,7 +290,9 @@ def test_records_of_one_name_and_networks_in_bfloat16_are_told_apart_and_continu
         context.setattr(stored, "write_results", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             call(mine[0], tmp_path)
+    assert (tmp_path / "card.json").exists() and not (tmp_path / "results.json").exists()
     found = call(mine[0], tmp_path)
+    assert (tmp_path / "results.json").exists() and not (tmp_path / "unfinished").exists()
     pd.testing.assert_frame_equal(found.records, call(mine[0], None).records)
     assert 0 < found.robust_accuracy < 1
     assert abs(found.robust_accuracy - plain.robust_accuracy) < 0.2

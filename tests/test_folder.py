@@ -7,6 +7,7 @@ import re
 
 import pandas as pd
 import pytest
+from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax.app import command_line, folder, stored
@@ -78,8 +79,10 @@ def test_a_study_goes_on_in_its_own_folder_whoever_made_it(tmp_path):
 
 @pytest.mark.parametrize("mode", ["evaluate", "measure", "report", "audit", "verify"])
 def test_modes_need_a_finished_run(mode, tmp_path):
+    config = default.get_config()
+    config.attacks = ConfigDict()  # which would be tried out before
     with pytest.raises(UserError, match="holds no run"):
-        execute(default.get_config(), tmp_path / "none", mode)
+        execute(config, tmp_path / "none", mode)
     assert not (tmp_path / "none").exists()
 
 

@@ -36,14 +36,22 @@ from tests.small_networks import (
 )
 
 LOOPS = ("autoattack", "audit")
+# PGD with other settings, left to `make test-slow` where each function would be compiled again.
+LIKE_PGD = ("bim", "fgsm", "mim", "multi_targeted", "uniform_noise", "transfer", "rise")
+NOT_LIKE_PGD = [name for name in FUNCTIONS if name not in LIKE_PGD]
 # One of each kind: an attack, a norm of two numbers, a setting that is an attack, no key.
 KINDS = ("pgd", "frobenius_norm_estimate", "minimum_norm", "is_adversarial")
+
+
+def examples_for(name, seed=0):
+    """More for loops, so that what an attack leaves of them varies by whole batches."""
+    return examples(seed, 48 if name in LOOPS else 8)
 
 
 @functools.cache
 def plain(name):
     """What a plain call gives."""
-    return ALL[name](network(weights_of(0)), *examples(), KEY)
+    return ALL[name](network(weights_of(0)), *examples_for(name), KEY)
 
 
 def test_every_function_behind_the_front_door_is_called_here():
@@ -56,7 +64,10 @@ def test_every_function_behind_the_front_door_is_called_here():
 @pytest.mark.parametrize("name", ALL)
 def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
     fn = ALL[name]
-    calls = [(network(weights_of(seed)), *examples(seed), jax.random.key(seed)) for seed in (1, 2)]
+    calls = [
+        (network(weights_of(seed)), *examples_for(name, seed), jax.random.key(seed))
+        for seed in (1, 2)
+    ]
     plain(name)
     with lowerings() as seen:
         for i, (logits_fn, x, y, key) in enumerate(calls):
@@ -68,13 +79,13 @@ def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
             assert not seen, f"{name} compiled {len(seen)} programs again"
 
 
-@pytest.mark.parametrize("name", [*KINDS, *LOOPS])
+# Loops: tests/test_front.py.
+@pytest.mark.parametrize("name", KINDS)
 def test_is_compiled_once_on_one_device(name, monkeypatch):
-    fn, expected = ALL[name], plain(name)
+    fn, expected = FUNCTIONS[name], plain(name)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     found = fn(network(weights_of(0)), *examples(), KEY)
-    if name not in LOOPS:
-        chex_close(found, expected)
+    chex_close(found, expected)
     logits_fn, (x, y) = network(weights_of(1)), examples(1)
     with lowerings() as seen:
         fn(logits_fn, x, y, jax.random.key(1))
@@ -84,12 +95,13 @@ def test_is_compiled_once_on_one_device(name, monkeypatch):
 @pytest.mark.parametrize("name", LOOPS)
 def test_is_compiled_once_however_many_examples_still_stand(name):
     counts = set()
+    plain(name)
     for i, num_wrong in enumerate((0, 3, 26, 42)):
-        x, y = examples(i, 48)
+        x, y = examples_for(name, i)
         y = y.at[:num_wrong].set((y[:num_wrong] + 1) % 4)
         with lowerings() as seen:
             found = ALL[name](network(weights_of(0)), x, y, jax.random.key(i))
-        assert not seen or i == 0, f"{name} compiled {len(seen)} programs again"
+        assert not seen, f"{name} compiled {len(seen)} programs again"
         counts.add(found.num_examples if name == "audit" else int(found.robust.sum()))
     assert len(counts) == 4
 
@@ -99,7 +111,7 @@ def test_is_compiled_once_however_many_examples_still_stand(name):
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in KEYLESS_NORMS])
 def test_legacy_keys_lists_and_numpy_are_taken(name):
-    x, y = examples()
+    x, y = examples_for(name)
     other = ALL[name](
         network(weights_of(0)), np.asarray(x), list(map(int, y)), jax.random.PRNGKey(0)
     )
@@ -116,12 +128,19 @@ def test_no_radius_is_no_change(name):
     np.testing.assert_allclose(x_adv, x, atol=1e-7)
 
 
+# Total variation is the gradient at x itself, where there is no radius.
+@pytest.mark.parametrize("name", ["mean_square", "oscillation", "rise", "path"])
+def test_no_radius_is_no_energy(name):
+    still = FUNCTIONS[name](network(weights_of(0)), *examples(), KEY, eps=0.0)
+    np.testing.assert_allclose(still, np.zeros(8), atol=1e-5)
+
+
 # Arrays of other types.
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_arrays_of_other_types_give_the_same_and_compile_nothing(name):
-    x, y = map(np.asarray, examples())
+    x, y = map(np.asarray, examples_for(name))
     expected = plain(name)
     with lowerings() as seen:
         in_double = ALL[name](network(weights_of(0)), x.astype(np.float64), y.astype(np.int64), KEY)
@@ -135,13 +154,13 @@ def test_arrays_of_other_types_give_the_same_and_compile_nothing(name):
 
 
 WITH_KEY = [name for name in ALL if name not in (*WITHOUT_KEY, *KEYLESS_NORMS)]
-# Each draws in a way of its own. AutoAttack with such keys: tests/test_inputs.py.
-DRAWING = ("pgd", "square", "gaussian_noise", "clever", "spectral_norm", "mean_square", "audit")
+# Each draws in a way of its own. Loops with such keys: tests of evaluations and of any dtype.
+DRAWING = ("pgd", "square", "gaussian_noise", "clever", "spectral_norm", "mean_square")
 
 
 @pytest.mark.parametrize("name", slow_but(DRAWING, WITH_KEY))
 def test_keys_of_another_implementation_are_taken(name):
-    x, y = examples()
+    x, y = examples_for(name)
     key = jax.random.key(0, impl="rbg")
     found = ALL[name](network(weights_of(0)), x, y, key)
     keys = ALL[name](network(weights_of(0)), x, y, example_keys(key, len(x)))
@@ -163,7 +182,7 @@ def test_keys_of_another_implementation_are_taken_in_a_trace(name):
 # The caller's transformations.
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", slow_but(NOT_LIKE_PGD, FUNCTIONS))
 def test_traces_through_the_callers_transformations(name):
     """All at once. On a mesh, below, jit is the only one."""
 
@@ -250,15 +269,10 @@ def test_is_traced_through_the_callers_grad(name):
 FORWARDS = ("spectral_norm", "squared_frobenius_samples", "frobenius_norm_estimate")
 
 
-# What is PGD with other settings is left to `make test-slow` here.
-LIKE_PGD = ("bim", "fgsm", "mim", "multi_targeted", "uniform_noise", "transfer", "rise")
-
-
-@pytest.mark.parametrize(
-    "name", slow_but([n for n in (*FUNCTIONS, "autoattack") if n not in LIKE_PGD], ALL)
-)
+# AutoAttack in default runs: tests/test_evaluation.py.
+@pytest.mark.parametrize("name", slow_but(NOT_LIKE_PGD, ALL))
 def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
-    x, y = examples()
+    x, y = examples_for(name)
     if name in FORWARDS:
         with pytest.raises(ValueError, match="singular_values and frobenius_norm do not"):
             ALL[name](exported(0), x, y, KEY)
@@ -294,14 +308,17 @@ def test_an_operation_without_a_batching_rule_is_told_in_one_line():
 
 def test_a_function_that_cannot_be_vmapped_works_without_any_jit():
     with jax.disable_jit():
-        found = FUNCTIONS["fgsm"](exported(0), *examples(), KEY)
-    chex_close(found, plain("fgsm"))
+        found = FUNCTIONS["first_order"](exported(0), *examples(), KEY)
+    chex_close(found, plain("first_order"))
 
 
 # Meshes.
 
 # jax.make_mesh's own kind for every function, and the other for some.
-EACH = [(name, AxisType.Explicit) for name in FUNCTIONS]
+EACH = [
+    pytest.param(name, AxisType.Explicit, marks=pytest.mark.slow if name in LIKE_PGD else [])
+    for name in FUNCTIONS
+]
 EACH += [(name, AxisType.Auto) for name in ("pgd", "square", "frobenius_norm", "first_order")]
 
 
@@ -316,7 +333,8 @@ def test_sharded_examples_are_attacked_where_they_lie(name, kind):
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_loops_on_the_host_take_sharded_examples(name):
-    found = ALL[name](network(weights_of(0)), *on_mesh(AxisType.Explicit, *examples()), KEY)
+    rows = on_mesh(AxisType.Explicit, *examples_for(name))
+    found = ALL[name](network(weights_of(0)), *rows, KEY)
     assert str(found) == str(plain(name))
 
 
@@ -372,7 +390,8 @@ def test_works_within_the_callers_shard_map(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_mesh_that_the_caller_has_set_changes_nothing(name):
-    logits_fn, (x, y), expected = network(weights_of(0)), map(np.asarray, examples()), plain(name)
+    logits_fn, expected = network(weights_of(0)), plain(name)
+    x, y = map(np.asarray, examples_for(name))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         jnp.zeros(())  # every call makes one

@@ -1,6 +1,6 @@
 """Keys of any kind, logits that are not finite, batches too large: taken, or warned of.
 
-Keys for every function: tests/test_functions.py.
+Keys for every function: tests/test_functions.py; without jit: tests/test_modes_library.py.
 """
 
 import functools
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import robust_jax
-from robust_jax import attacks, margins
+from robust_jax import attacks, losses, margins
 from tests.calls import ATTACKS, EPS, FUNCTIONS, autoattack
 from tests.small_networks import KEY, chex_close, examples, network, weights_of
 
@@ -27,52 +26,14 @@ def test_legacy_keys_are_taken_within_the_callers_jit_too(name, count):
     chex_close(call(legacy), plain)
 
 
-def test_autoattack_takes_a_legacy_key_for_two_examples():
-    x, y = examples(count=2)
-    call = functools.partial(autoattack, network(weights_of(0)), x, y)
-    assert str(call(jax.random.PRNGKey(0))) == str(call(KEY))
-
-
-@pytest.mark.parametrize("name", ["mean_square", "spectral_norm"])
-def test_legacy_keys_are_taken_without_jit(name):
-    x, y = examples(count=2)  # for which a legacy key looks like two keys
-    call = functools.partial(FUNCTIONS[name], network(weights_of(0)))
-    plain, legacy = call(x, y, KEY), jax.random.PRNGKey(0)
-    with jax.disable_jit():
-        chex_close(call(x, y, legacy), plain)
-        chex_close(call(np.asarray(x), list(map(int, y)), legacy), plain)
-
-
-def test_an_evaluation_takes_keys_of_another_implementation_and_tells_of_logits_that_are_nan():
-    x, y = examples()
-    is_broken = x.mean((1, 2, 3)) > 0.5
-
-    def logits_fn(x):
-        broken = x.mean((1, 2, 3))[:, None] > 0.5
-        return jnp.where(broken, jnp.nan, network(weights_of(0))(x))
-
-    found = robust_jax.evaluate(
-        logits_fn,
-        x,
-        y,
-        jax.random.key(0, impl="rbg"),
-        eps=0.1,
-        version=("apgd_ce",),
-        overrides={"apgd_ce": {"num_steps": 2}},
-        num_audited=0,
-        progress=False,
-    )
-    assert 0 < found.clean_accuracy == 1 - is_broken.mean()
-    many = f"{is_broken.sum()} of 8 points have logits that are NaN"
-    assert found.warnings[0].startswith(many)
-
-
 def test_a_randomised_network_takes_keys_of_another_implementation():
     x, y = examples()
 
     def logits_fn(x, key):
         return network(weights_of(0))(x) + jax.random.normal(key, (len(x), 4))
 
+    # Of one loss, both are one program.
+    few = {"num_steps": 2, "eot_samples": 2, "loss": losses.cross_entropy}
     found = attacks.autoattack(
         logits_fn,
         x,
@@ -80,18 +41,24 @@ def test_a_randomised_network_takes_keys_of_another_implementation():
         jax.random.key(0, impl="rbg"),
         eps=0.1,
         version="rand",
-        overrides=dict.fromkeys(("apgd_ce", "apgd_dlr"), {"num_steps": 2, "eot_samples": 2}),
+        overrides=dict.fromkeys(("apgd_ce", "apgd_dlr"), few),
         progress=False,
     )
     assert found.x_adv.shape == x.shape
 
 
+def with_a_class_at(logit):
+    """A network whose last class has the same logit everywhere: one program for any number."""
+    logit = jnp.float32(logit)
+    return lambda x: jnp.where(jnp.arange(4) == 3, logit, network(weights_of(0))(x))
+
+
 def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():
     x, y = examples()
     f = network(weights_of(0))
-    masked = autoattack(lambda x: jnp.where(jnp.arange(4) == 3, -jnp.inf, f(x)), x, y % 3, KEY)
+    masked = autoattack(with_a_class_at(-np.inf), x, y % 3, KEY)
     assert "8 of 8 points have logits of -inf" in masked.warnings[0]
-    broken = autoattack(lambda x: jnp.where(jnp.arange(4) == 3, jnp.nan, f(x)), x, y % 3, KEY)
+    broken = autoattack(with_a_class_at(np.nan), x, y % 3, KEY)
     assert "8 of 8 points have logits that are NaN" in broken.warnings[0]
     inside = 0.2 + 0.6 * jnp.asarray(x)
     low, high = inside.min(), inside.max()
@@ -102,14 +69,11 @@ def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():
 
     found = autoattack(with_a_hole, inside, f(inside).argmax(-1), KEY)
     assert not found.robust.all() and any("attacks led" in line for line in found.warnings)
-    whole = autoattack(lambda x: f(x) - f(x).mean(0), x, y, KEY)
+    few = {"version": ("apgd_ce",), "overrides": {"apgd_ce": {"num_steps": 2}}}
+    whole = attacks.autoattack(
+        lambda x: f(x) - f(x).mean(0), x, y, KEY, eps=0.05, progress=False, **few
+    )
     assert any("alone in its batch" in warning for warning in whole.warnings)
-
-
-def with_a_class_at(logit):
-    """A network whose last class has the same logit everywhere: one program for any number."""
-    logit = jnp.float32(logit)
-    return lambda x: jnp.where(jnp.arange(4) == 3, logit, network(weights_of(0))(x))
 
 
 def examples_of_three_classes():

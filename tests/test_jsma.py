@@ -144,17 +144,6 @@ def test_stays_in_budget_and_box_and_leaves_the_misclassified(shape, num_classes
         np.testing.assert_array_equal(x_adv[wrong], x[wrong])
 
 
-def test_result_is_independent_of_batch_size_and_company():
-    attack, logits_fn = compiled((4, 5, 1), 3)
-    x = np.asarray(jax.random.uniform(KEY, (12, 4, 5, 1)))
-    y = np.asarray(logits_fn(x)).argmax(-1)
-    whole = np.asarray(attack(x, y, KEY, 8.0))
-    assert set(np.asarray(distances(x, whole, norm="l0")).tolist()) == {2.0, 4.0}
-    # Among others of the same number, and alone.
-    for index in (np.arange(12) % 5 + 7, np.array([7])):
-        np.testing.assert_array_equal(attack(x[index], y[index], KEY, 8.0), whole[index])
-
-
 def test_zero_and_nan_gradients_leave_the_point_in_place():
     x = np.asarray(interior_images(KEY, 3))
     y = np.zeros(3, np.int32)

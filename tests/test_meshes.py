@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from robust_jax import attacks
+from robust_jax import attacks, margins
 from robust_jax.devices.parallel import placement_of
 from tests.calls import ALL
 from tests.small_networks import KEY, examples, network, on_mesh, weights_of
@@ -38,15 +38,15 @@ def test_the_result_is_divided_as_the_examples_are(axes, kind):
 def test_every_local_device_takes_its_share_and_the_result_is_on_one():
     x, y = examples(count=11)
     assert placement_of(np.asarray(x), 11).count == placement_of(None, 11).count == 8
-    x_adv = attacks.pgd(network(weights_of(0)), np.asarray(x), y, KEY, eps=0.1, num_steps=2)
-    assert x_adv.shape == x.shape and len(x_adv.sharding.device_set) == 1
+    shared = margins.first_order(network(weights_of(0)), np.asarray(x), y)
+    assert shared.shape == (11,) and len(shared.sharding.device_set) == 1
     here = jax.device_put(x, jax.devices()[3])
-    there = attacks.pgd(network(weights_of(0)), here, y, KEY, eps=0.1, num_steps=2)
-    np.testing.assert_allclose(there, x_adv, atol=1e-6)
+    there = margins.first_order(network(weights_of(0)), here, y)
+    np.testing.assert_allclose(there, shared, atol=1e-6)
     assert there.sharding.device_set == {jax.devices()[3]}
     with jax.default_device(jax.devices()[5]):
-        chosen = attacks.pgd(network(weights_of(0)), np.asarray(x), y, KEY, eps=0.1, num_steps=2)
-    np.testing.assert_allclose(chosen, x_adv, atol=1e-6)
+        chosen = margins.first_order(network(weights_of(0)), np.asarray(x), y)
+    np.testing.assert_allclose(chosen, shared, atol=1e-6)
     assert chosen.sharding.device_set == {jax.devices()[5]}
 
 

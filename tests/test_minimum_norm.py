@@ -207,19 +207,6 @@ def test_is_inside_the_box_and_within_eps_or_unchanged(name, norm, shape, num_cl
 
 
 @pytest.mark.parametrize(("name", "norm"), KINDS)
-def test_result_is_independent_of_batch_size_and_company(name, norm):
-    attack, logits_fn = compiled(name, norm, (4, 5, 1), 6)
-    x = np.asarray(jax.random.uniform(KEY, (12, 4, 5, 1)))
-    y = np.asarray(logits_fn(x)).argmax(-1)
-    keys = jax.random.split(KEY, 12)
-    whole = attack(x, y, keys, np.inf)
-    # Among others of the same number, and alone.
-    for index in (np.arange(12) % 5 + 7, np.array([7])):
-        part = attack(x[index], y[index], keys[index], np.inf)
-        np.testing.assert_allclose(part.distance, whole.distance[index], rtol=1e-3)
-
-
-@pytest.mark.parametrize(("name", "norm"), KINDS)
 def test_points_that_cannot_be_broken_or_already_are(name, norm):
     x = np.asarray(interior_images(KEY, 3))
     for slope in (np.zeros(1), np.full(1, np.nan)):  # arrays: arguments of one program

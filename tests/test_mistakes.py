@@ -207,12 +207,15 @@ OTHER_MISTAKES = {
         "autoattack returns its own mask and distances",
     ),
     "shard_map as JAX has it": (
-        lambda: jax.shard_map(
-            lambda x, y: FUNCTIONS["pgd"](network(weights_of(0)), x, y, KEY),
-            mesh=jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,)),
-            in_specs=PartitionSpec("d"),
-            out_specs=PartitionSpec("d"),
-        )(*examples()),
+        lambda: jax.eval_shape(
+            jax.shard_map(
+                lambda x, y: FUNCTIONS["pgd"](network(weights_of(0)), x, y, KEY),
+                mesh=jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,)),
+                in_specs=PartitionSpec("d"),
+                out_specs=PartitionSpec("d"),
+            ),
+            *examples(),
+        ),
         "need its check_vma=False",
     ),
     "other points": (

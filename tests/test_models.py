@@ -61,6 +61,15 @@ def outputs_of(name, **fields):
     return partial(outputs, variables_of(name))
 
 
+# Flax's BatchNorm promotes types on its own.
+@pytest.mark.parametrize("name", [name for name in MODELS if "res" not in name])
+def test_computes_in_bfloat16_where_jax_promotes_no_types(name):
+    model = build(name, dtype=jnp.bfloat16)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images(SHAPE))
+    with jax.numpy_dtype_promotion("strict"):
+        assert jax.eval_shape(model.apply, variables, images(SHAPE)).dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     "name, fields, shape, count",
     [

@@ -13,6 +13,7 @@ from robust_jax import attacks, margins
 from robust_jax.analysis import features, surface
 from tests.conftest import slow_but
 from tests.linear import POINTWISE, WITH_NORMS, norms_of
+from tests.small_networks import NETWORKS
 
 KEY = jax.random.key(0)
 NUM_CLASSES = 5
@@ -58,8 +59,11 @@ def strictly():
         yield
 
 
-def problem(shape, dtype):
-    """A linear network that computes in the dtype of its input, four examples and their labels."""
+def problem(shape, dtype, device=None):
+    """A linear network that computes in the dtype of its input, four examples and their labels.
+
+    Its weights are numpy's, or on the device.
+    """
     weights = np.random.default_rng(0).normal(size=(np.prod(shape), NUM_CLASSES))
 
     def logits_fn(x):
@@ -69,6 +73,8 @@ def problem(shape, dtype):
     x = np.random.default_rng(1).integers(0, 65, (4, *shape)) / 64
     y = (x.reshape(4, -1) @ weights).argmax(-1)
     y[0] = 0
+    if device:
+        weights = jax.device_put(weights, device)
     return logits_fn, jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32)
 
 
@@ -227,12 +233,18 @@ def test_autoattack_keeps_the_dtype_and_takes_rows(tmp_path):
 # float32 with x64 enabled, as another library may have done.
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16, jnp.float32])
 def test_the_audit_takes_any_dtype(dtype):
+    """And a convolution, keys of another implementation, weights on one of several devices."""
+    convolution = NETWORKS["lax convolution"](0)
+    key = jax.random.key(0, impl="rbg") if dtype == jnp.bfloat16 else KEY
     with strictly(), jax.enable_x64(dtype != jnp.bfloat16):
-        logits_fn, x, y = problem(IMAGES, dtype)
+        logits_fn, x, y = problem(IMAGES, dtype, device=jax.devices()[0])
+        if dtype == jnp.float32:
+            logits_fn, y = convolution, convolution(x).argmax(-1)
         found = robust_jax.audit(
-            logits_fn, x, y, KEY, eps=1 / 8, num_queries=3, surrogates={"itself": logits_fn},
+            logits_fn, x, y, key, eps=1 / 8, num_queries=3, surrogates={"itself": logits_fn},
             progress=False,
         )  # fmt: skip
+    assert jax.local_device_count() == 8
     assert "skipped" not in {check.verdict for check in found.checks}
 
 

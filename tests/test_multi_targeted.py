@@ -14,12 +14,11 @@ from tests.linear import interior_images, make_linear, make_nonlinear
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_is_the_best_of_one_run_of_pgd_for_each_wrong_class(norm):
+def test_is_the_best_of_one_run_of_pgd_for_each_wrong_class():
     logits_fn = make_nonlinear(KEY, num_classes=5)
     x = np.asarray(jax.random.uniform(KEY, (24, 4, 5, 1)))
     y = np.asarray(logits_fn(x)).argmax(-1)
-    keywords = {"eps": 0.05 if norm == "linf" else 0.15, "norm": norm, "num_steps": 8}
+    keywords = {"eps": 0.05, "num_steps": 8}
     together = multi_targeted(logits_fn, x, y, KEY, **keywords)
     targets = jax.vmap(lambda z, y: likeliest_wrong(z, y, 9)[0])(logits_fn(x), y)
     assert targets.shape == (24, 4)
@@ -43,9 +42,8 @@ def test_is_the_best_of_one_run_of_pgd_for_each_wrong_class(norm):
     np.testing.assert_allclose(losses.margin(logits_fn(first), y), margins[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("num_classes", [2, 3])
-def test_few_classes_and_restarts(num_classes):
-    logits_fn, _, _ = make_linear(KEY, (6, 3, 1), num_classes)
+def test_two_classes_and_restarts():
+    logits_fn, _, _ = make_linear(KEY, (6, 3, 1), num_classes=2)
     x = np.asarray(interior_images(KEY, 8, (6, 3, 1)))
     y = np.asarray(logits_fn(x)).argmax(-1)
     x_adv = multi_targeted(logits_fn, x, y, KEY, eps=0.5, num_targets=9, num_restarts=2)

@@ -10,6 +10,7 @@ import pytest
 import robust_jax
 from robust_jax import attacks, losses, margins
 from robust_jax.analysis import features, spectra
+from robust_jax.app.evaluator import Evaluator
 from robust_jax.attacks import NORMS, norms
 from robust_jax.attacks.norms import L1, LINF, Flat, ThreatModel, boundary_step
 from tests.linear import POINTWISE, WITH_NORMS, interior_images, make_linear, nearest
@@ -134,12 +135,17 @@ def test_names_are_those_of_the_table():
         norms.measure("l7")
 
 
-def test_a_record_is_evaluated_under_its_name():
+def test_a_record_is_evaluated_under_its_name(monkeypatch):
+    """With an audit of it, which tests/test_audit.py makes."""
     logits_fn, _, _, x, y = problem(num_classes=3)
     few = {"version": ("apgd_ce",), "num_queries": 5, "progress": False}
     few["overrides"] = {"apgd_ce": {"num_steps": 5}}
+    audits = []
+    monkeypatch.setattr(Evaluator, "audit", lambda *arguments: audits.append(arguments))
     found = robust_jax.evaluate(logits_fn, x, y, KEY, eps=(EPS, 2 * EPS), norm=WEIGHTED, **few)
-    assert found.card["threat_model"] == "Weighted" and found.audit.norm == "weighted"
+    assert found.card["threat_model"] == "Weighted"
+    (_, _, settings, _), *others = audits
+    assert settings.norm is WEIGHTED and not others
     margin = margins.first_order(logits_fn, x, y, norm=WEIGHTED)
     np.testing.assert_allclose(found.records["input_margin"], margin, rtol=1e-4)
     held = found.records[f"autoattack_weighted@{EPS:g}/held"].to_numpy(bool)

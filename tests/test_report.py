@@ -22,19 +22,12 @@ from tests.made_up import ATTACKS, EPS, HOSTILE, Page, make_audit, make_records,
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
-    results = make_run(workdir, dataset=HOSTILE, note={HOSTILE: [1, HOSTILE]})
-    path = report.write(workdir, stored.results(workdir))
-    assert path == workdir / "report.html"
-    return results, path.read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def annotated(tmp_path_factory):
     """(results, page) with an audit, an attack of an earlier evaluation and measurements."""
-    workdir = tmp_path_factory.mktemp("annotated")
+    workdir = tmp_path_factory.mktemp("run")
     results = make_run(
         workdir,
+        dataset=HOSTILE,
+        note={HOSTILE: [1, HOSTILE]},
         audit=make_audit(steps="pass", square="fail", noise="warn", transfer="skipped"),
         measurements={"outputs": {}, "energy_0": {"name": "energy", "at": "initialisation"}},
     )
@@ -45,8 +38,11 @@ def annotated(tmp_path_factory):
         "outputs": {"mean_margin": 1.25, "calibration_error": None},
         "energy_0": {"path": 2.0},
     }
+    stored.write_results(workdir, results)
     np.savez(workdir / "measurements.npz", **{"outputs/output_margin": np.linspace(-1, 3, 50)})
-    return results, Page(report.write(workdir, results).read_text(encoding="utf-8"))
+    path = report.write(workdir, stored.results(workdir))
+    assert path == workdir / "report.html"
+    return results, path.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +71,7 @@ def test_the_page_is_whole_and_loads_nothing(run):
     _, html = run
     page = Page(html)
     sources = [attrs["src"] for attrs in page.all("img")]
-    assert len(sources) == 8
+    assert len(sources) == 9
     assert all(source.startswith("data:image/") for source in sources)
     assert all(attrs["alt"] for attrs in page.all("img"))
     assert not page.all("script") and not page.all("link") and "http" not in html
@@ -136,8 +132,8 @@ def test_the_headline_is_about_the_trained_radius(run):
     assert "ε = 0.1, the size it was trained against" in sentence
 
 
-def test_the_audit_stands_beside_the_numbers(annotated):
-    results, page = annotated
+def test_the_audit_stands_beside_the_numbers(run):
+    results, page = run[0], Page(run[1])
     sentence = report.audit_sentence(results)
     assert sentence.startswith("Audit failed (ℓ∞ ε = 0.1, 100 images): square. Do not trust")
     assert page.text.count(sentence) == 3  # at the top and in the caption of both norms' tables
@@ -263,14 +259,13 @@ def test_the_worst_case_counts_nobody_whom_no_attack_saw(tmp_path):
     assert re.search(r"\d+\.\d %.* of the first 20 still under the worst", report.headline(results))
 
 
-def test_what_an_earlier_evaluation_left_is_named(annotated, run):
-    assert "Kept from an earlier evaluation: fgsm_linf." in annotated[1].text
-    assert "Kept from an earlier evaluation" not in run[1]
+def test_what_an_earlier_evaluation_left_is_named(run, one_checkpoint):
+    assert "Kept from an earlier evaluation: fgsm_linf." in Page(run[1]).text
+    assert "Kept from an earlier evaluation" not in one_checkpoint[1].text
 
 
-def test_measurements_have_a_table_and_figures_and_lines_in_the_terminal(annotated, run):
-    results, page = annotated
-    assert len(page.all("img")) == len(Page(run[1]).all("img")) + 1
+def test_measurements_have_a_table_and_figures_and_lines_in_the_terminal(run):
+    results, page = run[0], Page(run[1])
     assert "mean margin" in page.text and "1.25" in page.text
     assert "expected calibration error" in str(page.all("img"))
     lines = report.measurements_text(results["measurements"]).splitlines()
@@ -278,9 +273,9 @@ def test_measurements_have_a_table_and_figures_and_lines_in_the_terminal(annotat
     assert max(map(len, lines)) <= 80
 
 
-def test_a_measurement_of_another_checkpoint_says_so(annotated, one_checkpoint):
+def test_a_measurement_of_another_checkpoint_says_so(run, one_checkpoint):
     said = "of the best checkpoint except for energy 0: initialisation."
-    assert said in annotated[1].text
+    assert said in Page(run[1]).text
     assert "asked for, of the best checkpoint." in one_checkpoint[1].text
 
 
@@ -340,7 +335,7 @@ def test_the_title_has_the_method_and_its_weight(name, tmp_path):
     assert report.title(results) == f"digits, CNN: {name}, PGD-10 at ℓ∞ ε = 0.1"
 
 
-def test_no_adversary_no_metrics_and_no_images(tmp_path):
+def test_no_adversary_no_metrics_and_no_images(tmp_path, undrawn):
     results = make_run(tmp_path, adversary=False, norms=("linf",), regularizers={})
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "examples.npz").unlink()
@@ -365,7 +360,7 @@ def test_best_is_last_in_colour(one_checkpoint):
     assert " last " not in report.table(results)
 
 
-def test_no_attack_at_all(tmp_path):
+def test_no_attack_at_all(tmp_path, undrawn):
     results = make_run(tmp_path, norms=())
     (tmp_path / "examples.npz").unlink()
     page = Page(report.write(tmp_path, stored.results(tmp_path)).read_text(encoding="utf-8"))

@@ -27,14 +27,12 @@ def compiled(norm, shape):
     )
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(
-    eps=st.floats(0, 3, width=32),
-    seed=st.integers(0, 1000),
-    shape=st.sampled_from([(1, 7, 2), (12, 7, 3)]),
+@pytest.mark.parametrize(
+    ("norm", "shape"), [("linf", (1, 7, 2)), ("l2", (12, 7, 3)), ("l1", (1, 7, 2))]
 )
-def test_stays_in_the_ball_and_the_box(norm, eps, seed, shape):
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(eps=st.floats(0, 3, width=32), seed=st.integers(0, 1000))
+def test_stays_in_the_ball_and_the_box(norm, shape, eps, seed):
     key = jax.random.key(seed)
     rng = np.random.default_rng(seed)
     x, y = rng.random((4, *shape), np.float32), rng.integers(0, 3, 4)
@@ -79,24 +77,6 @@ def test_needs_no_derivative_at_all():
     y = np.zeros(4, np.int32)
     x_adv = square(logits_fn, x, y, KEY, eps=0.05, num_queries=200)
     assert robust_accuracy(logits_fn, x_adv, y) == 0
-
-
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.03), ("l2", 0.1), ("l1", 0.3)])
-def test_result_is_independent_of_batch_size_and_company(norm, eps):
-    logits_fn = make_nonlinear(KEY)
-    x = np.asarray(jax.random.uniform(KEY, (12, 4, 5, 1)))
-    y = np.arange(12) % 3
-    keys = jax.random.split(KEY, 12)
-    attack = jax.jit(
-        lambda x, y, k: square(logits_fn, x, y, k, eps=eps, norm=norm, num_queries=100)
-    )
-    whole = attack(x, y, keys)
-    assert (sizes(whole, x, norm) <= eps * (1 + 1e-6)).all()
-    assert 0 < (jnp.argmax(logits_fn(whole), -1) == y).sum() < 12
-    # Among others of the same number, and alone.
-    for index in (np.arange(12) % 5 + 7, np.array([7])):
-        part = attack(x[index], y[index], keys[index])
-        np.testing.assert_allclose(part, whole[index], atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(9, 5, 1), (5, 9, 1), (1, 1, 1)])
@@ -150,7 +130,10 @@ def test_restarts_and_targets():
     x = np.asarray(jax.random.uniform(KEY, (100, 4, 5, 1)))
     y = np.asarray(logits_fn(x)).argmax(-1)
     attack = functools.partial(square, logits_fn, x, y, KEY, eps=0.05, num_queries=20)
-    one, three = (np.asarray(losses.margin(logits_fn(attack(num_restarts=n)), y)) for n in (1, 3))
+    one, three = (
+        np.asarray(losses.margin(logits_fn(attack(**restarts)), y))
+        for restarts in ({}, {"num_restarts": 3})
+    )
     assert ((three <= one + 1e-5) | (three < 0)).all()  # the same first search
     assert (three < 0).sum() > (one < 0).sum()
     targets = (y + 1) % 3

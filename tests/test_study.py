@@ -132,6 +132,11 @@ def test_what_is_typed_wins_over_the_scale_or_is_refused():
     for seeds in ((), (0, 0, 0)):
         with pytest.raises(UserError, match="give one at least, and each once"):
             study.check(config_of("entm", {"seeds": seeds}), check_run)
+    for seeds in ((0, 1.5), (0, "a"), (True, 0)):
+        with pytest.raises(UserError, match="seeds are whole numbers"):
+            study.check(config_of("entm", {"seeds": seeds}), check_run)
+    with pytest.raises(UserError, match="config.seed is -1; it must be at least 0"):
+        study.check(config_of("entm", {"seeds": (0, -1)}), check_run)
 
 
 WRONG = {
@@ -172,10 +177,15 @@ def test_a_typo_in_a_claim_or_a_measure_is_found_before_anything_runs(case):
     assert "\n" not in str(error.value)
 
 
-def fake_runs(monkeypatch, accuracy=lambda config: 0.5, num_images=200):
-    """Replaces runs by ones that only write results, of PGD and on held-out images: accuracy."""
+def fake_runs(monkeypatch, accuracy=lambda config: 0.5, num_images=200, *, page=False):
+    """Replaces runs by ones that only write results, of PGD and on held-out images: accuracy.
+
+    page: whether the study's is written, which takes longer than all the rest.
+    """
     ran = []
     monkeypatch.setattr(study, "_forget_a_run", lambda: None)  # slow, and there is nothing to drop
+    if not page:
+        monkeypatch.setattr(study.report, "write", lambda *_: None)
 
     def execute(config, workdir, mode):
         if (workdir / "results.json").exists() and mode == "train":
@@ -295,7 +305,7 @@ def best_at_one(config):
 
 
 def test_a_sweep_chooses_a_value_that_the_seeds_then_have(tmp_path, monkeypatch):
-    ran = fake_runs(monkeypatch, best_at_one)
+    ran = fake_runs(monkeypatch, best_at_one, page=True)
     config = small_study(**{"arms.entm.sweep": SWEEP})
     study.check(config, check_run)
     with pytest.raises(UserError, match="entm is not chosen yet: run --only=entm/sweep first"):
@@ -336,7 +346,7 @@ def test_a_page_says_what_each_test_rests_on(tmp_path, monkeypatch):
     def accuracy(config):
         return 0.53 if config.regularizers.entropy.weight else 0.5
 
-    fake_runs(monkeypatch, accuracy, num_images=2000)
+    fake_runs(monkeypatch, accuracy, num_images=2000, page=True)
     config = small_study(
         **{
             "labels": ConfigDict({"entm": "AT + EntM"}),
@@ -359,7 +369,7 @@ def test_a_page_says_what_each_test_rests_on(tmp_path, monkeypatch):
 
 
 def test_a_sweep_can_choose_what_is_nearest_to_another_arm(tmp_path, monkeypatch):
-    fake_runs(monkeypatch, best_at_one)
+    fake_runs(monkeypatch, best_at_one, page=True)
     ls = {
         "regularizers": {"entropy": {"weight": 1.0}},
         "sweep": {**SWEEP, "values": (0.1,), "by": "training.best.robust_accuracy"},

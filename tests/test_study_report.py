@@ -1,4 +1,7 @@
-"""The figures of a study's page, of one that is in docs/."""
+"""A study's page and its figures, of a study that is in docs/."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -9,13 +12,54 @@ from robust_jax.plots import networks
 from tests.conftest import REPOSITORY
 
 
-def test_a_claim_about_most_layers_shows_the_interval_of_each(tmp_path):
+class Written(NamedTuple):
+    """What a page was written from, its folder, and what functions of plots were given."""
+
+    results: dict[str, Any]
+    workdir: Path
+    given: dict[str, tuple[Any, ...]]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    workdir, given = tmp_path_factory.mktemp("study"), {}
     results = stored.results(REPOSITORY / "docs/studies/adversarial_strength")
-    report.write(tmp_path, results, {})
-    page = (tmp_path / "README.md").read_text()
+    results["published"] = {"eps_1": {"clean": 62.74}}
+    rng = np.random.default_rng(0)
+    arrays = {
+        arm: {
+            "spectra/singular_values/head": np.array([2.0, 1.0 + i]),
+            "spectra_initial/singular_values/head": np.array([5.0, 4.0]),
+            "outputs/confidence": np.linspace(0, 1, 9),
+            "features_initial/change_random/head": np.ones(3) + i,  # of networks that differ
+            "features_initial/change_adversarial/head": np.ones(3),
+            "clusters/projection": rng.normal(size=(40, 2)),
+            "clusters/label": np.arange(40) % 10,
+        }
+        for i, arm in enumerate(results["arms"])
+    }
+
+    def note(patch, module, name):
+        plot = getattr(module, name)
+
+        def noted(*values):
+            given[name] = values
+            return plot(*values)
+
+        patch.setattr(module, name, noted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        note(patch, networks, "singular_values")
+        note(patch, report.plots, "measures_against_each_other")
+        report.write(workdir, results, arrays)
+    return Written(results, workdir, given)
+
+
+def test_a_claim_about_most_layers_shows_the_interval_of_each(written):
+    page = (written.workdir / "README.md").read_text()
     entries = [
         (name, entry)
-        for claim in results["claims"].values()
+        for claim in written.results["claims"].values()
         for test in claim["tests"]
         for name, entry in test.get("entries", {}).items()
     ]
@@ -26,51 +70,29 @@ def test_a_claim_about_most_layers_shows_the_interval_of_each(tmp_path):
     assert "so: Dense_0 +0.105 [+0.0465, +0.163], Dense_1 +0.112" in page
 
 
-def test_what_was_measured_at_initialisation_is_one_more_line(tmp_path, monkeypatch):
-    drawn = {}
-    plot = networks.singular_values
+def test_published_numbers_stand_in_both_pages(written):
+    for page in ("report.html", "README.md"):
+        assert (written.workdir / page).read_text().count("published 62.74") == 1
 
-    def noted(spectra):
-        drawn.update(spectra)
-        return plot(spectra)
 
-    monkeypatch.setattr(networks, "singular_values", noted)
-    results = stored.results(REPOSITORY / "docs/studies/adversarial_strength")
-    arrays = {
-        arm: {
-            "spectra/singular_values/head": np.array([2.0, 1.0 + i]),
-            "spectra_initial/singular_values/head": np.array([5.0, 4.0]),
-            "outputs/confidence": np.linspace(0, 1, 9),
-            "features_initial/change_random/head": np.ones(3) + i,  # of networks that differ
-            "features_initial/change_adversarial/head": np.ones(3),
-        }
-        for i, arm in enumerate(results["arms"])
-    }
-    report.write(tmp_path, results, arrays)
-    assert list(drawn) == [*results["arms"].values(), "initialisation"]
+def test_what_was_measured_at_initialisation_is_one_more_line(written):
+    (drawn,) = written.given["singular_values"]
+    assert list(drawn) == [*written.results["arms"].values(), "initialisation"]
     np.testing.assert_array_equal(drawn["initialisation"]["head"], [5.0, 4.0])
-    figures = {path.stem for path in (tmp_path / "figures").iterdir()}
-    assert {"spectra", "outputs_confidence", "features_initial"} < figures
-    assert "spectra_initial" not in figures
+    sizes = {path.stem: path.stat().st_size for path in (written.workdir / "figures").iterdir()}
+    assert {"spectra", "outputs_confidence", "features_initial", "clusters", "pairs"} < set(sizes)
+    assert "spectra_initial" not in sizes
+    assert all(1000 < size < 500_000 for size in sizes.values())
 
 
-def test_pairs_are_drawn_in_the_unit_of_the_table(tmp_path, monkeypatch):
-    drawn = {}
-    plot = report.plots.measures_against_each_other
-
-    def noted(table, pairs):
-        drawn.update(table=table, pairs=pairs)
-        return plot(table, pairs)
-
-    monkeypatch.setattr(report.plots, "measures_against_each_other", noted)
-    results = stored.results(REPOSITORY / "docs/studies/adversarial_strength")
-    report.write(tmp_path, results, {})
-    assert ["mean margin", "input-space margin"] in drawn["pairs"]
-    assert ["mean confidence", "clean, %"] in drawn["pairs"]
-    for arm, name in results["arms"].items():
+def test_pairs_are_drawn_in_the_unit_of_the_table(written):
+    table, pairs = written.given["measures_against_each_other"]
+    assert ["mean margin", "input-space margin"] in pairs
+    assert ["mean confidence", "clean, %"] in pairs
+    for arm, name in written.results["arms"].items():
         for label, unit in (("clean", 100), ("mean margin", 1)):
-            shown = drawn["table"][name][label + (", %" if unit == 100 else "")]
-            entry = results["table"][arm][label]
+            shown = table[name][label + (", %" if unit == 100 else "")]
+            entry = written.results["table"][arm][label]
             assert shown["mean"] == pytest.approx(unit * entry["mean"])
             assert shown["values"] == pytest.approx(
                 {seed: unit * value for seed, value in entry["values"].items()}

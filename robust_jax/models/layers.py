@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
@@ -44,7 +45,8 @@ def normalize(
     """(x - mean) / std per channel, computed in at least float32 and returned in dtype."""
     for field, value in (("mean", mean), ("std", std)):
         check_choice(f"len({field})", len(value), sorted({1, x.shape[-1]}))
-    wide = jnp.promote_types(dtype, jnp.float32)
+    # numpy's promotion, as JAX may have been told to allow none.
+    wide = np.promote_types(dtype, np.float32)
     return ((x.astype(wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
 
 
@@ -98,7 +100,7 @@ class Classifier(nn.Module, kw_only=True):
         features = self.features(normalize(x, self.mean, self.std, self.dtype), train)
         self.sow("intermediates", "features", features)
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(features)
-        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+        return logits.astype(np.promote_types(self.dtype, np.float32))
 
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
         """The input of the last dense layer."""
