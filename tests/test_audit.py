@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from robust_jax import attacks, audit, losses
-from robust_jax._audit import _Lab
+from robust_jax._audit import _check_losses, _Lab
 from robust_jax._double import NotInDouble, in_double
 from robust_jax._front import Mapper
 from robust_jax._network import as_network
@@ -19,6 +19,7 @@ from tests.digits import EPS, test_points, trained
 from tests.small_networks import NETWORKS, examples, repeated, weights_of
 
 KEY = jax.random.key(0)
+MINE = dataclasses.replace(attacks.NORMS["l2"], name="mine")  # a record of the caller's
 QUICKLY = {"num_queries": 5, "progress": False}
 
 
@@ -101,16 +102,15 @@ MASKED = {
 }
 
 
-def masked(name):
-    """One of MASKED. Which is an argument of its program: all of them are compiled as one."""
-    before, after, _ = MASKED[name]
+def switched(network, before="nothing", after="nothing"):
+    """Which of BEFORE and AFTER are arguments of the program: all of them are compiled as one."""
     which_before, which_after = (
         jnp.asarray([*table].index(one)) for table, one in ((BEFORE, before), (AFTER, after))
     )
 
     def logits_fn(x):
         noise = jnp.asarray(NOISE.normal(size=(1, 10)), jnp.float32)
-        logits = standard()(jax.lax.switch(which_before, [*BEFORE.values()], x))
+        logits = network(jax.lax.switch(which_before, [*BEFORE.values()], x))
         return jax.lax.switch(which_after, [*AFTER.values()], logits, x, noise)
 
     return logits_fn
@@ -118,11 +118,11 @@ def masked(name):
 
 @pytest.mark.parametrize("name", MASKED)
 def test_masked_networks_are_flagged_by_the_right_check(name):
-    standard()  # before anything is traced
-    result = look(masked(name))
+    *masks, flags = MASKED[name]
+    result = look(switched(standard(), *masks))
     failed = {check.name for check in result.checks if check.verdict == "fail"}
     assert result.verdict == "fail"
-    assert MASKED[name][-1] <= failed, result.checks
+    assert flags <= failed, result.checks
 
 
 @pytest.mark.parametrize(
@@ -132,12 +132,13 @@ def test_masked_networks_are_flagged_by_the_right_check(name):
         ("adversarial", "linf", EPS),
         ("trades", "linf", EPS),
         ("standard", "linf", EPS / 4),
-        # A record of the caller's.
-        ("adversarial", dataclasses.replace(attacks.NORMS["l2"], name="mine"), 0.5),
+        ("adversarial", MINE, 0.5),
     ],
 )
 def test_honest_networks_pass(method, norm, eps):
-    result = look(trained(method, steps=200), norm=norm, eps=eps)
+    network = trained(method, steps=200)
+    # Another norm is another program anyway: there the network is as it is.
+    result = look(network if norm is MINE else switched(network), norm=norm, eps=eps)
     flagged = [check for check in result.checks if check.verdict != "pass"]
     assert result.verdict == "pass", flagged
     assert result.num_examples > 100
@@ -170,8 +171,8 @@ def test_a_convolution_is_audited_with_nothing_skipped(name):
 
 
 def test_precision_is_compared_where_a_network_computes_in_float32_whatever_its_input():
-    standard()  # before anything is traced
-    report = look(lambda x: standard()(x.astype(jnp.float32)))
+    network = standard()
+    report = look(lambda x: network(x.astype(jnp.float32)), norm=MINE, eps=0.5)
     assert {c.name: c.verdict for c in report.checks}["precision"] == "pass"
 
 
@@ -193,17 +194,23 @@ def test_what_cannot_run_in_float64_is_skipped_and_says_why():
         in_double(reads_bits, x.shape[1:])
 
 
-def test_a_share_is_judged_by_the_lower_end_of_its_interval():
+def lab_where(holds, training_loss=None):
+    """What an audit has of 200 points, of which holds(which) do against the loss of that number."""
     rows = {"x": np.zeros((200, 4), np.float32), "y": np.zeros(200, np.int32)}
-    run = lambda attack: lambda rows, *_: np.ones(len(rows["y"]), bool)  # noqa: E731
-    lab = _Lab(run, None, rows, np.eye(4, dtype=np.float32)[rows["y"]], 0.1, "linf", None)
+    run = lambda attack: lambda rows, eps, which, scale: np.full(200, holds(which))  # noqa: E731
+    logits = np.eye(4, dtype=np.float32)[rows["y"]]
+    return _Lab(run, None, rows, logits, 0.1, "linf", training_loss)
+
+
+def test_a_share_is_judged_by_the_lower_end_of_its_interval():
+    lab = lab_where(lambda which: True)
     grades = [lab.grade(count / 200, (0.01, 0.05)) for count in (2, 4, 8, 15, 25)]
     assert grades == ["pass", "pass", "warn", "warn", "fail"]
 
 
 def test_without_a_surrogate_transfer_is_skipped_and_mistakes_are_told():
     x, y = test_points(120)
-    result = look(standard(), surrogates={}, eps=0.01)
+    result = look(switched(standard()), surrogates={}, eps=0.01)
     assert {c.name: c.verdict for c in result.checks}["transfer"] == "skipped"
     assert result.verdict == "pass"
     with pytest.raises(ValueError, match="eps must be above 0, not 0"):
@@ -212,9 +219,24 @@ def test_without_a_surrogate_transfer_is_skipped_and_mistakes_are_told():
         audit(lambda x: standard()(x)[:, ::-1] * 0 - jnp.arange(10), x, y * 0 + 9, KEY, eps=0.1)
 
 
-def test_a_loss_it_was_trained_to_be_flat_in_is_named():
-    logits_fn = standard()
-    result = look(logits_fn, eps=0.15, training_loss=lambda z, y: 0 * losses.cross_entropy(z, y))
-    check = next(check for check in result.checks if check.name == "losses")
-    assert check.verdict == "warn"
+def assert_the_training_loss_is_named(check):
+    assert check.name == "losses" and check.verdict == "warn"
     assert "the loss it was trained with is the weak attack" in check.evidence
+
+
+def flat(logits, y):
+    return 0 * losses.cross_entropy(logits, y)
+
+
+def test_a_loss_it_was_trained_to_be_flat_in_is_named():
+    lab = lab_where(lambda which: which == 3, training_loss=flat)
+    assert lab.share("cross_entropy") == 0 and lab.share("training_loss") == 1
+    assert_the_training_loss_is_named(_check_losses(lab))
+    assert _check_losses(lab_where(lambda which: False, training_loss=flat)).verdict == "pass"
+
+
+@pytest.mark.slow
+def test_a_flat_loss_is_found_to_be_the_weak_attack():
+    result = look(switched(standard()), eps=0.15, training_loss=flat)
+    (check,) = (check for check in result.checks if check.name == "losses")
+    assert_the_training_loss_is_named(check)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import authors_networks
-from robust_jax import attacks, audit, losses, margins
+from robust_jax import Audit, attacks, audit, losses, margins
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -85,10 +85,20 @@ def test_the_audit_warns_of_the_regularised_network(networks, mnist):
     assert flagged >= {"gradients", "losses"}
 
 
-def test_the_command_finds_of_the_linear_network_what_its_margins_say(networks, mnist):
+@pytest.mark.parametrize("is_audited", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_command_finds_of_the_linear_network_what_its_margins_say(
+    is_audited, networks, mnist, monkeypatch
+):
     """They are exact apart from the walls of the box, which can only help it."""
     x, y = (a[:40] for a in mnist)
     network = networks["mnist_linear_plain"]
+    if not is_audited:  # compiling the audit takes most of the time
+
+        def passed(logits_fn, x, y, key, *, eps, norm, training_loss):
+            assert logits_fn is network and training_loss is losses.cross_entropy
+            return Audit("pass", (), norm, eps, len(x))
+
+        monkeypatch.setattr(authors_networks, "audit", passed)
     found = authors_networks.evaluate(
         network,
         x,
@@ -109,3 +119,5 @@ def test_the_command_finds_of_the_linear_network_what_its_margins_say(networks, 
     assert (found["count"], found["count_pgd"]) == (40, 20)
     assert holds <= found["autoattack_where_pgd"] and holds <= found["pgd_margin"] <= holds + 0.1
     assert found["clean"] == (exact > 0).mean() and found["audit"]["verdict"] in ("pass", "warn")
+    audited = [found["audit"][name] for name in ("norm", "eps", "num_examples")]
+    assert audited[:2] == ["l2", 0.5] and audited[2] <= 5

@@ -15,10 +15,9 @@ from ml_collections import ConfigDict
 import robust_jax
 from configs import default
 from robust_jax import attacks, data, jacobian, losses, margins
-from robust_jax.app import evaluation, stored, training
+from robust_jax.app import evaluation, stored
 from robust_jax.app.experiment import build
 from robust_jax.attacks import _autoattack
-from robust_jax.devices import parallel
 from robust_jax.errors import UserError
 from robust_jax.keys import fold_each, fold_in_each
 from tests.calls import evaluate, lowerings
@@ -31,6 +30,7 @@ SETTINGS = {
     "version": ("apgd_ce", "square"),
     "num_audited": 20,
     "num_queries": 10,
+    "training_loss": partial(losses.cross_entropy),  # as launch.py has it: programs are shared
     "overrides": {"apgd_ce": {"num_steps": 5}, "square": {"num_queries": 10}},
     "progress": False,
 }
@@ -302,25 +302,26 @@ def test_records_of_one_name_and_networks_in_bfloat16_are_told_apart_and_continu
 
 
 def test_launchs_evaluation_of_a_network_finds_the_same():
+    logits_fn = trained()
+    (weights,) = logits_fn.args
+    params = {
+        name: {"kernel": weights[f"w{i}"], "bias": weights[f"b{i}"]}
+        for i, name in enumerate(("Dense_0", "head"), start=1)
+    }
     config = default.get_config()
-    config.model, config.seed, eps = {"name": "linear"}, 1, 0.01
+    config.validation_size, config.normalize = 100, False
+    config.model = ConfigDict({"name": "mlp", "hidden": (len(weights["b1"]),)})
     few = {name: SETTINGS[name] for name in ("version", "overrides")}
-    config.attacks = ConfigDict({"autoattack_linf": {"name": "autoattack", "eps": (eps,), **few}})
-    config.evaluation.update({"num_examples": 120, "batch_size": 128})
-    config.audit.update({"num_examples": 120, "num_queries": 10, "eps": eps, "norm": "linf"})
+    config.attacks = ConfigDict({"autoattack_linf": {"name": "autoattack", "eps": (EPS,), **few}})
+    config.evaluation.update({"num_examples": 60, "batch_size": 128})
+    queries = SETTINGS["num_queries"]
+    config.audit.update({"num_examples": 20, "num_queries": queries, "eps": EPS, "norm": "linf"})
     run = build(config)
-    variables = run.plan.init().variables
-    records = run.evaluator.records(variables, "evaluate")
-    audit = run.evaluator.audit(variables, run.audit, {})
-    images, labels = run.dataset.test.take(np.arange(120))
-    found = robust_jax.evaluate(
-        partial(training.network(run.model), parallel.on_this_device(variables)),
-        data.to_pixels(images),
-        labels,
-        run.evaluation_key,
-        **{**SETTINGS, "eps": eps, "num_audited": 120},
-        training_loss=run.audit.training_loss,
-    )
+    records = run.evaluator.records({"params": params}, "evaluate")
+    audit = run.evaluator.audit({"params": params}, run.audit, {})
+    images, labels = run.dataset.test.take(np.arange(60))
+    x = data.to_pixels(images)
+    found = robust_jax.evaluate(logits_fn, x, labels, run.evaluation_key, **SETTINGS)
     assert 0 < found.robust_accuracy < found.clean_accuracy
     pd.testing.assert_frame_equal(
         found.records[records.columns], records, check_exact=False, rtol=1e-4

@@ -30,6 +30,9 @@ SECTIONS = {
 WITHOUT_GRADIENT = ("black_box",)
 FEW = {"apgd_ce": {"num_steps": 3}, "square": {"num_queries": 5}}
 EPS, PAGES_EPS = 0.05, 0.1
+AUTOATTACK = 'attacks.autoattack(logits_fn, x, y, key, eps=0.1, norm="linf"'
+# All four members are compiled in test_autoattack.py.
+TWO_MEMBERS = f'{AUTOATTACK}, version=("apgd_ce", "square")'
 
 
 def channels_first(page, x):
@@ -43,13 +46,14 @@ def page() -> dict:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         for block in code("docs/attack_your_model.md"):
             if not missing(block):
-                exec(block, names)
+                exec(block.replace(AUTOATTACK, TWO_MEMBERS), names)
     return {**names, "printed": printed.getvalue()}
 
 
 def test_the_page_runs_from_top_to_bottom():
     names = page()
     x, y, result = names["x"], names["y"], names["result"]
+    assert any(f"{AUTOATTACK}, progress=False)" in b for b in code("docs/attack_your_model.md"))
     clean = names["logits_fn"](x).argmax(-1) == y
     assert clean.mean() > 0.85
     assert 0 < result.robust.mean() < clean.mean() - 0.2

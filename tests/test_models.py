@@ -18,6 +18,7 @@ SMALL = {  # what makes the deep ones small enough to run
     "resnet50": {"width": 0.0625},
     "wide_resnet": {"depth": 10, "width": 1},
 }
+DEEP = ("preact_resnet", "resnet50")
 # Compiling is what takes the time, and nothing here depends on how well it is done.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -39,13 +40,29 @@ def init(model, shape):
     return jit(model.init)(jax.random.key(0), images(shape, batch=1))
 
 
+def drawn_quickly(model, shape):
+    """Variables like init's, from NumPy: compiling the draws of fifty layers takes seconds."""
+    rng = np.random.default_rng(0)
+
+    def filled(path, leaf):
+        kind = path[-1].key
+        if kind == "kernel":
+            fan = leaf.size / leaf.shape[-2] if leaf.ndim == 4 else 2 * leaf.shape[0]
+            return rng.normal(0, (2 / fan) ** 0.5, leaf.shape).astype(np.float32)
+        return np.full(leaf.shape, kind in ("scale", "var"), np.float32)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images(shape, batch=1))
+    return jax.tree_util.tree_map_with_path(filled, shapes)
+
+
 SHAPE = (20, 16, 2)  # neither square nor of one or three channels
 
 
 @cache
 def variables_of(name):
     """Those of a model of seven classes for images of SHAPE, whatever it computes in."""
-    return init(build(name, num_classes=7), SHAPE)
+    draw = drawn_quickly if name in DEEP else init
+    return draw(build(name, num_classes=7), SHAPE)
 
 
 @cache
@@ -102,6 +119,17 @@ def test_logits_are_finite_float32(name, dtype):
     assert logits.dtype == jnp.float32
     assert np.isfinite(logits).all()
     assert np.std(logits) > 1e-3  # the signal survives the depth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEEP)
+def test_the_signal_survives_the_depth_from_its_own_initialization(name):
+    model = build(name, num_classes=7)
+    variables = init(model, SHAPE)
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, variables_of(name))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+    logits = jit(model.apply)(variables, images(SHAPE))
+    assert np.isfinite(logits).all() and np.std(logits) > 1e-3
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("lenet5", "small_cnn")])

@@ -31,7 +31,7 @@ SMOKE_RUNS = {  # an arm of each study
     "entm": "at",
     "energy": "at_one_step",
     "adversarial_strength": "eps_1",
-    "average_margin": "mlp_regularised",
+    "average_margin": "linear_regularised",
     "guided_complement_entropy": "gce",
 }
 
@@ -91,6 +91,7 @@ def test_a_seed_of_each_study_runs(name, on_few_images, tmp_path, monkeypatch):
     ("name", "arm"),
     [
         *SMOKE_RUNS.items(),
+        ("average_margin", "mlp_regularised"),
         ("average_margin", "cnn_regularised"),
         ("energy", "oscillation_few"),
     ],
