@@ -1,5 +1,6 @@
 """Eight fake devices for every test, and a compilation cache that the workers share."""
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -73,11 +74,18 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
+@contextlib.contextmanager
+def pages_undrawn():
     """Pages get empty figures, for tests that do not read them: drawing takes a second."""
-    empty = "data:image/svg+xml;base64,"
-    monkeypatch.setattr("robust_jax.app.pages.html._source", lambda *_: empty)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("robust_jax.app.pages.html._source", lambda *_: "data:image/svg+xml;base64,")
+        yield
+
+
+@pytest.fixture
+def undrawn():
+    with pages_undrawn():
+        yield
 
 
 def environment_of(devices: int, *, as_users_do: bool = False) -> dict[str, str]:

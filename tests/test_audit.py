@@ -25,7 +25,7 @@ QUICKLY = {"num_queries": 5, "progress": False}
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """On eight the same programs take several times as long to compile."""
+    """On eight an audit takes several times as long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         yield

@@ -23,7 +23,7 @@ from robust_jax.app.run import execute
 from robust_jax.app.studies import measures
 from robust_jax.errors import UserError
 from robust_jax.files import write_json
-from tests.conftest import environment_of
+from tests.conftest import environment_of, pages_undrawn
 from tests.launches import default_with, flags
 from tests.notebooks import NOTEBOOKS, code_cells, run_cell
 from tests.pages import code
@@ -124,8 +124,7 @@ def finished(tmp_path_factory):
         "learning_rate": 1e-5,
         "loss_on": "clean",
     }
-    with pytest.MonkeyPatch.context() as patch:  # as the fixture undrawn does
-        patch.setattr("robust_jax.app.pages.html._source", lambda *_: "data:image/svg+xml;base64,")
+    with pages_undrawn():
         execute(default_with(fields), workdir, "train")
     return workdir
 

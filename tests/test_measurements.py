@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from robust_jax import data, losses, margins, models
-from robust_jax.app import run
+from robust_jax.app import measurements, run
 from robust_jax.app.measurements import MEASUREMENTS, NUMBERS, Subject
+from robust_jax.app.studies import measures
 from robust_jax.errors import UserError
 from tests.test_study import STUDIES
 
@@ -45,8 +46,11 @@ def test_numbers_are_finite(name):
         assert fnmatch.filter(named, pattern), pattern
     assert all(any(fnmatch.fnmatch(key, p) for p in NUMBERS[name]) for key in named)
     assert np.isfinite(numbers).all() and all(array.size for array in arrays)
+    kept = [key for key in found if key.startswith("of_images/")]
+    # Spectra and clusters are no means, and margins by default of training images.
+    assert bool(kept) == (name not in ("spectra", "clusters", "margins"))
     for key, values in found.items():
-        if key.startswith("of_images/"):
+        if key in kept:
             number = found[key.removeprefix("of_images/")]
             assert len(values) == 60 and values.mean() == pytest.approx(number, rel=1e-5)
 
@@ -58,15 +62,35 @@ def test_images_of_training_which_are_others_for_each_seed_are_not_kept(name):
 
 
 def test_a_gap_is_kept_as_that_between_all_training_images_and_each_test_image():
-    gaps, dataset = measured("gaps"), subject().dataset
-    for split, of in ((dataset.train, "train"), (dataset.test, "test")):
+    def right(split):
         logits = subject().logits_fn(data.to_pixels(split.images[:60]))
-        right = np.asarray(losses.correct(logits, split.labels[:60]))
-        if of == "train":
-            mean = right.mean()
-        else:
-            np.testing.assert_allclose(gaps["of_images/accuracy"], mean - right, rtol=1e-6)
-    assert gaps["accuracy"] == pytest.approx(mean - right.mean(), abs=1e-6)
+        return np.asarray(losses.correct(logits, split.labels[:60]))
+
+    gaps, dataset = measured("gaps"), subject().dataset
+    train, test = right(dataset.train), right(dataset.test)
+    np.testing.assert_allclose(gaps["of_images/accuracy"], train.mean() - test, rtol=1e-6)
+    assert gaps["accuracy"] == pytest.approx(train.mean() - test.mean(), abs=1e-6)
+
+
+def test_an_image_that_did_not_move_is_left_out_of_a_layers_changes(monkeypatch):
+    def all_but_zeros(fn, x, y, *_, **__):
+        return jnp.where((y == 0)[:, None, None, None], x, x + 0.1)
+
+    monkeypatch.setattr(measurements, "pgd", all_but_zeros)
+    found = MEASUREMENTS["features"](subject(), eps=0.1, num_examples=20)
+    adversarial, random = (found[f"change_{kind}/logits"] for kind in ("adversarial", "random"))
+    moved = subject().dataset.test.labels[:20] != 0
+    assert (np.isfinite(adversarial) == moved).all() and 0 < moved.sum() < 20
+    mean = adversarial[moved].mean()
+    assert found["adversarial/logits"] == pytest.approx(mean, rel=1e-5)
+    assert found["random/logits"] == pytest.approx(random.mean(), rel=1e-5)
+    ratio = found["adversarial_over_random/logits"]
+    assert ratio == pytest.approx(mean / random[moved].mean(), rel=1e-5)
+    arrays = {f"features/{name}": found[name] for name in found if name.startswith("of_images/")}
+    results = {"measurements": {"features": found}}
+    path = "measurements.features.{}/logits".format
+    assert measures.outcomes(results, None, arrays, path("adversarial")) is None
+    assert len(measures.outcomes(results, None, arrays, path("random"))) == 20
 
 
 def test_every_image_tells_how_it_changes_a_layer_and_the_ratio_of_two_changes():

@@ -16,7 +16,7 @@ import pytest
 from robust_jax.app.run import execute
 from robust_jax.devices import parallel, processes, speed
 from robust_jax.errors import UserError
-from tests.conftest import REPOSITORY, environment_of
+from tests.conftest import REPOSITORY, environment_of, pages_undrawn
 from tests.launches import default_with, flags
 from tests.test_demo import AUTOATTACK
 
@@ -94,8 +94,7 @@ def assert_the_same(one, other):
 def undisturbed(tmp_path_factory):
     """One process, this one, with eight devices."""
     workdir = tmp_path_factory.mktemp("processes") / "undisturbed"
-    with pytest.MonkeyPatch.context() as patch:  # as the fixture undrawn does
-        patch.setattr("robust_jax.app.pages.html._source", lambda *_: "data:image/svg+xml;base64,")
+    with pages_undrawn():
         execute(default_with(FIELDS), workdir, "train")
     return left_in(workdir)
 

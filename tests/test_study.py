@@ -132,11 +132,9 @@ def test_what_is_typed_wins_over_the_scale_or_is_refused():
     for seeds in ((), (0, 0, 0)):
         with pytest.raises(UserError, match="give one at least, and each once"):
             study.check(config_of("entm", {"seeds": seeds}), check_run)
-    for seeds in ((0, 1.5), (0, "a"), (True, 0)):
-        with pytest.raises(UserError, match="seeds are whole numbers"):
+    for seeds in ((0, 1.5), (0, "a"), (True, 0), (0, -1)):
+        with pytest.raises(UserError, match="give whole numbers from 0 on"):
             study.check(config_of("entm", {"seeds": seeds}), check_run)
-    with pytest.raises(UserError, match="config.seed is -1; it must be at least 0"):
-        study.check(config_of("entm", {"seeds": (0, -1)}), check_run)
 
 
 WRONG = {

@@ -125,14 +125,13 @@ def check(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
     """
     if not config.seeds or len({*config.seeds}) < len(config.seeds):
         raise UserError(f"config.seeds is {tuple(config.seeds)}; give one at least, and each once")
-    if not all(type(seed) is int for seed in config.seeds):
-        raise UserError(f"config.seeds is {tuple(config.seeds)}; seeds are whole numbers")
+    if not all(type(seed) is int and seed >= 0 for seed in config.seeds):
+        raise UserError(f"config.seeds is {tuple(config.seeds)}; give whole numbers from 0 on")
     arms.check_sweeps(config, check_run)
+    # The runs of an arm differ in their seeds alone.
     of_arms = {t.arm: t.config for t in trials(config, seeds=config.seeds[:1])}
     for own in of_arms.values():
         check_run(own)
-    for seed in config.seeds[1:]:  # in which alone the runs of an arm differ
-        check_run(changed(own, {"seed": seed}))
     known = {arm: measures.known(own) for arm, own in of_arms.items()}
     radii = _radii(config)
     labels = [label for label, _ in config.measures]
