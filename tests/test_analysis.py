@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 import pytest
 from flax import linen as nn
 from scipy import optimize
@@ -421,26 +420,3 @@ def test_summary_leaves_out_and_counts_what_is_not_finite():
     }
     with pytest.raises(ValueError, match="none of 2 values is finite"):
         summaries.summary([np.nan, np.inf])
-
-
-def test_gaps_are_train_minus_test_of_what_both_measure():
-    train = pd.DataFrame(
-        {
-            "index": [0, 1],
-            "label": [1, 1],
-            "cross_entropy": [0.0, 0.2],
-            "correct": [True, True],
-            "pgd_linf@0.1/held": [True, False],
-            "margin": [1.0, 2.0],
-        }
-    )
-    test = {
-        "index": [0, 1, 2, 3],
-        "label": [1, 0, 1, 0],
-        "cross_entropy": [0.5, 0.5, 0.5, 0.9],
-        "correct": [True, False, False, True],
-        "pgd_linf@0.1/held": [True, False, False, False],
-    }
-    assert summaries.gaps(train, test) == pytest.approx(
-        {"cross_entropy": -0.5, "correct": 0.5, "pgd_linf@0.1/held": 0.25}
-    )

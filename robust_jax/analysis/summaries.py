@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 __all__ = [
-    "gaps",
     "summary",
     "wilson_interval",
 ]
@@ -16,10 +14,6 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
-
-
-# Columns of an evaluation's records that measure nothing.
-_NAMES = frozenset({"index", "label", "prediction"})
 
 
 def summary(
@@ -57,29 +51,6 @@ def summary(
         "maximum": float(finite.max()),
         **{f"q{100 * q:g}": float(np.quantile(finite, q)) for q in quantiles},
     }
-
-
-def gaps(train: Any, test: Any) -> dict[str, float]:
-    """Generalisation gaps: the train mean minus the test mean of each measure that both hold.
-
-    Args:
-        train: Records of an evaluation, or any arrays [N] by name: loss, accuracy ("correct"),
-            robust accuracy ("name@eps/held"), margins and so on.
-        test: The same of the test set.
-
-    Returns:
-        By name, each in its own units; NaN where a value is.
-
-    Example:
-        >>> from robust_jax.analysis import summaries
-        >>> summaries.gaps({"correct": [1, 1]}, {"correct": [1, 0]})
-        {'correct': 0.5}
-    """
-    names = [name for name in train if name in test and name not in _NAMES]
-    train_mean, test_mean = (
-        {name: np.asarray(table[name], float).mean() for name in names} for table in (train, test)
-    )
-    return {name: float(train_mean[name] - test_mean[name]) for name in names}
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
