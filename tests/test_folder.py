@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from robust_jax.app import command_line, folder, stored
+from robust_jax.app import command_line, folder, stored, training
 from robust_jax.app import config as config_lib
 from robust_jax.app.run import execute
 from robust_jax.app.studies import study
@@ -208,6 +208,29 @@ def test_launch_takes_the_config_that_is_in_the_folder(whose, monkeypatch, tmp_p
     monkeypatch.chdir(REPOSITORY)
     for untouched in (["launch.py", "--help"], given):
         assert command_line.completed(untouched, REPOSITORY / "configs") == untouched
+
+
+def test_a_run_of_version_0_1_0_is_built_again(tmp_path):
+    tree = json.loads((REPOSITORY / "tests" / "config_0_1_0.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    config = stored.config_of(tmp_path)
+    config_lib.check_fields(config, default.get_config())
+    assert config.train_size == 0 and config.threat.to_dict() == {"norm": "linf", "eps": 0.15}
+    off = tree["regularizers"]
+    tree["regularizers"] = {
+        **off,
+        "average_margin": {**off["average_margin"], "weight": 1.0},
+        "energy_oscillation_label_free": {**off["energy_oscillation_label_free"], "weight": 2.0},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    config = stored.config_of(tmp_path)
+    training.build(config)  # which binds every entry and tries it out
+    on = {key: entry.name for key, entry in config.regularizers.items() if entry.weight}
+    assert on == {
+        "average_margin": "input_margin",
+        "energy_oscillation_label_free": "energy_oscillation",
+    }
+    assert config.regularizers.energy_oscillation_label_free.label_free
 
 
 def test_a_run_that_tracked_margins_by_one_estimate_is_read(tmp_path):

@@ -133,12 +133,13 @@ def _read(path: Path) -> dict[str, Any]:
 def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     """A run's config from before there was config.threat, when every norm was linf by default.
 
-    Later the audit had a norm and an eps of None, which stood for those of the threat model, and
-    margins were tracked by one estimate.
+    Later the audit had a norm and an eps of None, which stood for those of the threat model,
+    margins were tracked by one estimate, and all images were trained on.
     """
     tree = _with_estimates(tree)
     if "audit" not in tree:
         return tree
+    tree = {"train_size": 0, **tree, "regularizers": _renamed(tree["regularizers"])}
     if "threat" in tree:
         audit = {k: v for k, v in tree["audit"].items() if v is not None}
         return {**tree, "audit": audit}
@@ -152,6 +153,19 @@ def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
         if entry and "eps" in entry and entry.get("name") not in ("jsma", "carlini_wagner"):
             entry.setdefault("norm", "linf")
     return {**tree, "threat": {"norm": audit["norm"], "eps": audit["eps"]}}
+
+
+def _renamed(regularizers: dict[str, Any]) -> dict[str, Any]:
+    """Regularisers by the names that they have now; those that were off need none."""
+    renamed = {}
+    for key, entry in regularizers.items():
+        if key == "average_margin":
+            entry = {"name": "input_margin", **entry}
+        elif key.endswith("_label_free"):
+            entry = {"name": key.removesuffix("_label_free"), "label_free": True, **entry}
+        if entry["weight"] or "name" not in entry:
+            renamed[key] = entry
+    return renamed
 
 
 def _with_estimates(value: Any) -> Any:
