@@ -23,6 +23,7 @@ from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
+from robust_jax import types
 from robust_jax._winograd import Pair, winograd_conv
 
 Padding = Literal["SAME", "VALID"] | Sequence[Pair]
@@ -47,8 +48,8 @@ class Geometry(NamedTuple):
 
 
 def conv2d(
-    x: Float[Array, "b h w i"],
-    kernel: Float[Array, "p q i o"],
+    x: Float[types.Array, "b h w i"],
+    kernel: Float[types.Array, "p q i o"],
     *,
     strides: Pair = (1, 1),
     padding: Padding = "SAME",
@@ -64,6 +65,7 @@ def conv2d(
     geometry = Geometry(tuple(strides), padding, image, window)
     if min(geometry.output) < 1:
         raise ValueError(f"kernel {window} with padding {padding} does not fit the image {image}")
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     if implementation == "plain":
         return _plain_conv(x, kernel, geometry=geometry)
     return conv_p.bind(x, kernel, geometry=geometry)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -56,6 +56,7 @@ def rows_of(split: "Split | Streamed", index: np.ndarray) -> tuple[int, Callable
     return len(index), take
 
 
+@runtime_checkable
 class RandomAccess(Protocol):
     """What TFDS's data sources are: examples by their row numbers, many at a time."""
 

@@ -26,7 +26,7 @@ class Stream:
         where = np.arange(positions.start, positions.stop)
         parts = [
             self._epoch_order(epoch)[where[where // len(self._index) == epoch] % len(self._index)]
-            for epoch in np.unique(where // len(self._index))
+            for epoch in np.unique(where // len(self._index)).tolist()
         ]
         return np.concatenate(parts)
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from robust_jax import types
 from robust_jax._convolution import IMPLEMENTATIONS, Padding, conv2d
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": nn.relu, "silu": nn.silu}
@@ -40,14 +41,14 @@ def num_parameters(params: Any) -> int:
 
 
 def normalize(
-    x: Float[Array, "b h w c"], mean: tuple[float, ...], std: tuple[float, ...], dtype: Any
+    x: Float[types.Array, "b h w c"], mean: tuple[float, ...], std: tuple[float, ...], dtype: Any
 ) -> Float[Array, "b h w c"]:
     """(x - mean) / std per channel, computed in at least float32 and returned in dtype."""
     for field, value in (("mean", mean), ("std", std)):
         check_choice(f"len({field})", len(value), sorted({1, x.shape[-1]}))
     # numpy's promotion, as JAX may have been told to allow none.
     wide = np.promote_types(dtype, np.float32)
-    return ((x.astype(wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
+    return ((jnp.asarray(x, wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
 
 
 class Conv(nn.Module):
@@ -96,7 +97,9 @@ class Classifier(nn.Module, kw_only=True):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b k"]:
+    def __call__(
+        self, x: Float[types.Array, "b h w c"], *, train: bool = False
+    ) -> Float[Array, "b k"]:
         features = self.features(normalize(x, self.mean, self.std, self.dtype), train)
         self.sow("intermediates", "features", features)
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(features)
