@@ -142,7 +142,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _not_orbax(record: python_logging.LogRecord) -> bool:
-    """Orbax tells each checkpoint's life at INFO, and its errors twice; they are told in a line."""
+    """Orbax logs each checkpoint at length, and errors twice; a user is told them in one line."""
     return record.levelno == python_logging.WARNING or "orbax" not in record.pathname
 
 

@@ -25,7 +25,7 @@ from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import MapExamples
 from robust_jax.errors import NothingToAudit
 from robust_jax.keys import example_keys, fold_each, with_keys
-from robust_jax.progress import progress as progress_bar
+from robust_jax.progress import progress_bar
 from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 Grade = Literal["skipped", "pass", "warn", "fail"]  # from good to bad
@@ -111,6 +111,10 @@ def audit(
         ...                          progress=False)
         >>> found.verdict
         'pass'
+
+    Reference:
+        Athalye et al. 2018, arXiv 1802.00420; Carlini et al. 2019, arXiv 1902.06705, §5; Croce and
+        Hein 2020, arXiv 2003.01690. The thresholds are our reading.
     """
     _checks.length("eps", eps)
     if not eps > 0:

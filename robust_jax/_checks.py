@@ -1,4 +1,4 @@
-"""Mistakes in a call, told in one line. Of traced values only types and shapes are checked."""
+"""Mistakes in a call, told in one line. Only types and shapes of traced values are checked."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -24,7 +24,8 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 from robust_jax import types
-from robust_jax._winograd import Pair, winograd_conv
+from robust_jax._winograd import winograd_conv
+from robust_jax.types import Pair
 
 Padding = Literal["SAME", "VALID"] | Sequence[Pair]
 IMPLEMENTATIONS = ("auto", "plain")

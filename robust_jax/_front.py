@@ -20,7 +20,7 @@ import numpy as np
 
 from robust_jax import _checks
 from robust_jax._network import MOST_PROGRAMS, Network, comparable, on_the_whole_batch
-from robust_jax.batches import batches, counted, joined, side_by_side
+from robust_jax.batches import counted, joined, rows_of_batches, side_by_side
 from robust_jax.devices.parallel import (
     Placement,
     has_explicit_axes,
@@ -301,7 +301,7 @@ class Mapper:
     def _mapped(self, fn: Callable, most: int, count: int, take: Callable, scalars: tuple) -> Any:
         where = self._placement
         program = _rows_program(_Setting(fn), self._network.program, where)
-        sizes = list(batches(count, self._batch_size, most=most, multiple_of=where.count))
+        sizes = list(rows_of_batches(count, self._batch_size, most=most, multiple_of=where.count))
         scalars = where.replicated(scalars)  # another network may be among them
         with _told():
             if where.mesh is None and _may_run_in_threads(self._network):

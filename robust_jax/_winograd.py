@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-Pair = tuple[int, int]
+from robust_jax.types import Pair
 
 
 def winograd_conv(

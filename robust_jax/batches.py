@@ -24,7 +24,7 @@ Lift = Callable[..., Callable]
 _SMALLEST, _LARGEST = 16, 64
 
 
-def batches(
+def rows_of_batches(
     count: int, batch_size: int, *, most: int | None = None, multiple_of: int = 1
 ) -> Iterator[tuple[Int[np.ndarray, " b"], int]]:
     """The rows 0 … count-1 in batches of one size; each with its real rows.
@@ -103,7 +103,7 @@ def on_one_device(logits_fn: Callable, batch_size: int) -> MapExamples:
 
         def run(rows, *scalars):
             count, take = counted(rows)
-            sizes = list(batches(count, batch_size))
+            sizes = list(rows_of_batches(count, batch_size))
             parts = [compiled(take(i), *scalars) for i, _ in sizes]
             return joined(parts, [real for _, real in sizes])
 

@@ -28,9 +28,9 @@ from robust_jax import _checks, losses
 from robust_jax._front import compiled
 from robust_jax._precision import wide_dtype
 from robust_jax.attacks import Norm, ThreatModel, never, pgd
-from robust_jax.attacks.norms import Length, threat_model
+from robust_jax.attacks.norms import threat_model
 from robust_jax.keys import example_keys, fold_each
-from robust_jax.types import Array, Images, KeyOrKeys, Labels, LogitsFn, PerExample
+from robust_jax.types import Array, Images, KeyOrKeys, Labels, Length, LogitsFn, PerExample
 
 __all__ = ["mean_square", "oscillation", "path", "rise", "total_variation"]
 

@@ -5,7 +5,6 @@ fn maps x [B,...] to [B,K], each example on its own: logits, or probabilities wi
 are summed and returned in float32. chunk_size bounds how many examples are in memory.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from robust_jax._precision import wide
 from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
-from robust_jax.types import Array, KeyOrKeys, Labels, LogitsFn, PerExample
+from robust_jax.types import Array, Images, KeyOrKeys, Labels, LogitsFn, PerExample
 
 __all__ = [
     "Estimate",
@@ -37,10 +36,6 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Inputs = Float[Array, "b ..."]
-Fn = Callable[[Inputs], Float[Array, "b k"]]
-
-
 class Estimate(NamedTuple):
     """An estimated norm [B] and the standard error [B] of that estimate."""
 
@@ -48,7 +43,7 @@ class Estimate(NamedTuple):
     standard_error: PerExample
 
 
-def probabilities(logits_fn: Fn) -> Fn:
+def probabilities(logits_fn: LogitsFn) -> LogitsFn:
     """The softmax of a network, to take Jacobians of.
 
     Args:
@@ -67,7 +62,7 @@ def probabilities(logits_fn: Fn) -> Fn:
 
 
 @compiled
-def jacobian(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> Float[Array, "b k ..."]:
+def jacobian(fn: LogitsFn, x: Images, *, chunk_size: int | None = None) -> Float[Array, "b k ..."]:
     """The exact Jacobian of each example.
 
     Costs a forward and K backward passes an example, or as many forward-mode passes as it has pixel
@@ -96,7 +91,7 @@ def jacobian(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> Float[Array
 
 
 @compiled
-def frobenius_norm(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> PerExample:
+def frobenius_norm(fn: LogitsFn, x: Images, *, chunk_size: int | None = None) -> PerExample:
     """Exact Frobenius norm ‖J‖_F.
 
     Costs a `jacobian` an example; at most chunk_size of them are held at a time.
@@ -126,7 +121,9 @@ def frobenius_norm(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> PerEx
 
 
 @compiled
-def singular_values(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> Float[Array, "b n"]:
+def singular_values(
+    fn: LogitsFn, x: Images, *, chunk_size: int | None = None
+) -> Float[Array, "b n"]:
     """All singular values of J, largest first.
 
     Their squares sum to ‖J‖_F², and the first is the spectral norm, exactly. Costs a `jacobian` and
@@ -159,7 +156,7 @@ def singular_values(fn: Fn, x: Inputs, *, chunk_size: int | None = None) -> Floa
 
 @compiled
 def squared_frobenius_samples(
-    fn: Fn, x: Inputs, key: KeyOrKeys, *, num_projections: int
+    fn: LogitsFn, x: Images, key: KeyOrKeys, *, num_projections: int
 ) -> Float[Array, "b n"]:
     """Unbiased samples ‖Jv‖² of ‖J‖_F², v ~ N(0, I).
 
@@ -188,6 +185,9 @@ def squared_frobenius_samples(
         ... )
         >>> bool(abs(samples.mean() - 25) < 1)
         True
+
+    Reference:
+        Hutchinson 1989; as a regulariser Hoffman et al. 2019, arXiv 1908.02729.
     """
     if num_projections < 1:
         raise ValueError(f"num_projections must be at least 1, not {num_projections!r}")
@@ -204,7 +204,7 @@ def squared_frobenius_samples(
 
 @compiled
 def frobenius_norm_estimate(
-    fn: Fn, x: Inputs, key: KeyOrKeys, *, num_projections: int, chunk_size: int | None = None
+    fn: LogitsFn, x: Images, key: KeyOrKeys, *, num_projections: int, chunk_size: int | None = None
 ) -> Estimate:
     """‖J‖_F from random projections, with its standard error.
 
@@ -254,8 +254,8 @@ def frobenius_norm_estimate(
 
 @compiled
 def spectral_norm(
-    fn: Fn,
-    x: Inputs,
+    fn: LogitsFn,
+    x: Images,
     key: KeyOrKeys,
     *,
     num_iterations: int = 20,
@@ -271,11 +271,11 @@ def spectral_norm(
         x: [B,...].
         key: One key, folded with each example's place in the batch, or a key per example [B]; where
             the iteration starts.
-        num_iterations: Of the power iteration.
+        num_iterations: Steps of the power iteration.
         chunk_size: How many examples are in memory at a time; None: all.
 
     Returns:
-        [B].
+        [B], in units of fn's output per pixel unit.
 
     Raises:
         ValueError: num_iterations is below 1.
@@ -313,7 +313,7 @@ def spectral_norm(
 @compiled
 def relative_slope(
     logits_fn: LogitsFn,
-    x: Inputs,
+    x: Images,
     y: Labels,
     *,
     norm: Norm = "l2",
@@ -321,7 +321,7 @@ def relative_slope(
 ) -> PerExample:
     """max_{j≠y} ‖∇_x (z_y - z_j)‖_q over the size of z_y - z_j: no scale of the logits changes it.
 
-    q is dual to the norm. Of an example that is classified correctly it is the inverse of the
+    q is dual to the norm. For an example that is classified correctly it is the inverse of the
     first-order margin: what shrinks with it is not just the logits. Multiplying the logits by a
     constant changes ‖J‖ and no decision. Costs a `jacobian` an example; at most chunk_size of them
     are held at a time.
@@ -366,7 +366,7 @@ def relative_slope(
     return in_chunks(slope_one, (x, jnp.asarray(y)), chunk_size)
 
 
-def _jacobian_one(fn: Fn, one: Float[Array, "..."]) -> Float[Array, "k ..."]:
+def _jacobian_one(fn: LogitsFn, one: Float[Array, "..."]) -> Float[Array, "k ..."]:
     def f(one):
         return fn(one[None])[0]
 

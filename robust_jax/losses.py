@@ -19,6 +19,7 @@ from robust_jax._precision import wide
 from robust_jax.types import Labels, Logits, PerExample
 
 __all__ = [
+    "ATTACK_LOSSES",
     "LOSSES",
     "Form",
     "Loss",

@@ -20,10 +20,10 @@ from robust_jax._front import compiled
 from robust_jax._precision import wide_dtype
 from robust_jax.analysis.spectra import GAINS, Layer, operator_norm
 from robust_jax.attacks import Norm, ThreatModel, distances, fab, is_adversarial
-from robust_jax.attacks.norms import L2, Length, threat_model
+from robust_jax.attacks.norms import L2, threat_model
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, Labels, Logits, LogitsFn, PerExample
+from robust_jax.types import Images, KeyOrKeys, Labels, Length, Logits, LogitsFn, PerExample
 
 __all__ = [
     "boundary_distances",
@@ -55,8 +55,8 @@ def linear(
     """Margins of the classifier argmax(weights·x + bias), min_{j≠y} (z_y - z_j) / ‖w_y - w_j‖_q.
 
     q is dual to the norm; the walls of [0,1] are not looked at. Exact where x is classified
-    correctly, and for two classes; otherwise no larger in magnitude than the margin, for of the
-    boundaries in between it goes to the furthest alone. Costs B·K·D multiplications and holds K²
+    correctly, and for two classes; otherwise it is the distance to the furthest boundary in between
+    alone, which is at most the margin's magnitude. Costs B·K·D multiplications and holds K²
     differences of D weights.
 
     Args:

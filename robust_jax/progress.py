@@ -7,7 +7,7 @@ from tqdm import tqdm
 from robust_jax.devices import processes
 
 
-def progress(
+def progress_bar(
     total: int, description: str, unit: str, *, initial: int = 0, shown: bool = True
 ) -> tqdm:
     """A bar with an estimate of what is left, in the first process; a log gets few lines of it."""

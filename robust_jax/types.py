@@ -4,17 +4,21 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import Float, Integer, Key
+from jaxtyping import Float, Integer, Key, Real
 
 __all__ = [
     "Array",
     "Images",
     "KeyOrKeys",
     "Labels",
+    "Length",
     "Logits",
     "LogitsFn",
+    "Pair",
     "PerExample",
+    "Perturbation",
     "Reference",
+    "Scalar",
 ]
 
 
@@ -34,5 +38,12 @@ PerExample = Float[Array, " b"]
 LogitsFn = Callable[[Images], Logits]
 # Labels [B] as a rule; logits [B,K] for a loss that compares two outputs, such as losses.kl.
 Reference = Labels | Logits
+# Within an attack: an example or what is added to it, of any shape, and a number.
+Perturbation = Float[jax.Array, "..."]
+Scalar = Float[jax.Array, ""]
+# A radius, in units of a norm.
+Length = float | Real[jax.Array, ""]
+# Heights and widths: of kernels, strides and images; low and high: of padding.
+Pair = tuple[int, int]
 # One key, folded with each example's place in the batch, or a key for each example.
 KeyOrKeys = Key[jax.Array, ""] | Key[jax.Array, " b"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robust_jax.batches import batches, joined, on_one_device
+from robust_jax.batches import joined, on_one_device, rows_of_batches
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
@@ -15,8 +15,10 @@ def test_every_row_once_in_batches_of_few_sizes(backend, count, more, batch_size
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: backend)
         options = {"most": count + more, "multiple_of": devices}
-        plan = list(batches(count, batch_size, **options))
-        possible = {len(next(batches(n, batch_size, **options))[0]) for n in range(1, count + 1)}
+        plan = list(rows_of_batches(count, batch_size, **options))
+        possible = {
+            len(next(rows_of_batches(n, batch_size, **options))[0]) for n in range(1, count + 1)
+        }
     np.testing.assert_array_equal(
         np.concatenate([rows[:real] for rows, real in plan]), np.arange(count)
     )
@@ -27,19 +29,19 @@ def test_every_row_once_in_batches_of_few_sizes(backend, count, more, batch_size
 
 def test_little_is_made_up():
     for most in range(1, 2000):
-        made_up = sum(len(rows) for rows, _ in batches(most, 500)) - most
-        assert made_up < len(list(batches(most, 500)))  # of all of them, one row a batch
-    assert [len(rows) for rows, _ in batches(5, 128)] == [5]
-    assert [len(rows) for rows, _ in batches(5, 128, most=200)] == [16]
-    assert [len(rows) for rows, _ in batches(130, 128, most=200)] == [16] * 9
-    assert [len(rows) for rows, _ in batches(130, 128, most=2000)] == [63] * 3
+        made_up = sum(len(rows) for rows, _ in rows_of_batches(most, 500)) - most
+        assert made_up < len(list(rows_of_batches(most, 500)))  # of all of them, one row a batch
+    assert [len(rows) for rows, _ in rows_of_batches(5, 128)] == [5]
+    assert [len(rows) for rows, _ in rows_of_batches(5, 128, most=200)] == [16]
+    assert [len(rows) for rows, _ in rows_of_batches(130, 128, most=200)] == [16] * 9
+    assert [len(rows) for rows, _ in rows_of_batches(130, 128, most=2000)] == [63] * 3
 
 
 def test_an_accelerator_takes_them_all_at_once_or_half(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert [len(rows) for rows, _ in batches(450, 500, most=1000)] == [500]
-    assert [len(rows) for rows, _ in batches(250, 500, most=1000)] == [250]
-    assert [len(rows) for rows, _ in batches(600, 500, most=600)] == [300, 300]
+    assert [len(rows) for rows, _ in rows_of_batches(450, 500, most=1000)] == [500]
+    assert [len(rows) for rows, _ in rows_of_batches(250, 500, most=1000)] == [250]
+    assert [len(rows) for rows, _ in rows_of_batches(600, 500, most=600)] == [300, 300]
 
 
 def test_results_come_in_the_order_of_the_rows_and_padding_counts_for_nothing():

@@ -63,7 +63,7 @@ def fewer_attacks():
 
 
 class Size(NamedTuple):
-    """Of the demo: fields beside those of the default config, test images, how it is compiled."""
+    """A size of the demo: fields unlike the default's, test images, how it is compiled."""
 
     fields: dict[str, Any]
     count: int
@@ -440,7 +440,7 @@ def test_a_record_s_key_makes_its_adversarial_again(demo):
 
 
 def test_autoattack_alone_is_evaluated(copied, undrawn):
-    """Of a run that was stopped when it was trained, before anything was evaluated."""
+    """The run was stopped when it was trained, before anything was evaluated."""
     for name in ("results.json", "card.json", "examples.npz"):
         (copied / name).unlink()
     config = stored.config_of(copied)

@@ -211,7 +211,7 @@ def test_traces_through_a_scan_of_the_callers_over_nothing_traced(name):
 
 
 def gradient(name):
-    """Of the loss at an attack's points, or of a function's mean, by the weights."""
+    """The gradient of the loss at an attack's points, or of a function's mean, by the weights."""
     x, y = examples()
 
     def value(weights, x):

@@ -32,7 +32,7 @@ def test_a_randomised_network_takes_keys_of_another_implementation():
     def logits_fn(x, key):
         return network(weights_of(0))(x) + jax.random.normal(key, (len(x), 4))
 
-    # Of one loss, both are one program.
+    # With one loss both are one program.
     few = {"num_steps": 2, "eot_samples": 2, "loss": losses.cross_entropy}
     found = attacks.autoattack(
         logits_fn,

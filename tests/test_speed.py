@@ -20,7 +20,7 @@ def array(*shape):
 
 
 def plan_with(**fields):
-    """Of a few steps of a small CNN."""
+    """A few steps of a small CNN."""
     config = small_config()
     config.model = {"name": "cnn", "widths": (4, 4), "hidden": 8}
     for name, value in fields.items():
@@ -91,7 +91,7 @@ def test_peaks_are_found_by_the_longest_name(kind, expected):
 
 
 def test_training_says_how_fast_it_was_and_leaves_a_trace(tmp_path, monkeypatch):
-    monkeypatch.setitem(speed.__dict__, "PEAKS", {jax.devices()[0].device_kind: 1e12})
+    monkeypatch.setattr(speed, "PEAKS", {jax.devices()[0].device_kind: 1e12})
     plain = jax.profiler.ProfileOptions
 
     def without_programs():  # of which the other tests of this process have left many

@@ -160,7 +160,7 @@ def test_validation_attacks_and_counts_an_example_once():
         "minimum_distance": np.abs(distances).min(),
         "average_distance": np.abs(distances).mean(),
     }
-    # Of the first so many: an attack comes as near as it can, and gradients are the same all over.
+    # The first so many: an attack comes as near as it can, and gradients are the same all over.
     expected |= {
         "minimum_distance_clever": 0.1 / np.sqrt(2),
         "average_distance_clever": 0.45 / np.sqrt(2),

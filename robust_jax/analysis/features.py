@@ -20,6 +20,7 @@ from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys
 
 __all__ = [
+    "FeaturesFn",
     "captured",
     "change",
     "point_at_distance",

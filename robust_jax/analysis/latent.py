@@ -22,8 +22,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Latents = Float[np.ndarray, "n ..."]
-Labels = Int[np.ndarray, " n"]
+_Latents = Float[np.ndarray, "n ..."]
+_Labels = Int[np.ndarray, " n"]
 
 
 class Projection(NamedTuple):
@@ -33,7 +33,7 @@ class Projection(NamedTuple):
     variance_share: np.ndarray
 
 
-def projection(latents: Latents, *, num_components: int = 2) -> Projection:
+def projection(latents: _Latents, *, num_components: int = 2) -> Projection:
     """The latents on their principal axes, to look at: distances are shrunk, never stretched.
 
     Costs an SVD of [N,D].
@@ -57,7 +57,7 @@ def projection(latents: Latents, *, num_components: int = 2) -> Projection:
     return Projection(pca.fit_transform(_flat(latents)), pca.explained_variance_ratio_)
 
 
-def tsne(latents: Latents, *, perplexity: float = 30.0, seed: int = 0) -> Float[np.ndarray, "n 2"]:
+def tsne(latents: _Latents, *, perplexity: float = 30.0, seed: int = 0) -> Float[np.ndarray, "n 2"]:
     """The latents in the plane by t-SNE, to look at, as the paper's figure shows them.
 
     Neighbours stay neighbours; distances between clusters and their sizes mean nothing. Costs
@@ -87,7 +87,7 @@ def tsne(latents: Latents, *, perplexity: float = 30.0, seed: int = 0) -> Float[
     return TSNE(perplexity=most, init="pca", random_state=seed).fit_transform(latents)
 
 
-def silhouette(latents: Latents, labels: Labels) -> float:
+def silhouette(latents: _Latents, labels: _Labels) -> float:
     """Mean silhouette: higher where classes are tighter and further apart.
 
     (b - a) / max(a, b), a the mean l2 distance to the others of one's class, b to those of the
@@ -115,7 +115,7 @@ def silhouette(latents: Latents, labels: Labels) -> float:
     return float(silhouette_score(_flat(latents), labels))
 
 
-def distance_ratio(latents: Latents, labels: Labels) -> float:
+def distance_ratio(latents: _Latents, labels: _Labels) -> float:
     """Mean l2 distance to one's class centre over that between two centres: lower is tighter.
 
     Our reading of intra- over inter-class distance. Invariant to scale. Costs N distances and, of K
@@ -142,6 +142,6 @@ def distance_ratio(latents: Latents, labels: Labels) -> float:
     return float(intra / inter[np.triu_indices(len(classes), 1)].mean())
 
 
-def _flat(latents: Latents) -> Float[np.ndarray, "n d"]:
+def _flat(latents: _Latents) -> Float[np.ndarray, "n d"]:
     latents = np.asarray(latents, np.float64)
     return latents.reshape(len(latents), -1)

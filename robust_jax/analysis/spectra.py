@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Float
 
 from robust_jax.attacks.norms import L1, L2, LINF, Norm, ThreatModel, threat_model
+from robust_jax.types import Pair
 
 __all__ = [
+    "GAINS",
     "Layer",
     "circular",
     "exact",
@@ -31,8 +33,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Pair = tuple[int, int]
-Values = Float[np.ndarray, " n"]
+_Values = Float[np.ndarray, " n"]
 
 
 class Layer(NamedTuple):
@@ -114,7 +115,7 @@ def layers(
     return found
 
 
-def circular(layer: Layer) -> Values:
+def circular(layer: Layer) -> _Values:
     """Singular values of the convolution with circular padding.
 
     A frequency is mapped to itself, by the kernel's Fourier transform there [I,O]; with strides
@@ -157,7 +158,7 @@ def circular(layer: Layer) -> Values:
     return np.sort(both, axis=None)[::-1]
 
 
-def exact(layer: Layer) -> Values:
+def exact(layer: Layer) -> _Values:
     """Singular values of the layer as it stands, by its explicit `matrix`.
 
     Costs an SVD of [outputs, inputs]: seconds at 1,000 of each, minutes and gigabytes at 10,000.
@@ -177,7 +178,7 @@ def exact(layer: Layer) -> Values:
     return _svd(matrix(layer))
 
 
-def reshaped(layer: Layer) -> Values:
+def reshaped(layer: Layer) -> _Values:
     """Singular values of the kernel as a matrix [P·Q·I,O], which are not the operator's.
 
     Costs one SVD of it, whatever the image's size.
@@ -294,7 +295,7 @@ GAINS: Mapping[ThreatModel, Callable[[Layer], float]] = {
 }
 
 
-def _svd(values: np.ndarray) -> Values:
+def _svd(values: np.ndarray) -> _Values:
     return np.linalg.svd(values, compute_uv=False)
 
 

@@ -58,7 +58,7 @@ def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[floa
 
     Args:
         share: In [0,1].
-        count: Of how many examples.
+        count: How many examples it is a share of.
         z: How many standard deviations; 1.96 for 95 %.
 
     Returns:

@@ -11,8 +11,8 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
     there; None where AutoAttack did not run.
 
     Accuracies are in percent, both of the images that AutoAttack saw. RobustBench leaves link,
-    authors and venue to people. Of a network that was not trained here, whether it had additional
-    data and how often it runs for a prediction are left to them too. `unreliable` is the audit's
+    authors and venue to people. Whether a network that was not trained here had additional data,
+    and how often it runs for a prediction, are left to them too. `unreliable` is the audit's
     verdict "fail", None without one; `footnote` says what a reader must know.
     """
     runs = [entry for entry in results["attacks"] if entry["attack"] == "autoattack"]

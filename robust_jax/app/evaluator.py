@@ -29,7 +29,7 @@ from robust_jax.devices import processes
 from robust_jax.errors import NothingToAudit, UnusableState
 from robust_jax.files import UNREADABLE_NPZ, save_arrays
 from robust_jax.keys import fold_each, fold_in_each
-from robust_jax.progress import progress
+from robust_jax.progress import progress_bar
 from robust_jax.types import LogitsFn
 
 
@@ -105,7 +105,7 @@ class Evaluator:
         return other
 
     def temperature(self, variables: Any, held_out: data.Split) -> float:
-        """By what the logits are divided for the least cross-entropy on images held out."""
+        """The temperature at which cross-entropy on held-out images is least."""
         rows = data.rows_of(held_out, np.arange(held_out.size))
         logits = self._lift(_logits)(variables, held_out.size, *rows, self._key_data)
         return calibration.temperature(logits, held_out.labels)
@@ -133,7 +133,7 @@ class Evaluator:
             None if unfinished is None else unfinished / "records.npz",
             lambda: self.over(variables, _logits),
         )
-        with progress(work, description, "pass", shown=self._shown) as bar:
+        with progress_bar(work, description, "pass", shown=self._shown) as bar:
             columns = done.columns()
             if "key" not in columns:
                 columns = self._measure(variables, index)

@@ -326,8 +326,7 @@ def interior(
 def gaps(subject: Subject, *, num_examples: int = 1000) -> Numbers:
     """Generalisation gaps: accuracy and cross-entropy on training images minus on test images.
 
-    Of a test image, it is the gap to the mean over training images. Costs a forward pass an
-    example.
+    A test image's gap is to the mean over training images. Costs a forward pass an example.
     """
 
     def measure(fn, rows):

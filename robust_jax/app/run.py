@@ -31,7 +31,7 @@ from robust_jax.train.loop import Trained, is_trained, restore, train
 class Finished(NamedTuple):
     """A run whose training is done.
 
-    experiment: of the folder's config with what is asked for now. asked: the config of this call.
+    experiment: built from the folder's config and what this call adds. asked: this call's config.
     """
 
     experiment: Experiment
@@ -55,7 +55,7 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode, *, profile: bool = Fa
         profile: Whether to leave a trace of ten training steps in workdir/profile.
 
     Returns:
-        What the mode came to, in lines for people.
+        Lines that say what was found.
 
     Raises:
         UserError: The config is mistaken, workdir holds something else or a run of another config,

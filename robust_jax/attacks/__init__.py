@@ -10,7 +10,7 @@ from robust_jax.attacks._jsma import jsma
 from robust_jax.attacks._minimum_norm import carlini_wagner, deepfool
 from robust_jax.attacks._multi_targeted import multi_targeted
 from robust_jax.attacks._noise import gaussian_noise, uniform_noise
-from robust_jax.attacks._pgd import LogitsFn, bim, fgsm, mim, pgd
+from robust_jax.attacks._pgd import bim, fgsm, mim, pgd
 from robust_jax.attacks._run import Outcome, run
 from robust_jax.attacks._square import square
 from robust_jax.attacks._success import (
@@ -23,6 +23,7 @@ from robust_jax.attacks._success import (
 )
 from robust_jax.attacks._transfer import transfer
 from robust_jax.attacks.norms import NORMS, Norm, ThreatModel
+from robust_jax.types import LogitsFn
 
 # All are called attack(logits_fn, x, y, key, *, eps, norm, ...) and return points like x, except
 # AutoAttack, a loop on the host, which returns a record.

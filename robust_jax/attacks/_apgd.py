@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
 from robust_jax.attacks._best import Best, Goal, value_dtype
+from robust_jax.attacks._perturbations import largest_where
 from robust_jax.attacks._success import Criterion, misclassified
-from robust_jax.attacks.norms import Length, Norm, Scalar, ThreatModel, largest_where, threat_model
+from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn, Reference
+from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn, Reference, Scalar
 
 # How much of a step goes where the gradient points; the rest repeats the step before.
 _GRADIENT_SHARE = 0.75
@@ -194,7 +195,7 @@ def likeliest_wrong(
 def checked_steps(num_steps: int) -> list[int]:
     """The steps, counted from 1, after which the step size is checked: 22, 41, … 99 of 100.
 
-    The checkpoints of arXiv 2003.01690.
+    The checkpoints of arXiv 2003.01690, here called checks.
     """
     period, shrink, least = (max(share * num_steps // 100, 1) for share in (22, 3, 6))
     steps = [period]
@@ -275,7 +276,7 @@ class _State(NamedTuple):
     step_size: Float[Array, ""]
     found: Best
     peak: _Peak
-    # Since the last checkpoint: steps that raised the loss, whether it halved, its largest loss.
+    # Since the last check: steps that raised the loss, whether it halved, its largest loss.
     num_raised: Int[Array, ""]
     halved: Bool[Array, ""]
     checked_value: Float[Array, ""]
@@ -350,7 +351,7 @@ class _SparseState(NamedTuple):
     step_size: Float[Array, ""]
     found: Best
     peak: _Peak
-    # At the last checkpoint, pixels in which the peak differed from x.
+    # At the last check, pixels in which the peak differed from x.
     num_changed: Int[Array, ""]
 
 
@@ -358,7 +359,7 @@ def _climb_sparsely(measure, x, found, start_key, key, settings: _Settings) -> B
     """One run through larger balls, by steps on fewer and fewer pixels; see `_climb`.
 
     A step moves two thirds as many pixels as the peak has changed, evenly (rounded down, so that
-    two become one; in the reference two stay two). At a checkpoint where the peak has become
+    two become one; in the reference two stay two). At a check where the peak has become
     sparser, the search goes back to it and to the longest step, the radius; at others the step is
     divided by 1.5, down to a tenth of the radius (arXiv 2103.01208, alg. 1).
     """

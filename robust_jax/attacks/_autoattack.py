@@ -31,7 +31,7 @@ from robust_jax.batches import MapExamples
 from robust_jax.errors import UnusableState
 from robust_jax.files import UNREADABLE_NPZ, save_arrays
 from robust_jax.keys import example_keys, fold_each, with_keys
-from robust_jax.progress import progress as progress_bar
+from robust_jax.progress import progress_bar
 from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 

@@ -14,10 +14,11 @@ from robust_jax import _checks
 from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, value_dtype
+from robust_jax.attacks._perturbations import tiny
 from robust_jax.attacks._success import classified_as, misclassified
-from robust_jax.attacks.norms import Length, Norm, ThreatModel, threat_model, tiny
+from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
 
 
 class _Settings(NamedTuple):

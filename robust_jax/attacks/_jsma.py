@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from robust_jax import _checks
 from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
+from robust_jax.attacks._perturbations import tiny
 from robust_jax.attacks._success import classified_as, misclassified
-from robust_jax.attacks.norms import L0, Length, tiny
-from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
+from robust_jax.attacks.norms import L0
+from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
 
 # How many pairs of features are held in memory at a time, for each example.
 _PAIRS_AT_ONCE = 2**14

@@ -13,9 +13,10 @@ from robust_jax import _checks, losses
 from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, Goal, value_dtype
+from robust_jax.attacks._perturbations import tiny
 from robust_jax.attacks._success import misclassified
-from robust_jax.attacks.norms import L2, Length, ThreatModel, threat_model, tiny
-from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
+from robust_jax.attacks.norms import L2, ThreatModel, threat_model
+from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
 
 # By how much tanh reaches beyond the box, so that pixels at 0 or 1, or on their way there, are not
 # at its ends, where hardly any gradient is left to move them.
@@ -247,7 +248,7 @@ def _descend_one(judge, x, reference, settings: _CarliniWagner):
 def _adam(gradient, moments, time):
     """Adam's step for a learning rate of 1, and its moments, at times from 1 on (arXiv 1412.6980).
 
-    By hand, for that of optax does not work under jax_numpy_dtype_promotion=strict.
+    Written here because optax's fails under jax_numpy_dtype_promotion=strict.
     """
     first, second = moments
     first = 0.9 * first + 0.1 * gradient

@@ -9,9 +9,9 @@ from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, value_dtype
 from robust_jax.attacks._pgd import pgd
 from robust_jax.attacks._success import misclassified
-from robust_jax.attacks.norms import Length, Norm
+from robust_jax.attacks.norms import Norm
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
 
 
 @compiled

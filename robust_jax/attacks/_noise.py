@@ -13,9 +13,9 @@ from robust_jax import _checks, losses
 from robust_jax._front import compiled
 from robust_jax.attacks._best import Best, Goal
 from robust_jax.attacks._success import Criterion
-from robust_jax.attacks.norms import Length, Norm, ThreatModel, threat_model
+from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
 
 
 class _Settings(NamedTuple):

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
 from robust_jax.attacks._best import Best, Goal
+from robust_jax.attacks._perturbations import tiny
 from robust_jax.attacks._success import Criterion
-from robust_jax.attacks.norms import L1, Length, Norm, ThreatModel, threat_model, tiny
+from robust_jax.attacks.norms import L1, Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn, Reference
+from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn, Reference
 
 
 class _Settings(NamedTuple):

@@ -15,19 +15,11 @@ from jaxtyping import Array, Float, Int
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
 from robust_jax.attacks._best import Best, Goal
+from robust_jax.attacks._perturbations import add, tiny
 from robust_jax.attacks._success import Criterion
-from robust_jax.attacks.norms import (
-    Flat,
-    Hills,
-    Length,
-    Norm,
-    ThreatModel,
-    add,
-    threat_model,
-    tiny,
-)
+from robust_jax.attacks.norms import Flat, Hills, Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
 
 # The queries, out of 10,000, after which the share of the image that a patch covers is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from robust_jax._front import compiled
 from robust_jax.attacks._pgd import pgd
 from robust_jax.attacks._success import is_adversarial
-from robust_jax.attacks.norms import Length
-from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
+from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
 
 
 @compiled

@@ -6,17 +6,17 @@ give the record itself wherever a `norm` is asked for, or add it to `NORMS` to c
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import partial
 from math import pi, sqrt
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Key, Real
+from jaxtyping import Array, Key
 
-from robust_jax._precision import wide_dtype
+from robust_jax.attacks._perturbations import add, fill, largest_where, room_in, summing, tiny
+from robust_jax.types import Length, Perturbation, Scalar
 
 __all__ = [
     "Flat",
@@ -25,7 +25,6 @@ __all__ = [
     "L1",
     "L2",
     "LINF",
-    "Length",
     "Measure",
     "NORMS",
     "Norm",
@@ -39,10 +38,6 @@ __all__ = [
 def __dir__() -> list[str]:
     return __all__
 
-
-Perturbation = Float[Array, "..."]
-Scalar = Float[Array, ""]
-Length = float | Real[Array, ""]
 
 # A gradient of a smaller dual norm counts as none.
 _FLAT = 1e-12
@@ -65,8 +60,8 @@ class Hills(NamedTuple):
     """Square's patches where a norm adds up over pixels: hills that take mass from one another.
 
     Attributes:
-        order: Of the norm, Σ|δ|^order.
-        least_side: Of a patch, in pixels.
+        order: The norm's, Σ|δ|^order.
+        least_side: The smallest patch's, in pixels.
         decay: The k-th of the nested rectangles that make up a hill adds 1/(k+1)^decay.
         fills_ball: Whether a perturbation is scaled to the radius; or else made too large, for the
             projection to take what is too much off every pixel.
@@ -165,7 +160,7 @@ class ThreatModel(Measure):
             Array([0.75, 1.  ], dtype=float32)
         """
         delta = x_adv - x
-        return add(x, self.project(delta, eps, _room(x, delta)))
+        return add(x, self.project(delta, eps, room_in(x, delta)))
 
     def steepest_step(
         self, x: Perturbation, gradient: Perturbation, length: Length
@@ -190,7 +185,7 @@ class ThreatModel(Measure):
         """
         if self.step is None:
             return length * self.steepest(gradient)
-        return self.step(gradient, length, _room(x, gradient))
+        return self.step(gradient, length, room_in(x, gradient))
 
     def random_on_sphere(
         self, key: Key[Array, ""], like: Perturbation, eps: Length
@@ -296,68 +291,6 @@ def _named(name, choices):
     return choices[name]
 
 
-def tiny(dtype: Any) -> float:
-    """What keeps a division by a vanishing norm finite: far below the norms that a dtype holds."""
-    return max(1e-30, float(jnp.finfo(dtype).tiny))
-
-
-def add(x: Perturbation, delta: Perturbation) -> Perturbation:
-    """x + delta within [0,1], each pixel rounded towards x, so that no norm of the change grows.
-
-    Rounded to the nearest, pixels near 1 would leave a linf ball of 1/255 by 7e-6 of its radius.
-    """
-    moved = x + delta
-    # The next number towards x: moved·eps is between one and two of the steps there.
-    step = 0.6 * float(jnp.finfo(moved.dtype).eps)
-    nearer = moved - moved * (step * jnp.sign(delta))
-    return jnp.clip(jnp.where(jnp.abs(moved - x) > jnp.abs(delta), nearer, moved), 0.0, 1.0)
-
-
-def _room(x: Perturbation, direction: Perturbation) -> Perturbation:
-    """How far each pixel may go in a direction before it meets a wall of [0,1]."""
-    return jnp.where(direction > 0, 1 - x, x)
-
-
-def _summing(fn: Callable) -> Callable:
-    """fn computed in float32 at least, as it sums over pixels; the last argument has the dtype."""
-
-    @wraps(fn)
-    def call(*args, **keywords):
-        dtype = args[-1].dtype
-        return fn(*(jnp.asarray(a, wide_dtype(dtype)) for a in args), **keywords).astype(dtype)
-
-    return call
-
-
-@_summing
-def fill(amount: Length, priority: Perturbation, room: Perturbation) -> Perturbation:
-    """The amount handed out in order of falling priority, to each pixel as much as it has room."""
-    threshold = largest_where(lambda t: jnp.where(priority >= t, room, 0).sum() >= amount, room)
-    first = priority > threshold
-    rest = amount - jnp.where(first, room, 0).sum()
-    ties = jnp.where(priority == threshold, room, 0)
-    before = (jnp.cumsum(ties.ravel()) - ties.ravel()).reshape(ties.shape)
-    return jnp.where(first, room, jnp.clip(rest - before, 0, ties))
-
-
-def largest_where(holds: Callable[[Scalar], Array], like: Array) -> Scalar:
-    """The largest number of which holds(number) is true, and of each smaller one; 0 if of none.
-
-    It is found bit by bit, which takes a pass over the pixels for each: a sort takes several times
-    as long. like: an array of the number's type. Negative numbers are not looked at.
-    """
-    width = 8 * like.dtype.itemsize
-    unsigned = jnp.dtype(f"uint{width}")
-    masks = np.array([1 << bit for bit in range(width - 2, -1, -1)], unsigned)
-
-    def refine(found, mask):
-        number = jax.lax.bitcast_convert_type(found | mask, like.dtype)
-        return jnp.where(jnp.isfinite(number) & holds(number), found | mask, found), None
-
-    found, _ = jax.lax.scan(refine, jnp.zeros((), unsigned), masks)
-    return jax.lax.bitcast_convert_type(found, like.dtype)
-
-
 def boundary_step(unit: Callable[[Perturbation], Perturbation]) -> Callable:
     """`ThreatModel.to_boundary` of a norm for which pixel i moves by min(λ·unit_i, room_i).
 
@@ -379,7 +312,7 @@ def boundary_step(unit: Callable[[Perturbation], Perturbation]) -> Callable:
         Array([-0.2,  0.2], dtype=float32)
     """
 
-    @_summing
+    @summing
     def to_boundary(x, value, gradient):
         weight, value, direction, room = _towards_boundary(x, value, gradient)
         pace = unit(weight)
@@ -414,7 +347,7 @@ def _towards_boundary(x, value, gradient):
     scale = jnp.maximum(_largest(gradient), tiny(gradient.dtype))
     weight, value = jnp.abs(gradient) / scale, value / scale
     direction = -jnp.sign(value) * jnp.sign(gradient)
-    return weight, value, direction, _room(x, direction)
+    return weight, value, direction, room_in(x, direction)
 
 
 # linf.
@@ -459,7 +392,7 @@ def _total(delta):
     return jnp.where(delta < 0, -delta, delta).sum()
 
 
-@_summing
+@summing
 def _shrunk(delta, eps, room):
     """The nearest perturbation of l1 norm at most eps in which no pixel exceeds its room.
 
@@ -471,7 +404,7 @@ def _shrunk(delta, eps, room):
     begins = jnp.maximum(wanted - room, 0)
 
     def over(root):
-        """Of the pixels that the λ has not reached, by how much: what is kept is the difference."""
+        """By how much what is kept at that λ exceeds eps."""
         gone, begun = (jnp.where(ends > root, ends - root, 0).sum() for ends in (wanted, begins))
         return gone - begun - eps
 
@@ -507,7 +440,7 @@ def _uniform_in_l1(key, like, eps):
     return eps * (noise / (_total(noise) + jax.random.exponential(rest_key, (), like.dtype)))
 
 
-@_summing
+@summing
 def _filled_to_boundary(x, value, gradient):
     weight, value, direction, room = _towards_boundary(x, value, gradient)
     gained = fill(jnp.abs(value), weight, weight * room)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from robust_jax.batches import Lift, batches, joined, side_by_side
+from robust_jax.batches import Lift, joined, rows_of_batches, side_by_side
 
 AXIS = "batch"
 Method = Literal["pmap", "shard_map"]
@@ -80,7 +80,7 @@ def map_batches(
     compiled_sizes: set[int] = set()
 
     def call(variables, most, count, take, *scalars):
-        sizes = list(batches(count, batch_size, most=most, multiple_of=num_devices))
+        sizes = list(rows_of_batches(count, batch_size, most=most, multiple_of=num_devices))
 
         def run(rows):
             return _gathered(mapped(variables, take(rows[own_rows(len(rows))]), scalars))

@@ -140,7 +140,7 @@ def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> F
     # Without terms the supervised loss is the total.
     supervised = {"train/supervised_loss": ("train, supervised", dict(color=GREEN))}
     # By panel and column: a label and a style.
-    plans: dict[str, dict[str, tuple[str | None, dict[str, Any]]]] = {
+    panels: dict[str, dict[str, tuple[str | None, dict[str, Any]]]] = {
         "loss": {
             "train/loss": ("train, total", dict(color=BLUE)),
             **(supervised if terms else {}),
@@ -165,10 +165,10 @@ def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> F
         "learning rate": {"train/learning_rate": (None, dict(color=BLUE))},
         "gradient norm": {"train/gradient_norm": (None, dict(color=BLUE))},
     }
-    plans = {title: lines for title, lines in plans.items() if set(lines) & set(metrics.columns)}
-    figure = Figure(figsize=(WIDTH, 2.6 * ((len(plans) + 1) // 2)))
-    axes: dict[str, Axes] = figure.subplot_mosaic(two_columns(list(plans)))
-    for title, lines in plans.items():
+    panels = {title: lines for title, lines in panels.items() if set(lines) & set(metrics.columns)}
+    figure = Figure(figsize=(WIDTH, 2.6 * ((len(panels) + 1) // 2)))
+    axes: dict[str, Axes] = figure.subplot_mosaic(two_columns(list(panels)))
+    for title, lines in panels.items():
         ax = axes[title]
         for column, (label, style) in lines.items():
             if column in metrics:

@@ -19,7 +19,7 @@ from robust_jax.data import TrainBatches
 from robust_jax.devices import speed, stopping
 from robust_jax.devices.stopping import Stop
 from robust_jax.errors import UserError
-from robust_jax.progress import progress
+from robust_jax.progress import progress_bar
 from robust_jax.train.checkpoint import Checkpoints, Notes
 from robust_jax.train.metrics import MetricsWriter, reduce_sums
 from robust_jax.train.optimizer import Schedule
@@ -203,7 +203,7 @@ def _run(
 
     with (
         contextlib.closing(MetricsWriter(workdir, resumed_at=start)) as writer,
-        progress(plan.total_steps, plan.description, "step", initial=start, shown=shown) as bar,
+        progress_bar(plan.total_steps, plan.description, "step", initial=start, shown=shown) as bar,
     ):
         if plan.validate_first and not start:
             values = plan.validate(state.variables)

@@ -17,7 +17,7 @@ Validate = Callable[[Any], dict[str, float]]
 
 
 class Tracked(NamedTuple):
-    """Of how many training examples each validation estimates the margins, by each estimate.
+    """How many training examples have their margins estimated at each validation, by estimate.
 
     num_steps: of the minimum-norm attack (FAB). num_samples: of the CLEVER-like estimate.
     """

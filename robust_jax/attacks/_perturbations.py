@@ -1,0 +1,74 @@
+"""Sums, steps and thresholds over the pixels of one example, which the norms are made of."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_jax._precision import wide_dtype
+from robust_jax.types import Array, Length, Perturbation, Scalar
+
+
+def tiny(dtype: Any) -> float:
+    """What keeps a division by a vanishing norm finite: far below the norms that a dtype holds."""
+    return max(1e-30, float(jnp.finfo(dtype).tiny))
+
+
+def add(x: Perturbation, delta: Perturbation) -> Perturbation:
+    """x + delta within [0,1], each pixel rounded towards x, so that no norm of the change grows.
+
+    Rounded to the nearest, pixels near 1 would leave a linf ball of 1/255 by 7e-6 of its radius.
+    """
+    moved = x + delta
+    # The next number towards x: moved·eps is between one and two of the steps there.
+    step = 0.6 * float(jnp.finfo(moved.dtype).eps)
+    nearer = moved - moved * (step * jnp.sign(delta))
+    return jnp.clip(jnp.where(jnp.abs(moved - x) > jnp.abs(delta), nearer, moved), 0.0, 1.0)
+
+
+def room_in(x: Perturbation, direction: Perturbation) -> Perturbation:
+    """How far each pixel may go in a direction before it meets a wall of [0,1]."""
+    return jnp.where(direction > 0, 1 - x, x)
+
+
+def summing(fn: Callable) -> Callable:
+    """fn computed in float32 at least, as it sums over pixels; the last argument has the dtype."""
+
+    @wraps(fn)
+    def call(*args, **keywords):
+        dtype = args[-1].dtype
+        return fn(*(jnp.asarray(a, wide_dtype(dtype)) for a in args), **keywords).astype(dtype)
+
+    return call
+
+
+@summing
+def fill(amount: Length, priority: Perturbation, room: Perturbation) -> Perturbation:
+    """The amount handed out in order of falling priority, to each pixel as much as it has room."""
+    threshold = largest_where(lambda t: jnp.where(priority >= t, room, 0).sum() >= amount, room)
+    first = priority > threshold
+    rest = amount - jnp.where(first, room, 0).sum()
+    ties = jnp.where(priority == threshold, room, 0)
+    before = (jnp.cumsum(ties.ravel()) - ties.ravel()).reshape(ties.shape)
+    return jnp.where(first, room, jnp.clip(rest - before, 0, ties))
+
+
+def largest_where(holds: Callable[[Scalar], Array], like: Array) -> Scalar:
+    """The largest number of which holds(number) is true, and of each smaller one; 0 if of none.
+
+    It is found bit by bit, which takes a pass over the pixels for each: a sort takes several times
+    as long. like: an array of the number's type. Negative numbers are not looked at.
+    """
+    width = 8 * like.dtype.itemsize
+    unsigned = jnp.dtype(f"uint{width}")
+    masks = np.array([1 << bit for bit in range(width - 2, -1, -1)], unsigned)
+
+    def refine(found, mask):
+        number = jax.lax.bitcast_convert_type(found | mask, like.dtype)
+        return jnp.where(jnp.isfinite(number) & holds(number), found | mask, found), None
+
+    found, _ = jax.lax.scan(refine, jnp.zeros((), unsigned), masks)
+    return jax.lax.bitcast_convert_type(found, like.dtype)
