@@ -24,10 +24,10 @@ LS = {**SMOOTHED, "sweep": {"field": "loss.label_smoothing", "values": (0.1, 0.2
 LARGER = {
     arm: {"sweep": {"values": values}}
     for arm, values in {
-        "entm": (0.1, 0.3, 1.0, 2.0, 4.0),
-        "at_entm": (0.1, 0.3, 1.0, 2.0, 4.0),
-        "at_ls": (0.1, 0.2, 0.4, 0.6),
-        "at_ls_matched": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+        "entm": (0.3, 1.0, 3.0),
+        "at_entm": (0.3, 1.0, 3.0),
+        "at_ls": (0.2, 0.4, 0.6),
+        "at_ls_matched": (0.3, 0.4, 0.5, 0.6, 0.7),
     }.items()
 }
 MATCHED = {
