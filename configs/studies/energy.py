@@ -19,17 +19,17 @@ BOUNDED = ("oscillation", "path")
 ENERGIES = ("total_variation", *BOUNDED, "mean_square")
 # Those that look at the interior of the ball.
 INTERIOR = ("total_variation", "path", "mean_square")
-# At small these arms took the largest or the smallest weight of three.
+# At small these arms took the largest or the smallest weight of three: from there outwards.
 WIDER = {
     arm: {"sweep": {"values": weights}}
     for arm, weights in {
-        "vat": (1.0, 3.0, 10.0, 30.0),
-        "vat_few": (1.0, 3.0, 10.0, 30.0),
-        "total_variation": (0.03, 0.1, 0.3, 1.0),
-        "total_variation_few": (0.001, 0.003, 0.01, 0.03),
-        "oscillation": (0.03, 0.1, 0.3, 1.0),
-        "oscillation_few": (1.0, 3.0, 10.0, 30.0),
-        "path": (0.03, 0.1, 0.3, 1.0),
+        "vat": (3.0, 10.0, 30.0),
+        "vat_few": (3.0, 10.0, 30.0),
+        "total_variation": (0.1, 0.3, 1.0),
+        "total_variation_few": (0.001, 0.003, 0.01),
+        "oscillation": (0.03, 0.1, 0.3),
+        "oscillation_few": (3.0, 10.0, 30.0),
+        "path": (0.03, 0.1, 0.3),
     }.items()
 }
 
