@@ -112,6 +112,10 @@ def frobenius_norm(fn: LogitsFn, x: Images, *, chunk_size: int | None = None) ->
         >>> from robust_jax import jacobian
         >>> jacobian.frobenius_norm(lambda x: x**2, jnp.array([[1.5, 2.0]]))
         Array([5.], dtype=float32)
+
+    Reference:
+        Jin et al. 2020, arXiv 2011.13538, claims that entropy maximisation shrinks ‖∇f‖; that this
+        norm, of logits or of probabilities, is meant is our reading.
     """
 
     def norm_one(one):
@@ -285,6 +289,10 @@ def spectral_norm(
         >>> from robust_jax import jacobian
         >>> jacobian.spectral_norm(lambda x: x**2, jnp.array([[1.0, 3.0]]), jax.random.key(0))
         Array([6.], dtype=float32)
+
+    Reference:
+        Jin et al. 2020, arXiv 2011.13538, claims that entropy maximisation shrinks ‖∇f‖; that this
+        norm, of logits or of probabilities, is meant is our reading.
     """
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, not {num_iterations!r}")

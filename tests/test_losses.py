@@ -263,3 +263,16 @@ def test_complement_keeps_order():
 def test_mistakes_are_told(call, message):
     with pytest.raises(ValueError, match=message):
         call(jnp.zeros((2, 4)), jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    "smoothing, weight, p", [(0.0, 1.0, 0.476), (0.0, 0.2, 0.954), (0.2, 0.0, 0.82)]
+)
+def test_uncertainty_promotion_is_least_at_the_confidence_of_its_closed_form(smoothing, weight, p):
+    """Cross-entropy with label smoothing, less weight times the entropy, for ten classes."""
+    gaps = np.linspace(0, 15, 15_001)
+    logits = jnp.asarray(gaps[:, None] * np.eye(10)[0])
+    labels = jnp.zeros(len(gaps), int)
+    found = losses.cross_entropy(logits, labels, label_smoothing=smoothing)
+    least = int((found - weight * losses.entropy(logits)).argmin())
+    assert losses.confidence(logits, labels)[least] == pytest.approx(p, abs=1e-3)

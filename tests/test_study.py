@@ -142,10 +142,16 @@ WRONG = {
     "attack of a claim": ({"claims.a.tests.0.measure": "pgdd@0.1"}, "'pgdd'; did you mean pgd"),
     "radius that is not attacked": ({"claims.a.tests.0.measure": "pgd@0.3"}, "pgd runs at 0.02"),
     "no radius": ({"claims.a.tests.0.measure": "pgd@"}, "a radius stands after the @"),
-    "part of a difference": ({"claims.a.tests.0.measure": "pgd@0.1 - x"}, "'x': 'x' is 'x'; choi"),
+    "part of a difference": (
+        {"claims.a.tests.0.measure": "pgd@0.1 - x"},
+        "measure is 'x'; choices: clean",
+    ),
     "arm of a claim": ({"claims.a.tests.0.arms": ("entm", "ec")}, "arm is 'ec'; choices: ce"),
     "relation": ({"claims.a.tests.0.relation": "beats"}, "'beats'; choices: above, below"),
-    "number of the table": ({"measures": (("x", "clean.acuracy"),)}, "did you mean accuracy"),
+    "number of the table": (
+        {"measures": (("x", "clean.acuracy"),)},
+        "'x', is 'clean.acuracy', where a part is 'acuracy'; did you mean accuracy",
+    ),
     "a number's whole section": ({"measures": (("x", "jacobian.logits"),)}, "is not a number"),
     "below a number": ({"measures": (("x", "clean.count.x"),)}, "nothing below clean.count"),
     "not measured": ({"measures": (("x", "measurements.gaps.accuracy"),)}, "choices: outputs"),

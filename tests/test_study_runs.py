@@ -72,8 +72,7 @@ def on_few_images(monkeypatch):
     return run
 
 
-# That of entm is the default's training; its measures are in test_demo.py and the last test here.
-@pytest.mark.parametrize("name", sorted({*STUDIES} - {"entm"}))
+@pytest.mark.parametrize("name", sorted(STUDIES))
 def test_a_seed_of_each_study_runs(name, on_few_images, tmp_path, monkeypatch):
     written = []  # instead of a page: see test_study_report.py
     monkeypatch.setattr(study.report, "write", lambda *what: written.append(what))

@@ -117,19 +117,28 @@ def get_config():
     config.measures = (
         ("clean", "clean.accuracy"),
         ("PGD at {trained}", "pgd@{trained}"),
-        ("AutoAttack at {trained}", "autoattack@{trained}"),
+        ("AutoAttack at {trained} (ours)", "autoattack@{trained}"),
         ("spread of the first layer", "measurements.spectra.standard_deviation/Conv_0"),
         ("spread of the head", "measurements.spectra.standard_deviation/head"),
-        ("spread / mean, first layer", "measurements.spectra.relative_spread/Conv_0"),
-        ("the same at initialisation", "measurements.spectra_initial.relative_spread/Conv_0"),
-        ("spread / mean, head", "measurements.spectra.relative_spread/head"),
-        ("head at initialisation", "measurements.spectra_initial.relative_spread/head"),
+        ("spread / mean, first layer (ours)", "measurements.spectra.relative_spread/Conv_0"),
+        (
+            "the same at initialisation (ours)",
+            "measurements.spectra_initial.relative_spread/Conv_0",
+        ),
+        ("spread / mean, head (ours)", "measurements.spectra.relative_spread/head"),
+        ("head at initialisation (ours)", "measurements.spectra_initial.relative_spread/head"),
         ("change of the logits", "measurements.features.adversarial/logits"),
-        ("change / size, logits", "measurements.features.relative_adversarial/logits"),
-        ("logits at initialisation", "measurements.features_initial.relative_adversarial/logits"),
-        ("adversarial / random, logits", "measurements.features.adversarial_over_random/logits"),
-        ("input-space margin", "measurements.margins.mean"),
-        ("input-space margin, training set", "measurements.margins_train.mean"),
+        ("change / size, logits (ours)", "measurements.features.relative_adversarial/logits"),
+        (
+            "logits at initialisation (ours)",
+            "measurements.features_initial.relative_adversarial/logits",
+        ),
+        (
+            "adversarial / random, logits (ours)",
+            "measurements.features.adversarial_over_random/logits",
+        ),
+        ("input-space margin (ours)", "measurements.margins.mean"),
+        ("input-space margin, training set (ours)", "measurements.margins_train.mean"),
         ("mean margin", "measurements.outputs.mean_margin"),
         ("margin spread", "measurements.outputs.std_margin"),
         ("mean confidence", "measurements.outputs.mean_confidence"),
@@ -140,9 +149,9 @@ def get_config():
         ("loss gap", "measurements.gaps.cross_entropy"),
     )
     config.pairs = (
-        ("spread / mean, head", "AutoAttack at {trained}"),
-        ("change / size, logits", "AutoAttack at {trained}"),
-        ("mean margin", "input-space margin"),
+        ("spread / mean, head (ours)", "AutoAttack at {trained} (ours)"),
+        ("change / size, logits (ours)", "AutoAttack at {trained} (ours)"),
+        ("mean margin", "input-space margin (ours)"),
         ("mean confidence", "clean"),
     )
     config.along_training = ()

@@ -57,8 +57,8 @@ def get_config():
         "alone.",
         "Every weight is chosen by robust accuracy on held-out images.",
         "Label-free energies are of KL(p(x) ‖ p(x+r)), which VAT lowers at one r, not cut to "
-        "[0,1]. One-step training is the baseline of Miyato et al. 2018: x + eps·g/‖g‖, the loss "
-        "on both halves.",
+        "[0,1]. One-step training is the baseline of Miyato et al. 2018, x + eps·g/‖g‖, "
+        "which is cut to [0,1] here, and the loss on both halves.",
     )
     config.labels = {
         "ce": "CE",
@@ -103,6 +103,7 @@ def get_config():
                     "num_steps": 1,
                     "relative_step_size": 1.0,
                     "random_start": False,
+                    "keep_best": False,
                 },
             },
             "vat": vat(EPS),

@@ -20,7 +20,7 @@ ENTM = {
 }
 SMOOTHED = {"loss": {"name": "cross_entropy", "label_smoothing": 0.2}}
 LS = {**SMOOTHED, "sweep": {"field": "loss.label_smoothing", "values": (0.1, 0.2, 0.4)}}
-# At scale small, beside an adversary, the largest of each was the best.
+# At scale small the largest of each was the best.
 LARGER = {
     arm: {"sweep": {"values": values}}
     for arm, values in {
@@ -175,34 +175,34 @@ def get_config():
         ("PGD at {trained}", "pgd@{trained}"),
         ("PGD at {larger}", "pgd@{larger}"),
         ("PGD at {largest}", "pgd@{largest}"),
-        ("AutoAttack at {faint}", "autoattack@{faint}"),
-        ("AutoAttack at {trained}", "autoattack@{trained}"),
-        ("AutoAttack at {larger}", "autoattack@{larger}"),
-        ("AutoAttack at {largest}", "autoattack@{largest}"),
-        ("transfer at {faint}", "transfer@{faint}"),
-        ("transfer at {trained}", "transfer@{trained}"),
-        ("transfer at {larger}", "transfer@{larger}"),
-        ("transfer at {largest}", "transfer@{largest}"),
-        ("broken by transfer", "audit.checks.transfer.values.an undefended CNN"),
+        ("AutoAttack at {faint} (ours)", "autoattack@{faint}"),
+        ("AutoAttack at {trained} (ours)", "autoattack@{trained}"),
+        ("AutoAttack at {larger} (ours)", "autoattack@{larger}"),
+        ("AutoAttack at {largest} (ours)", "autoattack@{largest}"),
+        ("transfer at {faint} (ours)", "transfer@{faint}"),
+        ("transfer at {trained} (ours)", "transfer@{trained}"),
+        ("transfer at {larger} (ours)", "transfer@{larger}"),
+        ("transfer at {largest} (ours)", "transfer@{largest}"),
+        ("broken by transfer (ours)", "audit.checks.transfer.values.an undefended CNN"),
         ("‖J‖ logits", "jacobian.logits.frobenius.mean"),
         ("‖J‖ probabilities", "jacobian.probabilities.frobenius.mean"),
         ("‖J‖₂ logits", "jacobian.logits.spectral.mean"),
         ("‖J‖₂ probabilities", "jacobian.probabilities.spectral.mean"),
-        ("‖J‖ logits / T", "jacobian.matched.frobenius.mean"),
-        ("‖J‖₂ logits / T", "jacobian.matched.spectral.mean"),
-        ("relative slope", "relative_slope.median"),
-        ("temperature", "temperature"),
+        ("‖J‖ logits / T (ours)", "jacobian.matched.frobenius.mean"),
+        ("‖J‖₂ logits / T (ours)", "jacobian.matched.spectral.mean"),
+        ("relative slope (ours)", "relative_slope.median"),
+        ("temperature (ours)", "temperature"),
         ("mean confidence", "measurements.outputs.mean_confidence"),
         ("mean margin, logits", "measurements.outputs.mean_margin"),
     )
     config.pairs = (
-        ("‖J‖ logits", "AutoAttack at {trained}"),
-        ("‖J‖ logits / T", "AutoAttack at {trained}"),
-        ("relative slope", "AutoAttack at {trained}"),
+        ("‖J‖ logits", "AutoAttack at {trained} (ours)"),
+        ("‖J‖ logits / T (ours)", "AutoAttack at {trained} (ours)"),
+        ("relative slope (ours)", "AutoAttack at {trained} (ours)"),
         ("‖J‖ logits", "PGD at {faint}"),
         ("‖J‖ probabilities", "PGD at {faint}"),
         ("‖J‖ logits", "PGD at {largest}"),
-        ("‖J‖ logits", "AutoAttack at {largest}"),
+        ("‖J‖ logits", "AutoAttack at {largest} (ours)"),
     )
     config.along_training = ()
     config.published = ()

@@ -144,23 +144,24 @@ def get_config():
         ("clean", "clean.accuracy"),
         *((_label(name, eps), f"{name}@{eps}") for name in FAMILY for eps in SIZES),
         *((_label(name, eps, True), f"{name}_own@{eps}") for name in FAMILY for eps in SIZES),
-        ("PGD at 0.2, following GCE", "pgd_gce@0.2"),
+        ("PGD at 0.2, following GCE (ours)", "pgd_gce@0.2"),
         ("JSMA, γ 0.25", "jsma@196"),
         ("JSMA, γ 0.5", "jsma@392"),
         ("C&W", "carlini_wagner@28"),
-        ("AutoAttack at 0.1", "autoattack@0.1"),
-        ("AutoAttack at 0.2", "autoattack@0.2"),
-        ("median gap, training set", "measurements.outputs_train.median_gap"),
-        ("median 1 - p, training set", "measurements.outputs_train.median_doubt"),
-        ("median gap", "measurements.outputs.median_gap"),
-        ("saturated", "measurements.outputs.saturated"),
+        ("AutoAttack at 0.1 (ours)", "autoattack@0.1"),
+        ("AutoAttack at 0.2 (ours)", "autoattack@0.2"),
+        ("AutoAttack at 0.3 (ours)", "autoattack@0.3"),
+        ("median gap, training set (ours)", "measurements.outputs_train.median_gap"),
+        ("median 1 - p, training set (ours)", "measurements.outputs_train.median_doubt"),
+        ("median gap (ours)", "measurements.outputs.median_gap"),
+        ("saturated (ours)", "measurements.outputs.saturated"),
         ("mean confidence", "measurements.outputs.mean_confidence"),
-        ("silhouette", "measurements.clusters.silhouette"),
-        ("intra/inter", "measurements.clusters.distance_ratio"),
+        ("silhouette (ours)", "measurements.clusters.silhouette"),
+        ("intra/inter (ours)", "measurements.clusters.distance_ratio"),
     )
     config.pairs = (
-        ("silhouette", "AutoAttack at 0.1"),
-        ("median gap, training set", _label("pgd", 0.2, True)),
+        ("silhouette (ours)", "AutoAttack at 0.1 (ours)"),
+        ("median gap, training set (ours)", _label("pgd", 0.2, True)),
     )
     config.along_training = ()
     config.published = published()
@@ -291,7 +292,7 @@ def attacks(arm, num_examples, num_slow, smoke=False):
         "jsma": {"eps": (196, 392), "num_examples": num_slow},
         "carlini_wagner": {"eps": 28.0, "num_examples": num_slow, **searches},  # no bound: ‖1‖
         "autoattack": {
-            "eps": (0.1, 0.2),
+            "eps": SIZES,
             "num_examples": num_examples,
             **(QUICK if smoke else {}),
         },

@@ -108,7 +108,7 @@ def silhouette(latents: _Latents, labels: _Labels) -> float:
         0.889
 
     Reference:
-        Rousseeuw 1987.
+        Rousseeuw 1987. As a measure of what arXiv 1903.09799 shows by t-SNE it is ours.
     """
     from sklearn.metrics import silhouette_score
 

@@ -178,7 +178,7 @@ def orthogonality(params: Any) -> Float[Array, ""]:
     """Σ ‖W Wᵀ - I‖_F² over dense matrices and kernels, W as [out, rest] (arXiv 1907.11780).
 
     Biases and the scales of norms stay out. The authors' code adds each layer's term twice, once
-    while it is at the layer's bias, so their β is twice the weight here.
+    while it is at the layer's bias, so the weight here is twice their β.
     """
 
     def deviation(kernel):

@@ -262,7 +262,7 @@ def _check_path(measure: str, tree: _Tree, path: str) -> None:
         # A name may be a pattern, and so may what the run makes up.
         found = [known for known in tree if fnmatch(name, known) or fnmatch(known, name)]
         if not found:
-            choose(tree, name, f"{path}, {measure!r}: {name!r}")
+            choose(tree, name, path if measure == name else f"{path} is {measure!r}, where a part")
         tree = tree[found[0]]
     if tree is not None:
         raise UserError(
