@@ -142,7 +142,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _not_orbax(record: python_logging.LogRecord) -> bool:
-    """Orbax logs each checkpoint at length, and errors twice; a user is told them in one line."""
+    """Orbax logs each checkpoint at length and each error twice; launch.py says it in one line."""
     return record.levelno == python_logging.WARNING or "orbax" not in record.pathname
 
 

@@ -191,7 +191,8 @@ def squared_frobenius_samples(
         True
 
     Reference:
-        Hutchinson 1989; as a regulariser Hoffman et al. 2019, arXiv 1908.02729.
+        Hutchinson 1989; as a regulariser Hoffman et al. 2019, arXiv 1908.02729, who project the
+        outputs instead.
     """
     if num_projections < 1:
         raise ValueError(f"num_projections must be at least 1, not {num_projections!r}")

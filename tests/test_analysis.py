@@ -1,4 +1,4 @@
-"""Margins, feature changes, calibration, latents, loss surfaces and gaps, in closed form."""
+"""Margins, feature changes, calibration, latents and loss surfaces, in closed form."""
 
 import functools
 

@@ -63,7 +63,7 @@ def fewer_attacks():
 
 
 class Size(NamedTuple):
-    """A size of the demo: fields unlike the default's, test images, how it is compiled."""
+    """A size of the demo: fields with other values, test images, how it is compiled."""
 
     fields: dict[str, Any]
     count: int

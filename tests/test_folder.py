@@ -216,21 +216,32 @@ def test_a_run_of_version_0_1_0_is_built_again(tmp_path):
     config = stored.config_of(tmp_path)
     config_lib.check_fields(config, default.get_config())
     assert config.train_size == 0 and config.threat.to_dict() == {"norm": "linf", "eps": 0.15}
-    off = tree["regularizers"]
-    tree["regularizers"] = {
-        **off,
-        "average_margin": {**off["average_margin"], "weight": 1.0},
-        "energy_oscillation_label_free": {**off["energy_oscillation_label_free"], "weight": 2.0},
-    }
+    for label in ("average_margin", "energy_oscillation_label_free"):
+        tree["regularizers"][label]["weight"] = 1.0
+    tree["regularizers"]["energy_oscillation_label_free"].pop("norm")
+    tree["adversary"]["loss"] = "carlini_wagner"
+    tree["audit"] |= {"norm": "l2", "eps": 0.5}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     config = stored.config_of(tmp_path)
     training.build(config)  # which binds every entry and tries it out
-    on = {key: entry.name for key, entry in config.regularizers.items() if entry.weight}
-    assert on == {
+    assert config.adversary.loss == "margin_loss" and config.adversary.norm == "linf"
+    on = {label: entry for label, entry in config.regularizers.items() if entry.weight}
+    assert {label: entry.name for label, entry in on.items()} == {
         "average_margin": "input_margin",
         "energy_oscillation_label_free": "energy_oscillation",
     }
-    assert config.regularizers.energy_oscillation_label_free.label_free
+    energy = on["energy_oscillation_label_free"]
+    assert energy.label_free and energy.norm == "linf" and config.threat.norm == "l2"
+
+
+def test_a_config_of_today_is_read_as_it_is(tmp_path):
+    config = default.get_config()
+    config.regularizers = {
+        "vat_label_free": {"name": "vat", "weight": 1.0, "eps": 0.5},
+        "average_margin": {"name": "entropy", "weight": 0.0},
+    }
+    folder.claim(tmp_path, config, "train")
+    assert config_lib.to_json(stored.config_of(tmp_path)) == config_lib.to_json(config)
 
 
 def test_a_run_that_tracked_margins_by_one_estimate_is_read(tmp_path):

@@ -37,10 +37,10 @@ def get_config():
         "Along training, margins are first-order, from the predicted class (exact for the linear "
         "network, where they are of every training image) and from the label; at every scale "
         "but small also by the CLEVER-like estimate of the authors' code, of fewer samples, and by "
-        "a minimum-norm attack (FAB, an upper bound). Changes are from initialisation to the last "
-        "epoch; other claims, and attacks, are about the best epoch by held-out accuracy, where "
-        "the authors took the last. The best of cnn_input_margin is by accuracy under PGD at 1, "
-        "and at scale medium it trains for one epoch, the other CNNs for five.",
+        "a minimum-norm attack (FAB, an upper bound). Changes, and the linear network's average "
+        "margins, are of the last epoch; other claims, and attacks, are about the best by held-out "
+        "accuracy, where the authors took the last. The best of cnn_input_margin is by accuracy "
+        "under PGD at 1, and at scale medium it trains for one epoch, the other CNNs for five.",
         "The published attack follows cross-entropy, whose gradient vanishes in float32 where "
         "logits are large: what it leaves is an upper bound, and the audit says so. Ours follows "
         "any gradient and keeps the best point. In the authors' the steps shrink where the "

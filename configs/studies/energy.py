@@ -162,22 +162,22 @@ def get_config():
     config.measures = (
         ("clean", "clean.accuracy"),
         *((f"PGD at {{{name}}}", f"pgd@{{{name}}}") for name in radii(EPS)),
-        ("AutoAttack at {trained}", "autoattack@{trained}"),
+        ("AutoAttack at {trained} (ours)", "autoattack@{trained}"),
         *(
-            (f"{name.replace('_', ' ')}{words}", f"measurements.{kind}.{name}")
+            (f"{name.replace('_', ' ')}{words} (ours)", f"measurements.{kind}.{name}")
             for kind, words in (("energy", ""), ("energy_free", ", label-free"))
             for name in (*ENERGIES, "total_variation_squared", "rise")
         ),
-        ("loss halfway", "measurements.interior.loss/50"),
-        ("loss at the worst point", "measurements.interior.loss/100"),
-        ("worst inside", "measurements.interior.worst_inside"),
+        ("loss halfway (ours)", "measurements.interior.loss/50"),
+        ("loss at the worst point (ours)", "measurements.interior.loss/100"),
+        ("worst inside (ours)", "measurements.interior.worst_inside"),
         ("accuracy gap", "measurements.gaps.accuracy"),
         ("loss gap", "measurements.gaps.cross_entropy"),
     )
     config.pairs = (
-        ("oscillation", "AutoAttack at {trained}"),
-        ("total variation", "AutoAttack at {trained}"),
-        ("mean square", "AutoAttack at {trained}"),
+        ("oscillation (ours)", "AutoAttack at {trained} (ours)"),
+        ("total variation (ours)", "AutoAttack at {trained} (ours)"),
+        ("mean square (ours)", "AutoAttack at {trained} (ours)"),
     )
     config.along_training = ()
     config.published = ()

@@ -55,7 +55,7 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode, *, profile: bool = Fa
         profile: Whether to leave a trace of ten training steps in workdir/profile.
 
     Returns:
-        Lines that say what was found.
+        What to print.
 
     Raises:
         UserError: The config is mistaken, workdir holds something else or a run of another config,
@@ -135,8 +135,8 @@ def _audit(run: Finished) -> str:
 def _verify(run: Finished) -> str:
     results = _results(run.workdir, "verify")
     ignore = ("audit", "measurements", "data_dir", "parallel")
-    here = config_lib.to_json(run.asked)
-    if changed := config_lib.differences(results["config"], here, ignore=ignore):
+    before, here = map(config_lib.to_json, (stored.get_config(str(run.workdir)), run.asked))
+    if changed := config_lib.differences(before, here, ignore=ignore):
         raise UserError(f"{run.workdir} was evaluated with another config ({'; '.join(changed)})")
     experiment = surrogate.bound(run.experiment, run.workdir)
     return verify.compare(experiment, run.trained, run.workdir, results)

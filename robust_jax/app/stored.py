@@ -131,41 +131,37 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
-    """A run's config from before there was config.threat, when every norm was linf by default.
+    """A run's config with the fields and names that it would have now.
 
-    Later the audit had a norm and an eps of None, which stood for those of the threat model,
-    margins were tracked by one estimate, and all images were trained on.
+    Once the audit had a norm and an eps of None, which stood for those of the threat model, margins
+    were tracked by one estimate, and all images were trained on.
     """
     tree = _with_estimates(tree)
     if "audit" not in tree:
         return tree
-    tree = {"train_size": 0, **tree, "regularizers": _renamed(tree["regularizers"])}
-    if "threat" in tree:
-        audit = {k: v for k, v in tree["audit"].items() if v is not None}
-        return {**tree, "audit": audit}
-    audit = tree["audit"]
-    for entry in (
-        tree["adversary"],
-        tree["validation_attack"],
-        *tree["attacks"].values(),
-        *tree["measurements"].values(),
-    ):
+    tree = {"train_size": 0, **tree}
+    if "threat" not in tree:
+        return _from_0_1_0(tree)
+    return {**tree, "audit": {k: v for k, v in tree["audit"].items() if v is not None}}
+
+
+def _from_0_1_0(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config from before there was config.threat, when every norm was linf by default."""
+    attacks = (tree["adversary"], tree["validation_attack"], *tree["attacks"].values())
+    for entry in (*attacks, *tree["measurements"].values()):
         if entry and "eps" in entry and entry.get("name") not in ("jsma", "carlini_wagner"):
             entry.setdefault("norm", "linf")
-    return {**tree, "threat": {"norm": audit["norm"], "eps": audit["eps"]}}
-
-
-def _renamed(regularizers: dict[str, Any]) -> dict[str, Any]:
-    """Regularisers by the names that they have now; those that were off need none."""
-    renamed = {}
-    for key, entry in regularizers.items():
-        if key == "average_margin":
-            entry = {"name": "input_margin", **entry}
-        elif key.endswith("_label_free"):
-            entry = {"name": key.removesuffix("_label_free"), "label_free": True, **entry}
-        if entry["weight"] or "name" not in entry:
-            renamed[key] = entry
-    return renamed
+    for entry in attacks:
+        if entry and entry.get("loss") == "carlini_wagner":
+            entry["loss"] = "margin_loss"
+    for label, entry in tree["regularizers"].items():
+        if label == "average_margin":
+            entry["name"] = "input_margin"
+        elif label.startswith("energy_"):
+            entry.setdefault("norm", "linf")
+            if label.endswith("_label_free"):
+                entry |= {"name": label.removesuffix("_label_free"), "label_free": True}
+    return {**tree, "threat": {"norm": tree["audit"]["norm"], "eps": tree["audit"]["eps"]}}
 
 
 def _with_estimates(value: Any) -> Any:

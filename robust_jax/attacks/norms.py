@@ -60,8 +60,8 @@ class Hills(NamedTuple):
     """Square's patches where a norm adds up over pixels: hills that take mass from one another.
 
     Attributes:
-        order: The norm's, Σ|δ|^order.
-        least_side: The smallest patch's, in pixels.
+        order: The exponent in Σ|δ|^order.
+        least_side: The side of the smallest patch, in pixels.
         decay: The k-th of the nested rectangles that make up a hill adds 1/(k+1)^decay.
         fills_ball: Whether a perturbation is scaled to the radius; or else made too large, for the
             projection to take what is too much off every pixel.

@@ -71,8 +71,8 @@ def map_batches(
 
     The result is called as (variables, most, count, take, *scalars) and returns arrays [count,…],
     the same in every process; take(rows) gives the batch at those row numbers, of which each
-    process takes its own. The batches are those of `batches`, in a multiple of the devices. Scalars
-    are the same for every example and can change without recompiling.
+    process takes its own. The batches are those of `rows_of_batches`, in a multiple of the devices.
+    Scalars are the same for every example and can change without recompiling.
     """
     num_devices = jax.device_count()
     in_threads = num_devices == 1 and jax.default_backend() == "cpu"

@@ -201,7 +201,7 @@ def text(results: Results) -> str:
         lines.append(" " * 30 + "".join(f"{arm[:11]:>12}" for arm in arms[part]))
         for row in rows:
             cells = "".join(f"{cell['mean']:>12}" for cell in row["cells"][part])
-            *above, last = textwrap.wrap(row["label"], 29, subsequent_indent="  ")
+            *above, last = textwrap.wrap(row["label"], 29, subsequent_indent="  ") or [""]
             lines += [*above, f"{last:<30}{cells}".rstrip()]
         lines.append("")
     return "\n".join(lines).rstrip()
