@@ -1,5 +1,6 @@
 """A study's page and its figures, of a study that is in docs/."""
 
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,16 @@ def test_a_claim_about_most_layers_shows_the_interval_of_each(written):
     for name, entry in entries:
         mean, low, high = (f"{entry[of]:+.3g}" for of in ("mean", "low", "high"))
         assert page.count(f"{name} {mean} [{low}, {high}]") == 1
-    assert "so: Dense_0 +0.105 [+0.0465, +0.163], Dense_1 +0.112" in page
+    assert "so: Conv_0 +1.04 [+0.887, +1.19], Dense_1 +0.142 [+0.0923, +0.191]; not so: " in page
+
+
+def test_the_table_on_the_terminal_has_its_labels_whole(written):
+    said = report.text(written.results)
+    assert max(map(len, said.splitlines())) <= 80
+    table = said[said.index("clean, %") :]
+    for label in written.results["measures"]:
+        *above, last = textwrap.wrap(label, 29, subsequent_indent="  ")
+        assert "\n".join([*above, last]) in table
 
 
 def test_published_numbers_stand_in_both_pages(written):
@@ -87,7 +97,7 @@ def test_what_was_measured_at_initialisation_is_one_more_line(written):
 
 def test_pairs_are_drawn_in_the_unit_of_the_table(written):
     table, pairs = written.given["measures_against_each_other"]
-    assert ["mean margin", "input-space margin"] in pairs
+    assert ["mean margin", "input-space margin (ours)"] in pairs
     assert ["mean confidence", "clean, %"] in pairs
     for arm, name in written.results["arms"].items():
         for label, unit in (("clean", 100), ("mean margin", 1)):
