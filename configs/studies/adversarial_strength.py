@@ -30,9 +30,14 @@ def get_config():
         "layer's linear map with circular padding, the spread their standard deviation. Ours, free "
         "of scale: the deviation over the mean, BatchNorm folded into its layer; feature changes "
         "over the layer's own size; adversarial over random change; and the same at "
-        "initialisation. Claims about layers count them one by one; the table shows the first and "
-        "the last. Margins and confidence: of test images, and of training images beside them; "
-        "margins in the input space are first-order, in the threat model's norm. ",
+        "initialisation. Claims about layers count them one by one, and most is more than half; "
+        "the table shows the first and the last. Singular values have the names of the layers' "
+        "parameters (Conv_0 … head), changes those of their outputs (conv1 … logits). A change is "
+        "by a δ of the eps called trained, in every network, random or by PGD. Margins and "
+        "confidence: of test images, and of training images beside them; margins in the input "
+        "space are first-order, in the threat model's norm. Gaps are training less test, so that "
+        "of the loss is below zero. Falls and rises are those of a line through all strengths, "
+        "from the first to the last.",
         "Published, at scale full: Rice, Wong, Kolter 2020, the best epoch, PGD of 10 steps.",
     )
     config.labels = dict(zip(ARMS, ("0", "½ε", "ε", "1½ε"), strict=True))
