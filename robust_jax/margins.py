@@ -246,7 +246,8 @@ def minimum_norm(
     """Margins as far as a minimum-norm attack finds them: an upper bound of their magnitude.
 
     Where x is misclassified it attacks the two logits "any other" and "the label", to reach the
-    label. Costs two attacks an example, one of them on two classes.
+    label. Costs two attacks an example, one of them on two classes. The points found are constants,
+    so its derivative by the network's parameters is 0.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K].

@@ -135,6 +135,7 @@ MISTAKES = {
     "name that is a list": ({"model__name": ["cnn"]}, "config.model.name is"),
     "measurement not an entry": ({"measurements__spectra": 3}, "spectra must be an entry like"),
     "attack not an entry": ({"attacks__pgd": "pgd"}, "config.attacks.pgd must be an entry"),
+    "attack of no name": ({"attacks__pgd": {"name": {}, "eps": 0.1}}, "config.attacks.pgd.name is"),
     "epochs and steps": ({"duration": "2 epochs 5 steps"}, "one positive number with one unit"),
     "no unit": ({"duration": "20"}, "config.duration is '20'; give one positive number"),
     "negative duration": ({"validate_every": "-1 steps"}, "config.validate_every is '-1 steps'"),

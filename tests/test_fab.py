@@ -112,6 +112,12 @@ def test_restarts_targets_and_ranks_only_help():
     np.testing.assert_allclose(np.min(apart, 0), every, rtol=1e-4)
 
 
+def test_a_flag_may_be_a_number():
+    x = interior_images(KEY, 2)
+    search = functools.partial(fab, make_linear(KEY)[0], eps=0.1, num_steps=1, random_start=0.0)
+    assert jax.eval_shape(search, x, jnp.zeros(2, int), KEY).shape == x.shape
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_target_of_its_own_is_reached_where_it_is_nearest(norm):
     """Linear, three classes: the target wins against both others at the larger of two distances."""

@@ -223,7 +223,8 @@ def gradient(name):
     return functools.partial(jax.jit(jax.grad(value, (0, 1))), weights_of(0), x)
 
 
-WITH_DERIVATIVE = [name for name in FUNCTIONS if name != "is_adversarial"]
+# To whom the points that minimum_norm's attack finds are constants, so are its distances.
+WITH_DERIVATIVE = [name for name in FUNCTIONS if name not in ("is_adversarial", "minimum_norm")]
 COMPILED_WITH_IT = (
     *("pgd", "apgd", "fab", "square", "frobenius_norm", "spectral_norm", "relative_slope"),
     *("first_order", "mean_square", "oscillation", "total_variation", "path"),

@@ -99,11 +99,11 @@ def undisturbed(tmp_path_factory):
     return left_in(workdir)
 
 
-@pytest.fixture(scope="module")
-def terminated(tmp_path_factory):
-    """Two processes with two devices each, one of which was sent SIGTERM."""
+@pytest.fixture(scope="module", params=["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
+def terminated(request, tmp_path_factory):
+    """Two processes with two devices each, one of which was sent SIGTERM; and how they map."""
     workdir = tmp_path_factory.mktemp("processes") / "terminated"
-    started = start(workdir, 2, 2)
+    started = start(workdir, 2, 2, f"--config.parallel={request.param}")
     deadline = time.monotonic() + 300
     while not list((workdir / "checkpoints" / "last").glob("[0-9]*")):
         assert time.monotonic() < deadline and started[0].poll() is None, started[0].communicate()
@@ -113,13 +113,12 @@ def terminated(tmp_path_factory):
     assert "stopped at step" in told and "saving at the end of this step" in told
     assert "stopped" not in silent and "saving" not in silent  # the first process speaks for all
     assert not (workdir / "results.json").exists()
-    return workdir
+    return workdir, request.param
 
 
-@pytest.mark.parametrize("method", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
-def test_two_processes_go_on_and_end_as_one_would(method, terminated, undisturbed, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(terminated, workdir)
+def test_two_processes_go_on_and_end_as_one_would(terminated, undisturbed, tmp_path):
+    workdir, method = tmp_path / "run", terminated[1]
+    shutil.copytree(terminated[0], workdir)
     (printed, told), (nothing, _) = finish(start(workdir, 2, 2, f"--config.parallel={method}"))
     assert "continuing from step" in told
     assert "clean accuracy" in printed and "clean accuracy" not in nothing
@@ -131,8 +130,8 @@ def test_two_processes_go_on_and_end_as_one_would(method, terminated, undisturbe
 @pytest.mark.slow
 def test_one_process_with_one_device_goes_on(terminated, undisturbed, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(terminated, workdir)
-    finish(start(workdir, 1, 1))
+    shutil.copytree(terminated[0], workdir)
+    finish(start(workdir, 1, 1, f"--config.parallel={terminated[1]}"))
     assert_the_same(undisturbed, left_in(workdir))
 
 

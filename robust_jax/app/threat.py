@@ -65,7 +65,8 @@ def _followed(
     entry: Any, label: str, choices: Mapping[str, Callable], norm: str, eps: float, path: str
 ) -> Any:
     """The entry with a norm and an eps where its function takes them; a mistaken one as it is."""
-    fn = choices.get(entry.get("name", label)) if isinstance(entry, ConfigDict) else None
+    name = entry.get("name", label) if isinstance(entry, ConfigDict) else None
+    fn = choices.get(name) if isinstance(name, str) else None
     if fn is None:
         return entry
     result, parameters = dict(entry), keyword_parameters(fn)

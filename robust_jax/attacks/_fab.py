@@ -162,7 +162,7 @@ def _search_one(logits_of, x, y, key, own_target, settings: _Settings):
         radius = jnp.minimum(nearest, norm.size(jnp.ones_like(x))) / 2
         run_key = jax.random.fold_in(jax.random.fold_in(key, rank), restart)
         noise = norm.random_on_sphere(run_key, x, radius)
-        at_random = (restart > 0) | random_start
+        at_random = (restart > 0) | bool(random_start)
         start = jnp.where(at_random, jnp.clip(x + noise, 0.0, 1.0), x)
         (_, best), _ = jax.lax.scan(step, (start, best), length=num_steps)
         return best, None
