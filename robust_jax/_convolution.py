@@ -25,9 +25,8 @@ from jaxtyping import Array, Float
 
 from robust_jax import types
 from robust_jax._winograd import winograd_conv
-from robust_jax.types import Pair
 
-Padding = Literal["SAME", "VALID"] | Sequence[Pair]
+Padding = Literal["SAME", "VALID"] | Sequence[types.Pair]
 IMPLEMENTATIONS = ("auto", "plain")
 # YNNPACK takes longer than Eigen from this many input channels on (docs/performance.md).
 _YNNPACK_IS_SLOW_FROM = 128 if jax.__version_info__ >= (0, 11) else 16
@@ -37,7 +36,7 @@ class Geometry(NamedTuple):
     """The static half of a convolution, common to it and its two gradients."""
 
     strides: tuple[int, ...]
-    padding: tuple[Pair, ...]
+    padding: tuple[types.Pair, ...]
     image: tuple[int, ...]  # height and width of x
     kernel: tuple[int, ...]  # height and width of k
 
@@ -52,7 +51,7 @@ def conv2d(
     x: Float[types.Array, "b h w i"],
     kernel: Float[types.Array, "p q i o"],
     *,
-    strides: Pair = (1, 1),
+    strides: types.Pair = (1, 1),
     padding: Padding = "SAME",
     implementation: str = "auto",
 ) -> Float[Array, "b v u o"]:
@@ -347,7 +346,7 @@ def _define(
     transposes: tuple[Callable[..., Array], Callable[..., Array]],
     plain: Callable[..., Array],
     cpu: Callable[..., Array],
-    batch_axes: tuple[Pair, Pair],
+    batch_axes: tuple[types.Pair, types.Pair],
 ) -> None:
     """All of a primitive's rules; batch_axes is explained in _batch."""
 

@@ -411,6 +411,21 @@ def test_verify_finds_every_adversarial_again_or_says_what_differs(copied):
     assert "best.clean is not" not in str(told.value)
 
 
+def test_verify_takes_what_an_older_version_left(copied):
+    results, tree = results_in(copied), json.loads((copied / "config.json").read_text())
+    for written in (tree, results["config"]):
+        written.pop("train_size")
+    for table in (results, results["best"], results["last"]):
+        for number in ("temperature", "relative_slope"):
+            table.pop(number)
+        table["jacobian"].pop("matched")
+    (copied / "config.json").write_text(json.dumps(tree))
+    (copied / "results.json").write_text(json.dumps(results))
+    for path in (copied / "records").iterdir():
+        pd.read_csv(path).drop(columns="relative_slope").to_csv(path, index=False)
+    assert "confirmed" in execute(stored.config_of(copied), copied, "verify")
+
+
 def test_a_record_s_key_makes_its_adversarial_again(demo):
     """As docs say: the key of the row, folded with the attack's name."""
     import zlib

@@ -133,7 +133,7 @@ x = jnp.ones(10_000_000)  # 40 MB, and as much for the sum
 
 def pages():
     for i in range(100):
-        if i == 80:  # each thread's heap has grown to what it needs
+        if i == 40:  # most threads' heaps have grown to what they need
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         step(x).block_until_ready()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -150,4 +150,4 @@ def test_freed_memory_is_used_again_without_the_kernel():
     run = [sys.executable, "-c", FAULTS]
     found = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     given_back, kept = map(int, found.split())
-    assert kept < given_back / 2  # a thread's heap may still grow once
+    assert kept < given_back / 10  # of the 60 calls, five heaps may still grow
