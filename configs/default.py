@@ -118,6 +118,7 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict(
         {
             "num_examples": 0,  # how many of the first test examples; 0: all
+            "last": True,  # attack the last checkpoint, too, beside the best
             "batch_size": 500,
             "jacobian_chunk": 128,  # examples whose exact Jacobians a device holds at a time
             "jacobian_projections": 16,  # of the estimated Frobenius norm

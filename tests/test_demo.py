@@ -467,6 +467,29 @@ def test_autoattack_alone_is_evaluated(copied, undrawn):
     assert not (copied / "examples.npz").exists()
 
 
+def test_the_best_alone_is_evaluated_if_the_config_says_so_and_the_last_later(copied):
+    whole = results_in(copied)
+    assert whole["best"]["step"] != whole["last"]["step"]
+    shutil.rmtree(copied / "records")
+    (copied / "results.json").unlink()
+    config = stored.config_of(copied)
+    config.evaluation.last = False
+    write_json(copied / "config.json", config_lib.to_json(config))
+    execute(config, copied, "train")
+    alone = results_in(copied)
+    assert "last" not in alone and alone["best"] == whole["best"]
+    assert [path.name for path in (copied / "records").iterdir()] == ["best.csv"]
+    assert "is the only one that was evaluated" in (copied / "report.html").read_text()
+    assert "confirmed" in execute(config, copied, "verify")
+    config.evaluation.last = True
+    execute(config, copied, "evaluate")
+    both = results_in(copied)
+    assert (both["best"], both["last"]) == (whole["best"], whole["last"])
+    config.evaluation.last = False  # what was found stays
+    execute(config, copied, "evaluate")
+    assert results_in(copied)["last"] == whole["last"]
+
+
 def test_audit_mode_looks_again(finished, copied, results, undrawn):
     audited = results["audit"]  # as if the small run had one
     results, config = {**results_in(copied), "audit": audited}, stored.config_of(copied)

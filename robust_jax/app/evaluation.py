@@ -180,7 +180,7 @@ def evaluate(
         "versions": versions("jax", "jaxlib", "numpy"),
     }
     results = {
-        **compose({"best": records, "last": records}, {attack: grid}, about),
+        **compose({"best": records}, {attack: grid}, about),
         "audit": None if audited is None else audit_to_json(audited),
         "warnings": warnings,
         "timings": {"evaluate_seconds": time.perf_counter() - start},

@@ -52,15 +52,15 @@ def build(config: ConfigDict) -> Experiment:
         # One that is to be trained has a place when the run has one: see `surrogate.bound`.
         if grid.surrogate and grid.surrogate != "train":
             grids[name] = transferred(grid, subject.load(grid.surrogate).logits_fn)
-    settings = config.evaluation.to_dict()
-    num_examples = settings.pop("num_examples") or run.dataset.test.size
+    settings = Settings(**{field: config.evaluation[field] for field in Settings._fields})
+    num_examples = config.evaluation.num_examples or run.dataset.test.size
     network = training.network(run.model)
     evaluator = Evaluator(
         lambda variables: partial(network, parallel.on_this_device(variables)),
-        parallel.lifted(network, config.parallel, batch_size=settings["batch_size"]),
+        parallel.lifted(network, config.parallel, batch_size=settings.batch_size),
         run.dataset.test.take(np.arange(min(num_examples, run.dataset.test.size))),
         grids,
-        Settings(**settings),
+        settings,
         key=run.evaluation_key,
     )
     return Experiment(

@@ -38,6 +38,7 @@ def merged(old: ConfigDict, new: ConfigDict, mode: Mode) -> ConfigDict:
         result.evaluation.num_examples = _larger(
             old.evaluation.num_examples, new.evaluation.num_examples, "config.evaluation"
         )
+        result.evaluation.last = old.evaluation.last or new.evaluation.last
     if mode in ("evaluate", "measure"):
         was, asked = threat.complete(old).measurements, threat.complete(new).measurements
         for label in set(was) & set(asked):

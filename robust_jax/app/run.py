@@ -149,7 +149,7 @@ def _results(workdir: Path, mode: Mode) -> dict[str, Any]:
 
 
 def _evaluate(run: Finished) -> str:
-    """Measures both checkpoints and writes all but what training wrote; results.json last.
+    """Measures the checkpoints and writes all but what training wrote; results.json last.
 
     Keeps the earlier results of what the folder's config has and this call does not ask for.
     """
@@ -158,16 +158,19 @@ def _evaluate(run: Finished) -> str:
     earlier = folder.earlier(run.workdir)
     entries = threat.complete(run.experiment.config).attacks
     unasked = {label: entry for label, entry in entries.items() if label not in run.asked.attacks}
+    states = {"best": run.trained.best}
+    if run.experiment.config.evaluation.last:
+        states["last"] = run.trained.last
     kept = set.intersection(
-        *(merge.are_kept(earlier.records.get(name), unasked) for name in ("best", "last"))
+        *(merge.are_kept(earlier.records.get(name), unasked) for name in states)
     )
+    steps = {name: int(state.step) for name, state in states.items()}
     tables: dict[str, pd.DataFrame] = {}
-    best, last = run.trained.best, run.trained.last
-    for name, state in {"best": best, "last": last}.items():
-        if name == "last" and int(last.step) == int(best.step):
+    for name, state in states.items():
+        if name == "last" and steps["last"] == steps["best"]:
             tables[name] = tables["best"]  # one checkpoint, measured once
             continue
-        unfinished = folder.unfinished(run.workdir, run.experiment.config, name, int(state.step))
+        unfinished = folder.unfinished(run.workdir, run.experiment.config, name, steps[name])
         processes.on_first(partial(unfinished.mkdir, parents=True, exist_ok=True))
         tables[name] = run.experiment.evaluator.records(
             state.variables, f"evaluate {name}", unfinished, without=kept
@@ -177,13 +180,13 @@ def _evaluate(run: Finished) -> str:
     held_out = run.experiment.dataset.validation
     temperatures = {
         name: run.experiment.evaluator.temperature(state.variables, held_out)
-        for name, state in {"best": best, "last": last}.items()
+        for name, state in states.items()
     }
     results = compose(
         tables,
         run.experiment.grids,
         _about(run),
-        steps={"best": int(best.step), "last": int(last.step)},
+        steps=steps,
         temperatures=temperatures,
         kept=kept,
     )

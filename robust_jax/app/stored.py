@@ -134,12 +134,12 @@ def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     """A run's config with the fields and names that it would have now.
 
     Once the audit had a norm and an eps of None, which stood for those of the threat model, margins
-    were tracked by one estimate, and all images were trained on.
+    were tracked by one estimate, all images were trained on, and both checkpoints were evaluated.
     """
     tree = _with_estimates(tree)
     if "audit" not in tree:
         return tree
-    tree = {"train_size": 0, **tree}
+    tree = {"train_size": 0, **tree, "evaluation": {"last": True, **tree["evaluation"]}}
     if "threat" not in tree:
         return _from_0_1_0(tree)
     return {**tree, "audit": {k: v for k, v in tree["audit"].items() if v is not None}}

@@ -24,7 +24,9 @@ def compare(
     """
     saved, wrong = stored.load(workdir).records, []
     kept = {attack["name"] for attack in results["attacks"] if attack.get("earlier")}
-    for name, state in {"best": trained.best, "last": trained.last}.items():
+    states = {"best": trained.best, "last": trained.last}
+    for name in saved:
+        state = states[name]
         if name == "last" and int(state.step) == int(trained.best.step):
             fresh = saved["best"]
         else:

@@ -53,8 +53,9 @@ def write(workdir: Path, results: Results) -> Path:
         elsewhere=_elsewhere(results),
         drawn=[image(figure, alt) for figure, alt in drawn.values()],
         kept=sorted({a["name"] for a in results["attacks"] if a.get("earlier")}),
+        trained="title" not in results,
         checkpoints=names,
-        steps={name: results[name]["step"] for name in ("best", "last")},
+        steps={name: results[name]["step"] for name in ("best", "last") if name in results},
         summary=_summary(results),
         blocks=_blocks(results),
         facts=_facts(results),
@@ -112,9 +113,10 @@ def audit_text(results: Results) -> str:
 
 
 def checkpoint_names(results: Results) -> list[str]:
-    """best and last, or best alone where they are the same."""
-    same = results["best"]["step"] == results["last"]["step"]
-    return ["best"] if same else ["best", "last"]
+    """best and last, or best alone where they are the same or the last was not evaluated."""
+    if "last" not in results or results["best"]["step"] == results["last"]["step"]:
+        return ["best"]
+    return ["best", "last"]
 
 
 def title(results: Results) -> str:
@@ -128,8 +130,9 @@ def title(results: Results) -> str:
 def headline(results: Results) -> str:
     """Clean and worst-case accuracy of the best checkpoint, with 95 % intervals, as a sentence."""
     clean = results["clean"]
+    network = "network" if "title" in results else "best checkpoint"
     text = (
-        f"Of {clean['count']:,} test images, the best checkpoint classifies "
+        f"Of {clean['count']:,} test images, the {network} classifies "
         f"{with_interval(clean['accuracy'], clean['count'])} right"
     )
     radius = reference_radius(results)
