@@ -104,6 +104,8 @@ def test_it_leaves_records_a_card_and_a_page(found):
     assert float(card["autoattack_acc"]) == pytest.approx(100 * result.robust_accuracy, abs=0.01)
     page = (folder / "report.html").read_text()
     assert "digits, an MLP" in page and "Is it real?" in page
+    assert "the network classifies" in page and "checkpoint</th>" not in page
+    assert "trained against" not in page and "the best checkpoint" not in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("data:image", "")
 
 

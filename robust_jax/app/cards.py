@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from robust_jax.app.stored import is_ours
 from robust_jax.app.wording import format_eps
 
 
@@ -23,7 +24,6 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
     config, audit = results["config"], results.get("audit")
     version = config["attacks"][entry["name"]].get("version", "standard")
     standard = version == "standard" and not config["attacks"][entry["name"]].get("overrides")
-    is_ours = "title" not in results  # which `evaluate` gives
     notes = [
         f"AutoAttack {version if isinstance(version, str) else ', '.join(version)}"
         f"{'' if standard else ' (not the standard budgets)'} on {entry['count']} test images.",
@@ -31,7 +31,7 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
     ]
     return {
         "name": f"{config['loss']['name']} on {config['loss_on']}"
-        if is_ours
+        if is_ours(results)
         else results["model"]["name"],
         "dataset": results["data"]["name"].removeprefix("tfds:"),
         "architecture": results["model"]["name"],
@@ -40,8 +40,8 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "clean_acc": f"{100 * entry['members']['clean']:.2f}",
         "autoattack_acc": f"{100 * entry['robust_accuracy']:.2f}",
         "reported": None,
-        "additional_data": False if is_ours else None,
-        "number_forward_passes": 1 if is_ours else None,
+        "additional_data": False if is_ours(results) else None,
+        "number_forward_passes": 1 if is_ours(results) else None,
         "unreliable": audit["verdict"] == "fail" if audit else None,
         "footnote": " ".join(notes),
         "link": None,

@@ -25,7 +25,7 @@ SCHEMA = 1
 
 
 class Run(NamedTuple):
-    """The records of best and last; a row per line of metrics.jsonl; the images, if any."""
+    """Records of best and, if evaluated, last; a row per line of metrics.jsonl; images, if any."""
 
     records: dict[str, pd.DataFrame]
     metrics: pd.DataFrame
@@ -92,6 +92,11 @@ def results(workdir: Path | str) -> dict[str, Any]:
             f"up to {SCHEMA}; take the version that wrote it or a newer one"
         )
     return found
+
+
+def is_ours(results: Results) -> bool:
+    """Whether it was trained here; `robust_jax.evaluate` takes networks of any origin."""
+    return "title" not in results
 
 
 def write_results(workdir: Path, results: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from robust_jax.app.methods import method
 from robust_jax.app.pages import figures as figures_lib
 from robust_jax.app.pages.html import image, template
 from robust_jax.app.records import fates, first_to_break
-from robust_jax.app.stored import Results
+from robust_jax.app.stored import Results, is_ours
 from robust_jax.app.wording import format_eps, number, percent, threat, with_interval, words
 from robust_jax.files import write_atomically
 
@@ -53,7 +53,8 @@ def write(workdir: Path, results: Results) -> Path:
         elsewhere=_elsewhere(results),
         drawn=[image(figure, alt) for figure, alt in drawn.values()],
         kept=sorted({a["name"] for a in results["attacks"] if a.get("earlier")}),
-        trained="title" not in results,
+        is_ours=is_ours(results),
+        network=_network(results),
         checkpoints=names,
         steps={name: results[name]["step"] for name in ("best", "last") if name in results},
         summary=_summary(results),
@@ -121,30 +122,33 @@ def checkpoint_names(results: Results) -> list[str]:
 
 def title(results: Results) -> str:
     """The data set, the model and the method, with its weights."""
-    if "title" in results:  # not trained here
+    if not is_ours(results):
         return results["title"]
     what = method(results["config"], results["trained_against"])
     return f"{results['data']['name']}, {words(results['model']['name'])}: {what}"
 
 
+def _network(results: Results) -> str:
+    return "best checkpoint" if is_ours(results) else "network"
+
+
 def headline(results: Results) -> str:
     """Clean and worst-case accuracy of the best checkpoint, with 95 % intervals, as a sentence."""
     clean = results["clean"]
-    network = "network" if "title" in results else "best checkpoint"
     text = (
-        f"Of {clean['count']:,} test images, the {network} classifies "
+        f"Of {clean['count']:,} test images, the {_network(results)} classifies "
         f"{with_interval(clean['accuracy'], clean['count'])} right"
     )
     radius = reference_radius(results)
     if radius is None:
         return f"{text}. No attack was evaluated."
     entry = _worst_case(results, radius)
-    trained = "the size" if radius.trained else "not a size"
+    trained = f", {'the size' if radius.trained else 'not a size'} it was trained against"
     some = "" if entry["count"] == clean["count"] else f"of the first {entry['count']:,} "
     text = (
         f"{text}, and {with_interval(entry['robust_accuracy'], entry['count'])} {some}still under "
-        f"the worst of all {threat(radius.norm, radius.eps, 'attacks at ')}, "
-        f"{trained} it was trained against."
+        f"the worst of all {threat(radius.norm, radius.eps, 'attacks at ')}"
+        f"{trained if is_ours(results) else ''}."
     )
     for entry in results["attacks"]:
         if entry["attack"] == "autoattack" and entry["norm"] == radius.norm:
