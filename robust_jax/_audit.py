@@ -119,6 +119,7 @@ def audit(
     _checks.length("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps must be above 0, not {eps!r} (pixels are in [0,1])")
+    _checks.counts(num_queries=num_queries, batch_size=batch_size)
     threat = threat_model(norm)
     x = np.asarray(_checks.pixels(x))
     y = np.asarray(_checks.one_row_each(y, x))

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_jax._network import Network, as_network
+from robust_jax.keys import drawn_one_by_one
 
-_ARRAYS = (jax.Array, np.ndarray, np.generic)
+ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def is_traced(*trees: Any) -> bool:
@@ -38,9 +39,8 @@ def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.n
     refuse_traces(x)
     if not isinstance(x, jax.Array):
         x = np.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        hint = "; divide by 255" if jnp.issubdtype(x.dtype, jnp.integer) else ""
-        raise ValueError(f"{name} is {x.dtype}; pixels are floats in [0, 1]{hint}")
+        x = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))  # of some file formats
+    floating(x, name)
     if x.ndim < 2 or x.size == 0:
         raise ValueError(
             f"{name} has the shape {list(x.shape)}; give a batch, [B,...], of one example at least"
@@ -57,6 +57,13 @@ def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.n
             + (f"jnp.clip({name}, 0, 1)" if is_rounding else advice)
         )
     return x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
+
+
+def floating(x: Any, name: str) -> None:
+    """Raises ValueError unless x is floating."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        hint = "; divide by 255" if jnp.issubdtype(x.dtype, jnp.integer) else ""
+        raise ValueError(f"{name} is {x.dtype}; pixels are floats in [0, 1]{hint}")
 
 
 def one_row_each(y: Any, x: Any, name: str = "y") -> jax.Array | np.ndarray:
@@ -101,14 +108,14 @@ def labels(y: Any, num_classes: int, name: str = "y") -> None:
 
 
 def example_keys_of(key: Any, count: int) -> jax.Array:
-    """A typed key [] or keys [B]. Raises ValueError for anything that is no key."""
+    """A threefry key [] or keys [B]. Raises ValueError for anything that is no key."""
     if isinstance(key, jax.Array | np.ndarray):
         is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         words = jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
         if not is_typed and key.dtype == np.uint32 and key.shape in (words, (count, *words)):
             key, is_typed = jax.random.wrap_key_data(jnp.asarray(key)), True
         if is_typed and key.shape in ((), (count,)):
-            return key
+            return drawn_one_by_one(key)
         if is_typed:
             raise ValueError(
                 f"key has the shape {list(key.shape)}; give one key, or {count}, one for each "
@@ -123,13 +130,13 @@ def length(name: str, value: Any, *, infinite: bool = False) -> None:
     one_number(name, value)
     if value is None:
         raise ValueError(f"{name} is None; give a number in pixel units")
-    value = float(value) if isinstance(value, _ARRAYS) else value
+    value = float(value) if isinstance(value, ARRAYS) else value
     lengths(**{name: value}, infinite=infinite)
 
 
 def one_number(name: str, value: Any) -> None:
     """Raises ValueError for an array with axes, which may be traced."""
-    if isinstance(value, _ARRAYS) and np.ndim(value):
+    if isinstance(value, ARRAYS) and np.ndim(value):
         raise ValueError(
             f"{name} is {_short(value)}; give a number in pixel units (under vmap, one for each "
             "example)"
@@ -139,7 +146,7 @@ def one_number(name: str, value: Any) -> None:
 def lengths(*, infinite: bool = False, **values: Any) -> None:
     """The same of several, of which None and arrays, which may be traced, are not looked at."""
     for name, value in values.items():
-        if value is None or isinstance(value, _ARRAYS):
+        if value is None or isinstance(value, ARRAYS):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             hint = f", {value} without quotes" if isinstance(value, str) else ""
@@ -252,6 +259,16 @@ def output(network: Network, name: str = "logits_fn") -> jax.ShapeDtypeStruct:
     raise ValueError(
         f"{name} returns a {type(out).__name__}, not an array; return the logits alone{example}"
     )
+
+
+def one_row_an_example(network: Network, name: str) -> None:
+    """Raises ValueError unless it returns [B,K]."""
+    shape = output(network, name).shape
+    if len(shape) != 2:
+        raise ValueError(
+            f"{name} returns the shape {list(shape)} for a batch of one example; it must be [1,K]: "
+            f"give lambda x: {name}(x).reshape(len(x), -1)"
+        )
 
 
 def num_classes(network: Network, name: str = "logits_fn") -> int:

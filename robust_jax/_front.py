@@ -35,6 +35,7 @@ _NETWORKS = ("logits_fn", "fn", "features_fn", "surrogate")
 _ROWS = ("x", "y", "targets", "key", "x_adv", "x_moved", "direction")
 _LABELS = ("y", "targets")
 _LENGTHS = ("eps", "step_size")
+_DYNAMIC = {*_NETWORKS, *_ROWS, *_LENGTHS}
 
 
 def compiled(fn: Callable) -> Callable:
@@ -73,11 +74,18 @@ def _checked(
 
     needed: those that must not be None.
     """
-    values = dict(given)
+    # Settings are static, so a number in an array has to be one of Python's.
+    values = {
+        n: v.item() if isinstance(v, _checks.ARRAYS) and n not in _DYNAMIC and not v.ndim else v
+        for n, v in given.items()
+    }
     # A Jacobian is asked for anywhere; labels and radii are of images in [0,1].
     name = _examples(values)
     takes_images = "y" in values or "logits_fn" in values
     x = values[name] = _checks.pixels(values[name], name, bounded=takes_images)
+    for name in ("chunk_size", "eot_samples"):
+        if values.get(name) is not None:
+            _checks.counts(**{name: values[name]})
     labels = [name for name in _LABELS if values.get(name) is not None or name in needed]
     for name in labels:
         values[name] = _checks.one_row_each(values[name], x, name)
@@ -88,9 +96,9 @@ def _checked(
             is_randomised = name == "logits_fn" and values.get("eot_samples")
             key = values["key"] if is_randomised else None
             values[name] = _checks.network(values[name], x, name, key=key)
-            if name != "features_fn":
-                _checks.output(values[name], name)
-            if takes_images and name != "features_fn":
+            if name == "fn":
+                _checks.one_row_an_example(values[name], name)
+            elif takes_images and name != "features_fn":
                 num_classes = _checks.num_classes(values[name], name)
     for name in labels:
         # What a loss and a criterion of the caller's compare outputs with need not be labels.
@@ -107,8 +115,11 @@ def _checked(
 
 
 def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
-    x, given = given[_examples(given)], dict(given)
+    name, given = _examples(given), dict(given)
+    x = given[name]
     # Types and shapes are known even here.
+    if hasattr(x, "dtype"):
+        _checks.floating(x, name)
     if given.get("key") is not None:
         given["key"] = _checks.example_keys_of(given["key"], len(x))
     for name in _LABELS:

@@ -235,8 +235,15 @@ def total_variation(
     threat = threat_model(norm)
     loss, reference = _loss_around(logits_fn, x, y)
 
+    def summed(x):
+        logits = logits_fn(x)
+        if y is not None:
+            # Exact where the label's probability is rounded to 1, and its slope to 0.
+            logits -= jnp.take_along_axis(logits, jnp.asarray(y)[:, None], axis=-1)
+        return loss(logits, reference).sum()
+
     def sample(neighbour):
-        gradient = jax.grad(lambda x: loss(logits_fn(x), reference).sum())(neighbour)
+        gradient = jax.grad(summed)(neighbour)
         slope = jax.vmap(threat.slope)(jnp.asarray(gradient, wide_dtype(x.dtype)))
         return slope**2 if squared else slope
 

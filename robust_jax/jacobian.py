@@ -46,6 +46,9 @@ class Estimate(NamedTuple):
 def probabilities(logits_fn: LogitsFn) -> LogitsFn:
     """The softmax of a network, to take Jacobians of.
 
+    They are exact however sure the network is. Those of jax.nn.softmax are not where the largest
+    probability is rounded to 1: its row of the Jacobian would be 0.
+
     Args:
         logits_fn: The network, [B,...] -> [B,K].
 
@@ -58,7 +61,13 @@ def probabilities(logits_fn: LogitsFn) -> LogitsFn:
         >>> jacobian.probabilities(lambda x: 0 * x)(jnp.ones((1, 2)))
         Array([[0.5, 0.5]], dtype=float32)
     """
-    return lambda x: jax.nn.softmax(logits_fn(x))
+
+    def probabilities_of(x):
+        logits = logits_fn(x)
+        top = jnp.take_along_axis(logits, logits.argmax(-1)[:, None], axis=-1)
+        return jax.nn.softmax(logits - top)
+
+    return probabilities_of
 
 
 @compiled
@@ -119,7 +128,7 @@ def frobenius_norm(fn: LogitsFn, x: Images, *, chunk_size: int | None = None) ->
     """
 
     def norm_one(one):
-        return jnp.sqrt((wide(_jacobian_one(fn, one)) ** 2).sum())
+        return _euclidean(_jacobian_one(fn, one))
 
     return in_chunks(norm_one, x, chunk_size)
 
@@ -304,16 +313,15 @@ def spectral_norm(
 
         _, vjp = jax.vjp(f, one)
 
-        def unit(v):
-            size = jnp.linalg.norm(wide(v).ravel())
-            return (wide(v) / jnp.maximum(size, jnp.finfo(size.dtype).tiny)).astype(v.dtype)
+        def forwards(v):
+            return jax.jvp(f, (one,), (v,))[1]
 
         def iterate(_, v):
-            return unit(vjp(jax.jvp(f, (one,), (v,))[1])[0])
+            return _unit(vjp(_unit(forwards(v)))[0])
 
-        v = unit(jax.random.normal(key, one.shape, one.dtype))
+        v = _unit(jax.random.normal(key, one.shape, one.dtype))
         v = jax.lax.fori_loop(0, num_iterations, iterate, v)
-        return jnp.linalg.norm(wide(jax.jvp(f, (one,), (v,))[1]))
+        return _euclidean(forwards(v))
 
     keys = example_keys(key, x.shape[0])
     return in_chunks(lambda args: spectral_norm_one(*args), (x, keys), chunk_size)
@@ -373,6 +381,25 @@ def relative_slope(
         return jnp.where(jnp.arange(len(gaps), dtype=label.dtype) == label, 0, ratios).max()
 
     return in_chunks(slope_one, (x, jnp.asarray(y)), chunk_size)
+
+
+def _scaled(v: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+    """v over its largest entry, so that no square under- or overflows, and that entry."""
+    v = wide(v)
+    largest = jax.lax.stop_gradient(jnp.abs(v).max())
+    largest = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
+    return v / largest, largest
+
+
+def _euclidean(v: Float[Array, "..."]) -> Float[Array, ""]:
+    scaled, largest = _scaled(v)
+    return largest * jnp.sqrt((scaled**2).sum())
+
+
+def _unit(v: Float[Array, "..."]) -> Float[Array, "..."]:
+    """v over its norm, of its own dtype; 0 where v is."""
+    scaled, _ = _scaled(v)
+    return (scaled / jnp.maximum(jnp.sqrt((scaled**2).sum()), 1)).astype(v.dtype)
 
 
 def _jacobian_one(fn: LogitsFn, one: Float[Array, "..."]) -> Float[Array, "k ..."]:

@@ -19,6 +19,16 @@ def example_keys(key: KeyOrKeys, num_examples: int) -> Key[Array, " b"]:
     return fold_in_each(key, jnp.arange(num_examples))
 
 
+def drawn_one_by_one(key: KeyOrKeys) -> KeyOrKeys:
+    """The same key for JAX's default generator, whose draws under vmap are those of each key alone.
+
+    Those of "rbg" depend on the neighbours.
+    """
+    if jnp.shape(jax.random.key_data(key))[-1] == 2:  # words: it is threefry already
+        return key
+    return jax.random.wrap_key_data(jax.random.key_data(key)[..., :2], impl="threefry2x32")
+
+
 def fold_in_each(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
     """The key folded with each example's index, [] and [B] -> [B]."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)

@@ -74,6 +74,8 @@ def cross_entropy(logits: Logits, labels: Labels, *, label_smoothing: float = 0.
     _check_range("label_smoothing", label_smoothing, 0.0, 1.0, half_open=True)
     log_p = _log_softmax(logits)
     log_p_label = _at(log_p, labels)
+    if label_smoothing == 0:  # a class at -inf counts for nothing then
+        return -log_p_label
     return -(1 - label_smoothing) * log_p_label - label_smoothing * log_p.mean(-1)
 
 
@@ -284,7 +286,7 @@ def kl(logits: Logits, reference: Logits) -> PerExample:
         TRADES' term: Zhang et al. 2019, arXiv 1901.08573.
     """
     log_p = _log_softmax(reference)
-    return (jnp.exp(log_p) * (log_p - _log_softmax(logits))).sum(-1)
+    return _mean_over(log_p, log_p - _log_softmax(logits))
 
 
 def entropy(logits: Logits) -> PerExample:
@@ -303,7 +305,7 @@ def entropy(logits: Logits) -> PerExample:
         Array([0.693, 0.325], dtype=float32)
     """
     log_p = _log_softmax(logits)
-    return -(jnp.exp(log_p) * log_p).sum(-1)
+    return -_mean_over(log_p, log_p)
 
 
 def complement_entropy(logits: Logits, labels: Labels) -> PerExample:
@@ -434,6 +436,11 @@ ATTACK_LOSSES: Mapping[str, Loss] = {
 
 def _log_softmax(logits: Logits) -> Logits:
     return jax.nn.log_softmax(wide(logits))
+
+
+def _mean_over(log_p: Logits, values: Logits) -> PerExample:
+    """Σ_k p_k v_k, in which a class of probability 0 counts for nothing."""
+    return (jnp.exp(log_p) * jnp.where(log_p > -jnp.inf, values, 0)).sum(-1)
 
 
 def _indices(labels: Labels) -> Labels:

@@ -1,5 +1,6 @@
 """AutoAttack: bookkeeping of points, batches and saved states; its warnings; few classes."""
 
+import dataclasses
 import functools
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from robust_jax import losses
-from robust_jax.attacks import _autoattack, autoattack, distances, fab
+from robust_jax.attacks import _autoattack, autoattack, distances, fab, norms
 from robust_jax.attacks._autoattack import MEMBERS, VERSIONS
 from robust_jax.batches import over
 from robust_jax.devices import parallel
@@ -362,6 +363,45 @@ def test_a_state_knows_a_partial_loss_by_what_it_says(tmp_path):
     np.testing.assert_array_equal(attack(0.1).x_adv, attack(0.1).x_adv)  # not refused
     with pytest.raises(ValueError, match="belongs to other examples, keys or settings"):
         attack(0.2)
+
+
+class _Margin:
+    """A loss that is an object."""
+
+    def __call__(self, logits, labels):
+        return losses.margin_loss(logits, labels)
+
+
+def test_a_state_knows_a_closure_a_record_and_a_loss_that_is_an_object(tmp_path):
+    logits_fn, x, y = problem()
+
+    def times(factor):
+        return lambda logits, labels: factor * losses.margin_loss(logits, labels)
+
+    def attack(loss, norm="linf", path="state.npz"):
+        return run(
+            logits_fn,
+            x,
+            y,
+            KEY,
+            eps=0.05,
+            norm=norm,
+            version=("apgd_ce",),
+            overrides={"apgd_ce": {"num_steps": 2, "loss": loss}},
+            state_path=tmp_path / path,
+        )
+
+    first = attack(times(1.0))
+    np.testing.assert_array_equal(attack(times(1.0)).x_adv, first.x_adv)
+    for loss, norm in (
+        (times(-1.0), "linf"),
+        (times(1.0), dataclasses.replace(norms.LINF, size=lambda d: 5 * norms.LINF.size(d))),
+    ):
+        with pytest.raises(UnusableState, match="belongs to other examples, keys or settings"):
+            attack(loss, norm)
+    found = attack(_Margin(), path="object.npz")
+    np.testing.assert_array_equal(found.x_adv, first.x_adv)
+    np.testing.assert_array_equal(attack(_Margin(), path="object.npz").x_adv, first.x_adv)
 
 
 def test_one_example_alone():

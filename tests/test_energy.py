@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy.special import expit, logsumexp
+from scipy.special import expit, logsumexp, softmax
 
 from robust_jax import attacks, energy, losses
 from robust_jax.train.regularizers import Half, vat
@@ -89,6 +89,17 @@ def binary_kl(u, v):
     """KL between Bernoulli distributions of logits u and v."""
     p, q = expit(u), expit(v)
     return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+
+
+@pytest.mark.parametrize("gap", [0.0, 15.0, 18.0, 25.0])
+def test_variation_is_exact_however_sure_the_network_is(gap, rng):
+    weights = rng.normal(size=(6, 4)).astype(np.float32)
+    bias = np.where(np.arange(4) == 0, gap, 0).astype(np.float32)
+    x, y = rng.uniform(size=(3, 6)).astype(np.float32), np.zeros(3, int)
+    p = softmax(x.astype(np.float64) @ weights + bias, axis=-1)
+    slope = np.linalg.norm(p[:, 1:] @ (weights.T[1:] - weights.T[0].astype(np.float64)), axis=-1)
+    found = energy.total_variation(lambda x: x @ weights + bias, x, y, KEY, eps=0.0, norm="l2")
+    np.testing.assert_allclose(found / slope, np.ones(3), rtol=1e-3)
 
 
 def test_label_free_energies_are_those_of_the_kl(rng):

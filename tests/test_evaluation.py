@@ -238,7 +238,8 @@ def test_mistakes_are_told_in_one_line(tmp_path):
         ({"norm": "l3"}, "norm must be one of linf, l2, l1"),
         ({"version": "rand"}, "evaluate is for deterministic networks"),
         ({"num_audited": -1}, "num_audited is -1; it must be an integer, 0 or more"),
-        ({"batch_size": 0}, "batch_size is 0; it must be an integer, 1 or more"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+        ({"num_queries": 0}, "num_queries must be a whole number of at least 1, not 0"),
         ({"folder": __file__}, "which is a file"),
         ({"x": 255 * x}, "pixels must be in"),
         ({"key": jax.random.split(KEY, len(x))}, r"key has the shape \[60\]; give one key"),
@@ -329,3 +330,16 @@ def test_launchs_evaluation_of_a_network_finds_the_same():
         found.records[records.columns], records, check_exact=False, rtol=1e-4
     )
     assert [check[:3] for check in found.audit.checks] == [check[:3] for check in audit.checks]
+
+
+def test_overrides_may_hold_a_loss_and_numbers_of_numpy(tmp_path):
+    x, y = points()
+    own = {"num_steps": np.int64(2), "loss": losses.margin_loss}
+    keywords = {**SETTINGS, "version": ("apgd_ce",), "overrides": {"apgd_ce": own}}
+    call = partial(robust_jax.evaluate, trained(), x, y, KEY, folder=tmp_path, num_audited=0)
+    first = call(**{k: v for k, v in keywords.items() if k != "num_audited"})
+    results = json.loads((tmp_path / "results.json").read_text())
+    said = results["config"]["attacks"]["autoattack_linf"]["overrides"]["apgd_ce"]
+    assert said == {"num_steps": 2, "loss": "robust_jax.losses.margin_loss"}
+    again = call(**{k: v for k, v in keywords.items() if k != "num_audited"})
+    assert again.robust_accuracy == first.robust_accuracy

@@ -155,3 +155,24 @@ def test_a_batch_too_large_for_memory_is_halved_with_a_warning(monkeypatch):
         " continuing with 8",
     ]
     assert sizes[-1] == 8
+
+
+@pytest.mark.parametrize("name", ["pgd", "frobenius_norm", "square"])
+def test_arrays_in_the_other_byte_order_are_taken(name):
+    x, y = (np.asarray(a) for a in examples())
+    swapped = (a.astype(a.dtype.newbyteorder(">")) for a in (x, y))
+    found = FUNCTIONS[name](network(weights_of(0)), *swapped, KEY)
+    chex_close(found, FUNCTIONS[name](network(weights_of(0)), x, y, KEY))
+
+
+@pytest.mark.parametrize(
+    ("attack", "keyword"),
+    [(attacks.pgd, "momentum"), (attacks.apgd, "rho"), (attacks.jsma, "theta")],
+)
+def test_a_setting_may_be_a_number_in_an_array(attack, keyword):
+    x, y = examples()
+    few = {} if attack is attacks.jsma else {"num_steps": 2}
+    for half in (np.float32(0.5), np.array(0.5), jnp.float32(0.5)):
+        found = attack(network(weights_of(0)), x, y, KEY, eps=2, **few, **{keyword: half})
+        plain = attack(network(weights_of(0)), x, y, KEY, eps=2, **few, **{keyword: 0.5})
+        np.testing.assert_array_equal(found, plain)

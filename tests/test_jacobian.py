@@ -4,6 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from robust_jax import jacobian, margins
 from tests.linear import interior_images, make_linear, make_nonlinear
@@ -50,6 +51,40 @@ def test_network_matches_finite_differences_and_svd():
         np.linalg.norm(reference, 2, axis=(1, 2)),
         rtol=5e-3,
     )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-13, 3e9, 1e25])
+@pytest.mark.parametrize("num_iterations", [40, 41])
+def test_norms_of_tiny_and_of_huge_jacobians_neither_under_nor_overflow(scale, num_iterations):
+    _, weights, _ = make_linear(KEY)
+    x, scale = np.asarray(interior_images(KEY, 2)), np.float32(scale)
+
+    def fn(x):
+        return scale * (x.reshape(len(x), -1) @ weights.T)
+
+    spectral = jacobian.spectral_norm(fn, x, KEY, num_iterations=num_iterations)
+    np.testing.assert_allclose(spectral / scale, np.full(2, np.linalg.norm(weights, 2)), rtol=1e-3)
+    frobenius = jacobian.frobenius_norm(fn, x)
+    np.testing.assert_allclose(frobenius / scale, np.full(2, np.linalg.norm(weights)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+@pytest.mark.parametrize("gap", [0.0, 14.0, 18.0, 30.0, 60.0])
+def test_jacobians_of_probabilities_are_exact_however_sure_the_network_is(num_classes, gap, rng):
+    weights = rng.normal(size=(6, num_classes)).astype(np.float32)
+    bias = np.where(np.arange(num_classes) == 0, gap, 0).astype(np.float32)
+    x = rng.uniform(size=(3, 6)).astype(np.float32)
+    p = softmax(x.astype(np.float64) @ weights + bias, axis=-1)
+    apart = weights.T[:, None] - weights.T[None].astype(np.float64)
+    exact = np.einsum("bk,bj,kjd->bkd", p, p, apart)  # ∇p_k = p_k Σ_j p_j (∇z_k - ∇z_j)
+    fn = jacobian.probabilities(lambda x: x @ weights + bias)
+    frobenius = np.linalg.norm(exact, axis=(1, 2))
+    found = jacobian.frobenius_norm(fn, x)
+    np.testing.assert_allclose(found / frobenius, np.ones(3), rtol=1e-4)
+    spectral = jacobian.spectral_norm(fn, x, KEY, num_iterations=100)
+    np.testing.assert_allclose(spectral, np.linalg.norm(exact, 2, axis=(1, 2)), rtol=1e-3)
+    np.testing.assert_allclose(jacobian.singular_values(fn, x)[:, 0], spectral, rtol=1e-3)
+    np.testing.assert_allclose(fn(x), p, rtol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -144,6 +144,17 @@ def test_stays_in_budget_and_box_and_leaves_the_misclassified(shape, num_classes
         np.testing.assert_array_equal(x_adv[wrong], x[wrong])
 
 
+@pytest.mark.parametrize("theta", [-0.001, 0.001])
+def test_ends_where_a_step_is_too_small_for_16_bits(theta):
+    x, y = jnp.asarray([[0.6, 0.7, 0.6, 0.6]], jnp.bfloat16), jnp.asarray([0 if theta < 0 else 1])
+
+    def logits_fn(x):
+        return jnp.stack([x.sum(-1), 3 - x.sum(-1)], -1)
+
+    x_adv = jsma(logits_fn, x, y, jax.random.key(0), eps=4, theta=theta)
+    np.testing.assert_array_equal(x_adv, x)
+
+
 def test_zero_and_nan_gradients_leave_the_point_in_place():
     x = np.asarray(interior_images(KEY, 3))
     y = np.zeros(3, np.int32)

@@ -214,6 +214,33 @@ def test_the_published_gce_turns_round_at_a_gap_of_10_and_the_exact_one_never():
     np.testing.assert_allclose(published[:400] / exact[:400], np.log(9) / np.log(10), rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.cross_entropy,
+        losses.boosted_cross_entropy,
+        losses.complement_entropy,
+        losses.guided_complement_entropy,
+        losses.margin_loss,
+        lambda logits, labels: losses.entropy(logits),
+        lambda logits, labels: losses.kl(logits, jnp.flip(logits, 0)),
+    ],
+)
+def test_a_class_at_minus_infinity_is_like_one_of_very_low_logit(loss, batch):
+    logits, labels = batch
+    ruled_out, low = (
+        jnp.concatenate([logits[:, :-1], jnp.full((len(logits), 1), lowest)], -1)
+        for lowest in (-jnp.inf, -1e4)
+    )
+    labels = labels % (K - 1)
+
+    def mean(logits):
+        return loss(logits, labels).mean()
+
+    np.testing.assert_allclose(loss(ruled_out, labels), loss(low, labels), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(mean)(ruled_out), jax.grad(mean)(low), rtol=1e-5, atol=1e-7)
+
+
 def test_nan_logits_are_wrong():
     assert losses.correct(jnp.asarray([[jnp.nan, 0.0, 1.0]]), jnp.asarray([0]))[0] == 0
 

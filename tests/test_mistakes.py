@@ -1,6 +1,7 @@
 """A mistake in a call is told in one line, by every public function."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from robust_jax import attacks, jacobian, margins
+import robust_jax
+from robust_jax import attacks, jacobian, losses, margins
 from tests.calls import (
     ALL,
+    ATTACKS,
     FUNCTIONS,
     KEYLESS_NORMS,
     WITH_EPS,
@@ -145,9 +148,9 @@ WITHOUT_LABELS = [
     if name not in WITH_LABELS
     for mistake, (changes, _) in mistakes().items()
     if {"y", "eps"}.isdisjoint(changes) and not (name in KEYLESS_NORMS and "key" in changes)
-    # A Jacobian is asked for of any pixels and of any number of outputs.
+    # A Jacobian is asked for of any pixels, and of one output too.
     if mistake not in ("0 to 255", "0 to 255 on the device", "a rounding error", "-1 to 1")
-    and mistake not in ("one logit", "no classes", "one at a time")
+    and mistake not in ("one logit", "one at a time")
 ]
 
 
@@ -163,6 +166,10 @@ def test_a_mistake_is_told_where_there_are_no_labels(name, mistake):
 
 def scaled(scale, x):
     return scale * network(weights_of(0))(x)
+
+
+def mean_cross_entropy(logits, labels):
+    return losses.cross_entropy(logits, labels).mean()
 
 
 IMAGE = np.ones(SHAPE, np.float32)
@@ -218,6 +225,67 @@ OTHER_MISTAKES = {
         ),
         "need its check_vma=False",
     ),
+    **{
+        f"the mean of a loss, {name}": (
+            lambda name=name: attacks.ATTACKS[name](
+                network(weights_of(0)), *examples(), KEY, eps=0.1, loss=mean_cross_entropy
+            ),
+            r"loss returns the shape \[\]; it must return one number an example",
+        )
+        for name in ATTACKS
+        if "loss" in inspect.signature(attacks.ATTACKS[name]).parameters
+    },
+    **{
+        f"{keyword} of {attack}": (
+            lambda attack=attack, keyword=keyword: attacks.autoattack(
+                network(weights_of(0)),
+                *examples(),
+                KEY,
+                eps=0.1,
+                version=(attack,),
+                overrides={attack: {keyword: -1}},
+                progress=False,
+            ),
+            f"{keyword} must be a whole number of at least 1, not -1",
+        )
+        for attack, keyword in (
+            ("apgd_ce", "num_restarts"),
+            ("apgd_t", "num_targets"),
+            ("fab", "num_restarts"),
+            ("fab_t", "num_targets"),
+        )
+    },
+    "no batch to audit in": (
+        lambda: robust_jax.audit(network(weights_of(0)), *examples(), KEY, eps=0.1, batch_size=0),
+        "batch_size must be a whole number of at least 1, not 0",
+    ),
+    "no chunk": (
+        lambda: jacobian.frobenius_norm(network(weights_of(0)), examples()[0], chunk_size=0),
+        "chunk_size must be a whole number of at least 1, not 0",
+    ),
+    "no draw": (
+        lambda: attacks.apgd(network(weights_of(0)), *examples(), KEY, eps=0.1, eot_samples=0),
+        "eot_samples must be a whole number of at least 1, not 0",
+    ),
+    "a mask of success where answers are random": (
+        lambda: attacks.run(
+            attacks.apgd,
+            lambda x, key: network(weights_of(0))(x),
+            *examples(),
+            KEY,
+            eps=0.1,
+            eot_samples=2,
+        ),
+        "call the attack directly, and judge its points over several keys",
+    ),
+    "bytes to measure": (
+        lambda: attacks.distances(np.ones((1, 3), np.uint8), np.zeros((1, 3), np.uint8)),
+        "x is uint8; pixels are floats",
+    ),
+    "a feature map": (
+        lambda: jacobian.singular_values(lambda x: x**2, examples()[0]),
+        r"fn returns the shape \[1, 3, 4, 1\] .*lambda x: fn\(x\).reshape\(len\(x\), -1\)",
+    ),
     "other points": (
         lambda: attacks.distances(np.ones((8, 3)), np.ones((3, 3))),
         r"x has the shape \[8, 3\] and x_adv \[3, 3\]; give as many points",
@@ -263,6 +331,7 @@ def test_another_mistake_is_told_in_one_line(mistake):
 
 
 IN_A_TRACE = {
+    "uint8": (lambda x, y: {"x": x.astype(jnp.uint8)}, r"x\w* is uint8; pixels are floats"),
     "one-hot": (lambda x, y: {"y": jax.nn.one_hot(y, 4)}, "not one-hot"),
     "float labels": (lambda x, y: {"y": y * 1.0}, "y is float.*; labels are integers from 0 on"),
     "too few": (lambda x, y: {"y": y[:3]}, r"y has the shape \[3\]; one label for each of the 8"),
@@ -276,8 +345,9 @@ def test_shapes_and_types_are_looked_at_in_a_trace_too(mistake):
     x, y = examples()
 
     def call(x, y, name):
-        changed = {"y": y, **changes(x, y)}
-        return FUNCTIONS[name](network(weights_of(0)), x, changed.pop("y"), KEY, **changed)
+        changed = {"x": x, "y": y, **changes(x, y)}
+        x, y = changed.pop("x"), changed.pop("y")
+        return FUNCTIONS[name](network(weights_of(0)), x, y, KEY, **changed)
 
     for name in WITH_EPS if mistake == "a radius each" else WITH_LABELS:
         with pytest.raises(ValueError, match=message):

@@ -124,6 +124,26 @@ def test_an_attack_says_what_a_record_lacks(attack, field, lack):
         POINTWISE[attack](logits_fn, x, y, KEY, eps=0.1, norm=norm)
 
 
+@pytest.mark.parametrize("name", norms.NORMS)
+def test_many_pixels_of_16_bits_are_added_up_in_32(name):
+    """Their sum overflows in float16, and their squares underflow."""
+    norm, shape = norms.NORMS[name], (300, 300, 3)
+    x = jnp.full(shape, 0.5, jnp.float16)
+    for delta in (jnp.full(shape, 0.5, jnp.float16), jnp.full(shape, 1e-4, jnp.float16)):
+        expected = float(norm.size(delta.astype(jnp.float32)))
+        moved = jnp.zeros(shape, jnp.float16) + delta
+        found = attacks.distances(0 * x[None], moved[None], norm=name)
+        np.testing.assert_allclose(found, [expected], rtol=1e-3)
+        shrunk = norm.project_to_ball_and_box(x + delta, x, expected / 2)
+        size = norm.size(shrunk.astype(jnp.float32) - x.astype(jnp.float32))
+        assert size <= expected / 2 * 1.001
+    # In l1 each pixel's share is below what float16 resolves beside 0.5.
+    black = jnp.zeros(shape, jnp.float16)
+    for draw in (norm.random_on_sphere, norm.random_in_ball):
+        size = norm.size(draw(KEY, black, 8.0).astype(jnp.float32))
+        assert 0.9 * 8 < size < 8 * 1.001
+
+
 def test_names_are_those_of_the_table():
     assert set(NORMS) == {"linf", "l2", "l1"}
     for name, record in NORMS.items():

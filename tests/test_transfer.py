@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from robust_jax import losses
-from robust_jax.attacks import deepfool, jsma, pgd, transfer
+from robust_jax.attacks import autoattack, deepfool, is_adversarial, jsma, pgd, transfer
 from tests.linear import make_nonlinear
 
 KEY = jax.random.key(0)
@@ -38,6 +39,32 @@ def test_shows_the_surrogates_adversarials_where_there_is_something_to_break():
         np.testing.assert_array_equal(x_adv[right], expected[right])
         np.testing.assert_array_equal(x_adv[~right], x[~right])
         assert (x_adv[right] != x[right]).any()
+
+
+def test_what_is_wrong_already_is_led_to_its_target_too():
+    network = make_nonlinear(KEY)
+    x = jax.random.uniform(KEY, (12, 4, 5, 1))
+    logits = network(x)
+    y, targets = (jnp.argsort(logits)[:, i] for i in (0, 1))  # all are wrong, none at its target
+    alone = pgd(network, x, y, KEY, eps=0.3, num_steps=5, targets=targets)
+    shown = transfer(network, x, y, KEY, surrogate=network, eps=0.3, num_steps=5, targets=targets)
+    assert is_adversarial(network, alone, y, targets=targets).any()
+    np.testing.assert_array_equal(shown, alone)
+
+
+def test_autoattack_is_no_attack_to_transfer():
+    x, y = jnp.full((1, 4, 5, 1), 0.5), jnp.zeros(1, int)
+    for attack in (autoattack, functools.partial(autoattack, version=("apgd_ce",))):
+        with pytest.raises(ValueError, match="call it with the surrogate, and show its x_adv"):
+            transfer(
+                make_nonlinear(KEY),
+                x,
+                y,
+                KEY,
+                surrogate=make_nonlinear(KEY),
+                attack=attack,
+                eps=0.1,
+            )
 
 
 def test_a_network_is_its_own_best_surrogate():

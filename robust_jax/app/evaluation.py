@@ -24,7 +24,7 @@ from robust_jax.app import records as records_lib
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.results import audit_to_json, compose, versions
 from robust_jax.attacks import autoattack
-from robust_jax.attacks._autoattack import check_arguments, doubts
+from robust_jax.attacks._autoattack import check_arguments, doubts, written
 from robust_jax.attacks._square import check_images, square
 from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.batches import Lift
@@ -123,7 +123,7 @@ def evaluate(
         _checks.length("eps", radius)
     radii = tuple(float(radius) for radius in radii)
     threat = threat_model(norm)
-    _check_settings(radii, version, num_audited, batch_size, folder)
+    _check_settings(radii, version, num_audited, num_queries, batch_size, folder)
     members = check_arguments(eps=radii[0], norm=norm, version=version, overrides=overrides)
     x = np.asarray(_checks.pixels(x))
     y = _checks.one_row_each(y, x)
@@ -139,7 +139,7 @@ def evaluate(
     unfinished, digest = None, ""
     if folder is not None:
         folder = Path(folder)
-        digest = _digest(x, y, key, threat, radii, version, overrides)
+        digest = _digest(x, y, key, threat, radii, version, written(overrides))
         _claim(folder, name, digest, logits_fn, x, y)
         unfinished = folder / "unfinished" / digest
         unfinished.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def evaluate(
         "title": f"{dataset}, {name}",
         "threat": {"norm": threat.name, "eps": radii[0]},
         "trained_against": None,
-        "config": {"attacks": {attack: {"version": version, "overrides": overrides}}},
+        "config": {"attacks": {attack: {"version": version, "overrides": written(overrides)}}},
         "data": {
             "name": dataset,
             "test": len(x),
@@ -196,15 +196,15 @@ def evaluate(
     )
 
 
-def _check_settings(radii, version, num_audited, batch_size, folder) -> None:
+def _check_settings(radii, version, num_audited, num_queries, batch_size, folder) -> None:
     """Raises ValueError for what would be found after hours of AutoAttack, or never said."""
     if not radii or not min(radii) > 0:
         raise ValueError(f"eps is {radii}; give a radius above 0, or several")
     if version == "rand":
         raise ValueError('evaluate is for deterministic networks; version="rand" is autoattack\'s')
-    for name, value, least in (("num_audited", num_audited, 0), ("batch_size", batch_size, 1)):
-        if not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name} is {value!r}; it must be an integer, {least} or more")
+    if not isinstance(num_audited, int | np.integer) or num_audited < 0:
+        raise ValueError(f"num_audited is {num_audited!r}; it must be an integer, 0 or more")
+    _checks.counts(num_queries=num_queries, batch_size=batch_size)
     if folder is not None and Path(folder).is_file():
         raise ValueError(f"folder is {str(folder)!r}, which is a file")
 

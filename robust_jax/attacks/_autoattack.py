@@ -64,6 +64,8 @@ VERSIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 # Examples of which more is asked than their logits.
 _FEW = 16
+# Of these passes are made; what else an attack is given it checks itself.
+_COUNTS = ("num_targets", "num_restarts")
 # Keywords that are AutoAttack's own to give.
 _RESERVED = ("eps", "norm", "ranks", "targets", "criterion")
 
@@ -188,7 +190,9 @@ def autoattack(
                 "follow gradients say little about them"
             )
 
-    inputs = _fingerprint(rows, eps, threat, ensemble)
+    inputs = ""
+    if state_path is not None:
+        inputs = _fingerprint(rows, eps, threat, ensemble, num_classes)
     broken_by = np.where(right, "", "clean").astype("U32")
     state = _State(x.copy(), broken_by, clean["margin"], 0, {"clean": float(right.mean())})
     strange = np.zeros(len(x), bool)  # what an attack leads it to
@@ -287,6 +291,7 @@ def check_arguments(
         allowed = [p.name for p in known if p.kind is p.KEYWORD_ONLY and p.name not in _RESERVED]
         for wrong in own.keys() - set(allowed):
             raise ValueError(f"{name} has no keyword {wrong!r}; choices: {', '.join(allowed)}")
+        _checks.counts(**{k: v for k, v in own.items() if k in _COUNTS and v is not None})
         ensemble[name] = Member(attack, {**defaults, **own})
     return ensemble
 
@@ -422,24 +427,44 @@ def _is_flat(logits_fn, rows):
     return ~(jnp.abs(gradient).reshape(len(gradient), -1).max(-1) > 0)
 
 
-def _fingerprint(rows, eps, norm: ThreatModel, ensemble) -> str:
+def _fingerprint(rows, eps, norm: ThreatModel, ensemble, num_classes: int) -> str:
     """What a saved state must have been made with to be of use; the network's logits aside."""
-    steps = {
-        name: {k: _described(v) for k, v in sorted(member.keywords.items())}
-        for name, member in ensemble.items()
-    }
-    text = json.dumps([float(eps), norm.name, rows["x"].shape, steps], default=str)
-    digest = hashlib.sha256(text.encode())
+    keywords = {name: dict(sorted(member.keywords.items())) for name, member in ensemble.items()}
+    given = [float(eps), norm.name, rows["x"].shape, written(keywords)]
+    # Two records of one name may be two norms, and two closures of one name two losses.
+    step = jnp.asarray(rows["x"][0], jnp.float32) - 0.25
+    given += [f"{size(step):.4g}" for size in (norm.size, norm.dual_size)]
+    given += [
+        _values(one["loss"], num_classes)
+        for one in keywords.values()
+        if "<" in str(written(one.get("loss")))  # a lambda, or one within a function
+    ]
+    digest = hashlib.sha256(json.dumps(given, default=str, sort_keys=True).encode())
     for array in rows.values():
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
-def _described(value: Any) -> Any:
-    """The value of a keyword as another process would write it: functions have no address."""
+def _values(loss: Callable, num_classes: int) -> list[str]:
+    """What a loss is at logits that are always the same."""
+    logits = 3 * np.random.default_rng(0).normal(size=(num_classes, num_classes))
+    found = loss(jnp.asarray(logits, jnp.float32), jnp.arange(num_classes))
+    return [f"{value:.4g}" for value in np.ravel(found)]
+
+
+def written(value: Any) -> Any:
+    """Keywords as JSON has them, alike in every process: functions by their names."""
+    if isinstance(value, Mapping):
+        return {key: written(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [written(one) for one in value]
     if isinstance(value, partial):
-        return [_described(value.func), value.args, dict(sorted(value.keywords.items()))]
-    return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
+        return [written(value.func), written(value.args), written(value.keywords)]
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    if callable(value):
+        return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return value
 
 
 def _save(path: Path, state: _State, inputs: str, logits: np.ndarray) -> None:

@@ -51,6 +51,11 @@ class Goal(NamedTuple):
     def judged(self, logits, reference):
         """Values and hits [S] of logits [S,K], for references [S]."""
         values = self.loss(logits, reference)
+        if jnp.ndim(values) != 1:
+            raise ValueError(
+                f"loss returns the shape {list(jnp.shape(values))}; it must return one number an "
+                "example, [B]: leave out .mean() and .sum()"
+            )
         default = misclassified if self.targets is None else classified_as
         hits = (self.criterion or default)(logits, reference)
         return values if self.targets is None else -values, hits

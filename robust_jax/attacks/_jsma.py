@@ -97,7 +97,8 @@ def jsma(
             logits, pull = jax.vjp(logits_of, x_adv)
             onto = jax.nn.one_hot(target[None], len(logits), dtype=logits.dtype)[0]
             gain, cost = (_scaled(towards * pull(along)[0].ravel()) for along in (onto, 1 - onto))
-            free = (x_adv < 1 if theta > 0 else x_adv > 0).ravel()
+            # In 16 bits a small theta may move nothing, wherever the pixel is.
+            free = (jnp.clip(x_adv + jnp.asarray(theta, x.dtype), 0, 1) != x_adv).ravel()
             changed = (x_adv != x).ravel()
             pair, found = most_salient_pair(gain, cost, free, changed, eps)
             change = jnp.where(found, theta, 0.0).astype(x.dtype)

@@ -76,6 +76,11 @@ def run(
         raise ValueError(
             "autoattack returns its own mask and distances: call it directly, once for each radius"
         )
+    if keywords.get("eot_samples"):
+        raise ValueError(
+            "a network that takes a key, as eot_samples has it, may answer otherwise each time: "
+            "call the attack directly, and judge its points over several keys"
+        )
     parameters = inspect.signature(attack).parameters.items()
     own = {name: p.default for name, p in parameters if p.default is not p.empty}
     seeks_nearest = own.get("eps") == np.inf

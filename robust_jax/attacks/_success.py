@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from robust_jax import losses
+from robust_jax import _checks, losses
 from robust_jax._front import compiled
+from robust_jax._precision import wide
 from robust_jax.attacks.norms import Measure, measure
 from robust_jax.types import Images, Labels, Logits, LogitsFn, PerExample
 
@@ -128,10 +129,10 @@ def distances(x: Images, x_adv: Images, *, norm: str | Measure = "linf") -> PerE
         norm: The name of a norm (or "l0", how many entries differ), or a record.
 
     Returns:
-        [B].
+        [B], of 16-bit points in float32.
 
     Raises:
-        ValueError: The norm has no such name, or the shapes differ.
+        ValueError: The norm has no such name, the shapes differ, or pixels are no floats.
 
     Example:
         >>> import jax.numpy as jnp
@@ -140,12 +141,14 @@ def distances(x: Images, x_adv: Images, *, norm: str | Measure = "linf") -> PerE
         Array([0.5], dtype=float32)
     """
     x, x_adv = jnp.asarray(x), jnp.asarray(x_adv)
+    for name, points in (("x", x), ("x_adv", x_adv)):
+        _checks.floating(points, name)
     if x.shape != x_adv.shape:
         raise ValueError(
             f"x has the shape {list(x.shape)} and x_adv {list(x_adv.shape)}; give as many points "
             "as examples, of the same shape"
         )
-    return jax.vmap(measure(norm).size)(x_adv - x)
+    return jax.vmap(measure(norm).size)(jnp.asarray(wide(x_adv) - wide(x)))
 
 
 def _check_labels(y: Labels) -> None:

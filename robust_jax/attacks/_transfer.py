@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from robust_jax._front import compiled
+from robust_jax.attacks._autoattack import autoattack
 from robust_jax.attacks._pgd import pgd
 from robust_jax.attacks._success import is_adversarial
 from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
@@ -28,12 +29,12 @@ def transfer(
         logits_fn: The network, [B,...] -> [B,K], which is only evaluated, on x.
         x, y, key, eps: As in `pgd`.
         surrogate: The network that is attacked instead.
-        attack: One of ATTACKS, or called like them.
+        attack: One of ATTACKS except autoattack, or called like them.
         keywords: Its other keywords: norm, num_steps and so on.
 
     Returns:
-        [B,...]: x itself where logits_fn is wrong already, so that no such point is put right by
-        chance.
+        [B,...]: x itself where logits_fn is wrong already (or with targets there already), so that
+        no such point is put right by chance.
 
     Raises:
         ValueError: As the attack does.
@@ -53,7 +54,12 @@ def transfer(
     Reference:
         Papernot et al. 2016, arXiv 1605.07277.
     """
+    if attack is autoattack or getattr(attack, "func", None) is autoattack:
+        raise ValueError(
+            "autoattack is a loop on the host: call it with the surrogate, and show its x_adv to "
+            "logits_fn with is_adversarial"
+        )
     x, y = jnp.asarray(x), jnp.asarray(y)
     x_adv = attack(surrogate, x, y, key, eps=eps, **keywords)
-    wrong = is_adversarial(logits_fn, x, y)
+    wrong = is_adversarial(logits_fn, x, y, targets=keywords.get("targets"))
     return jnp.where(wrong.reshape(-1, *[1] * (x.ndim - 1)), x, x_adv)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from robust_jax._precision import wide
 from robust_jax.attacks._perturbations import add, fill, largest_where, room_in, summing, tiny
 from robust_jax.types import Length, Perturbation, Scalar
 
@@ -207,8 +208,9 @@ class ThreatModel(Measure):
             >>> norms.L2.size(delta)
             Array(0.5, dtype=float32)
         """
-        noise = self.noise(key, like.shape, like.dtype)
-        return eps * (noise / jnp.maximum(self.size(noise), tiny(noise.dtype)))
+        noise = jnp.asarray(wide(self.noise(key, like.shape, like.dtype)))
+        shares = noise / jnp.maximum(self.size(noise), tiny(noise.dtype))
+        return eps * shares.astype(like.dtype)
 
     def random_neighbour(self, key: Key[Array, ""], x: Perturbation, eps: Length) -> Perturbation:
         """A point drawn uniformly from the eps-ball around x, then moved into [0,1].
@@ -365,14 +367,17 @@ def _uniform(key, like, eps):
 # l2.
 
 
+@summing
 def _euclidean(delta):
     return jnp.sqrt((delta**2).sum())
 
 
+@summing
 def _scaled_down(delta, eps, room):
     return delta * jnp.minimum(1.0, eps / jnp.maximum(_euclidean(delta), tiny(delta.dtype)))
 
 
+@summing
 def _unit(gradient):
     # Scaled by the largest entry first, so that squares neither underflow nor overflow.
     gradient = gradient / jnp.maximum(_largest(gradient), tiny(gradient.dtype))
@@ -388,6 +393,7 @@ def _uniform_in_l2(key, like, eps):
 # l1.
 
 
+@summing
 def _total(delta):
     return jnp.where(delta < 0, -delta, delta).sum()
 
@@ -436,8 +442,9 @@ def _filled(gradient, length, room):
 def _uniform_in_l1(key, like, eps):
     # Shares of a sum of exponential variables, one of them left out.
     noise_key, rest_key = jax.random.split(key)
-    noise = jax.random.laplace(noise_key, like.shape, like.dtype)
-    return eps * (noise / (_total(noise) + jax.random.exponential(rest_key, (), like.dtype)))
+    noise = wide(jax.random.laplace(noise_key, like.shape, like.dtype))
+    rest = wide(jax.random.exponential(rest_key, (), like.dtype))
+    return eps * (noise / (_total(noise) + rest)).astype(like.dtype)
 
 
 @summing
