@@ -420,3 +420,14 @@ def test_summary_leaves_out_and_counts_what_is_not_finite():
     }
     with pytest.raises(ValueError, match="none of 2 values is finite"):
         summaries.summary([np.nan, np.inf])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_temperature_scales_with_the_logits_and_is_the_least_where_all_are_right(scale, rng):
+    logits, y = rng.normal(size=(200, 4)), rng.integers(4, size=200)
+    temperature = calibration.temperature(logits, y)
+    assert 1e-4 < temperature < 1e4
+    assert calibration.temperature(scale * logits, y) == pytest.approx(
+        np.clip(scale * temperature, 1e-4, 1e4), rel=1e-6
+    )
+    assert calibration.temperature(scale * logits, logits.argmax(-1)) == 1e-4

@@ -80,6 +80,9 @@ def test_all_tests_of_a_claim_must_hold_and_one_refutes_it():
     assert judge(runs, ABOVE, ABOVE)["verdict"] == "supported"
     assert judge(runs, ABOVE, unsure)["verdict"] == "inconclusive"
     assert judge(runs, ABOVE, unsure, wrong)["verdict"] == "refuted"
+    runs["d"] = dict(list(runs["c"].items())[:1])  # of one seed there is no verdict
+    assert judge(runs, ABOVE, {**ABOVE, "arms": ("d", "a")})["verdict"] == "no verdict"
+    assert judge(runs, wrong, {**ABOVE, "arms": ("d", "a")})["verdict"] == "refuted"
 
 
 def test_margins_levels_and_trends():
@@ -137,6 +140,45 @@ def test_most_of_several_entries_each_with_a_verdict_of_its_own():
     assert judge(runs, other)["verdict"] == "no verdict"
     two = {arm: {seed: runs[arm][seed] for seed in range(2)} for arm in runs}
     assert judge(two, falls)["verdict"] == "no verdict"
+    # Seeds are added for each entry, and its interval is as wide as was asked.
+    wide = {**falls, "widest": 2.0}
+    assert claims.needs_more_seeds(claims.judge_test(wide, runs))  # c's is wider
+    entries = claims.judge_test(wide, runs, adds_seeds=True)["entries"]
+    assert all(entry["high"] - entry["low"] >= 2 - 1e-9 for entry in entries.values())
+    assert not claims.needs_more_seeds(claims.judge_test({**falls, "widest": 20.0}, runs))
+
+
+def test_an_entry_that_is_not_a_number_or_not_there_decides_nothing():
+    spread = {"weak": {"a": 3.0, "b": 2.0, "c": 1.0}, "strong": {"a": 2.0, "b": 1.0, "c": 0.5}}
+    runs = {
+        arm: {
+            seed: Evidence(
+                {
+                    "measurements": {
+                        "spectra": {f"spread/{k}": v + seed * v / 100 for k, v in of.items()}
+                    }
+                }
+            )
+            for seed in range(3)
+        }
+        for arm, of in spread.items()
+    }
+    falls = {
+        "measure": "measurements.spectra.spread/*",
+        "arms": ("weak", "strong"),
+        "relation": "falls",
+    }
+    assert judge(runs, falls)["verdict"] == "supported"
+    runs["weak"][1].results["measurements"]["spectra"]["spread/a"] = None  # was infinite
+    del runs["strong"][0].results["measurements"]["spectra"]["spread/b"]
+    (test,) = judge(runs, falls)["tests"]
+    verdicts = {name: entry["verdict"] for name, entry in test["entries"].items()}
+    assert verdicts == {"a": "no verdict", "b": "no verdict", "c": "supported"}
+    assert test["verdict"] == "no verdict" and test["values"] == [1.0, 1.0, 1.0]
+    for run in runs["weak"].values():
+        run.results["measurements"]["spectra"]["spread/a"] = None
+    (test,) = judge(runs, falls)["tests"]
+    assert test["entries"]["a"]["mean"] is None and test["verdict"] == "no verdict"
 
 
 def test_each_entry_that_is_a_mean_over_images_has_an_interval_for_other_images():
@@ -181,10 +223,15 @@ def test_each_entry_that_is_a_mean_over_images_has_an_interval_for_other_images(
         ("r", "refuted"),
         ("sm-", "supported, but small"),
         ("m--", "inconclusive"),
+        ("ss0", "supported"),
+        ("rr0", "refuted"),
+        ("s-0", "no verdict"),
+        ("", "no verdict"),
     ],
 )
 def test_most(verdicts, expected):
     words = {"s": "supported", "m": "supported, but small", "r": "refuted", "-": "inconclusive"}
+    words["0"] = "no verdict"
     assert claims.majority([words[v] for v in verdicts]) == expected
 
 
@@ -334,6 +381,8 @@ def test_shares_of_images_are_read_from_the_records():
         {"name": "fgsm", "attack": "fgsm", "norm": "linf", "eps": 0.05},
         {"name": "worst_case_linf", "attack": "worst_case", "norm": "linf", "eps": 0.1, "count": 5},
     ]
+    records["cross_entropy"] = [0.5, 1.0, 2.0, 3.0, 4.0]
+    records["relative_slope"] = [1.0, np.inf, 1.0, 1.0, 1.0]
     records["frobenius_logits"] = [4.0, 2.0, 6.0, 8.0, 10.0]
     records["spectral_logits"] = [4.0, 2.0, 6.0, 8.0, np.nan]
     arrays = {
@@ -357,6 +406,8 @@ def test_shares_of_images_are_read_from_the_records():
     assert outcomes("worst_case_linf@0.1") == {0: 1, 1: 0, 2: 0, 3: 0, 4: 0}
     assert outcomes("clean.accuracy - pgd@0.1") == {0: 0, 1: 0, 2: 1, 3: 1, 4: 0}
     assert outcomes("clean.accuracy - fgsm@0.05") == {0: 0, 1: 1, 2: 0}
+    assert outcomes("clean.cross_entropy") == {0: 0.5, 1: 1, 2: 2, 3: 3, 4: 4}
+    assert outcomes("relative_slope.mean") is None  # two logits are equal
     assert outcomes("jacobian.logits.frobenius.mean") == {0: 4, 1: 2, 2: 6, 3: 8, 4: 10}
     assert outcomes("jacobian.matched.frobenius.mean") == {0: 2, 1: 1, 2: 3, 3: 4, 4: 5}
     assert outcomes("measurements.energy.path") == {0: 0, 1: 1}
@@ -435,6 +486,18 @@ def test_seeds_are_added_for_widths_and_for_nothing_else():
     assert not claims.needs_more_seeds(claims.judge_test(width, few))
 
 
+def test_the_width_that_was_asked_for_never_makes_an_interval_narrower():
+    runs = found(a=(0.0, 0.0, 0.0), b=(1.0, 0.28, 1.0))  # its upper end is cut at 1
+    for widest in (0.0, 0.1, 3.0):
+        plain, asked = (
+            claims.judge_test({**ABOVE, "widest": widest}, runs, adds_seeds=adds_seeds)
+            for adds_seeds in (False, True)
+        )
+        assert plain["high"] == 1
+        assert asked["low"] <= plain["low"] and asked["high"] >= plain["high"]
+        assert widest == 3 or (asked["low"], asked["high"]) == (plain["low"], plain["high"])
+
+
 @pytest.mark.parametrize("effects", [(0.1, 0.5, 0.5), (0.3, 0.1, 0.3)])
 def test_an_interval_of_the_width_that_was_asked_covers_the_truth(effects):
     rng, covered = np.random.default_rng(0), []
@@ -446,6 +509,26 @@ def test_an_interval_of_the_width_that_was_asked_covers_the_truth(effects):
                 break
         covered.append(known.low <= 0 <= known.high)
     assert np.mean(covered) >= 0.93
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ("a",)}, "a test 'above': give it two arms, or one and a level"),
+        ({"arms": ("a", "b", "c")}, "give it two arms, or one and a level"),
+        ({"level": 0.5}, "give it two arms, or one and a level"),
+        ({"at": (0.0, 1.0)}, "give it two arms, or one and a level"),
+        ({"relation": "rises", "arms": ("a",)}, "a test that 'rises': give it two arms or more"),
+        ({"relation": "falls", "level": 0.5}, "give it two arms or more alone"),
+        ({"relation": "falls", "at": (0.0, 0.1, 0.2)}, "give a number for each of 2 arms"),
+        ({"measure": "a - b - c"}, "give one difference, or a . alone"),
+        ({"measure": "a - b/*"}, "give one difference, or a . alone"),
+    ],
+)
+def test_a_test_that_compares_nothing_is_told(changes, message):
+    with pytest.raises(UserError, match=message):
+        claims.check_form({**ABOVE, **changes}, "config.claims.a")
+    claims.check_form(ABOVE, "config.claims.a")
 
 
 @pytest.mark.parametrize(

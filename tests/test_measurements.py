@@ -264,3 +264,15 @@ def test_numbers_are_those_of_the_network():
         measured("gaps")["accuracy"], accuracies[0] - accuracies[1], atol=1e-6
     )
     assert measured("energy")["oscillation"] > measured("energy")["mean_square"] > 0
+
+
+def test_outputs_that_are_no_numbers_lose_no_run():
+    whole = subject()
+
+    def logits_fn(x):  # of every second image
+        odd = jnp.arange(len(x)) % 2 == 1
+        return jnp.where(odd[:, None], jnp.nan, whole.logits_fn(x))
+
+    found = MEASUREMENTS["outputs"](whole._replace(logits_fn=logits_fn), num_examples=20)
+    assert np.isnan(found["mean_margin"]) and np.isnan(found["confidence"]).any()
+    assert 0 <= found["calibration_error"] <= 1

@@ -6,6 +6,7 @@ from matplotlib.colors import to_hex
 
 from robust_jax import plots
 from robust_jax.analysis import calibration
+from robust_jax.app.pages import figures
 from robust_jax.plots import study as study_plots
 
 ARMS = ("standard", "adversarial")
@@ -115,6 +116,20 @@ def test_latent_scatter_writes_each_class_where_it_lies(rng):
             for i, c in enumerate(ax.collections)
         }
         assert len(styles) == 8
+
+
+def test_latent_scatter_takes_labels_of_each_arm(rng):
+    labels = {arm: np.repeat(np.arange(8), 5 + i) + i for i, arm in enumerate(ARMS)}
+    points = {arm: rng.normal(size=(len(of_arm), 2)) for arm, of_arm in labels.items()}
+    arrays = {
+        arm: {"clusters/projection": points[arm], "clusters/label": labels[arm]} for arm in ARMS
+    }
+    ((drawn, _),) = figures.of_measurements(arrays).values()
+    for figure in (plots.latent_scatter(points, labels), drawn):
+        for ax, arm in zip(figure.axes, ARMS, strict=True):
+            assert [text.get_text() for text in ax.texts] == sorted(map(str, set(labels[arm])))
+            first = points[arm][labels[arm] == labels[arm][0]]
+            np.testing.assert_allclose(ax.texts[0].get_position(), np.median(first, axis=0))
 
 
 def test_loss_surfaces_have_a_scale_each_and_mark_both_points():

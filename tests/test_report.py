@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from robust_jax import plots
 from robust_jax.analysis.summaries import wilson_interval
+from robust_jax.app import cards, stored, wording
 from robust_jax.app import results as results_lib
-from robust_jax.app import stored, wording
 from robust_jax.app.evaluator import AttackGrid
 from robust_jax.app.pages import html, report
-from robust_jax.app.records import first_to_break
+from robust_jax.app.records import fates, first_to_break
 from robust_jax.app.wording import format_eps
 from robust_jax.errors import UserError
 from tests.made_up import ATTACKS, EPS, HOSTILE, Page, make_audit, make_records, make_run
@@ -257,6 +257,42 @@ def test_the_worst_case_counts_nobody_whom_no_attack_saw(tmp_path):
     assert [(a["attack"], a["count"]) for a in alone] == [("fgsm", 20), ("worst_case", 20)]
     results.update(results_lib.summarize(table, {"few": grids["few"]}), threat=None)
     assert re.search(r"\d+\.\d %.* of the first 20 still under the worst", report.headline(results))
+    # Nor does the page count it among those that held.
+    assert report._first_to_break(results, table)[-1]["images"] == "20"
+    seen, names = report._attacked(results, table, report.reference_radius(results))
+    assert len(seen) == 20 and "few" in names
+    assert (fates(seen, names, 0.2) == "held").mean() == alone[1]["robust_accuracy"]
+
+
+def test_a_page_takes_one_image_and_outputs_that_are_no_numbers(tmp_path):
+    results = make_run(tmp_path)
+    table = stored.load(tmp_path).records["best"]
+    for column in ("top_probability", "confidence", "frobenius_logits"):
+        if column in table:
+            table.loc[0, column] = np.nan
+    table.to_csv(tmp_path / "records" / "best.csv", index=False)
+    for of_norm in results["best"]["jacobian"].values():
+        for found in of_norm.values():
+            found["standard_error"] = None  # of one image
+    results["best"]["jacobian"]["logits"]["frobenius"]["mean"] = None  # of an infinite norm
+    page = Page(report.write(tmp_path, results).read_text(encoding="utf-8"))
+    assert "‖J‖ Frobenius, logits–" in page.text.replace("\n", "")
+
+
+def test_a_card_is_of_the_threat_model_whatever_the_order_of_its_fields(tmp_path):
+    results = make_run(tmp_path)
+    entry = {
+        "name": "aa", "attack": "autoattack", "norm": "linf", "count": 50,
+        "members": {"clean": 0.9, "apgd_ce": 0.5},
+    }  # fmt: skip
+    results["attacks"] = [
+        {**entry, "eps": eps, "robust_accuracy": robust}
+        for eps, robust in ((0.05, 0.8), (0.1, 0.5))
+    ]
+    results["config"]["attacks"] = {"aa": {}}
+    for threat in ({"norm": "linf", "eps": 0.1}, {"eps": 0.1, "norm": "linf"}):
+        card = cards.card({**results, "threat": threat})
+        assert (card["eps"], card["autoattack_acc"]) == ("0.1", "50.00")
 
 
 def test_what_an_earlier_evaluation_left_is_named(run, one_checkpoint):

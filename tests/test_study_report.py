@@ -80,6 +80,50 @@ def test_the_table_on_the_terminal_has_its_labels_whole(written):
         assert "\n".join([*above, last]) in table
 
 
+def test_an_arm_is_headed_by_its_whole_name_and_its_mark():
+    arms = ["AT", "total variation, 100 labels", "total variation", "cnn regularised †"]
+    lines = report._headings(arms)
+    for i, arm in enumerate(arms):
+        found = " ".join(line[12 * i : 12 * i + 12].strip() for line in lines)
+        assert found.split() == arm.split()
+    results = stored.results(REPOSITORY / "docs/studies/average_margin")
+    assert "†" in report.text(results).partition("clean, %")[2]  # of the second half
+
+
+TEST = {
+    "measure": "pgd@0.1", "arms": ("a", "b"), "relation": "above", "values": [0.0] * 3,
+    "images": 50,
+    "from_images": 0.04, "smallest_effect": 0.0, "widest": 0.02, "verdict": "inconclusive",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "PGD at 0.1: A above B"),
+        ({"by": -0.02}, "PGD at 0.1: A above B or at most 2 points below it"),
+        ({"by": 0.02}, "PGD at 0.1: A above B by more than 2 points"),
+        ({"relation": "rises"}, "PGD at 0.1 rises from A to B"),
+        ({"relation": "rises", "by": -0.02}, "rises from A to B or falls by at most 2 points"),
+        ({"relation": "falls", "by": 0.02}, "falls from A to B by more than 2 points"),
+        ({"measure": "measurements.spectra.x/*"}, "most of spectra, x: A above B"),
+        ({"measure": "measurements.spectra.x/*", "relation": "falls"}, "most of spectra, x fall"),
+    ],
+)
+def test_a_test_is_described_with_what_it_tolerates(changes, said):
+    assert said in report._describe({**TEST, **changes}, {}, {"a": "A", "b": "B"})
+
+
+def test_a_page_says_where_images_are_too_few_and_which_arms_have_none():
+    assert report._why(TEST) == " (too few images)"
+    assert report._why({**TEST, "widest": 0.1}) == report._why({**TEST, "verdict": "refuted"}) == ""
+    assert report._counted([3, 3], [500, 500]) == "3 seeds × 500 images"
+    assert (
+        report._counted([3, 5, 0], [500, None, None]) == "3 or 5 seeds × 500 images, or seeds alone"
+    )
+    assert report._counted([1], [None]) == "1 seed" and report._counted([0], [None]) == ""
+
+
 def test_published_numbers_stand_in_both_pages(written):
     for page in ("report.html", "README.md"):
         assert (written.workdir / page).read_text().count("published 62.74") == 1

@@ -155,6 +155,8 @@ def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> f
         raise ValueError("logits must be finite to have a temperature")
     z = z - z.max(-1, keepdims=True)
     of_label = z[np.arange(len(z)), np.asarray(y)]
+    if (of_label == 0).all() and (z < 0).any():  # below, the slope would underflow on the way
+        return 1e-4
 
     def slope(inverse):
         p = np.exp(inverse * z)

@@ -20,7 +20,8 @@ def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
     if not runs:
         return None
     threat = results.get("threat") or results["trained_against"] or {}
-    entry = next((e for e in runs if (e["norm"], e["eps"]) == tuple(threat.values())), runs[0])
+    at = threat.get("norm"), threat.get("eps")
+    entry = next((e for e in runs if (e["norm"], e["eps"]) == at), runs[0])
     config, audit = results["config"], results.get("audit")
     version = config["attacks"][entry["name"]].get("version", "standard")
     standard = version == "standard" and not config["attacks"][entry["name"]].get("overrides")

@@ -62,7 +62,8 @@ def outputs(
     wrong = losses.complement(z, labels)
     gap = np.asarray(jnp.take_along_axis(z, labels[:, None], -1)[:, 0] - wrong.mean(-1))
     doubt = np.exp(jax.nn.logsumexp(wrong, -1) - jax.nn.logsumexp(z, -1))
-    curve = calibration.reliability(found["top_probability"], found["correct"])
+    known = np.isfinite(found["top_probability"])  # not where a logit is NaN
+    curve = calibration.reliability(found["top_probability"][known], found["correct"][known])
     return {
         **_means(
             of_images=split == "test",

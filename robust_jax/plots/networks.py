@@ -234,7 +234,7 @@ def reliability_diagram(curves: Mapping[str, Reliability]) -> Figure:
 @rc_context(STYLE)
 def latent_scatter(
     points: Mapping[str, ArrayLike],
-    labels: ArrayLike,
+    labels: ArrayLike | Mapping[str, ArrayLike],
     *,
     axes: tuple[str, str] = ("first component", "second component"),
 ) -> Figure:
@@ -243,7 +243,7 @@ def latent_scatter(
     Args:
         points: By arm, [N,2], such as the points of `latent.projection`. Write what should be read
             with a panel, such as a silhouette, into the arm's name.
-        labels: [N].
+        labels: [N], or by arm where they differ.
         axes: What the two axes are called.
 
     Returns:
@@ -256,14 +256,18 @@ def latent_scatter(
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['7', '9']
     """
-    labels = np.asarray(labels)
-    classes = np.unique(labels)
+    of_arms = {
+        arm: np.asarray(labels[arm] if isinstance(labels, Mapping) else labels) for arm in points
+    }
+    classes = np.unique(np.concatenate([*of_arms.values()]))
     figure, panels = _panels(len(points), columns=min(len(points), 2), height=3.2)
     outline = [patheffects.withStroke(linewidth=3, foreground="white")]
     for ax, (arm, xy) in zip(panels, points.items(), strict=True):
         xy = np.asarray(xy, float)
         for i, c in enumerate(classes):
-            here = xy[labels == c]
+            here = xy[of_arms[arm] == c]
+            if not len(here):
+                continue
             ax.scatter(
                 here[:, 0],
                 here[:, 1],

@@ -46,12 +46,12 @@ def of_measurements(arrays: Arrays) -> dict[str, tuple[Figure, str]]:
                 f"{measurement}, {_DISTRIBUTIONS[array]}.",
             )
         elif array in _PLANES:
-            label = next(iter(of(f"{measurement}/label").values()))
+            labels = of(f"{measurement}/label")
             axes, said = _PLANES[array]
             figures[measurement if array == "projection" else f"{measurement}_{array}"] = (
                 networks.latent_scatter(
                     {arm: points[:_DRAWN] for arm, points in of(here).items()},
-                    label[:_DRAWN],
+                    {arm: label[:_DRAWN] for arm, label in labels.items()},
                     axes=axes,
                 ),
                 f"The last layer's input {said}, a colour for each class.",

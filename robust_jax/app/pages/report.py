@@ -220,6 +220,14 @@ def _worst_case(results: Results, radius: Radius) -> Mapping[str, Any]:
     )
 
 
+def _attacked(
+    results: Results, best: pd.DataFrame, radius: Radius
+) -> tuple[pd.DataFrame, set[str]]:
+    """The records of the examples that were attacked in that norm, and the attacks' names."""
+    names = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
+    return best[: _worst_case(results, radius)["count"]], names
+
+
 def _find(results: Results, name: str, eps: float) -> Mapping[str, Any] | None:
     these = (a for a in results["attacks"] if (a["name"], a["eps"]) == (name, eps))
     return next(these, None)
@@ -268,7 +276,7 @@ def _summary(results: Results) -> list[tuple[str, list[str]]]:
             rows.append(
                 (
                     f"{_JACOBIAN_WORDS.get(norm, norm)}, {OF_WHAT.get(fn, fn)}",
-                    [f"{v['mean']:.3g} ± {v['standard_error']:.1g}" for v in values],
+                    [_with_error(v) for v in values],
                 )
             )
     if all(e.get("temperature") for e in entries):
@@ -277,6 +285,12 @@ def _summary(results: Results) -> list[tuple[str, list[str]]]:
         medians = [number(e["relative_slope"]["median"]) for e in entries]
         rows.append(("relative slope, median", medians))
     return rows
+
+
+def _with_error(found: Mapping[str, float | None]) -> str:
+    """A mean ± its standard error, which one image does not have."""
+    error = found["standard_error"]
+    return number(found["mean"]) + ("" if error is None else f" ± {error:.1g}")
 
 
 # T makes networks equally sure of themselves: by it the logits' scale is taken out.
@@ -330,8 +344,7 @@ def _first_to_break(results: Results, best: pd.DataFrame) -> list[dict[str, str]
     radius = reference_radius(results)
     if radius is None:
         return []
-    of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
-    found = first_to_break(best, of_norm, radius.eps)
+    found = first_to_break(*_attacked(results, best, radius), radius.eps)
     rows = []
     groups = list(found.groupby(["eps", "by"]))
     for (eps, name), part in sorted(groups, key=lambda group: (group[0][0], -len(group[1]))):
@@ -430,26 +443,27 @@ def _figures(
             "Scatter of the estimated against the exact Frobenius norm, with the diagonal.",
         )
     if "top_probability" in best:
-        curve = reliability(best["top_probability"], best["correct"])
+        known = best[np.isfinite(best["top_probability"])]
+        curve = reliability(known["top_probability"], known["correct"])
         error = expected_calibration_error(curve)
         figures["reliability"] = image(
             plots.reliability_diagram({"best": curve}),
             f"Accuracy against top probability; expected calibration error {100 * error:.1f} %.",
         )
     if radius is not None:
-        of_norm = {a["name"] for a in results["attacks"] if a["norm"] == radius.norm}
-        fate = fates(best, of_norm, radius.eps)
+        seen, of_norm = _attacked(results, best, radius)
+        fate = fates(seen, of_norm, radius.eps)
         at = threat(radius.norm, radius.eps)
         figures["fate"] = image(
-            plots.fate_histograms(best, fate),
+            plots.fate_histograms(seen, fate),
             f"Histograms of margin and confidence by what the worst case at {at} does.",
             at=at,
         )
         figures["jacobian_fate"] = image(
-            plots.jacobian_by_fate(best, fate),
+            plots.jacobian_by_fate(seen, fate),
             f"Box plots of Jacobian norms by what the worst case at {at} does.",
             at=at,
-            medians=_median_sentence(best, fate),
+            medians=_median_sentence(seen, fate),
         )
     if examples is not None:
         figures["images"] = image(

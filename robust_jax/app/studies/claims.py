@@ -25,8 +25,8 @@ KEYS = ("measure", "arms", "relation", "level", "by", "at", *SIZES)
 FEWEST_SEEDS = 3
 # A claim's verdict is the first of these that one of its tests has.
 _DECISIVE: tuple[Verdict, ...] = (
-    "no verdict",
     "refuted",
+    "no verdict",
     "inconclusive",
     "supported, but small",
     "supported",
@@ -49,8 +49,8 @@ def judge(
 ) -> dict[str, Any]:
     """A claim with the outcome of each of its tests, and its verdict.
 
-    It is refuted where one test is, supported where every test is, and else inconclusive; there is
-    no verdict where a test has fewer than three seeds. adds_seeds: whether seeds are added until
+    It is refuted where one test is, supported where every test is, and else inconclusive, or has no
+    verdict where a test has fewer than three seeds. adds_seeds: whether seeds are added until
     intervals are as narrow as was asked.
     """
     judged = [judge_test(test, found, adds_seeds=adds_seeds) for test in tests]
@@ -68,7 +68,7 @@ def judge_test(
     interval and a verdict of its own.
     """
     if test["measure"].endswith("/*"):
-        return _judge_most(test, found)
+        return _judge_most(test, found, adds_seeds)
     runs = _paired(test, found)
     outcomes = _outcomes(test, runs)
     numbers = [[measures.value(run.results, test["measure"]) for run in arms] for arms in runs]
@@ -106,30 +106,26 @@ def _paired(test: Mapping[str, Any], found: Found) -> list[list[Evidence]]:
     return [[found[arm][seed] for arm in test["arms"]] for seed in shared]
 
 
-def _judge_most(test: Mapping[str, Any], found: Found) -> dict[str, Any]:
+def _judge_most(test: Mapping[str, Any], found: Found, adds_seeds: bool) -> dict[str, Any]:
     by_seed = [
         [measures.by_entry(run.results, test["measure"]) for run in arms]
         for arms in _paired(test, found)
     ]
     measured = [of_seed for of_seed in by_seed if all(of_seed)]
-    path = test["measure"].removesuffix("*")
-    entries = {
-        name: {
-            key: value
-            for key, value in judge_test({**test, "measure": f"{path}{name}"}, found).items()
-            if key not in KEYS or key == "smallest_effect"
-        }
-        for name in (measured[0][0] if measured else ())
-    }
+    names = dict.fromkeys(name for of_seed in measured for of_arm in of_seed for name in of_arm)
+    entries = {}
+    for name in names:
+        of_entry = {**test, "measure": test["measure"].removesuffix("*") + name}
+        judged = judge_test(of_entry, found, adds_seeds=adds_seeds)
+        entries[name] = {k: v for k, v in judged.items() if k not in KEYS or k in SIZES}
     verdicts = [entry["verdict"] for entry in entries.values()]
+    # Those that every run has.
+    whole = [entry["values"] for entry in entries.values() if len(entry["values"]) == len(measured)]
     num_images = {entry["images"] for entry in entries.values()}
     return {
         **test,
         "entries": entries,
-        "values": [
-            float(np.mean([entry["values"][i] > 0 for entry in entries.values()]))
-            for i in range(len(measured))
-        ],
+        "values": [float(np.mean(np.array(of_seed) > 0)) for of_seed in zip(*whole, strict=True)],
         "images": num_images.pop() if len(num_images) == 1 else None,
         "verdict": majority(verdicts),
     }
@@ -137,12 +133,14 @@ def _judge_most(test: Mapping[str, Any], found: Found) -> dict[str, Any]:
 
 def majority(verdicts: Sequence[Verdict]) -> Verdict:
     """What the verdicts on several entries say of the claim that it is so of most of them."""
-    if not verdicts or "no verdict" in verdicts:
+    if not verdicts:
         return "no verdict"
     large, small = (verdicts.count(v) for v in ("supported", "supported, but small"))
     if 2 * (large + small) > len(verdicts):
         return "supported" if 2 * large > len(verdicts) else "supported, but small"
-    return "refuted" if 2 * verdicts.count("refuted") >= len(verdicts) else "inconclusive"
+    if 2 * verdicts.count("refuted") >= len(verdicts):
+        return "refuted"
+    return "no verdict" if "no verdict" in verdicts else "inconclusive"
 
 
 def _known(known: Interval) -> dict[str, float | None]:
@@ -172,6 +170,8 @@ def needs_more_seeds(judged: Mapping[str, Any]) -> bool:
     hold both it and zero, so there is a verdict. Nothing here looks at where the interval is: to
     add seeds until it leaves out zero would find effects that are not there.
     """
+    if entries := judged.get("entries"):
+        return any(map(needs_more_seeds, entries.values()))
     widest = judged.get("widest")
     if not widest or not judged["values"]:
         return False
@@ -179,6 +179,20 @@ def needs_more_seeds(judged: Mapping[str, Any]) -> bool:
         return True
     width = judged["high"] - judged["low"]
     return width > widest * (1 + 1e-9) and widest > 2 * judged["from_images"]
+
+
+def check_form(test: Mapping[str, Any], path: str) -> None:
+    """Checks that a test has the arms that its relation compares. Raises UserError otherwise."""
+    count, relation, measure = len(test["arms"]), test["relation"], test["measure"]
+    if relation in ("rises", "falls"):
+        if count < 2 or "level" in test:
+            raise UserError(f"{path} has a test that {relation!r}: give it two arms or more alone")
+        if len(test.get("at", test["arms"])) != count:
+            raise UserError(f"{path}'s at is {test['at']}; give a number for each of {count} arms")
+    elif count != (1 if "level" in test else 2) or "at" in test:
+        raise UserError(f"{path} has a test {relation!r}: give it two arms, or one and a level")
+    if measure.count(" - ") + measure.endswith("/*") > 1:
+        raise UserError(f"{path}'s measure is {measure!r}; give one difference, or a * alone")
 
 
 def check_size(test: Mapping[str, Any], field: str, path: str) -> None:

@@ -85,8 +85,11 @@ def as_wide_as(widest: float, known: Interval) -> Interval:
     Seeds stop being added early where they happen to lie close together, and then the interval is
     too narrow. The one that was asked for covers the mean as often as it says all the same.
     """
-    half = max((known.high - known.low) / 2, widest / 2)
-    return known._replace(low=known.mean - half, high=known.mean + half)
+    low, high = known.mean - widest / 2, known.mean + widest / 2
+    # Not Python's min and max: NaN stays.
+    return known._replace(
+        low=float(np.minimum(known.low, low)), high=float(np.maximum(known.high, high))
+    )
 
 
 def _quantile(count: int) -> float:

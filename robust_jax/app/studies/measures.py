@@ -63,10 +63,14 @@ def value(results: Results, measure: str) -> float | None:
 
 
 def by_entry(results: Results, measure: str) -> dict[str, float]:
-    """The numbers of "a.path/*", by what stands for the star."""
+    """The numbers of "a.path/*", by what stands for the star; without those that are not finite."""
     path, _, start = measure[:-1].rpartition(".")
     found = (_node(results, path) or {}).items()
-    return {k.removeprefix(start): float(v) for k, v in sorted(found) if k.startswith(start)}
+    return {
+        k.removeprefix(start): float(v)
+        for k, v in sorted(found)
+        if k.startswith(start) and v is not None
+    }
 
 
 def outcomes(
@@ -89,21 +93,19 @@ def outcomes(
         if of_images is None or number is None or not np.isfinite(of_images).all():
             return None
         # A run that was stopped between its two files has the arrays of another measurement.
-        if not np.isclose(of_images.mean(), number):
+        if not np.isclose(of_images.mean(dtype=np.float64), number):
             return None
         return pd.Series(of_images.astype(float))
     if table is None:
         return None
     table = table.set_index("index")
-    if measure == "clean.accuracy":
-        return table["correct"].astype(float)
+    if measure in _COLUMNS:
+        return _finite(table, _COLUMNS[measure])
     if measure.startswith("jacobian.") and measure.endswith(".mean"):
         _, of, norm, _ = measure.split(".")
         scale = results["temperature"] if of == "matched" else 1.0
-        column = f"{norm}_{'logits' if of == 'matched' else of}"
-        if column not in table or not np.isfinite(table[column]).all():
-            return None
-        return table[column] / scale
+        found = _finite(table, f"{norm}_{'logits' if of == 'matched' else of}")
+        return None if found is None else found / scale
     if "@" not in measure or (entry := _attack(results, measure)) is None:
         return None
     if entry["attack"].startswith("worst_case"):
@@ -114,6 +116,19 @@ def outcomes(
     return held.astype(float)
 
 
+def _finite(table: pd.DataFrame, column: str) -> pd.Series | None:
+    """A column of the records; None where it is not there, or not a number for each image."""
+    if column not in table or not np.isfinite(found := table[column].astype(float)).all():
+        return None
+    return found
+
+
+# Means over test images by their columns in the records.
+_COLUMNS = {
+    "clean.accuracy": "correct",
+    "clean.cross_entropy": "cross_entropy",
+    "relative_slope.mean": "relative_slope",
+}
 _SHARES = ("accuracy", "saturated", "worst_inside")
 
 

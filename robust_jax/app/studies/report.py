@@ -198,13 +198,21 @@ def text(results: Results) -> str:
     per_line = (80 - 30) // 12
     for start in range(0, len(arms), per_line):
         part = slice(start, start + per_line)
-        lines.append(" " * 30 + "".join(f"{arm[:11]:>12}" for arm in arms[part]))
+        lines += [" " * 30 + heading for heading in _headings(arms[part])]
         for row in rows:
             cells = "".join(f"{cell['mean']:>12}" for cell in row["cells"][part])
             *above, last = textwrap.wrap(row["label"], 29, subsequent_indent="  ") or [""]
             lines += [*above, f"{last:<30}{cells}".rstrip()]
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _headings(arms: Sequence[str]) -> list[str]:
+    """The arms' names over columns of 12, in as many lines as the longest takes."""
+    wrapped = [textwrap.wrap(arm, 11) for arm in arms]
+    height = max(map(len, wrapped))
+    padded = [[""] * (height - len(lines)) + lines for lines in wrapped]
+    return ["".join(f"{part:>12}" for part in line) for line in zip(*padded, strict=True)]
 
 
 _VERDICTS = (
@@ -260,12 +268,17 @@ def _describe(test: Mapping[str, Any], labels: Mapping[str, str], names: Mapping
     """The test as a sentence."""
     arms, by = [names[arm] for arm in test["arms"]], test.get("by", 0.0)
     measure, unit = test["measure"], measures.unit(test["measure"])
-    what = _in_words(measure, labels)
+    what, relation = _in_words(measure, labels), test["relation"]
+    if measure.endswith("*"):
+        what, relation = f"most of {what}", relation.removesuffix("s")
     if test["relation"] in ("rises", "falls"):
-        relation = test["relation"]
-        if measure.endswith("*"):
-            what, relation = f"most of {what}", relation.removesuffix("s")
-        return f"{what} {relation} from {arms[0]} to {arms[-1]}"
+        margin = ""
+        if by:
+            wrong_way = "falls" if test["relation"] == "rises" else "rises"
+            margin = f" or {wrong_way} by at most {_size(-by, test)}"
+            if by > 0:
+                margin = f" by more than {_size(by, test)}"
+        return f"{what} {relation} from {arms[0]} to {arms[-1]}{margin}"
     other = arms[1] if len(arms) > 1 else _number(test["level"], unit) + unit
     margin = ""
     if by:
@@ -273,7 +286,7 @@ def _describe(test: Mapping[str, Any], labels: Mapping[str, str], names: Mapping
         margin = f" or at most {_size(-by, test)} {wrong_side} it"
         if by > 0:
             margin = f" by more than {_size(by, test)}"
-    return f"{what}: {arms[0]} {test['relation']} {other}{margin}"
+    return f"{what}: {arms[0]} {relation} {other}{margin}"
 
 
 def _in_words(measure: str, labels: Mapping[str, str]) -> str:
@@ -328,6 +341,8 @@ def _with_interval(known: Mapping[str, Any], percent: bool) -> str:
         return f"{100 * x:+.1f}" if percent else f"{x:+.3g}"
 
     unit = " points" if percent else ""
+    if known["mean"] is None:
+        return "not measured"
     if known["low"] is None:
         return f"{signed(known['mean'])}{unit} (one seed)"
     return f"{signed(known['mean'])}{unit} [{signed(known['low'])}, {signed(known['high'])}]"
@@ -352,17 +367,21 @@ def _why(test: Mapping[str, Any]) -> str:
     """Why a test is inconclusive, where more seeds would not help."""
     if "entries" in test:
         return ""
-    too_few = 2 * (test["from_images"] or 0.0) > test["smallest_effect"] > 0
+    too_few = 2 * (test["from_images"] or 0.0) > test["widest"] > 0
     return " (too few images)" if test["verdict"] == "inconclusive" and too_few else ""
 
 
 def _counted(num_seeds: Iterable[int], num_images: Iterable[int | None]) -> str:
     """What intervals rest on."""
-    seeds = " or ".join(map(str, sorted({count for count in num_seeds if count})))
-    images = " or ".join(f"{count:,}" for count in sorted({n for n in num_images if n}))
-    if not seeds:
+    known = [(n, images) for n, images in zip(num_seeds, num_images, strict=True) if n]
+    if not known:
         return ""
-    return f"{seeds} seed{'' if seeds == '1' else 's'}" + (f" × {images} images" if images else "")
+    seeds = " or ".join(map(str, sorted({n for n, _ in known})))
+    found = f"{seeds} seed{'' if seeds == '1' else 's'}"
+    if images := sorted({count for _, count in known if count}):
+        found += f" × {' or '.join(f'{count:,}' for count in images)} images"
+        found += ", or seeds alone" if any(not count for _, count in known) else ""
+    return found
 
 
 def _axis(measure: str, labels: Mapping[str, str]) -> str:

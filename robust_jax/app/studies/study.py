@@ -154,6 +154,7 @@ def check(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
             for key in test:
                 choose(claims.KEYS, key, f"{path}'s test has a key that")
             choose(claims.RELATIONS, test["relation"], f"{path}'s relation")
+            claims.check_form(test, path)
             for arm in test["arms"]:
                 choose(config.arms, arm, f"{path}'s arm")
                 measures.check(test["measure"], known[arm], f"{path}'s measure")
@@ -403,6 +404,8 @@ def _summary(measure: str, by_seed: Mapping[int, Evidence]) -> dict[str, Any]:
     values = {str(seed): measures.value(r.results, measure) for seed, r in by_seed.items()}
     known = {seed: v for seed, v in values.items() if v is not None}
     by_image = claims.by_image(measure, [[run] for run in by_seed.values()])
+    if by_image is not None:  # a difference is over the images of both
+        known = dict(zip(known, by_image[:, 0].mean(-1).tolist(), strict=True))
     outcomes = list(known.values()) if by_image is None else by_image[:, 0]
     images = None if by_image is None else by_image.shape[2]
     found = _interval(outcomes, measures.bounds(measure), shares=measures.is_share(measure))
