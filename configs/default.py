@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
             "input_gradient": {"weight": 0.0},
             "output_margin_ramp": {"weight": 0.0, "tau": 5.0},  # average margin, with the next
             "orthogonality": {"weight": 0.0},
-            "input_margin": {"weight": 0.0, "tau": 0.1, "norm": "linf"},
+            "input_margin": {"weight": 0.0, "tau": 0.1},
             "energy_mean_square": {"weight": 0.0, "num_samples": 1, "label_free": False},
             "energy_oscillation": {"weight": 0.0, "num_steps": 10, "label_free": False},
             "energy_total_variation": {

@@ -12,5 +12,5 @@ def get_config():
     config = default.get_config()
     config.loss_on = "clean"
     config.adversary = None
-    config.regularizers.input_margin.update(weight=3.0, tau=0.1, norm="linf")
+    config.regularizers.input_margin.update(weight=3.0, tau=0.1)
     return config

@@ -53,6 +53,7 @@ def changed(**fields):
 REMOVED = object()
 MISTAKES = {
     "unknown field": ({"bacth_size": 8}, "config.bacth_size is not a field.*you mean batch_size"),
+    "a seed that no key holds": ({"seed": 2**63}, f"it must be below {2**32 - 1}"),
     "missing field": ({"seed": REMOVED}, "config.seed is missing; the default is 0"),
     "unknown nested field": ({"augmentation__flp": True}, "augmentation.flp is not.*mean flip"),
     "field of another type": ({"seed": "one"}, "config.seed must be a whole number, not 'one'"),
@@ -299,7 +300,7 @@ def test_every_field_is_read(monkeypatch):
     ]
     assert unread == []
     # The section `evaluation` is taken whole, and its fields are the ones there are.
-    assert set(plain(config, "evaluation")) == {*Settings._fields, "num_examples"}
+    assert set(plain(config, "evaluation")) == {*Settings._fields, "num_examples", "last"}
     assert plain(config, "track_margins").to_dict() == NOT_TRACKED._asdict()
 
 
@@ -368,7 +369,9 @@ def test_what_has_no_norm_and_radius_of_its_own_follows_the_threat_model():
     assert all((entry.norm, entry.eps) == ("l1", 0.5) for entry in followers)
     assert found.attacks.l2.to_dict() == attacks["l2"]
     assert found.attacks.jsma.to_dict() == attacks["jsma"]
-    assert "norm" not in found.measurements.margins and found.regularizers.vat.eps == 0.25
+    # A margin has a norm and no radius.
+    assert found.measurements.margins.to_dict() == {"norm": "l1"}
+    assert found.regularizers.input_margin.norm == "l1" and found.regularizers.vat.eps == 0.25
     assert threat.complete(found) == found
     # One for two norms, and for records.
     attacks = ConfigDict({"deepfool": {}})
@@ -392,11 +395,29 @@ def test_one_override_moves_all_that_follow():
 def test_an_adversary_of_another_radius_than_the_threat_models_is_warned_of(monkeypatch):
     said = []
     monkeypatch.setattr(training.logging, "warning", lambda text, *v: said.append(text % v))
-    for fields in ({"adversary__eps": 8 / 255}, {"threat__eps": 8 / 255}):
+    l2 = ConfigDict({"name": "pgd", "norm": "l2", "eps": 0.15, "num_steps": 2})
+    for fields in (
+        {"adversary__eps": 8 / 255},
+        {"threat__eps": 8 / 255},
+        {"adversary": l2},
+        {"adversary": l2, "loss_on": "clean"},
+        {"adversary": ConfigDict({"name": "jsma", "eps": 4})},
+    ):
         build(changed(**fields, attacks=ConfigDict()))
     assert said == [
-        "config.adversary.eps is 8/255 and config.threat.eps, which it is judged at, 0.15"
+        f"config.adversary is at {own}, and config.threat at ℓ∞ ε = 0.15"
+        for own in ("ℓ∞ ε = 8/255", "ℓ₂ ε = 0.15", "ℓ₀ ε = 4")
     ]
+
+
+@pytest.mark.parametrize(
+    "adversary",
+    [{"name": "fgsm"}, {"name": "bim"}, {"name": "mim"}, {"name": "pgd", "random_start": False}],
+)
+def test_an_adversary_that_starts_where_the_kl_is_least_is_refused(adversary):
+    config = changed(adversary=ConfigDict({**adversary, "loss": "kl"}))
+    with pytest.raises(UserError, match="has no gradient at x, where this attack starts"):
+        build(config)
 
 
 def test_an_entry_is_named_by_its_label_unless_it_says_otherwise():

@@ -393,3 +393,14 @@ def test_unknown_and_unprepared_sources_are_refused(source, message, tmp_path):
 def test_bad_split_sizes_are_refused(keywords, message):
     with pytest.raises(UserError, match=message):
         data.load("digits", **keywords)
+
+
+def test_a_channel_without_spread_is_not_blown_up(tmp_path, rng):
+    """Such as an opaque alpha: an adversary would move it by its eps over next to nothing."""
+    images = rng.integers(0, 256, size=(30, 4, 5, 4), dtype=np.uint8)
+    images[..., 3] = 255
+    y = np.arange(30) % 3
+    np.savez(tmp_path / "rgba.npz", x_train=images, y_train=y, x_test=images[:6], y_test=y[:6])
+    dataset = data.load(f"npz:{tmp_path / 'rgba.npz'}", validation_size=6)
+    assert dataset.std[3] == 1 and dataset.mean[3] == 1
+    assert all(0.2 < spread < 0.4 for spread in dataset.std[:3])

@@ -313,6 +313,35 @@ def test_a_signal_saves_and_exits(undisturbed, kind, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
+@pytest.mark.parametrize(("killed_at", "best"), [(2, 8), (6, 4)])
+def test_a_best_of_steps_that_are_taken_again_is_forgotten(killed_at, best, tmp_path, monkeypatch):
+    """The resumed run need not come out alike, as on another number of devices."""
+    plan, plain = plan_of(), Checkpoints.save
+    assert plan.total_steps >= 8
+
+    def living(*accuracies):
+        told = iter([*accuracies] + [0.0] * plan.total_steps)
+        return dataclasses.replace(
+            plan,
+            validate=lambda _: {"robust_accuracy": next(told), "cross_entropy": 1.0},
+            validate_every=2,
+            validate_first=False,
+            checkpoint_every=plan.total_steps,
+        )
+
+    def killed(self, kind, state, notes):
+        plain(self, kind, state, notes)
+        if kind == "best" and int(state.step) == killed_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "save", killed)
+        loop.train(living(0.1, 0.3, 0.9), tmp_path)
+    after = {2: (0.05, 0.1, 0.1, 0.2), 6: (0.2, 0.25)}[killed_at]  # from the step of the last on
+    trained = loop.train(living(*after), tmp_path)
+    assert int(trained.best.step) == best
+
+
 def test_sigterm_in_the_last_step_is_not_swallowed(tmp_path):
     plan = plan_of()
 
@@ -446,6 +475,13 @@ def test_schedules_reach_their_peak_and_their_end(name):
 def test_piecewise_drops_where_it_says():
     schedule = optimizer.piecewise(1.0, 100, boundaries=(0.5,), factor=0.1)
     np.testing.assert_allclose([schedule(49), schedule(50)], [1.0, 0.1], rtol=1e-5)
+    schedule = optimizer.piecewise(1.0, 100, boundaries=(0.29, 0.57, 0.57))
+    expected = {28: 1.0, 29: 0.1, 56: 0.1, 57: 1e-3}
+    found = [schedule(step) for step in expected]
+    np.testing.assert_allclose(found, [*expected.values()], rtol=1e-5)
+    for total_steps in (1, 2):  # both drops fall on the one step there is
+        short = optimizer.piecewise(1.0, total_steps)
+        np.testing.assert_allclose([short(0), short(1)], [1.0, 0.01], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)

@@ -37,6 +37,7 @@ _SET_BY_THE_EVALUATION = (
 )
 # The loss of an adversary that leaves the clean logits, not the label: TRADES' and MART's.
 _AGAINST_CLEAN_LOGITS = {"kl": losses.kl}
+_FROM_X = ("fgsm", "bim", "mim")  # pgd has a random start, unless it is told otherwise
 
 
 def attack_of_a_step(
@@ -60,6 +61,11 @@ def adversary(entry: ConfigDict | None) -> Adversary | None:
     )
     against_clean_logits = entry.get("loss") in _AGAINST_CLEAN_LOGITS
     if against_clean_logits:
+        if entry.name in _FROM_X or not entry.get("random_start", True):
+            raise UserError(
+                'config.adversary.loss is "kl", which has no gradient at x, where this attack '
+                "starts; take pgd with its random_start"
+            )
         attack = partial(attack, criterion=never)
     return Adversary(attack, against_clean_logits)
 
@@ -191,6 +197,8 @@ def check(config: ConfigDict, schema: ConfigDict) -> None:
 
 
 def check_numbers(config: ConfigDict) -> None:
+    if not config.seed < 2**32 - 1:  # the surrogate's is one more, and a key takes 32 bits
+        raise UserError(f"config.seed is {config.seed}; it must be below {2**32 - 1}")
     at_least = {
         "seed": 0,
         "train_size": 0,

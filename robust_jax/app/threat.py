@@ -39,7 +39,7 @@ def radius(value: Any, path: str) -> Any:
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-    """The config in which everything has a norm and a radius: its own or the threat model's."""
+    """The config in which all that takes a norm or a radius has it: its own or the threat's."""
     norm = choose(NORMS, config.threat.norm, "config.threat.norm")
     eps = radius(config.threat.eps, "config.threat.eps")
     result = ConfigDict(config)
@@ -72,11 +72,11 @@ def _followed(
     result, parameters = dict(entry), keyword_parameters(fn)
     if "eps" in result:
         result["eps"] = radius(result["eps"], f"{path}.eps")
-    if not {"norm", "eps"} <= set(parameters):
+    if "norm" not in parameters:
         return ConfigDict(result)
     if "norm" not in result and _accepts(parameters["norm"], norm):
         result["norm"] = norm
-    if "eps" not in result:
+    if "eps" in parameters and "eps" not in result:
         own = result.get("norm", inspect.signature(fn).parameters["norm"].default)
         if own != norm and own in NORMS:
             raise UserError(

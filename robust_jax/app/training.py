@@ -16,7 +16,7 @@ from robust_jax._network import comparable
 from robust_jax.app import config as config_lib
 from robust_jax.app import entries, threat
 from robust_jax.app.config import bind, choose, guard
-from robust_jax.app.wording import format_eps
+from robust_jax.app.wording import threat as in_words
 from robust_jax.attacks import norms
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
@@ -174,12 +174,12 @@ def build(config: ConfigDict) -> Training:
         checkpoint_every=steps("checkpoint_every"),
     )
     uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)
-    if uses_adversary and config.adversary.eps != config.threat.eps:
-        logging.warning(
-            "config.adversary.eps is %s and config.threat.eps, which it is judged at, %s",
-            format_eps(config.adversary.eps),
-            format_eps(config.threat.eps),
-        )
+    trained, judged = (
+        in_words(one.get("norm", "l0"), one.eps)  # only JSMA has no norm to choose
+        for one in (config.adversary or config.threat, config.threat)
+    )
+    if uses_adversary and trained != judged:
+        logging.warning("config.adversary is at %s, and config.threat at %s", trained, judged)
     return Training(given, dataset, model, plan, uses_adversary, evaluation_key)
 
 

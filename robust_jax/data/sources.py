@@ -283,4 +283,8 @@ def _pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[floa
     count = images[..., 0].size
     mean = total / count
     std = np.sqrt(np.maximum(square / count - mean**2, 0))
-    return tuple(map(float, mean)), tuple(map(float, np.maximum(std, 1e-6)))
+    # A channel that is (almost) constant, as an opaque alpha, is not blown up.
+    return tuple(map(float, mean)), tuple(map(float, np.where(std > _LEAST_SPREAD, std, 1.0)))
+
+
+_LEAST_SPREAD = 1e-3  # a quarter of a step of 8 bits

@@ -34,11 +34,9 @@ class Checkpoints:
             ),
             template,
         )
-        # One more than needed: where the newest is damaged, the one before is used.
-        self._managers = {
-            "last": _manager(workdir, "last", 2),
-            "best": _manager(workdir, "best", 1),
-        }
+        # One more than needed: the one before is used where the newest is damaged, or a best one is
+        # of steps that a resumed run takes again.
+        self._managers = {kind: _manager(workdir, kind, 2) for kind in ("last", "best")}
 
     def save(self, kind: str, state: TrainState, notes: Notes) -> None:
         """Starts writing the state, once what was saved before is on disk; it may then be donated.
@@ -46,8 +44,6 @@ class Checkpoints:
         Raises CannotWrite where what was saved before could not be written.
         """
         step = int(state.step)
-        if step in self._managers[kind].all_steps():
-            return  # a resumed run passes again, with the same bits, through what it has saved
         # One at a time. With several processes, two managers at work would wait for one another,
         # as Orbax's barriers have the same names in both. Without the best on disk, a resumed run
         # could skip it, past a later `last`.
@@ -62,6 +58,15 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
                 ),
             )
+
+    def forget_after(self, step: int) -> None:
+        """Drops the best ones of later steps, which a run that resumes here takes again.
+
+        They need not come out alike, as on another number of devices.
+        """
+        manager = self._managers["best"]
+        for later in [known for known in manager.all_steps() if known > step]:
+            manager.delete(later)
 
     def restore(self, kind: str) -> tuple[TrainState, Notes] | None:
         """The newest readable checkpoint, or None where there is none.

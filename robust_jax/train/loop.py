@@ -183,6 +183,7 @@ def _run(
 ) -> _Steps:
     """Returns the last state, its notes and whether it was asked to stop there."""
     start = int(state.step)
+    checkpoints.forget_after(start)
     if start:
         logging.info("continuing from step %d of %d", start, plan.total_steps)
     elif (workdir / "metrics.jsonl").exists():
@@ -217,7 +218,7 @@ def _run(
                 fetch()
                 notes["compile_seconds"] = time.perf_counter() - clock
                 clock = time.perf_counter()
-            last = done == plan.total_steps
+            last, is_best = done == plan.total_steps, False
             if done % plan.log_every == 0 or last:
                 fetch()
                 values = {f"train/{name}": v for name, v in reduce_sums(fetched).items()}
@@ -231,12 +232,14 @@ def _run(
                 values = plan.validate(state.variables)
                 _check_finite("validation loss", values["cross_entropy"], done, workdir)
                 writer.write(done, {f"validation/{name}": v for name, v in values.items()})
-                if values["robust_accuracy"] > notes["best_accuracy"]:
+                is_best = values["robust_accuracy"] > notes["best_accuracy"]
+                if is_best:
                     notes["best_accuracy"] = values["robust_accuracy"]
                     checkpoints.save("best", state, {"best_accuracy": notes["best_accuracy"]})
                 clock = time.perf_counter()
             stopped = stop.asked(agree=done % plan.log_every == 0 or last)
-            if done % plan.checkpoint_every == 0 or last or stopped:
+            # After the best, so that at most one best is of steps that a resumed run takes again.
+            if done % plan.checkpoint_every == 0 or is_best or last or stopped:
                 fetch()
                 notes["seconds"], clock = _add_time(notes["seconds"], clock)
                 notes["steps_timed"] = timed_before + done - start - 1

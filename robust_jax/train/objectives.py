@@ -148,5 +148,5 @@ def halves_needed(loss_on: LossOn, terms: Mapping[str, Term]) -> set[str]:
 
 
 def _check_half(name: str, value: str) -> None:
-    if value not in HALVES:
+    if value not in tuple(HALVES):  # which compares what has no hash, too
         raise ValueError(f"{name} must be one of {', '.join(HALVES)}, not {value!r}")

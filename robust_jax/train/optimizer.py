@@ -77,7 +77,11 @@ def piecewise(
     """peak, multiplied by factor at each boundary, a fraction of the run (Rice et al. 2020)."""
     if not all(0 < b < 1 for b in boundaries):
         raise ValueError(f"boundaries must be fractions of the run in (0, 1), not {boundaries!r}")
-    steps = {int(b * total_steps): factor for b in boundaries}
+    steps: dict[int, float] = {}
+    for boundary in boundaries:
+        # 0.29 of 100 steps is 28.999… in floats; the first step is at the peak.
+        step = max(int(boundary * total_steps + 1e-9), 1)
+        steps[step] = steps.get(step, 1.0) * factor
     return optax.piecewise_constant_schedule(peak, steps)
 
 
