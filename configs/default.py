@@ -34,7 +34,8 @@ def get_config() -> ConfigDict:
 
     # The threat model: one norm and one radius in pixel units (0.03 or "8/255"). The adversary,
     # validation_attack, the audit, attacks, regularisers and measurements use them unless they set
-    # their own. In an attack, relative_step_size is its step_size in units of its radius.
+    # their own; margins are measured in l2 by default. In an attack, relative_step_size is its
+    # step_size in units of its radius.
     config.threat = ConfigDict({"norm": "linf", "eps": 0.15})
 
     # Objective: a loss on the clean half of the batch, the adversarial half or both, plus weighted
@@ -95,7 +96,7 @@ def get_config() -> ConfigDict:
     # Along the way. The best checkpoint is that of the highest accuracy under validation_attack.
     config.log_every = "10 steps"
     config.validate_every = "2 epochs"
-    config.checkpoint_every = "10 epochs"
+    config.checkpoint_every = "10 epochs"  # and after each new best one
     config.validation_attack = ConfigDict({"name": "pgd"})
     # Also logs l2 margins of so many training examples, by each estimate, from before the first
     # step. first_order: minimum_margin, average_margin, margin_q10, margin_q50 and margin_q90, from
@@ -106,10 +107,10 @@ def get_config() -> ConfigDict:
         {"first_order": 0, "minimum_norm": 0, "clever": 0, "num_steps": 100, "num_samples": 1024}
     )
 
-    # Attacks on the best and the last checkpoint. The key labels the attack in tables, and names it
-    # if "name" is missing; eps lists the radii in pixel units. num_examples: attack the first so
-    # many (0, the default: all). surrogate: whose adversarials they are, the folder of a finished
-    # run, or "train" for the audit's undefended CNN.
+    # Attacks on the best and the last checkpoint (see evaluation.last). The key labels the attack
+    # in tables, and names it if "name" is missing; eps lists the radii in pixel units.
+    # num_examples: attack the first so many (0, the default: all). surrogate: whose adversarials
+    # they are, the folder of a finished run, or "train" for the audit's undefended CNN.
     config.attacks = attack_grid(
         linf=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
         l2=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),

@@ -365,11 +365,14 @@ def test_a_state_knows_a_partial_loss_by_what_it_says(tmp_path):
         attack(0.2)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Margin:
     """A loss that is an object."""
 
+    factor: float = 1.0
+
     def __call__(self, logits, labels):
-        return losses.margin_loss(logits, labels)
+        return self.factor * losses.margin_loss(logits, labels)
 
 
 def test_a_state_knows_a_closure_a_record_and_a_loss_that_is_an_object(tmp_path):
@@ -402,6 +405,8 @@ def test_a_state_knows_a_closure_a_record_and_a_loss_that_is_an_object(tmp_path)
     found = attack(_Margin(), path="object.npz")
     np.testing.assert_array_equal(found.x_adv, first.x_adv)
     np.testing.assert_array_equal(attack(_Margin(), path="object.npz").x_adv, first.x_adv)
+    with pytest.raises(UnusableState, match="belongs to other examples, keys or settings"):
+        attack(_Margin(-1.0), path="object.npz")
 
 
 def test_one_example_alone():

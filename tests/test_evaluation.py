@@ -343,3 +343,12 @@ def test_overrides_may_hold_a_loss_and_numbers_of_numpy(tmp_path):
     assert said == {"num_steps": 2, "loss": "robust_jax.losses.margin_loss"}
     again = call(**{k: v for k, v in keywords.items() if k != "num_audited"})
     assert again.robust_accuracy == first.robust_accuracy
+    # Another loss of the same name is another evaluation.
+    for factor, refused in ((1.0, False), (2.0, True)):
+        own["loss"] = lambda logits, labels, by=factor: by * losses.margin_loss(logits, labels)
+        keywords["folder"] = tmp_path / "closure"
+        if not refused:
+            robust_jax.evaluate(trained(), x, y, KEY, **{**keywords, "num_audited": 0})
+            continue
+        with pytest.raises(UserError, match="an evaluation of something else"):
+            robust_jax.evaluate(trained(), x, y, KEY, **{**keywords, "num_audited": 0})

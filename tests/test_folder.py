@@ -258,6 +258,8 @@ def test_a_run_that_tracked_margins_by_one_estimate_is_read(tmp_path):
     tree = json.loads((tmp_path / "study.json").read_text())
     arm = next(iter(tree["arms"]))
     tree["base"]["track_margins"] = tree["arms"][arm]["track_margins"] = 7
+    tree["base"]["evaluation"].pop("last")
+    tree["base"].pop("train_size")
     (tmp_path / "study.json").write_text(json.dumps(tree))
     found = stored.config_of(tmp_path)
     assert found.base.track_margins.first_order == found.arms[arm].track_margins.first_order == 7

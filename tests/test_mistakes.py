@@ -267,6 +267,16 @@ OTHER_MISTAKES = {
         lambda: attacks.apgd(network(weights_of(0)), *examples(), KEY, eps=0.1, eot_samples=0),
         "eot_samples must be a whole number of at least 1, not 0",
     ),
+    "a mask of success where answers are random, bound": (
+        lambda: attacks.run(
+            functools.partial(attacks.apgd, eot_samples=2),
+            lambda x, key: network(weights_of(0))(x),
+            *examples(),
+            KEY,
+            eps=0.1,
+        ),
+        "call the attack directly, and judge its points over several keys",
+    ),
     "a mask of success where answers are random": (
         lambda: attacks.run(
             attacks.apgd,

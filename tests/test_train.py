@@ -313,9 +313,14 @@ def test_a_signal_saves_and_exits(undisturbed, kind, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
-@pytest.mark.parametrize(("killed_at", "best"), [(2, 8), (6, 4)])
-def test_a_best_of_steps_that_are_taken_again_is_forgotten(killed_at, best, tmp_path, monkeypatch):
-    """The resumed run need not come out alike, as on another number of devices."""
+@pytest.mark.parametrize(("killed_at", "keeps", "best"), [(2, 2, 8), (6, 2, 4), (6, 1, 8)])
+def test_a_best_of_steps_that_are_taken_again_is_forgotten(
+    killed_at, keeps, best, tmp_path, monkeypatch
+):
+    """The resumed run need not come out alike, as on another number of devices.
+
+    keeps: how many best ones; once it was one, which is lost where it is of those steps.
+    """
     plan, plain = plan_of(), Checkpoints.save
     assert plan.total_steps >= 8
 
@@ -337,9 +342,15 @@ def test_a_best_of_steps_that_are_taken_again_is_forgotten(killed_at, best, tmp_
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Checkpoints, "save", killed)
         loop.train(living(0.1, 0.3, 0.9), tmp_path)
+    folder = tmp_path / "checkpoints" / "best"
+    for older in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))[:-keeps]:
+        shutil.rmtree(older)
     after = {2: (0.05, 0.1, 0.1, 0.2), 6: (0.2, 0.25)}[killed_at]  # from the step of the last on
     trained = loop.train(living(*after), tmp_path)
     assert int(trained.best.step) == best
+    shutil.rmtree(folder / str(best))
+    with pytest.raises(UserError, match="the best checkpoint is gone"):
+        loop.restore(plan, tmp_path)  # what may be left is of another step
 
 
 def test_sigterm_in_the_last_step_is_not_swallowed(tmp_path):

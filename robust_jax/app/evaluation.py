@@ -24,7 +24,7 @@ from robust_jax.app import records as records_lib
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.results import audit_to_json, compose, versions
 from robust_jax.attacks import autoattack
-from robust_jax.attacks._autoattack import check_arguments, doubts, written
+from robust_jax.attacks._autoattack import check_arguments, doubts, values_of_losses, written
 from robust_jax.attacks._square import check_images, square
 from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.batches import Lift
@@ -139,7 +139,9 @@ def evaluate(
     unfinished, digest = None, ""
     if folder is not None:
         folder = Path(folder)
-        digest = _digest(x, y, key, threat, radii, version, written(overrides))
+        losses_given = values_of_losses(overrides or {}, num_classes)
+        settings = (radii, version, written(overrides), *losses_given)
+        digest = _digest(x, y, key, threat, *settings)
         _claim(folder, name, digest, logits_fn, x, y)
         unfinished = folder / "unfinished" / digest
         unfinished.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ def compose(
     temperatures: Mapping[str, float] = MappingProxyType({}),
     kept: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What the records of best and last add up to, and what was evaluated.
+    """What the records of best and, where it was evaluated, last add up to, and of what they are.
 
     about: config, data, model, threat and the like, as results.json has them. temperatures: of
     each, on images held out. kept: the attacks whose results are those of an earlier evaluation.

@@ -142,6 +142,8 @@ def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     were tracked by one estimate, all images were trained on, and both checkpoints were evaluated.
     """
     tree = _with_estimates(tree)
+    if "base" in tree:  # a study's
+        return {**tree, "base": _upgraded(tree["base"])}
     if "audit" not in tree:
         return tree
     tree = {"train_size": 0, **tree, "evaluation": {"last": True, **tree["evaluation"]}}

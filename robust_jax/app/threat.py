@@ -39,7 +39,7 @@ def radius(value: Any, path: str) -> Any:
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-    """The config in which all that takes a norm or a radius has it: its own or the threat's."""
+    """The config in which everything has a norm and a radius: its own or the threat model's."""
     norm = choose(NORMS, config.threat.norm, "config.threat.norm")
     eps = radius(config.threat.eps, "config.threat.eps")
     result = ConfigDict(config)
@@ -72,7 +72,9 @@ def _followed(
     result, parameters = dict(entry), keyword_parameters(fn)
     if "eps" in result:
         result["eps"] = radius(result["eps"], f"{path}.eps")
-    if "norm" not in parameters:
+    # A measurement that takes no radius, as margins do, has a norm of its own.
+    needed = {"norm"} if choices is REGULARIZERS else {"norm", "eps"}
+    if not needed <= set(parameters):
         return ConfigDict(result)
     if "norm" not in result and _accepts(parameters["norm"], norm):
         result["norm"] = norm

@@ -174,12 +174,11 @@ def build(config: ConfigDict) -> Training:
         checkpoint_every=steps("checkpoint_every"),
     )
     uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)
-    trained, judged = (
-        in_words(one.get("norm", "l0"), one.eps)  # only JSMA has no norm to choose
-        for one in (config.adversary or config.threat, config.threat)
-    )
-    if uses_adversary and trained != judged:
-        logging.warning("config.adversary is at %s, and config.threat at %s", trained, judged)
+    if uses_adversary:
+        trained = in_words(config.adversary.get("norm", "l0"), config.adversary.eps)  # l0: JSMA's
+        judged = in_words(config.threat.norm, config.threat.eps)
+        if trained != judged:
+            logging.warning("config.adversary is at %s, and config.threat at %s", trained, judged)
     return Training(given, dataset, model, plan, uses_adversary, evaluation_key)
 
 

@@ -431,25 +431,29 @@ def _fingerprint(rows, eps, norm: ThreatModel, ensemble, num_classes: int) -> st
     """What a saved state must have been made with to be of use; the network's logits aside."""
     keywords = {name: dict(sorted(member.keywords.items())) for name, member in ensemble.items()}
     given = [float(eps), norm.name, rows["x"].shape, written(keywords)]
-    # Two records of one name may be two norms, and two closures of one name two losses.
+    # Two records of one name may be two norms, and two functions of one name two losses.
     step = jnp.asarray(rows["x"][0], jnp.float32) - 0.25
     given += [f"{size(step):.4g}" for size in (norm.size, norm.dual_size)]
-    given += [
-        _values(one["loss"], num_classes)
-        for one in keywords.values()
-        if "<" in str(written(one.get("loss")))  # a lambda, or one within a function
-    ]
+    given += values_of_losses(keywords, num_classes)
     digest = hashlib.sha256(json.dumps(given, default=str, sort_keys=True).encode())
     for array in rows.values():
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
-def _values(loss: Callable, num_classes: int) -> list[str]:
-    """What a loss is at logits that are always the same."""
-    logits = 3 * np.random.default_rng(0).normal(size=(num_classes, num_classes))
-    found = loss(jnp.asarray(logits, jnp.float32), jnp.arange(num_classes))
-    return [f"{value:.4g}" for value in np.ravel(found)]
+def values_of_losses(
+    keywords: Mapping[str, Mapping[str, Any]], num_classes: int
+) -> list[list[str]]:
+    """What the losses among the keywords of each attack are at logits that are always the same."""
+    random = np.random.default_rng(0).normal(size=(num_classes, num_classes))
+    logits, labels = jnp.asarray(3 * random, jnp.float32), jnp.arange(num_classes)
+    found = (one["loss"](logits, labels) for one in keywords.values() if "loss" in one)
+    return [[f"{value:.4g}" for value in np.ravel(values)] for values in found]
+
+
+def is_autoattack(attack: Callable) -> bool:
+    """Whether it is `autoattack`, or that with some arguments."""
+    return attack is autoattack or getattr(attack, "func", None) is autoattack
 
 
 def written(value: Any) -> Any:

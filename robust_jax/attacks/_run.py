@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from robust_jax import _checks
-from robust_jax.attacks._autoattack import autoattack
+from robust_jax.attacks._autoattack import is_autoattack
 from robust_jax.attacks._success import distances, is_adversarial
 from robust_jax.attacks.norms import Norm
 from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
@@ -72,17 +72,17 @@ def run(
     radii: list[Any] = [eps] if np.ndim(eps) == 0 else [*np.asarray(eps).tolist()]
     if not radii:
         raise ValueError("eps is empty; give a radius in pixel units, or several")
-    if attack is autoattack or getattr(attack, "func", None) is autoattack:
+    if is_autoattack(attack):
         raise ValueError(
             "autoattack returns its own mask and distances: call it directly, once for each radius"
         )
-    if keywords.get("eot_samples"):
+    parameters = inspect.signature(attack).parameters.items()
+    own = {name: p.default for name, p in parameters if p.default is not p.empty}
+    if {**own, **keywords}.get("eot_samples"):
         raise ValueError(
             "a network that takes a key, as eot_samples has it, may answer otherwise each time: "
             "call the attack directly, and judge its points over several keys"
         )
-    parameters = inspect.signature(attack).parameters.items()
-    own = {name: p.default for name, p in parameters if p.default is not p.empty}
     seeks_nearest = own.get("eps") == np.inf
     for radius in radii:
         _checks.lengths(eps=radius, infinite=seeks_nearest)

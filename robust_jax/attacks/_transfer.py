@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from robust_jax._front import compiled
-from robust_jax.attacks._autoattack import autoattack
+from robust_jax.attacks._autoattack import is_autoattack
 from robust_jax.attacks._pgd import pgd
 from robust_jax.attacks._success import is_adversarial
 from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
@@ -54,7 +54,7 @@ def transfer(
     Reference:
         Papernot et al. 2016, arXiv 1605.07277.
     """
-    if attack is autoattack or getattr(attack, "func", None) is autoattack:
+    if is_autoattack(attack):
         raise ValueError(
             "autoattack is a loop on the host: call it with the surrogate, and show its x_adv to "
             "logits_fn with is_adversarial"

@@ -59,14 +59,16 @@ class Checkpoints:
                 ),
             )
 
-    def forget_after(self, step: int) -> None:
+    def forget_after(self, step: int) -> bool:
         """Drops the best ones of later steps, which a run that resumes here takes again.
 
-        They need not come out alike, as on another number of devices.
+        They need not come out alike, as on another number of devices. Returns whether a best one
+        is left.
         """
         manager = self._managers["best"]
         for later in [known for known in manager.all_steps() if known > step]:
             manager.delete(later)
+        return bool(manager.all_steps())
 
     def restore(self, kind: str) -> tuple[TrainState, Notes] | None:
         """The newest readable checkpoint, or None where there is none.

@@ -141,7 +141,7 @@ def _open(plan: Plan, workdir: Path):
 
 def _trained(plan: Plan, checkpoints: Checkpoints, last: TrainState, notes: Notes) -> Trained:
     best = checkpoints.restore("best")
-    if best is None:
+    if best is None or best[1]["best_accuracy"] != notes["best_accuracy"]:
         raise UserError("the best checkpoint is gone; train in another --workdir")
     return Trained(best=best[0], last=last, timings=_timings(plan, last, notes))
 
@@ -183,7 +183,8 @@ def _run(
 ) -> _Steps:
     """Returns the last state, its notes and whether it was asked to stop there."""
     start = int(state.step)
-    checkpoints.forget_after(start)
+    if not checkpoints.forget_after(start):
+        notes["best_accuracy"] = _NEW_RUN["best_accuracy"]
     if start:
         logging.info("continuing from step %d of %d", start, plan.total_steps)
     elif (workdir / "metrics.jsonl").exists():
