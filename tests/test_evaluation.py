@@ -333,22 +333,20 @@ def test_launchs_evaluation_of_a_network_finds_the_same():
 
 
 def test_overrides_may_hold_a_loss_and_numbers_of_numpy(tmp_path):
-    x, y = points()
-    own = {"num_steps": np.int64(2), "loss": losses.margin_loss}
-    keywords = {**SETTINGS, "version": ("apgd_ce",), "overrides": {"apgd_ce": own}}
-    call = partial(robust_jax.evaluate, trained(), x, y, KEY, folder=tmp_path, num_audited=0)
-    first = call(**{k: v for k, v in keywords.items() if k != "num_audited"})
+    x, y = (values[:10] for values in points())
+
+    def call(factor):
+        def loss(logits, labels):
+            return factor * losses.margin_loss(logits, labels)
+
+        own = {"apgd_ce": {"num_steps": np.int64(2), "loss": loss}}
+        settings = {**SETTINGS, "version": ("apgd_ce",), "overrides": own, "num_audited": 0}
+        return robust_jax.evaluate(trained(), x, y, KEY, folder=tmp_path, **settings)
+
+    first = call(1.0)
     results = json.loads((tmp_path / "results.json").read_text())
     said = results["config"]["attacks"]["autoattack_linf"]["overrides"]["apgd_ce"]
-    assert said == {"num_steps": 2, "loss": "robust_jax.losses.margin_loss"}
-    again = call(**{k: v for k, v in keywords.items() if k != "num_audited"})
-    assert again.robust_accuracy == first.robust_accuracy
-    # Another loss of the same name is another evaluation.
-    for factor, refused in ((1.0, False), (2.0, True)):
-        own["loss"] = lambda logits, labels, by=factor: by * losses.margin_loss(logits, labels)
-        keywords["folder"] = tmp_path / "closure"
-        if not refused:
-            robust_jax.evaluate(trained(), x, y, KEY, **{**keywords, "num_audited": 0})
-            continue
-        with pytest.raises(UserError, match="an evaluation of something else"):
-            robust_jax.evaluate(trained(), x, y, KEY, **{**keywords, "num_audited": 0})
+    assert said["num_steps"] == 2 and said["loss"].endswith("call.<locals>.loss")
+    assert call(1.0).robust_accuracy == first.robust_accuracy
+    with pytest.raises(UserError, match="an evaluation of something else"):
+        call(2.0)  # another loss of the same name
