@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from robust_jax.app.studies import claims, measures
+from robust_jax.app.studies import claims, measures, study
 from robust_jax.app.studies.claims import Evidence
 from robust_jax.app.studies.intervals import as_wide_as, interval
 from robust_jax.errors import UserError
@@ -545,3 +545,13 @@ def test_a_size_that_is_none_is_told(test, message):
     with pytest.raises(UserError, match=message):
         claims.check_size({**ABOVE, **test}, "smallest_effect", "config.claims.a's smallest_effect")
     claims.check_size({**ABOVE, "measure": "m", "smallest_effect": "5 %"}, "smallest_effect", "")
+
+
+def test_a_difference_in_the_table_is_over_the_images_of_both():
+    held = np.arange(20) % 2
+    records = table(np.ones(20), correct=np.arange(20) < 15)
+    records["few@0.1/held"] = pd.array([*map(bool, held[:8]), *[None] * 12], dtype="boolean")
+    entry = {"name": "few", "attack": "few", "norm": "linf", "eps": 0.1, "robust_accuracy": 0.5}
+    run = {"clean": {"accuracy": 0.75}, "attacks": [entry]}
+    found = study._summary("clean.accuracy - few@0.1", {s: Evidence(run, records) for s in (0, 1)})
+    assert found["values"] == {"0": 0.5, "1": 0.5} and found["mean"] == 0.5  # not 0.75 - 0.5

@@ -26,6 +26,16 @@ def test_legacy_keys_are_taken_within_the_callers_jit_too(name, count):
     chex_close(call(legacy), plain)
 
 
+@pytest.mark.parametrize("name", ["gaussian_noise", "mean_square", "spectral_norm"])
+def test_an_example_draws_the_same_beside_any_neighbours(name):
+    """On one device: under vmap, keys of "rbg" draw as the first of them does."""
+    x, y = examples()
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), len(x))
+    call = jax.jit(functools.partial(FUNCTIONS[name], network(weights_of(0))))
+    found, turned = call(x, y, keys), call(x[::-1], y[::-1], keys[::-1])
+    np.testing.assert_allclose(turned[::-1], found, rtol=1e-5)
+
+
 def test_a_randomised_network_takes_keys_of_another_implementation():
     x, y = examples()
 

@@ -139,9 +139,8 @@ def evaluate(
     unfinished, digest = None, ""
     if folder is not None:
         folder = Path(folder)
-        losses_given = values_of_losses(overrides or {}, num_classes)
-        settings = (radii, version, written(overrides), *losses_given)
-        digest = _digest(x, y, key, threat, *settings)
+        said = (written(overrides), *values_of_losses(overrides or {}, num_classes))
+        digest = _digest(x, y, key, threat, radii, version, *said)
         _claim(folder, name, digest, logits_fn, x, y)
         unfinished = folder / "unfinished" / digest
         unfinished.mkdir(parents=True, exist_ok=True)

@@ -271,22 +271,18 @@ def _describe(test: Mapping[str, Any], labels: Mapping[str, str], names: Mapping
     what, relation = _in_words(measure, labels), test["relation"]
     if measure.endswith("*"):
         what, relation = f"most of {what}", relation.removesuffix("s")
-    if test["relation"] in ("rises", "falls"):
-        margin = ""
-        if by:
-            wrong_way = "falls" if test["relation"] == "rises" else "rises"
-            margin = f" or {wrong_way} by at most {_size(-by, test)}"
-            if by > 0:
-                margin = f" by more than {_size(by, test)}"
+    is_trend, opposite = test["relation"] in ("rises", "falls"), _OPPOSITES[test["relation"]]
+    margin = f" by more than {_size(by, test)}" if by > 0 else ""
+    if by < 0:
+        size = f"at most {_size(-by, test)}"
+        margin = f" or {opposite} by {size}" if is_trend else f" or {size} {opposite} it"
+    if is_trend:
         return f"{what} {relation} from {arms[0]} to {arms[-1]}{margin}"
     other = arms[1] if len(arms) > 1 else _number(test["level"], unit) + unit
-    margin = ""
-    if by:
-        wrong_side = "below" if test["relation"] == "above" else "above"
-        margin = f" or at most {_size(-by, test)} {wrong_side} it"
-        if by > 0:
-            margin = f" by more than {_size(by, test)}"
     return f"{what}: {arms[0]} {relation} {other}{margin}"
+
+
+_OPPOSITES = {"rises": "falls", "falls": "rises", "above": "below", "below": "above"}
 
 
 def _in_words(measure: str, labels: Mapping[str, str]) -> str:
