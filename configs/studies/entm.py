@@ -20,14 +20,14 @@ ENTM = {
 }
 SMOOTHED = {"loss": {"name": "cross_entropy", "label_smoothing": 0.2}}
 LS = {**SMOOTHED, "sweep": {"field": "loss.label_smoothing", "values": (0.1, 0.2, 0.4)}}
-# At scale small the largest of each was the best.
-LARGER = {
+# At scale small the largest of each was the best, after longer training a smaller one.
+WIDER = {
     arm: {"sweep": {"values": values}}
     for arm, values in {
-        "entm": (0.3, 1.0, 3.0),
-        "at_entm": (0.3, 1.0, 3.0),
-        "at_ls": (0.2, 0.4, 0.6),
-        "at_ls_matched": (0.3, 0.4, 0.5, 0.6, 0.7),
+        "entm": (0.1, 0.3, 1.0, 3.0),
+        "at_entm": (0.1, 0.3, 1.0, 3.0),
+        "at_ls": (0.1, 0.2, 0.4, 0.6),
+        "at_ls_matched": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
     }.items()
 }
 MATCHED = {
@@ -128,7 +128,7 @@ def get_config():
             "seeds": (0, 1, 2, 3, 4),
             "seeds_limit": 10,
             "radii": radii,
-            "arms": LARGER,
+            "arms": WIDER,
             "base": {
                 "adversary": {"num_steps": 10},
                 "duration": "20 epochs",
@@ -143,10 +143,10 @@ def get_config():
             "radii": dict(zip(radii, levels, strict=True)),
             "arms": {
                 arm: {
-                    **LARGER.get(arm, {}),
+                    **WIDER.get(arm, {}),
                     **({"validation_attack": {"eps": levels[0]}} if arm in alone else {}),
                 }
-                for arm in {**LARGER, **alone}
+                for arm in {**WIDER, **alone}
             },
             "published": (("at", PREACT_RESNET18_AT),),
             "base": {

@@ -255,7 +255,8 @@ def _attack_table(results: Results) -> pd.DataFrame:
     label = short.where(~clashes, table["name"])
     label = label.where(~table["attack"].str.startswith("worst_case"), plots.WORST_CASE)
     part = table["count"] < results["clean"]["count"]
-    label = label.where(~part, label + ", first " + table["count"].astype(str))
+    shown = [f"{name}, first {count}" for name, count in zip(label, table["count"], strict=True)]
+    label = label.where(~part, pd.Series(shown, dtype=object))
     table = table.assign(attack=label).rename(columns={"robust_accuracy": "accuracy"})
     return table.sort_values("norm", key=lambda n: n != (radius and radius.norm), kind="stable")
 
@@ -348,7 +349,7 @@ def _first_to_break(results: Results, best: pd.DataFrame) -> list[dict[str, str]
     rows = []
     groups = list(found.groupby(["eps", "by"]))
     for (eps, name), part in sorted(groups, key=lambda group: (group[0][0], -len(group[1]))):
-        distance = part["distance"].median()
+        distance = part["distance"].dropna().median()
         rows.append(
             {
                 "eps": format_eps(eps) if np.isfinite(eps) and eps else "–",
