@@ -19,7 +19,7 @@ from robust_jax.files import write_atomically
 from robust_jax.plots import study as plots
 
 # Panels of three in a line, times arms, of a figure; more would be too large a file to keep.
-_LINES_BY_ARMS = 24
+_LINES_BY_ARMS = 20
 
 
 def write(workdir: Path, results: Results, arrays: Arrays) -> None:
