@@ -20,7 +20,7 @@ ENTM = {
 }
 SMOOTHED = {"loss": {"name": "cross_entropy", "label_smoothing": 0.2}}
 LS = {**SMOOTHED, "sweep": {"field": "loss.label_smoothing", "values": (0.1, 0.2, 0.4)}}
-# At scale small the largest of each was the best, after longer training a smaller one.
+# At scale small each chose its largest; after longer training AT has the smallest of larger ones.
 WIDER = {
     arm: {"sweep": {"values": values}}
     for arm, values in {
