@@ -56,7 +56,14 @@ def versions(*packages: str) -> dict[str, str]:
 def device() -> dict[str, Any]:
     """What computed it."""
     first = jax.devices()[0]
-    return {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count()}
+    # None is JAX's default: on a GPU it multiplies in TF32.
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # declared at run time
+    return {
+        "platform": first.platform,
+        "kind": first.device_kind,
+        "count": jax.device_count(),
+        "matmul_precision": precision,
+    }
 
 
 def audit_to_json(audit: Audit) -> dict[str, Any]:
