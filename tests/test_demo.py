@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from configs import default
 from configs.studies import entm
 from robust_jax.app import config as config_lib
+from robust_jax.app import results as results_lib
 from robust_jax.app import stored
 from robust_jax.app.pages import report
 from robust_jax.app.run import execute
@@ -261,6 +263,8 @@ def test_results_say_how_they_were_made(results):
     assert results["threat"] == results["trained_against"] == {"norm": "linf", "eps": 0.15}
     device = {"platform": "cpu", "kind": "cpu", "count": 1, "matmul_precision": None}
     assert results["device"] == device
+    with jax.default_matmul_precision("highest"):
+        assert results_lib.device()["matmul_precision"] == "highest"
     assert {"jax", "flax", "optax", "python", "robust_jax"} <= set(results["versions"])
     assert results["timings"]["examples_per_second"] > 0
     assert results["jacobian"]["logits"]["frobenius"]["mean"] > 0
