@@ -144,7 +144,7 @@ def test_a_step_that_is_damaged_is_set_aside_and_written_again(saved, tmp_path):
     for _ in range(2):
         emptied(folder / "5/notes/metadata")
         checkpoints = Checkpoints(workdir, state_at(0))
-        assert int(checkpoints.restore("last")[0].step) == checkpoints.latest_step() == 3
+        assert int(checkpoints.restore("last")[0].step) == 3
         checkpoints.save("last", state_at(5), {"step": 5})
         checkpoints.wait()
         assert int(checkpoints.restore("last")[0].step) == 5

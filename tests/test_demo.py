@@ -300,6 +300,19 @@ def test_a_finished_run_says_so_and_keeps_its_files(demo, results, caplog):
     assert (demo.workdir / "results.json").read_bytes() == before
 
 
+def test_a_finished_run_without_its_last_checkpoint_is_not_trained_again(copied):
+    shutil.rmtree(copied / "checkpoints" / "last")
+
+    def times():
+        return {p: p.stat().st_mtime_ns for p in copied.rglob("*") if p.name != ".lock"}
+
+    before = times()
+    execute(stored.config_of(copied), copied, "train")
+    assert times() == before
+    with pytest.raises(UserError, match="last is empty: .* if the run is finished, put the folder"):
+        execute(stored.config_of(copied), copied, "evaluate")
+
+
 def test_another_config_in_the_same_folder_is_refused(demo):
     before = {p: p.stat().st_mtime_ns for p in demo.workdir.rglob("*")}
     config = stored.config_of(demo.workdir)

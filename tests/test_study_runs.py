@@ -20,7 +20,7 @@ def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, m
     study.train_seeds_together(trials, tmp_path)
     plans = [build(trial.config).plan for trial in trials]
     for trial, plan in zip(trials, plans, strict=True):
-        assert loop.is_trained(plan, tmp_path / trial.name)
+        loop.restore(plan, tmp_path / trial.name)  # which raises where training is not finished
         assert not (tmp_path / trial.name / "results.json").exists()
     (tmp_path / "entm" / "0" / "results.json").write_text("{}")
     monkeypatch.setattr(study.run, "train_together", None)  # one is left: nothing to share

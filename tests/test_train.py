@@ -364,7 +364,7 @@ def test_sigterm_in_the_last_step_is_not_swallowed(tmp_path):
     with pytest.raises(SystemExit) as stopped:
         loop.train(at_the_end, tmp_path)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert loop.is_trained(plan, tmp_path)
+    assert int(loop.restore(plan, tmp_path).last.step) == plan.total_steps
 
 
 def test_sigterm_while_nothing_is_left_to_train_is_not_swallowed(
@@ -445,8 +445,11 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_unfinished_training_cannot_be_evaluated(tmp_path):
-    with pytest.raises(UserError, match="is at step 0 of 12; finish it with --mode=train"):
+def test_unfinished_training_cannot_be_evaluated(undisturbed, tmp_path):
+    longer = dataclasses.replace(plan_of(), total_steps=13)
+    with pytest.raises(UserError, match="is at step 12 of 13; finish it with --mode=train"):
+        loop.restore(longer, undisturbed[1])
+    with pytest.raises(UserError, match="last is empty: train with --mode=train, or, if"):
         loop.restore(plan_of(), tmp_path)
 
 

@@ -25,7 +25,7 @@ from robust_jax.devices import processes, speed
 from robust_jax.errors import UserError
 from robust_jax.models import num_parameters
 from robust_jax.train import loop
-from robust_jax.train.loop import Trained, is_trained, restore, train
+from robust_jax.train.loop import Trained, restore, train
 
 
 class Finished(NamedTuple):
@@ -98,7 +98,7 @@ def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> N
 
 
 def _train(experiment: Experiment, workdir: Path, profile: bool) -> str:
-    if (workdir / "results.json").exists() and is_trained(experiment.plan, workdir):
+    if (workdir / "results.json").exists():
         logging.info("%s is finished; --mode=evaluate or --mode=report redo a part", workdir)
         return report.table(stored.results(workdir))
     trained = train(experiment.plan, workdir, workdir / "profile" if profile else None)

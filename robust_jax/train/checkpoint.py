@@ -126,10 +126,6 @@ class Checkpoints:
             name = f"{kind}_{step}" + (f"_{taken + 1}" if taken else "")
             (Path(self._managers[kind].directory) / str(step)).rename(folder / name)
 
-    def latest_step(self) -> int:
-        """The step of the newest `last` checkpoint, readable or not; 0 where there is none."""
-        return self._managers["last"].latest_step() or 0
-
     def wait(self) -> None:
         """Returns once everything saved so far is on disk. Raises CannotWrite where it is not."""
         with self._writing():

@@ -120,19 +120,18 @@ def train_seeds(
 def restore(plan: Plan, workdir: Path) -> Trained:
     """What train returned when it finished. Raises UserError where it has not."""
     with _open(plan, workdir) as checkpoints:
-        state, notes = checkpoints.restore("last") or (plan.init(), _NEW_RUN)
+        if (found := checkpoints.restore("last")) is None:
+            raise UserError(
+                f"{workdir / 'checkpoints' / 'last'} is empty: train with --mode=train, or, if the "
+                "run is finished, put the folder back"
+            )
+        state, notes = found
         if int(state.step) < plan.total_steps:
             raise UserError(
                 f"training in {workdir} is at step {int(state.step)} of {plan.total_steps}; "
                 "finish it with --mode=train"
             )
         return _trained(plan, checkpoints, state, notes)
-
-
-def is_trained(plan: Plan, workdir: Path) -> bool:
-    """Whether the last checkpoint of the plan is there."""
-    with _open(plan, workdir) as checkpoints:
-        return checkpoints.latest_step() >= plan.total_steps
 
 
 def _open(plan: Plan, workdir: Path):
