@@ -54,7 +54,8 @@ def get_config() -> ConfigDict:
     )
     # Terms of robust_jax.train.regularizers; weight 0 leaves one out. The key is a label, which
     # "name" follows if it is not given, so that a regulariser can be used twice. "on" is a half, as
-    # in loss_on, which it follows if it is not given; kl and weighted_kl compare the halves.
+    # in loss_on, which it follows if it is not given; kl and weighted_kl compare the halves, and
+    # orthogonality is of the weights.
     config.regularizers = ConfigDict(
         {
             "entropy": {"weight": 0.0},  # EntM
@@ -108,7 +109,8 @@ def get_config() -> ConfigDict:
     )
 
     # Attacks on the best and the last checkpoint (see evaluation.last). The key labels the attack
-    # in tables, and names it if "name" is missing; eps lists the radii in pixel units.
+    # in tables, and names it if "name" is missing, one of robust_jax.attacks.ATTACKS; eps lists
+    # the radii in pixel units; loss is one of robust_jax.losses.ATTACK_LOSSES.
     # num_examples: attack the first so many (0, the default: all). surrogate: whose adversarials
     # they are, the folder of a finished run, or "train" for the audit's undefended CNN.
     config.attacks = attack_grid(

@@ -1,4 +1,4 @@
-"""Label-free energy (arXiv 1911.06479, our reading) on digits, semi-supervised with 100 labels.
+"""Label-free oscillation (arXiv 1911.06479, our reading) on digits, with 100 labels.
 
 python launch.py --config=configs/digits_cnn_energy_label_free.py --workdir=runs/digits_label_free
 

@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"robust_jax.{name} needs {error.name}: pip install robust_jax[train]"
+            f"robust_jax.{name} needs {error.name}, of the extra train: pip install -e '.[train]'"
         ) from error
 
 

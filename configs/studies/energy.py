@@ -55,7 +55,8 @@ def get_config():
         "averages over the ball. Adversarial training minimises the loss at the worst point, an "
         "upper bound of the rise's root. VAT's term bounds the label-free rise "
         "alone.",
-        "Every weight is chosen by robust accuracy on held-out images.",
+        "Every weight is chosen by robust accuracy on held-out images. Few labels are 100 on "
+        "MNIST, 4,000 on CIFAR-10 and 1,000 on SVHN; three quarters of a batch then have none.",
         "Label-free energies are of KL(p(x) ‖ p(x+r)), which VAT lowers at one r, not cut to "
         "[0,1]. One-step training is the baseline of Miyato et al. 2018, x + eps·g/‖g‖, "
         "which is cut to [0,1] here, and the loss on both halves.",
@@ -65,10 +66,10 @@ def get_config():
         "at": "AT",
         "at_one_step": "AT, one step",
         "vat": "VAT",
-        "ce_few": "CE, 100 labels",
-        "vat_few": "VAT, 100 labels",
-        "total_variation_few": "total variation, 100 labels",
-        "oscillation_few": "oscillation, 100 labels",
+        "ce_few": "CE, few labels",
+        "vat_few": "VAT, few labels",
+        "total_variation_few": "total variation, few labels",
+        "oscillation_few": "oscillation, few labels",
     }
     config.scale = "small"
     config.seeds = (0, 1, 2)

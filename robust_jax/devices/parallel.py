@@ -1,4 +1,4 @@
-"""Devices: the only file that names pmap, shard_map or a mesh.
+"""Devices: the only file that calls pmap or shard_map and makes a mesh.
 
 Work is written per device and mapped over the axis AXIS. Two mappings do the same: jax.pmap,
 and its successor jit(shard_map). With one CPU device both are just that device.
