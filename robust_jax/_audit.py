@@ -36,6 +36,19 @@ _LEFT_OVER = (0.01, 0.05)
 _UNLIKE = (0.05, 0.15)
 # Examples that are looked at beside the network's whole behaviour.
 _FEW = 16
+CHECKS = (
+    "outputs",
+    "randomness",
+    "batch",
+    "gradients",
+    "steps",
+    "radius",
+    "losses",
+    "precision",
+    "noise",
+    "square",
+    "transfer",
+)
 
 
 class Check(NamedTuple):
@@ -145,19 +158,19 @@ def audit(
 
     lab = _Lab(mapping, double_mapping, rows, logits, eps, norm, training_loss)
     checks = []
-    with progress_bar(11, "audit", "check", shown=progress) as bar:
+    with progress_bar(len(CHECKS), "audit", "check", shown=progress) as bar:
         for found in _checks_of(lab, all_logits, x[:_FEW], logits_fn, others, num_queries):
             checks.append(found)
             bar.set_postfix_str(found.name, refresh=False)
             bar.update()
-    verdict = max((check.verdict for check in checks), key=get_args(Grade).index)
+    verdict = _worst(*(check.verdict for check in checks))
     return Audit(verdict, tuple(checks), threat.name, float(eps), len(logits))
 
 
 def _checks_of(
     lab: "_Lab", logits, x, logits_fn, surrogates: Mapping[str, Network], num_queries: int
 ) -> Iterator[Check]:
-    """The checks in turn; the first three look at all examples, also those it gets wrong."""
+    """CHECKS in turn; the first three also look at examples that the network gets wrong."""
     yield _check_outputs(logits)
     yield _check_randomness(logits_fn, x)
     yield _check_batch(logits_fn, x)
@@ -356,7 +369,7 @@ def _check_gradients(lab: _Lab) -> Check:
 
 def _check_steps(lab: _Lab) -> Check:
     few, many, restarts = (lab.share(n) for n in ("few_steps", "cross_entropy", "restarts"))
-    verdict = _worse(lab.grade(many - few, (0.02, 0.05)), lab.grade(few - restarts, (0.2, 0.4)))
+    verdict = _worst(lab.grade(many - few, (0.02, 0.05)), lab.grade(few - restarts, (0.2, 0.4)))
     return Check(
         "steps",
         verdict,
@@ -375,7 +388,7 @@ def _check_radius(lab: _Lab) -> Check:
     shares = {f"{lab.eps:g}": lab.share("margin"), **shares}
     found = list(shares.values())
     rise = max((b - a for a, b in zip(found, found[1:], strict=False)), default=0.0)
-    verdict = _worse(lab.grade(rise, (0.02, 0.05)), lab.grade(found[-1], (0.02, 0.1)))
+    verdict = _worst(lab.grade(rise, (0.02, 0.05)), lab.grade(found[-1], (0.02, 0.1)))
     listed = ", ".join(f"{_percent(share)} at {r}" for r, share in shares.items())
     return Check(
         "radius",
@@ -426,7 +439,7 @@ def _check_noise(lab: _Lab) -> Check:
     run = lab.map_examples(_Noise(lab.norm))
     faint = 1 - float(run(lab.rows, lab.radius(lab.eps / 100)).mean())
     broken, standing = _broken(lab, lambda rows: run(rows, lab.radius(lab.eps)))
-    verdict = _worse(lab.grade(broken, _LEFT_OVER), lab.grade(faint, (0.05, 0.2)))
+    verdict = _worst(lab.grade(broken, _LEFT_OVER), lab.grade(faint, (0.05, 0.2)))
     return Check(
         "noise",
         verdict,
@@ -585,8 +598,8 @@ def _grade(value: float, limits: tuple[float, float]) -> Grade:
     return "fail" if value > fail else "warn" if value > warn else "pass"
 
 
-def _worse(*verdicts: Grade) -> Grade:
-    return "fail" if "fail" in verdicts else "warn" if "warn" in verdicts else "pass"
+def _worst(*verdicts: Grade) -> Grade:
+    return max(verdicts, key=get_args(Grade).index)
 
 
 def _percent(share: float) -> str:

@@ -54,7 +54,7 @@ def _wide_type(param: Any) -> Any:
     return jnp.dtype(jnp.float64) if is_type else param
 
 
-def _result(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
+def _result(eqn: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
     """An equation's results in float64."""
     name, params = eqn.primitive.name, eqn.params
     inputs = list(map(_wide, inputs))

@@ -7,7 +7,7 @@ traces that do the same, by the description below, are one program.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -258,12 +258,19 @@ def _keeps_arrays(eqn: core.JaxprEqn) -> bool:
 def _all_equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
     for eqn in jaxpr.eqns:
         yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(inner, core.ClosedJaxpr):
-                    yield from _all_equations(inner.jaxpr)
-                elif isinstance(inner, core.Jaxpr):
-                    yield from _all_equations(inner)
+        for inner in programs_in(eqn.params.values()):
+            yield from _all_equations(inner)
+
+
+def programs_in(params: Iterable[Any]) -> Iterator[core.Jaxpr]:
+    """The programs among an equation's parameters: bodies, branches and the like."""
+    for value in params:
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from programs_in(value)
 
 
 def interpret(
@@ -271,7 +278,7 @@ def interpret(
 ) -> list[Any]:
     """The program's results, equation by equation; those of a jitted call are a part of it.
 
-    rule(jaxpr, eqn, inputs) gives an equation's results, or None for those that it stands for.
+    rule(eqn, inputs) gives an equation's results, or None for those that it stands for.
     """
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
@@ -284,7 +291,7 @@ def interpret(
             inner = eqn.params["jaxpr"]
             outputs = interpret(inner.jaxpr, inner.consts, inputs, rule)
             values.update(zip(eqn.outvars, outputs, strict=True))
-        elif (outputs := rule(jaxpr, eqn, inputs)) is not None:
+        elif (outputs := rule(eqn, inputs)) is not None:
             values.update(zip(eqn.outvars, outputs, strict=True))
         else:
             variables, fn = variables_and_function(jaxpr, eqn)
@@ -298,9 +305,7 @@ def _inlined(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
     return interpret(jaxpr, consts, args, _written_again)
 
 
-def _written_again(
-    jaxpr: core.Jaxpr, eqn: core.JaxprEqn, inputs: Sequence[Any]
-) -> Sequence[Any] | None:
+def _written_again(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any] | None:
     """A loop, a branch or a remat of an inlined body, out of which JAX takes what is closed over.
 
     What has a derivative of its own stays as it is, and so does a while loop, which has no
@@ -334,13 +339,11 @@ def _written_again(
     return None
 
 
-def _as_written(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, inputs: Sequence[Any]) -> None:
+def _as_written(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> None:
     """Each equation stands for itself."""
 
 
-def _fast_on_a_cpu(
-    jaxpr: core.Jaxpr, eqn: core.JaxprEqn, inputs: Sequence[Any]
-) -> list[Any] | None:
+def _fast_on_a_cpu(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     fast = replacement(eqn)
     return None if fast is None else [fast(*inputs)]
 

@@ -71,7 +71,7 @@ def cross_entropy(logits: Logits, labels: Labels, *, label_smoothing: float = 0.
     Reference:
         Szegedy et al. 2016, arXiv 1512.00567, section 7.
     """
-    _check_range("label_smoothing", label_smoothing, 0.0, 1.0, half_open=True)
+    _check_share("label_smoothing", label_smoothing, half_open=True)
     log_p = _log_softmax(logits)
     log_p_label = _at(log_p, labels)
     if label_smoothing == 0:  # a class at -inf counts for nothing then
@@ -116,7 +116,7 @@ def guided_complement_entropy(
     Reference:
         Chen et al. 2019, arXiv 1903.09799; code: github.com/henry8527/GCE.
     """
-    _check_range("alpha", alpha, 0.0, 1.0)
+    _check_share("alpha", alpha)
     num_classes = _check_classes("guided_complement_entropy", logits, 3)
     if form not in get_args(Form):
         raise ValueError(f"form must be one of {', '.join(get_args(Form))}, not {form!r}")
@@ -461,11 +461,9 @@ def _without(logits: Logits, labels: Labels) -> Logits:
     )
 
 
-def _check_range(name: str, value: float, low: float, high: float, half_open: bool = False) -> None:
-    if not (low <= value < high if half_open else low <= value <= high):
-        raise ValueError(
-            f"{name} must be in [{low:g}, {high:g}{')' if half_open else ']'}, not {value!r}"
-        )
+def _check_share(name: str, value: float, half_open: bool = False) -> None:
+    if not (0 <= value < 1 if half_open else 0 <= value <= 1):
+        raise ValueError(f"{name} must be in [0, 1{')' if half_open else ']'}, not {value!r}")
 
 
 def _check_classes(name: str, logits: Logits, least: int, remedy: str = "") -> int:

@@ -54,6 +54,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ranks.get(item.path.name, len(first)))
 
 
+@contextlib.contextmanager
+def strictly():
+    """Everything that JAX can be told to refuse."""
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+        jax.debug_key_reuse(True),
+    ):
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_dropped_in_time():
     """Programs take some memory maps each, of which Linux gives a process 65,530."""

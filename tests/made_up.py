@@ -7,20 +7,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from robust_jax.app import stored
+from robust_jax import attacks
+from robust_jax.app import results, stored
+from robust_jax.app.evaluator import AttackGrid
 
 EPS = {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.0)}
-
-
-ATTACKS = {"fgsm": 1.3, "pgd": 1.0}  # how much further than the nearest boundary each must go
-
-
+EFFORTS = {"fgsm": 1.3, "pgd": 1.0}  # how much further than the nearest boundary each must go
 HOSTILE = "<script>alert('x')</script>"
 
 
-def make_records(seed: int, norms=("linf", "l2"), num: int = 120) -> pd.DataFrame:
+def make_records(seed: int, norms=("linf", "l2")) -> pd.DataFrame:
     """Examples with a distance to the boundary that shrinks as their Jacobian grows."""
-    rng = np.random.default_rng(seed)
+    rng, num = np.random.default_rng(seed), 120
     label = rng.integers(0, 10, num)
     margin = rng.normal(3.0, 1.6, num)
     frobenius = rng.lognormal(1.5, 0.4, num)
@@ -51,7 +49,7 @@ def make_records(seed: int, norms=("linf", "l2"), num: int = 120) -> pd.DataFram
     columns = {}
     for norm in norms:
         reach = np.where(correct, margin / frobenius, 0) * (0.2 if norm == "linf" else 1.2)
-        for attack, effort in ATTACKS.items():
+        for attack, effort in EFFORTS.items():
             for eps in EPS[norm]:
                 held = correct & (effort * reach > eps)
                 columns[f"{attack}_{norm}@{eps:g}/held"] = held
@@ -62,55 +60,12 @@ def make_records(seed: int, norms=("linf", "l2"), num: int = 120) -> pd.DataFram
 
 def summarize(records: pd.DataFrame, step: int, norms=("linf", "l2")) -> dict:
     """results.json's entry of one checkpoint."""
-    attacks = []
-    for norm in norms:
-        for kind in (*ATTACKS, "worst_case"):
-            for eps in EPS[norm]:
-                names = ATTACKS if kind == "worst_case" else [kind]
-                held = [records[f"{n}_{norm}@{eps:g}/held"] for n in names]
-                attacks.append(
-                    {
-                        "name": f"{kind}_{norm}",
-                        "attack": kind,
-                        "norm": norm,
-                        "eps": eps,
-                        "robust_accuracy": float(np.all(held, axis=0).mean()),
-                        "count": len(records),
-                        "mean_distance": None,
-                    }
-                )
-
-    def statistics(column):
-        values = records[column]
-        return {"mean": values.mean(), "median": values.median(), "standard_error": values.sem()}
-
-    jacobian = {
-        fn: {norm: statistics(f"{norm}_{fn}") for norm in ("frobenius", "spectral")}
-        for fn in ("logits", "probabilities")
+    grids = {
+        f"{kind}_{norm}": AttackGrid(kind, attacks.pgd, norm, EPS[norm])
+        for norm in norms
+        for kind in EFFORTS
     }
-    error = records["frobenius_estimate_error_logits"].mean()
-    jacobian["logits"]["frobenius_estimate"] = {
-        **statistics("frobenius_estimate_logits"),
-        "mean_error_of_estimate": error,
-    }
-    clean = {
-        "accuracy": float(records["correct"].mean()),
-        "count": len(records),
-        "cross_entropy": float(records["cross_entropy"].mean()),
-    }
-    matched = ("frobenius_logits", "spectral_logits")
-    jacobian["matched"] = {
-        name.removesuffix("_logits"): {k: v / 2 for k, v in statistics(name).items()}
-        for name in matched
-    }
-    return {
-        "step": step,
-        "clean": clean,
-        "attacks": attacks,
-        "jacobian": jacobian,
-        "temperature": 2.0,
-        "relative_slope": statistics("relative_slope"),
-    }
+    return {"step": step, **results.summarize(records, grids, temperature=2.0)}
 
 
 def make_metrics(steps: int, best: int) -> list[dict]:
@@ -164,7 +119,7 @@ def make_run(
     entry = {"name": "pgd", "norm": "linf", "eps": 0.1, "num_steps": 10} if adversary else None
     if isinstance(adversary, dict):
         entry = {**entry, **adversary}
-    results = {
+    found = {
         "config": {
             "seed": 0,
             "dataset": "digits",
@@ -200,11 +155,11 @@ def make_run(
         "audit": audit,
         "measurements": {},
     }
-    stored.write_results(workdir, results)
+    stored.write_results(workdir, found)
     lines = map(json.dumps, make_metrics(300, best))
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     np.savez(workdir / "examples.npz", attack="pgd_linf", eps=0.1, **make_images(channels))
-    return results
+    return found
 
 
 def make_images(channels: int, num: int = 10) -> dict[str, np.ndarray]:

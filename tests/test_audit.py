@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from robust_jax import attacks, audit, losses
-from robust_jax._audit import _check_losses, _Lab
+from robust_jax._audit import CHECKS, _check_losses, _Lab
 from robust_jax._double import NotInDouble, in_double
 from robust_jax._front import Mapper
 from robust_jax._network import as_network
@@ -120,6 +120,7 @@ def switched(network, before="nothing", after="nothing"):
 def test_masked_networks_are_flagged_by_the_right_check(name):
     *masks, flags = MASKED[name]
     result = look(switched(standard(), *masks))
+    assert tuple(check.name for check in result.checks) == CHECKS
     failed = {check.name for check in result.checks if check.verdict == "fail"}
     assert result.verdict == "fail"
     assert flags <= failed, result.checks

@@ -1,6 +1,5 @@
 """Losses, Jacobians and energies in every dtype of x and in JAX's stricter modes."""
 
-import contextlib
 import functools
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from robust_jax import energy, jacobian, losses
+from tests.conftest import strictly
 
 B, K = 4, 5
 SHAPE = (3, 2)  # neither an image nor a row: any rank will do
@@ -22,18 +22,6 @@ OTHERS = (np.arange(B) + 1) % K
 def network(x):
     """Smooth, and computed in the dtype of x throughout."""
     return jnp.tanh(x.reshape(len(x), -1)) @ jnp.asarray(WEIGHTS, x.dtype)
-
-
-@contextlib.contextmanager
-def strictly():
-    """Everything that JAX can be told to refuse."""
-    with (
-        jax.numpy_dtype_promotion("strict"),
-        jax.numpy_rank_promotion("raise"),
-        jax.debug_nans(True),
-        jax.debug_key_reuse(True),
-    ):
-        yield
 
 
 # Of logits, labels and other labels; all are one program.

@@ -17,7 +17,7 @@ from robust_jax.app.pages import html, report
 from robust_jax.app.records import fates, first_to_break
 from robust_jax.app.wording import format_eps
 from robust_jax.errors import UserError
-from tests.made_up import ATTACKS, EPS, HOSTILE, Page, make_audit, make_records, make_run
+from tests.made_up import EFFORTS, EPS, HOSTILE, Page, make_audit, make_records, make_run
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +407,7 @@ def test_no_attack_at_all(tmp_path, undrawn):
 
 def test_the_table_fits_eighty_columns(tmp_path, monkeypatch):
     monkeypatch.setitem(EPS, "linf", tuple(i / 255 for i in range(1, 10)))
-    monkeypatch.setitem(ATTACKS, "a_name_too_long_for_any_table", 1.1)
+    monkeypatch.setitem(EFFORTS, "a_name_too_long_for_any_table", 1.1)
     plain = report.table(make_run(tmp_path))
     assert max(map(len, plain.splitlines())) <= 80
     assert "9/255" in plain

@@ -6,7 +6,7 @@ import pytest
 
 from robust_jax import plots
 from robust_jax.app.records import fates
-from tests.made_up import ATTACKS, EPS, make_images, make_metrics, make_records
+from tests.made_up import EFFORTS, EPS, make_images, make_metrics, make_records
 
 
 def check_labels(figure, num_panels: int) -> list:
@@ -21,7 +21,7 @@ def test_accuracy_against_eps_draws_each_attack_from_the_clean_accuracy():
             (c, n, a, e, 0.9 - e / 4)
             for c in ("best", "last")
             for n in EPS
-            for a in (*ATTACKS, plots.WORST_CASE)
+            for a in (*EFFORTS, plots.WORST_CASE)
             for e in EPS[n]
         ],
         columns=["checkpoint", "norm", "attack", "eps", "accuracy"],

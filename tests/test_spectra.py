@@ -54,16 +54,9 @@ def test_strides_that_do_not_divide_the_image_take_the_next_that_they_do(rng):
 def test_a_dense_layer_has_one_spectrum(rng):
     layer = Layer(rng.normal(size=(7, 4)))
     expected = np.linalg.svd(layer.kernel, compute_uv=False)
-    for spectrum in (spectra.circular, spectra.exact, spectra.reshaped):
+    for spectrum in (spectra.circular, spectra.exact):
         np.testing.assert_allclose(spectrum(layer), expected, rtol=1e-12)
     np.testing.assert_allclose(spectra.operator_norm(layer, "l2"), expected[0], rtol=1e-12)
-
-
-def test_reshaped_is_the_kernel_as_a_matrix(rng):
-    kernel = rng.normal(size=(3, 2, 4, 5))
-    rows = np.stack([kernel[..., o].ravel() for o in range(5)])
-    expected = np.linalg.svd(rows, compute_uv=False)
-    np.testing.assert_allclose(spectra.reshaped(Layer(kernel, (9, 9))), expected, rtol=1e-12)
 
 
 PADDED = [

@@ -72,12 +72,7 @@ def config_of(name, typed=None, **fields):
     config = importlib.import_module(f"configs.studies.{name}").get_config()
     typed = typed or {}
     for path, value in {**fields, **typed}.items():
-        *sections, field = path.split(".")
-        part = config
-        for section in sections:
-            part = part[section]
-        with part.ignore_type():
-            part[field] = value
+        config_lib.set_field(config, path, value)
     return study.settled(config, typed)
 
 

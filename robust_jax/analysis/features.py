@@ -1,8 +1,7 @@
 """What a change of the image does to each layer of a network.
 
 A features_fn maps examples [B,...] to a dict of arrays [B,...], one a layer, each example on its
-own.
-`captured` makes one of a linen network; for any other write one.
+own. `captured` makes one of a linen network; for any other write one.
 """
 
 from collections.abc import Callable, Mapping

@@ -4,13 +4,10 @@ Latents are a layer's values, such as "features" of `features.captured`; those o
 are gathered batch by batch with `batches.on_one_device`.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from jaxtyping import Float, Int
 
 __all__ = [
-    "Projection",
     "distance_ratio",
     "projection",
     "silhouette",
@@ -26,35 +23,26 @@ _Latents = Float[np.ndarray, "n ..."]
 _Labels = Int[np.ndarray, " n"]
 
 
-class Projection(NamedTuple):
-    """points [N,num_components], and the share of the variance [num_components] along each axis."""
-
-    points: np.ndarray
-    variance_share: np.ndarray
-
-
-def projection(latents: _Latents, *, num_components: int = 2) -> Projection:
-    """The latents on their principal axes, to look at: distances are shrunk, never stretched.
+def projection(latents: _Latents) -> Float[np.ndarray, "n 2"]:
+    """The latents on their first two principal axes, to look at: no distance is stretched.
 
     Costs an SVD of [N,D].
 
     Args:
         latents: [N,...].
-        num_components: How many axes.
 
     Returns:
-        The points, and the share of the variance along each axis.
+        [N,2].
 
     Example:
         >>> import numpy as np
         >>> from robust_jax.analysis import latent
-        >>> latent.projection(np.eye(4)[:, :3], num_components=2).points.shape
+        >>> latent.projection(np.eye(4)[:, :3]).shape
         (4, 2)
     """
     from sklearn.decomposition import PCA  # seconds that most runs can do without
 
-    pca = PCA(num_components, svd_solver="full")
-    return Projection(pca.fit_transform(_flat(latents)), pca.explained_variance_ratio_)
+    return PCA(2, svd_solver="full").fit_transform(_flat(latents))
 
 
 def tsne(latents: _Latents, *, perplexity: float = 30.0, seed: int = 0) -> Float[np.ndarray, "n 2"]:

@@ -1,9 +1,8 @@
 """Singular values of a network's linear maps: dense layers, and convolutions as operators.
 
 Everything is float64 on the host. A convolution's zero padding has no spectrum in closed form, so
-there are three: `circular` is exact for circular padding, for images of any size; `exact` is that
-of the layer as it stands, for small ones; `reshaped` is that of the kernel as a matrix, which is
-not the operator's. For a dense layer all three are the same.
+there are two: `circular` is exact for circular padding, for images of any size; `exact` is that of
+the layer as it stands, for small ones. For a dense layer both are the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +24,6 @@ __all__ = [
     "layers",
     "matrix",
     "operator_norm",
-    "reshaped",
 ]
 
 
@@ -176,26 +174,6 @@ def exact(layer: Layer) -> _Values:
         array([4.0, 3.0])
     """
     return _svd(matrix(layer))
-
-
-def reshaped(layer: Layer) -> _Values:
-    """Singular values of the kernel as a matrix [P·Q·I,O], which are not the operator's.
-
-    Costs one SVD of it, whatever the image's size.
-
-    Args:
-        layer: A convolution, or a dense layer.
-
-    Returns:
-        [n], largest first.
-
-    Example:
-        >>> import numpy as np
-        >>> from robust_jax.analysis import spectra
-        >>> spectra.reshaped(spectra.Layer(np.full((1, 2, 1, 1), 0.5), image=(1, 4)))
-        array([0.707])
-    """
-    return _svd(layer.kernel.reshape(-1, layer.kernel.shape[-1]))
 
 
 def matrix(layer: Layer) -> Float[np.ndarray, "m n"]:

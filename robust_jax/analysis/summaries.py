@@ -53,13 +53,12 @@ def summary(
     }
 
 
-def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share of some independent examples.
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's score interval, of 95 %, of a share of some independent examples.
 
     Args:
         share: In [0,1].
         count: How many examples it is a share of.
-        z: How many standard deviations; 1.96 for 95 %.
 
     Returns:
         Its ends, in [0,1].
@@ -72,6 +71,7 @@ def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[floa
     Reference:
         Wilson 1927.
     """
+    z = 1.959964  # normal quantile of 97.5 %
     center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return max(0.0, center - half), min(1.0, center + half)

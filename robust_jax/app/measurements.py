@@ -240,7 +240,7 @@ def clusters(subject: Subject, *, num_examples: int = 1000) -> Numbers:
     return {
         "silhouette": latent.silhouette(latents, y),
         "distance_ratio": latent.distance_ratio(latents, y),
-        "projection": latent.projection(latents).points,
+        "projection": latent.projection(latents),
         "tsne": latent.tsne(latents),
         "label": y,
     }

@@ -15,7 +15,7 @@ from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, value_dtype
 from robust_jax.attacks._perturbations import tiny
-from robust_jax.attacks._success import classified_as, misclassified
+from robust_jax.attacks._success import succeeds
 from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
@@ -136,11 +136,6 @@ def _search_one(logits_of, x, y, key, own_target, settings: _Settings):
     logits = logits_of(x)
     boundary_to = _boundaries(logits_of, y, own_target, settings)
 
-    def is_hit(logits):
-        if own_target is None:
-            return misclassified(logits[None], y[None])[0]
-        return classified_as(logits[None], own_target[None])[0]
-
     def distance(x_adv):
         return norm.size(x_adv - x)
 
@@ -151,7 +146,7 @@ def _search_one(logits_of, x, y, key, own_target, settings: _Settings):
             x_adv, best = state
             value, gradient = jax.lax.stop_gradient(boundary_to(target, x_adv))
             x_adv = _mixed(x_adv, x, value, gradient, settings)
-            wrong = is_hit(logits_of(x_adv))
+            wrong = succeeds(logits_of(x_adv), y, own_target)
             hit = wrong & (distance(x_adv) <= eps)
             near = jnp.where(hit, -distance(x_adv), -jnp.inf).astype(value_dtype(x))
             best = best.updated(x_adv, near, hit)
@@ -178,7 +173,7 @@ def _search_one(logits_of, x, y, key, own_target, settings: _Settings):
         jnp.repeat(at, num_restarts),
         jnp.tile(jnp.arange(num_restarts), len(aims)),
     )
-    wrong = is_hit(logits)
+    wrong = succeeds(logits, y, own_target)
     best = Best(x, jnp.where(wrong, 0.0, -jnp.inf).astype(value_dtype(x)), wrong)
     best, _ = jax.lax.scan(run, best, runs)
     return best.x

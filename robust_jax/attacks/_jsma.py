@@ -13,7 +13,7 @@ from robust_jax import _checks
 from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._perturbations import tiny
-from robust_jax.attacks._success import classified_as, misclassified
+from robust_jax.attacks._success import succeeds
 from robust_jax.attacks.norms import L0
 from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
 
@@ -83,14 +83,9 @@ def jsma(
         return logits_fn(x[None])[0]
 
     def attack_one(x, y, target):
-        any_wrong = target is None
-        if any_wrong:
+        own_target = target
+        if target is None:
             target = likeliest_wrong(logits_of(x), y, 1)[0][0]
-
-        def reached(logits):
-            if any_wrong:
-                return misclassified(logits[None], y[None])[0]
-            return classified_as(logits[None], target[None])[0]
 
         def step(state):
             x_adv, _ = state
@@ -104,9 +99,9 @@ def jsma(
             change = jnp.where(found, theta, 0.0).astype(x.dtype)
             moved = x_adv.ravel().at[pair].add(change).reshape(x.shape)
             x_adv = jnp.clip(moved, 0.0, 1.0)
-            return x_adv, ~found | reached(logits_of(x_adv))
+            return x_adv, ~found | succeeds(logits_of(x_adv), y, own_target)
 
-        start = (x, reached(logits_of(x)))
+        start = (x, succeeds(logits_of(x), y, own_target))
         return jax.lax.while_loop(lambda state: ~state[1], step, start)[0]
 
     return jax.vmap(attack_one)(x, y, None if targets is None else jnp.asarray(targets))

@@ -14,7 +14,7 @@ from robust_jax._front import compiled
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, Goal, value_dtype
 from robust_jax.attacks._perturbations import tiny
-from robust_jax.attacks._success import misclassified
+from robust_jax.attacks._success import succeeds
 from robust_jax.attacks.norms import L2, ThreatModel, threat_model
 from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
 
@@ -266,9 +266,6 @@ def _cross_one(logits_of, x, y, settings: _DeepFool):
     onto = jax.nn.one_hot(targets, num_classes, dtype=logits.dtype)
     towards = onto - jax.nn.one_hot(y[None], num_classes, dtype=logits.dtype)
 
-    def is_wrong(logits):
-        return misclassified(logits[None], y[None])[0]
-
     def standing(state):
         i, _, wrong = state
         return (i < num_steps) & ~wrong
@@ -285,7 +282,7 @@ def _cross_one(logits_of, x, y, settings: _DeepFool):
         # Finite, so that it is nothing along a gradient of zero.
         length = jnp.nan_to_num((1 + overshoot) * (distances[nearest] + _NUDGE))
         x_adv = jnp.clip(x_adv + length * norm.steepest(gradients[nearest]), 0.0, 1.0)
-        return i + 1, x_adv, is_wrong(logits_of(x_adv))
+        return i + 1, x_adv, succeeds(logits_of(x_adv), y)
 
-    _, x_adv, wrong = jax.lax.while_loop(standing, step, (0, x, is_wrong(logits)))
+    _, x_adv, wrong = jax.lax.while_loop(standing, step, (0, x, succeeds(logits, y)))
     return jnp.where(wrong & (norm.size(x_adv - x) <= eps), x_adv, x)

@@ -4,7 +4,6 @@ Each is written for one example and lifted over the batch by jax.vmap, once.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,6 @@ from robust_jax.attacks._success import Criterion
 from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
-
-
-class _Settings(NamedTuple):
-    """Which ball noise is drawn in, and how often; see `uniform_noise`."""
-
-    norm: ThreatModel
-    eps: Length
-    num_samples: int
 
 
 @compiled
@@ -61,12 +52,9 @@ def uniform_noise(
         >>> bool((attacks.distances(x, x_adv) <= 0.1).all())
         True
     """
-
-    def draw(settings, key, x):
-        return settings.norm.random_in_ball(key, x, settings.eps)
-
-    settings = _Settings(threat_model(norm), eps, num_samples)
-    return _worst_draw(draw, logits_fn, x, y, key, settings, Goal(loss, criterion=criterion))
+    threat, goal = threat_model(norm), Goal(loss, criterion=criterion)
+    draw = threat.random_in_ball
+    return _worst_draw(draw, logits_fn, x, y, key, eps, threat, num_samples, goal)
 
 
 @compiled
@@ -106,28 +94,29 @@ def gaussian_noise(
         >>> bool((attacks.distances(x, x_adv, norm="l2") <= 0.1).all())
         True
     """
+    threat, goal = threat_model(norm), Goal(loss, criterion=criterion)
 
-    def draw(settings, key, x):
-        noise = jax.random.normal(key, x.shape, x.dtype)
-        return noise * (settings.eps / settings.norm.gaussian_size(x.size))
+    def draw(key, x, eps):
+        return jax.random.normal(key, x.shape, x.dtype) * (eps / threat.gaussian_size(x.size))
 
-    settings = _Settings(threat_model(norm), eps, num_samples)
-    return _worst_draw(draw, logits_fn, x, y, key, settings, Goal(loss, criterion=criterion))
+    return _worst_draw(draw, logits_fn, x, y, key, eps, threat, num_samples, goal)
 
 
-def _worst_draw(draw, logits_fn, x, y, key, settings: _Settings, goal: Goal) -> Images:
-    _checks.lengths(eps=settings.eps)
-    _checks.counts(num_samples=settings.num_samples)
+def _worst_draw(
+    draw, logits_fn, x, y, key, eps: Length, threat: ThreatModel, num_samples: int, goal: Goal
+) -> Images:
+    _checks.lengths(eps=eps)
+    _checks.counts(num_samples=num_samples)
     x, y = jnp.asarray(x), jnp.asarray(y)
-    settings = settings._replace(eps=jnp.asarray(settings.eps, x.dtype))
+    eps = jnp.asarray(eps, x.dtype)
 
     def attack_one(x, reference, key):
         def sample(best, number):
-            moved = x + draw(settings, jax.random.fold_in(key, number), x)
-            x_adv = settings.norm.project_to_ball_and_box(moved, x, settings.eps)
+            moved = x + draw(jax.random.fold_in(key, number), x, eps)
+            x_adv = threat.project_to_ball_and_box(moved, x, eps)
             return best.updated(x_adv, *goal.at(logits_fn, x_adv, reference)), None
 
-        best, _ = jax.lax.scan(sample, Best.nothing(x), jnp.arange(settings.num_samples))
+        best, _ = jax.lax.scan(sample, Best.nothing(x), jnp.arange(num_samples))
         return best.x
 
     return jax.vmap(attack_one)(x, goal.reference(y), example_keys(key, len(x)))

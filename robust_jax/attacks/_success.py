@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
@@ -149,6 +149,15 @@ def distances(x: Images, x_adv: Images, *, norm: str | Measure = "linf") -> PerE
             "as examples, of the same shape"
         )
     return jax.vmap(measure(norm).size)(jnp.asarray(wide(x_adv) - wide(x)))
+
+
+def succeeds(
+    logits: Float[Array, " k"], y: Int[Array, ""], target: Int[Array, ""] | None = None
+) -> Bool[Array, ""]:
+    """Whether one example is misclassified, or classified as its target where there is one."""
+    if target is None:
+        return misclassified(logits[None], y[None])[0]
+    return classified_as(logits[None], target[None])[0]
 
 
 def _check_labels(y: Labels) -> None:

@@ -6,14 +6,15 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
 
 from robust_jax import _convolution as conv
+from robust_jax._network import programs_in
 
 # Dense bfloat16 (V100, T4: float16) products by the data sheets, in FLOP/s of what JAX calls a
 # device.
@@ -115,7 +116,7 @@ def _count_equation(equation: Any) -> float:
             conv.kernel_gradient_p: (shapes[1], shapes[0][3]),
         }[equation.primitive]
         return 2.0 * math.prod(outputs) * math.prod(params["geometry"].kernel) * channels
-    inner = [_count(jaxpr) for jaxpr in _jaxprs(params.values())]
+    inner = [_count(jaxpr) for jaxpr in programs_in(params.values())]
     if not inner:
         return 0.0
     if name == "cond":
@@ -129,13 +130,3 @@ def _repeats(name: str, params: Mapping[str, Any]) -> int:
     if name == "shard_map":
         return math.prod(params["mesh"].shape.values())
     return params.get("global_axis_size", 1)  # of a pmap
-
-
-def _jaxprs(values: Iterable[Any]) -> Iterable[Jaxpr]:
-    for value in values:
-        if isinstance(value, ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, Jaxpr):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _jaxprs(value)

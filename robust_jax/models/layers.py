@@ -143,18 +143,3 @@ class Classifier(nn.Module, kw_only=True):
 def flatten(x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
     """Everything but the example axis, images in the order height, width, channel."""
     return x.reshape(x.shape[0], -1)
-
-
-def make_norm(
-    norm: str, channels: int, *, train: bool, dtype: Any, axis_name: str | None
-) -> nn.Module:
-    """BatchNorm, or GroupNorm of 32 groups (1803.08494; fewer where 32 does not divide)."""
-    if norm == "group":
-        return nn.GroupNorm(math.gcd(32, channels), epsilon=1e-5, dtype=dtype)
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        dtype=dtype,
-        axis_name=axis_name,
-    )

@@ -1,5 +1,6 @@
 """Residual networks: pre-activation ones for images of about 32x32, ResNet-50 for larger ones."""
 
+import math
 from typing import ClassVar
 
 from flax import linen as nn
@@ -12,7 +13,6 @@ from robust_jax.models.layers import (
     Classifier,
     check_choice,
     check_sizes,
-    make_norm,
 )
 
 
@@ -28,10 +28,21 @@ class _Normalized(Classifier, kw_only=True):
         super().__post_init__()
 
     def normed(self, x: Array, train: bool) -> Array:
-        norm = make_norm(
-            self.norm, x.shape[-1], train=train, dtype=self.dtype, axis_name=self.axis_name
-        )
-        return norm(x)
+        if self.norm == "group":  # fewer groups than the paper's 32 where those do not divide
+            return nn.GroupNorm(math.gcd(32, x.shape[-1]), epsilon=1e-5, dtype=self.dtype)(x)
+        return nn.BatchNorm(
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+        )(x)
+
+    def padded_conv(self, channels: int, size: int, x: Array, stride: int = 1) -> Array:
+        """Padded alike on all sides: with stride 2, "SAME" would pad the bottom and right more."""
+        padding = ((size // 2, size // 2),) * 2
+        conv = self.conv(channels, size, strides=(stride, stride), padding=padding, use_bias=False)
+        return conv(x)
 
     def norm_and_activation(self, x: Array, train: bool) -> Array:
         return ACTIVATIONS[self.activation](self.normed(x, train))
@@ -46,7 +57,7 @@ class _PreActivationNet(_Normalized, kw_only=True):
 
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
         stem, stages = self.stages()
-        x = self.conv3x3(stem, x)
+        x = self.padded_conv(stem, 3, x)
         self.sow("intermediates", "stem", x)
         for i, (blocks, channels, stride) in enumerate(stages, start=1):
             for block in range(blocks):
@@ -59,15 +70,9 @@ class _PreActivationNet(_Normalized, kw_only=True):
         h = self.norm_and_activation(x, train)
         if stride != 1 or x.shape[-1] != channels:
             # The projection reads the activated input, as in both references.
-            x = self.conv(channels, 1, strides=(stride, stride), padding="VALID", use_bias=False)(h)
-        h = self.conv3x3(channels, h, stride)
-        return x + self.conv3x3(channels, self.norm_and_activation(h, train))
-
-    def conv3x3(self, channels: int, x: Array, stride: int = 1) -> Array:
-        # One pixel on each side: with stride 2, "SAME" would pad the bottom and right alone.
-        padding = ((1, 1), (1, 1))
-        conv = self.conv(channels, 3, strides=(stride, stride), padding=padding, use_bias=False)
-        return conv(x)
+            x = self.padded_conv(channels, 1, h, stride)
+        h = self.padded_conv(channels, 3, h, stride)
+        return x + self.padded_conv(channels, 3, self.norm_and_activation(h, train))
 
 
 class PreActResNet(_PreActivationNet, kw_only=True):
@@ -138,9 +143,3 @@ class ResNet50(_Normalized, kw_only=True):
         if stride != 1 or x.shape[-1] != 4 * channels:
             x = self.normed(self.padded_conv(4 * channels, 1, x, stride), train)
         return ACTIVATIONS[self.activation](x + h)
-
-    def padded_conv(self, channels: int, size: int, x: Array, stride: int = 1) -> Array:
-        """Padded alike on all sides: with stride 2, "SAME" would pad the bottom and right more."""
-        padding = ((size // 2, size // 2),) * 2
-        conv = self.conv(channels, size, strides=(stride, stride), padding=padding, use_bias=False)
-        return conv(x)

@@ -36,7 +36,7 @@ class Checkpoints:
         )
         # One more than needed: the one before is used where the newest is damaged, or a best one is
         # of steps that a resumed run takes again.
-        self._managers = {kind: _manager(workdir, kind, 2) for kind in ("last", "best")}
+        self._managers = {kind: _manager(workdir, kind) for kind in ("last", "best")}
 
     def save(self, kind: str, state: TrainState, notes: Notes) -> None:
         """Starts writing the state, once what was saved before is on disk; it may then be donated.
@@ -157,9 +157,9 @@ def _digest(state: TrainState, notes: Notes) -> str:
     return digest.hexdigest()
 
 
-def _manager(workdir: Path, kind: str, max_to_keep: int) -> ocp.CheckpointManager:
+def _manager(workdir: Path, kind: str) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         workdir.absolute() / "checkpoints" / kind,
         item_names=("state", "notes"),
-        options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep),
+        options=ocp.CheckpointManagerOptions(max_to_keep=2),
     )

@@ -87,7 +87,7 @@ def piecewise(
 
 def cosine(peak: float, total_steps: int, *, warmup: float = 0.0) -> Schedule:
     """Linear warm-up over a fraction of the run, then half a cosine down to 0."""
-    _check_fraction("warmup", warmup)
+    _check_warmup(warmup)
     warmup_steps = int(warmup * total_steps)
     if not warmup_steps:
         return optax.cosine_decay_schedule(peak, total_steps)
@@ -96,7 +96,7 @@ def cosine(peak: float, total_steps: int, *, warmup: float = 0.0) -> Schedule:
 
 def one_cycle(peak: float, total_steps: int, *, warmup: float = 0.3) -> Schedule:
     """Linear up to peak over a fraction of the run, then linear down to 0 (arXiv 1708.07120)."""
-    _check_fraction("warmup", warmup)
+    _check_warmup(warmup)
     warmup_steps = int(warmup * total_steps)
     up = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
     down = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
@@ -127,6 +127,6 @@ def decayed(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be a fraction of the run in [0, 1), not {value!r}")
+def _check_warmup(warmup: float) -> None:
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup must be a fraction of the run in [0, 1), not {warmup!r}")

@@ -189,15 +189,15 @@ def reference_radius(results: Results) -> Radius | None:
     above chance, or the smallest there is. None without attacks.
     """
     worst = [a for a in results["attacks"] if a["attack"] == "worst_case"]
-    trained, threat = _trained(results), _pair(results.get("threat"))
-    for pair in (threat, trained):
+    trained, told = _trained(results), _pair(results.get("threat"))
+    for pair in (told, trained):
         for a in worst:
             if pair and a["norm"] == pair[0] and isclose(a["eps"], pair[1], rel_tol=1e-6):
                 return Radius(a["norm"], a["eps"], trained=pair == trained)
     if not worst:
         return None
     norms = {a["norm"] for a in worst}
-    preferred = (threat or trained or ("linf",))[0]
+    preferred = (told or trained or ("linf",))[0]
     norm = preferred if preferred in norms else "linf" if "linf" in norms else min(norms)
     worst = [a for a in worst if a["norm"] == norm]
     above = [a["eps"] for a in worst if a["robust_accuracy"] > 1 / results["data"]["num_classes"]]
@@ -208,8 +208,8 @@ def _trained(results: Results) -> tuple[str, float] | None:
     return _pair(results["trained_against"])
 
 
-def _pair(threat: Mapping[str, Any] | None) -> tuple[str, float] | None:
-    return (threat["norm"], threat["eps"]) if threat else None
+def _pair(radius: Mapping[str, Any] | None) -> tuple[str, float] | None:
+    return (radius["norm"], radius["eps"]) if radius else None
 
 
 def _worst_case(results: Results, radius: Radius) -> Mapping[str, Any]:
@@ -382,10 +382,12 @@ def _elsewhere(results: Results) -> str:
     )
 
 
+_SPLITS = {"train": "training"}
+
+
 def _counts(data: Mapping[str, Any]) -> str:
     splits = [name for name in ("train", "validation", "test") if name in data]
-    words = {"train": "training"}
-    return ", ".join(f"{data[name]:,} {words.get(name, name)}" for name in splits)
+    return ", ".join(f"{data[name]:,} {_SPLITS.get(name, name)}" for name in splits)
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:

@@ -55,8 +55,8 @@ def judge(
     """
     judged = [judge_test(test, found, adds_seeds=adds_seeds) for test in tests]
     verdicts = {test["verdict"] for test in judged}
-    verdict = next(v for v in _DECISIVE if v in verdicts)
-    return {"text": text, "verdict": verdict, "tests": judged}
+    weakest = next(v for v in _DECISIVE if v in verdicts)
+    return {"text": text, "verdict": weakest, "tests": judged}
 
 
 def judge_test(
@@ -250,13 +250,13 @@ def _outcomes(test: Mapping[str, Any], runs: Sequence[Sequence[Evidence]]) -> np
     """How far each seed is on the claimed side, [seeds]; of a mean each image, [seeds, images]."""
     measure = test["measure"]
     if (of_images := by_image(measure, runs)) is not None:
-        return np.stack([_margin(test, of_seed) for of_seed in of_images])
+        return np.stack([_on_claimed_side(test, of_seed) for of_seed in of_images])
     numbers = [[measures.value(run.results, measure) for run in of_seed] for of_seed in runs]
     known = [np.array(of_seed, float) for of_seed in numbers if None not in of_seed]
-    return np.array([_margin(test, of_seed) for of_seed in known])
+    return np.array([_on_claimed_side(test, of_seed) for of_seed in known])
 
 
-def _margin(test: Mapping[str, Any], values: np.ndarray) -> np.ndarray:
+def _on_claimed_side(test: Mapping[str, Any], values: np.ndarray) -> np.ndarray:
     """How far one seed is on the claimed side; values [arms] or [arms, images].
 
     "above"/"below" compare the first arm with the second, or with a level; "rises"/"falls" take the

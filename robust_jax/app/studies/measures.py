@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
+from robust_jax._audit import CHECKS
 from robust_jax.app import entries, records, threat
 from robust_jax.app.config import choose
 from robust_jax.app.measurements import NUMBERS
@@ -25,19 +26,6 @@ _Tree = Mapping[str, Any] | None
 _ANYTHING: _Tree = None
 _STATISTICS = dict.fromkeys(("mean", "median", "standard_error"))
 _JACOBIAN = dict.fromkeys(("frobenius", "spectral"), _STATISTICS)
-AUDIT_CHECKS = (
-    "outputs",
-    "randomness",
-    "batch",
-    "gradients",
-    "steps",
-    "radius",
-    "losses",
-    "precision",
-    "noise",
-    "square",
-    "transfer",
-)
 _VALIDATION = ("clean_accuracy", "robust_accuracy", "cross_entropy")
 # What a validation logs of the margins that it tracks, by estimate.
 _MARGINS = {
@@ -264,7 +252,7 @@ def _numbers(config: ConfigDict) -> _Tree:
         "relative_slope": _STATISTICS,
         "training": dict.fromkeys(("first", "best", "last"), validation),
         "measurements": numbers,
-        "audit": {"checks": dict.fromkeys(AUDIT_CHECKS, check), "num_examples": _ANYTHING},
+        "audit": {"checks": dict.fromkeys(CHECKS, check), "num_examples": _ANYTHING},
         "timings": {"*": _ANYTHING},
     }
 

@@ -317,8 +317,8 @@ def _found(test: Mapping[str, Any]) -> str:
     percent = measures.is_share(test["measure"])
     if entries := test.get("entries"):
         return "; ".join(
-            f"{words}: {', '.join(found)}"
-            for words, verdicts in _OF_ENTRIES.items()
+            f"{judged}: {', '.join(found)}"
+            for judged, verdicts in _OF_ENTRIES.items()
             if (
                 found := [
                     f"{name} {_with_interval(entry, percent)}"

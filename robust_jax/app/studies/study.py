@@ -1,8 +1,7 @@
 """A study: arms × seeds of ordinary runs, what the paper claims of them, and the verdicts.
 
 Its config (configs/studies/) holds a base config, scales and arms as changes of it, the measures of
-the table, and the claims as tests on them. Nothing here is typed in: a verdict follows from the
-intervals over seeds and test images.
+the table, and the claims as tests on them.
 """
 
 import gc
