@@ -11,7 +11,7 @@ PreActResNet-18, up to 12/255, an accelerator.
 from ml_collections import ConfigDict
 
 from configs import default
-from configs.studies.common import PREACT_RESNET18_AT, SMOKE, attacks
+from configs.studies.common import CIFAR10_LINF, PREACT_RESNET18_AT, SMOKE, attacks
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # of the eps called trained
 ARMS = ("eps_0", "eps_half", "eps_1", "eps_1_half")
@@ -101,19 +101,9 @@ def get_config():
             "radii": {"trained": 8 / 255},
             "published": (("eps_1", PREACT_RESNET18_AT),),
             "base": {
-                "dataset": "tfds:cifar10",
+                **CIFAR10_LINF,
                 "train_size": 0,
-                "augmentation": {"crop_padding": 4, "flip": True},
-                "model": {"name": "preact_resnet", "depth": 18},
-                "threat": {"eps": 8 / 255},
-                "adversary": {"num_steps": 10},
-                "optimizer": {"name": "sgd", "momentum": 0.9},
-                "learning_rate": 0.1,
-                "weight_decay": 5e-4,
-                "duration": "40 epochs",
                 "validate_every": "40 epochs",
-                "evaluation": {"num_examples": 0},
-                "audit": {"num_examples": 500},
                 "attacks": attacks(tuple(e / 255 for e in (4, 8, 12)), 1000),
                 "measurements": measurements(num_examples=2000),
             },

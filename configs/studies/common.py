@@ -3,6 +3,24 @@
 # PGD-10 adversarial training on CIFAR-10 at linf 8/255 (Rice, Wong, Kolter 2020), in percent.
 PREACT_RESNET18_AT = {"clean": 82.92, "PGD at {trained}": 53.49}
 
+# What networks for colour images are, and how they train, at an accelerator's scales.
+PREACT_RESNET18 = {
+    "model": {"name": "preact_resnet", "depth": 18},
+    "adversary": {"num_steps": 10},
+    "optimizer": {"name": "sgd", "momentum": 0.9},
+    "learning_rate": 0.1,
+    "weight_decay": 5e-4,
+    "duration": "40 epochs",
+    "evaluation": {"num_examples": 0},
+    "audit": {"num_examples": 500},
+}
+CIFAR10_LINF = {
+    **PREACT_RESNET18,
+    "dataset": "tfds:cifar10",
+    "augmentation": {"crop_padding": 4, "flip": True},
+    "threat": {"eps": 8 / 255},
+}
+
 # Shows that it runs, and nothing else.
 QUICK = {
     "version": ("apgd_ce", "square"),

@@ -11,7 +11,7 @@ cifar10 and svhn: the successor's data, PreActResNet-18, an accelerator.
 from ml_collections import ConfigDict
 
 from configs import default
-from configs.studies.common import SMOKE, above, attacks, below
+from configs.studies.common import PREACT_RESNET18, SMOKE, above, attacks, below
 
 EPS = 1.5
 # Those that adversarial training's term bounds from below, for each example.
@@ -320,18 +320,11 @@ def on_colour_images(dataset, few_labels):
         "seeds": (0, 1, 2),
         "radii": radii(eps),
         "base": {
+            **PREACT_RESNET18,
             "dataset": dataset,
             "augmentation": {"crop_padding": 4, "flip": dataset == "tfds:cifar10"},
-            "model": {"name": "preact_resnet", "depth": 18},
             "threat": {"eps": eps},
-            "adversary": {"num_steps": 10},
-            "optimizer": {"name": "sgd", "momentum": 0.9},
-            "learning_rate": 0.1,
-            "weight_decay": 5e-4,
-            "duration": "40 epochs",
             "checkpoint_every": "1 epoch",
-            "evaluation": {"num_examples": 0},
-            "audit": {"num_examples": 500},
             "attacks": attacks(sizes(eps), 1000),
             "measurements": measurements(num_examples=1000),
         },

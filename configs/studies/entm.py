@@ -11,7 +11,7 @@ accelerator.
 from ml_collections import ConfigDict
 
 from configs import default
-from configs.studies.common import PREACT_RESNET18_AT, SMOKE, above, attacks, below
+from configs.studies.common import CIFAR10_LINF, PREACT_RESNET18_AT, SMOKE, above, attacks, below
 
 # Each weight is chosen on held-out images; the confidence of the optimum depends on it.
 ENTM = {
@@ -150,18 +150,8 @@ def get_config():
             },
             "published": (("at", PREACT_RESNET18_AT),),
             "base": {
-                "dataset": "tfds:cifar10",
-                "augmentation": {"crop_padding": 4, "flip": True},
-                "model": {"name": "preact_resnet", "depth": 18},
-                "threat": {"eps": 8 / 255},
-                "adversary": {"num_steps": 10},
-                "optimizer": {"name": "sgd", "momentum": 0.9},
-                "learning_rate": 0.1,
-                "weight_decay": 5e-4,
-                "duration": "40 epochs",
+                **CIFAR10_LINF,
                 "validate_every": "1 epoch",
-                "evaluation": {"num_examples": 0},
-                "audit": {"num_examples": 500},
                 "attacks": _attacks(levels, 1000),
             },
         },

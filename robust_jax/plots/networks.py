@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from robust_jax.analysis.calibration import Reliability, expected_calibration_error
 from robust_jax.plots.style import (
     COLORS,
+    MARKERS,
     STYLE,
     VERMILLION,
     WIDTH,
@@ -21,11 +22,11 @@ from robust_jax.plots.style import (
     finite,
     legend_below,
     num_bins,
+    panels_in_rows,
 )
 
 # Arms differ in both, classes in both and by their label.
 LINES = ("-", "--", "-.", ":")
-MARKERS = "os^Dv"
 
 
 @rc_context(STYLE)
@@ -102,7 +103,7 @@ def singular_values(spectra: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     """
     names = list(dict.fromkeys(name for layers in spectra.values() for name in layers))
     columns = min(len(names), 3)
-    figure, panels = _panels(len(names), columns=columns, height=2.1)
+    figure, panels = panels_in_rows(len(names), columns=columns, height=2.1)
     for ax, name in zip(panels, names, strict=True):
         for i, (arm, layers) in enumerate(spectra.items()):
             if name in layers:
@@ -260,7 +261,7 @@ def latent_scatter(
         arm: np.asarray(labels[arm] if isinstance(labels, Mapping) else labels) for arm in points
     }
     classes = np.unique(np.concatenate([*of_arms.values()]))
-    figure, panels = _panels(len(points), columns=min(len(points), 2), height=3.2)
+    figure, panels = panels_in_rows(len(points), columns=min(len(points), 2), height=3.2)
     outline = [patheffects.withStroke(linewidth=3, foreground="white")]
     for ax, (arm, xy) in zip(panels, points.items(), strict=True):
         xy = np.asarray(xy, float)
@@ -357,7 +358,7 @@ def loss_surfaces(
     """
     a, b = np.asarray(along_adversarial, float), np.asarray(along_direction, float)
     surfaces = {arm: np.asarray(values, float) for arm, values in losses.items()}
-    figure, panels = _panels(len(surfaces), columns=min(len(surfaces), 2), height=3.2)
+    figure, panels = panels_in_rows(len(surfaces), columns=min(len(surfaces), 2), height=3.2)
     for ax, (arm, values) in zip(panels, surfaces.items(), strict=True):
         highest = max(values.max(), values.min() + 1e-6)
         levels = MaxNLocator(10).tick_values(values.min(), highest)
@@ -378,16 +379,6 @@ def loss_surfaces(
 
 def _arm(i: int) -> dict[str, Any]:
     return {"color": COLORS[i % len(COLORS)], "ls": LINES[i % len(LINES)]}
-
-
-def _panels(count: int, *, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """count axes in rows of that many columns, each row that many inches high."""
-    rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH, height * rows + 0.6))
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes[count:]:
-        ax.remove()
-    return figure, list(axes[:count])
 
 
 def _wrapped(title: str, width: int) -> str:

@@ -18,6 +18,7 @@ from robust_jax.plots.style import (
     BLUE,
     COLORS,
     GREEN,
+    MARKERS,
     ORANGE,
     PURPLE,
     SKY,
@@ -33,7 +34,6 @@ from robust_jax.plots.style import (
     two_columns,
 )
 
-ATTACK_MARKERS = "os^Dv"
 FATE_COLORS = {"held": BLUE, "broken": ORANGE, "misclassified": PURPLE}
 WORST_CASE = "worst case"
 JACOBIANS = {
@@ -105,7 +105,7 @@ def accuracy_against_eps(
             draw("best", name, name, color="black", marker="p", ms=6, lw=1.3, zorder=3)
         for i, name in enumerate(names):
             color = COLORS[i % len(COLORS)]
-            marker = ATTACK_MARKERS[i % len(ATTACK_MARKERS)]
+            marker = MARKERS[i % len(MARKERS)]
             draw("best", name, name, color=color, marker=marker, ms=5, lw=1.3, zorder=3)
         ax.axhline(100 * chance, color="0.4", ls=":", label="chance")
         if trained is not None and trained[0] == norm:

@@ -10,7 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from robust_jax.plots.style import COLORS, STYLE, WIDTH, legend_below, norm_symbol
+from robust_jax.plots.style import (
+    COLORS,
+    STYLE,
+    WIDTH,
+    legend_below,
+    norm_symbol,
+    panels_in_rows,
+)
 
 _COLORS = (*COLORS, "0.3", "0.6")
 _MARKERS = "os^DvPX"  # one fewer than colours, so that no two of 56 arms look the same
@@ -30,25 +37,7 @@ def accuracy_by_arm(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
             curves.items(), cycle(_COLORS), cycle(_MARKERS), strict=False
         ):
             points = by_norm.get(norm, [])
-            eps = [point["eps"] for point in points]
-            ax.plot(
-                eps,
-                [100 * p["mean"] for p in points],
-                color=color,
-                marker=marker,
-                ms=4,
-                lw=1.4,
-                label=arm,
-            )
-            band = [p for p in points if p["low"] is not None]
-            ax.fill_between(
-                [p["eps"] for p in band],
-                [100 * max(p["low"], 0) for p in band],
-                [100 * min(p["high"], 1) for p in band],
-                color=color,
-                alpha=0.15,
-                lw=0,
-            )
+            _line_with_band(ax, points, "eps", 100, color=color, marker=marker, label=arm)
         ax.set(title=norm_symbol(norm), xlabel="ε", ylim=(-2, 102))
         ax.set_xlim(left=0)
     panels[0].set_ylabel("accuracy under the worst case, %")
@@ -118,7 +107,7 @@ def measures_against_each_other(
         array([[ 3., 40.],
                [ 2., 50.]])
     """
-    figure, panels = _panels(len(pairs))
+    figure, panels = panels_in_rows(len(pairs), columns=2, height=3.0)
     for ax, (across, up) in zip(panels, pairs, strict=False):
         for (arm, row), color, marker in zip(
             table.items(), cycle(_COLORS), cycle(_MARKERS), strict=False
@@ -148,30 +137,12 @@ def along_training(history: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
 
     history: by number and arm the points {epoch, mean, low, high}; low and high may be None.
     """
-    figure, panels = _panels(len(history))
+    figure, panels = panels_in_rows(len(history), columns=2, height=3.0)
     for ax, (name, by_arm) in zip(panels, history.items(), strict=False):
         for (arm, points), color, marker in zip(
             by_arm.items(), cycle(_COLORS), cycle(_MARKERS), strict=False
         ):
-            epochs = [point["epoch"] for point in points]
-            ax.plot(
-                epochs,
-                [point["mean"] for point in points],
-                color=color,
-                marker=marker,
-                ms=4,
-                lw=1.4,
-                label=arm,
-            )
-            band = [p for p in points if p["low"] is not None]
-            ax.fill_between(
-                [p["epoch"] for p in band],
-                [p["low"] for p in band],
-                [p["high"] for p in band],
-                color=color,
-                alpha=0.15,
-                lw=0,
-            )
+            _line_with_band(ax, points, "epoch", color=color, marker=marker, label=arm)
         ax.set(title=name.replace("_", " "), xlabel="epoch")
     legend_below(figure, panels)
     return figure
@@ -184,7 +155,7 @@ def sweeps(found: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) ->
     found: by arm {field, values, by, found, target, chosen}; what was not measured is None, as is a
     target where there is none. labels: of the measures; those in percent end in "%".
     """
-    figure, panels = _panels(len(found))
+    figure, panels = panels_in_rows(len(found), columns=2, height=3.0)
     for ax, (arm, sweep), color in zip(panels, found.items(), cycle(_COLORS), strict=False):
         label = labels[sweep["by"]]
         scale = 100 if label.endswith("%") else 1
@@ -213,11 +184,17 @@ def _spread_far(values: Iterable[float]) -> bool:
     return bool(known) and min(known) > 0 and max(known) > 20 * min(known)
 
 
-def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
-    """Panels in rows of two."""
-    rows = max(1, -(-count // 2))
-    figure = Figure(figsize=(WIDTH, 3.0 * rows + 0.6))
-    panels = figure.subplots(rows, 2, squeeze=False).flat
-    for ax in panels[count:]:
-        ax.set_visible(False)
-    return figure, list(panels)[:count]
+def _line_with_band(
+    ax: Axes, points: Sequence[Mapping[str, Any]], along: str, scale: float = 1, **style: Any
+) -> None:
+    """Means along a field of the points, with a band where there is an interval."""
+    ax.plot([p[along] for p in points], [scale * p["mean"] for p in points], ms=4, lw=1.4, **style)
+    band = [p for p in points if p["low"] is not None]
+    ax.fill_between(
+        [p[along] for p in band],
+        [scale * p["low"] for p in band],
+        [scale * p["high"] for p in band],
+        color=style["color"],
+        alpha=0.15,
+        lw=0,
+    )

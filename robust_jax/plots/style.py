@@ -23,6 +23,7 @@ BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
     "#56B4E9",
 )
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+MARKERS = "os^Dv"
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -39,6 +40,16 @@ STYLE = {
     "legend.edgecolor": "none",
     "figure.constrained_layout.use": True,
 }
+
+
+def panels_in_rows(count: int, *, columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    """count panels in rows of that many columns, each row that many inches high."""
+    rows = max(1, -(-count // columns))
+    figure = Figure(figsize=(WIDTH, height * rows + 0.6))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[count:]:
+        ax.remove()
+    return figure, list(axes[:count])
 
 
 def norm_symbol(name: str) -> str:
