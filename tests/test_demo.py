@@ -472,6 +472,21 @@ def test_a_record_s_key_makes_its_adversarial_again(demo):
     assert (np.argmax(logits_fn(x_adv), -1) != rows["label"]).all()
 
 
+def test_a_run_s_networks_are_those_of_its_records(demo):
+    from robust_jax import data
+    from robust_jax.app.subject import load
+
+    right = {}
+    for at in ("best", "last", "initialisation"):
+        saved = stored.load(demo.workdir).records["last" if at == "last" else "best"]
+        subject = load(demo.workdir, at)
+        x = data.to_pixels(subject.dataset.test.images[: len(saved)])
+        predicted = np.asarray(subject.logits_fn(x)).argmax(-1)
+        right[at] = (predicted == saved["label"]).mean()
+        assert (at == "initialisation") == (predicted != saved["prediction"]).any()
+    assert right["initialisation"] < 0.5 < min(right["best"], right["last"])
+
+
 def test_autoattack_alone_is_evaluated(copied, undrawn):
     """The run was stopped when it was trained, before anything was evaluated."""
     for name in ("results.json", "card.json", "examples.npz"):

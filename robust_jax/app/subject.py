@@ -15,8 +15,8 @@ from robust_jax.train.loop import Trained, restore
 At = Literal["best", "last", "initialisation"]
 
 
-def load(workdir: Path | str) -> Subject:
-    """The best network of a finished run, with its data.
+def load(workdir: Path | str, at: At = "best") -> Subject:
+    """A finished run's network, with its data: the best, the last, or as it was initialised.
 
     Raises UserError where workdir holds none.
     """
@@ -25,7 +25,7 @@ def load(workdir: Path | str) -> Subject:
     if config is None or stored.holds(workdir) != "a run":
         raise stored.no_run(workdir)
     run = training.build(config)
-    return subject_of(run, restore(run.plan, workdir))
+    return subject_of(run, restore(run.plan, workdir), at)
 
 
 def subject_of(run: Training, trained: Trained, at: At = "best") -> Subject:
