@@ -472,19 +472,24 @@ def test_a_record_s_key_makes_its_adversarial_again(demo):
     assert (np.argmax(logits_fn(x_adv), -1) != rows["label"]).all()
 
 
-def test_a_run_s_networks_are_those_of_its_records(demo):
-    from robust_jax import data
+def test_a_run_s_networks_are_those_of_its_records(demo, results):
+    from robust_jax import data, losses
     from robust_jax.app.subject import load
 
-    right = {}
+    records = stored.load(demo.workdir).records
+    assert results["best"]["step"] < results["last"]["step"]
+    margins = {}
     for at in ("best", "last", "initialisation"):
-        saved = stored.load(demo.workdir).records["last" if at == "last" else "best"]
         subject = load(demo.workdir, at)
-        x = data.to_pixels(subject.dataset.test.images[: len(saved)])
-        predicted = np.asarray(subject.logits_fn(x)).argmax(-1)
-        right[at] = (predicted == saved["label"]).mean()
-        assert (at == "initialisation") == (predicted != saved["prediction"]).any()
-    assert right["initialisation"] < 0.5 < min(right["best"], right["last"])
+        test = subject.dataset.test
+        num = len(records["best"])
+        logits = subject.logits_fn(data.to_pixels(test.images[:num]))
+        margins[at] = np.asarray(-losses.margin_loss(logits, test.labels[:num]))
+    for at in ("best", "last"):
+        np.testing.assert_allclose(margins[at], records[at]["margin"], atol=1e-3)
+        for other in margins.keys() - {at}:
+            assert np.abs(margins[other] - records[at]["margin"]).max() > 0.01
+    assert (margins["initialisation"] > 0).mean() < 0.5
 
 
 def test_autoattack_alone_is_evaluated(copied, undrawn):

@@ -11,7 +11,7 @@ PreActResNet-18, up to 12/255, an accelerator.
 from ml_collections import ConfigDict
 
 from configs import default
-from configs.studies.common import CIFAR10_LINF, PREACT_RESNET18_AT, SMOKE, attacks
+from configs.studies.common import CIFAR10_LINF, PUBLISHED_AT, SMOKE, attacks
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # of the eps called trained
 ARMS = ("eps_0", "eps_half", "eps_1", "eps_1_half")
@@ -99,7 +99,7 @@ def get_config():
         "full": {
             "seeds": (0, 1, 2),
             "radii": {"trained": 8 / 255},
-            "published": (("eps_1", PREACT_RESNET18_AT),),
+            "published": (("eps_1", PUBLISHED_AT),),
             "base": {
                 **CIFAR10_LINF,
                 "train_size": 0,

@@ -1,9 +1,9 @@
 """What the studies share: the smoke scale, attacks, and the tests of a claim."""
 
-# PGD-10 adversarial training on CIFAR-10 at linf 8/255 (Rice, Wong, Kolter 2020), in percent.
-PREACT_RESNET18_AT = {"clean": 82.92, "PGD at {trained}": 53.49}
+# PreActResNet-18, PGD-10 on CIFAR-10 at linf 8/255 (Rice, Wong, Kolter 2020), in percent.
+PUBLISHED_AT = {"clean": 82.92, "PGD at {trained}": 53.49}
 
-# What networks for colour images are, and how they train, at an accelerator's scales.
+# The network for colour images and its recipe, at an accelerator's scales.
 PREACT_RESNET18 = {
     "model": {"name": "preact_resnet", "depth": 18},
     "adversary": {"num_steps": 10},

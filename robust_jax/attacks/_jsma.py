@@ -83,14 +83,12 @@ def jsma(
         return logits_fn(x[None])[0]
 
     def attack_one(x, y, target):
-        own_target = target
-        if target is None:
-            target = likeliest_wrong(logits_of(x), y, 1)[0][0]
+        aim = likeliest_wrong(logits_of(x), y, 1)[0][0] if target is None else target
 
         def step(state):
             x_adv, _ = state
             logits, pull = jax.vjp(logits_of, x_adv)
-            onto = jax.nn.one_hot(target[None], len(logits), dtype=logits.dtype)[0]
+            onto = jax.nn.one_hot(aim[None], len(logits), dtype=logits.dtype)[0]
             gain, cost = (_scaled(towards * pull(along)[0].ravel()) for along in (onto, 1 - onto))
             # In 16 bits a small theta may move nothing, wherever the pixel is.
             free = (jnp.clip(x_adv + jnp.asarray(theta, x.dtype), 0, 1) != x_adv).ravel()
@@ -99,9 +97,9 @@ def jsma(
             change = jnp.where(found, theta, 0.0).astype(x.dtype)
             moved = x_adv.ravel().at[pair].add(change).reshape(x.shape)
             x_adv = jnp.clip(moved, 0.0, 1.0)
-            return x_adv, ~found | succeeds(logits_of(x_adv), y, own_target)
+            return x_adv, ~found | succeeds(logits_of(x_adv), y, target)
 
-        start = (x, succeeds(logits_of(x), y, own_target))
+        start = (x, succeeds(logits_of(x), y, target))
         return jax.lax.while_loop(lambda state: ~state[1], step, start)[0]
 
     return jax.vmap(attack_one)(x, y, None if targets is None else jnp.asarray(targets))
