@@ -480,6 +480,7 @@ def test_differences_are_named():
     one, other = {"a": {"b": 1, "c": 2}, "d": 0}, {"a": {"b": 1, "c": 3}, "e": 0, "d": 0}
     assert config_lib.differences(one, other) == ["config.a.c: 2 → 3", "config.e: None → 0"]
     assert config_lib.differences(one, other, ignore=("a", "e")) == []
+    assert config_lib.differences(one, other, ignore=("a.c",)) == ["config.e: None → 0"]
 
 
 def test_config_modules_are_small_deltas():

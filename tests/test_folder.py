@@ -103,6 +103,26 @@ def test_another_config_is_refused_with_every_field_that_differs(tmp_path):
         assert re.search(f"config.{field}", str(error.value))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("checkpoint_every", "7 steps"),
+        ("data_dir", "elsewhere"),
+        ("parallel", "shard_map"),
+        ("evaluation.batch_size", 50),
+        ("evaluation.jacobian_chunk", 16),
+    ],
+)
+def test_a_run_goes_on_with_other_settings_that_no_number_depends_on(field, value, tmp_path):
+    a_run(tmp_path)
+    config = default.get_config()
+    config_lib.set_field(config, field, value)
+    folder.claim(tmp_path, config, "train")  # on another machine, or with less memory
+    config.evaluation.jacobian_projections = 3
+    with pytest.raises(UserError, match=r"another config \(config.evaluation.jacobian_proj[^;]*\)"):
+        folder.claim(tmp_path, config, "train")
+
+
 def test_a_finished_run_says_that_other_attacks_are_evaluated_and_not_trained(tmp_path):
     a_run(tmp_path)
     (tmp_path / "results.json").write_text("{}")

@@ -488,6 +488,10 @@ def test_mistakes_are_told(tmp_path):
         study.execute(config, tmp_path, only="at/7")
     with pytest.raises(UserError, match="--mode=verify is for one run"):
         study.execute(config, tmp_path, "verify")
+    with pytest.raises(UserError, match="--mode=report is about the whole study"):
+        study.execute(config, tmp_path, "report", only="at")
+    with pytest.raises(UserError, match="--mode=audit is for the seeds of entm"):
+        study.execute(config, tmp_path, "audit", only="entm/sweep")
     with pytest.raises(
         UserError, match="config.scale is 'tiny'; choices: full, medium, small, smoke"
     ):

@@ -190,12 +190,16 @@ def num_steps(duration: str, path: str, *, batch_size: int, num_examples: int) -
 
 
 def differences(one: Mapping, other: Mapping, *, ignore: Iterable[str] = ()) -> list[str]:
-    """The fields in which two configs differ, each as "field: old → new"."""
-    ours, theirs = (flatten({k: v for k, v in c.items() if k not in ignore}) for c in (one, other))
+    """The fields in which two configs differ, each as "field: old → new".
+
+    ignore: fields and sections, with dots.
+    """
+    ours, theirs = flatten(one), flatten(other)
     return [
         f"config.{field}: {ours.get(field)!r} → {theirs.get(field)!r}"
         for field in sorted({*ours, *theirs})
         if ours.get(field, _MISSING) != theirs.get(field, _MISSING)
+        and not any(f"{field}.".startswith(f"{path}.") for path in ignore)
     ]
 
 

@@ -25,6 +25,14 @@ from robust_jax.files import save_arrays, write_json
 Mode = Literal["train", "evaluate", "measure", "audit", "verify", "report"]
 # The folder of attacks that are not finished yet.
 _UNFINISHED = "unfinished"
+# What may change in a run that goes on, or that its study finds finished: no number depends on it.
+_OF_NO_NUMBER = (
+    "checkpoint_every",
+    "data_dir",
+    "parallel",
+    "evaluation.batch_size",
+    "evaluation.jacobian_chunk",
+)
 
 
 def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
@@ -55,7 +63,7 @@ def _differences(workdir: Path, config: ConfigDict, mode: Mode) -> list[str]:
     """
     old = stored.config_of(workdir)
     assert old is not None
-    ignore = ("checkpoint_every", *(() if mode == "train" else config_lib.FIELDS_OF_NO_TRAINING))
+    ignore = (*_OF_NO_NUMBER, *(() if mode == "train" else config_lib.FIELDS_OF_NO_TRAINING))
     pairs = [(threat.complete(old), threat.complete(config))]
     if mode != "train":
         pairs.append((old, config))

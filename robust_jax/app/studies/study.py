@@ -187,8 +187,9 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: st
     config: settled and checked. only: "arm", "arm/sweep" or "arm/seed" runs that part alone and
     writes no report, so that a scheduler can spread a study over machines. Each run is an ordinary
     one in workdir/arm/seed, in the mode given; mode "report" collects what there is and runs
-    nothing. Returns what it came to, in lines. Raises UserError for an unknown arm, mode "verify",
-    or a folder that holds something else, before anything runs.
+    nothing. Returns what it came to, in lines. Raises UserError for an unknown arm, a mode that
+    studies or their sweeps do not have, or a folder that holds something else, before anything
+    runs.
     """
     if mode == "verify":
         raise UserError(f"--mode={mode} is for one run: give it a run's config and folder")
@@ -200,6 +201,10 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: st
         sweep = [SWEEP] if SWEEP in config.arms[arm] else []
         seeds = map(str, (*config.seeds, *arms.extra_seeds(config)))
         choose([*seeds, *sweep], part, "--only's seed")
+    if only and mode == "report":
+        raise UserError("--mode=report is about the whole study; leave --only out")
+    if part == SWEEP and mode != "train":
+        raise UserError(f"--mode={mode} is for the seeds of {arm}, as in --only={arm}/0")
     if len(config.seeds) < claims.FEWEST_SEEDS:
         logging.warning("%d seeds: no verdicts, an interval needs three", len(config.seeds))
     processes.on_first(partial(folder.claim_study, workdir, config, mode))
