@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import zlib
 from functools import partial
 
@@ -17,6 +18,7 @@ from configs import default
 from robust_jax import attacks, data, jacobian, losses, margins
 from robust_jax.app import evaluation, stored
 from robust_jax.app.experiment import build
+from robust_jax.app.pages import compare
 from robust_jax.attacks import _autoattack
 from robust_jax.errors import UserError
 from robust_jax.keys import fold_each, fold_in_each
@@ -107,6 +109,16 @@ def test_it_leaves_records_a_card_and_a_page(found):
     assert "the network classifies" in page and "checkpoint</th>" not in page
     assert "trained against" not in page and "the best checkpoint" not in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("data:image", "")
+
+
+def test_it_is_compared_with_other_folders(found, tmp_path):
+    result, folder = found
+    shutil.copytree(folder, tmp_path / "again")
+    said = compare.write([folder, tmp_path / "again"], tmp_path / "both")
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in said.splitlines() if line}
+    assert rows["clean accuracy, %"] == 2 * [f"{100 * result.clean_accuracy:.1f}"]
+    assert rows["audit"] == 2 * [result.audit.verdict]
+    assert "an MLP" in (tmp_path / "both" / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -19,17 +19,18 @@ BOUNDED = ("oscillation", "path")
 ENERGIES = ("total_variation", *BOUNDED, "mean_square")
 # Those that look at the interior of the ball.
 INTERIOR = ("total_variation", "path", "mean_square")
-# At small these arms took the largest or the smallest weight of three: from there outwards.
+# At small these arms took the largest or the smallest weight of three, at medium some of those.
 WIDER = {
     arm: {"sweep": {"values": weights}}
     for arm, weights in {
-        "vat": (3.0, 10.0, 30.0),
+        "vat": (0.3, 1.0, 3.0, 10.0, 30.0),
         "vat_few": (3.0, 10.0, 30.0),
-        "total_variation": (0.1, 0.3, 1.0),
+        "total_variation": (0.1, 0.3, 1.0, 3.0, 10.0),
         "total_variation_few": (0.001, 0.003, 0.01),
-        "oscillation": (0.03, 0.1, 0.3),
+        "oscillation": (0.03, 0.1, 0.3, 1.0),
         "oscillation_few": (3.0, 10.0, 30.0),
         "path": (0.03, 0.1, 0.3),
+        "mean_square": (10.0, 100.0, 1000.0, 10000.0),
     }.items()
 }
 

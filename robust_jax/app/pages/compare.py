@@ -201,7 +201,7 @@ def _numbers(run: Compared) -> dict[str, str]:
     for fn, norms in results["jacobian"].items():
         for norm in _NORMS:
             found[f"‖J‖ {_NORMS[norm]}, {report.OF_WHAT.get(fn, fn)}"] = number(norms[norm]["mean"])
-    for label, numbers in results["measurements"].items():
+    for label, numbers in results.get("measurements", {}).items():
         found |= {f"{label}: {name.replace('_', ' ')}": number(v) for name, v in numbers.items()}
     found["audit"] = results["audit"]["verdict"] if results["audit"] else "not audited"
     return found
