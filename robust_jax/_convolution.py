@@ -506,4 +506,5 @@ def _largest_of_tiles(x: Array, axis: int, size: int) -> Array:
     x = lax.slice_in_dim(x, 0, count * size, axis=axis)
     x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
     parts = (lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(size))
-    return reduce(lambda one, other: jnp.where(other > one, other, one), parts)
+    # Of NaN too, which is not greater than anything.
+    return reduce(lambda one, other: jnp.where((other > one) | jnp.isnan(other), other, one), parts)

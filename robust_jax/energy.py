@@ -26,7 +26,6 @@ from jaxtyping import Float
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax._precision import wide_dtype
 from robust_jax.attacks import Norm, ThreatModel, never, pgd
 from robust_jax.attacks.norms import threat_model
 from robust_jax.keys import example_keys, fold_each
@@ -244,7 +243,7 @@ def total_variation(
 
     def sample(neighbour):
         gradient = jax.grad(summed)(neighbour)
-        slope = jax.vmap(threat.slope)(jnp.asarray(gradient, wide_dtype(x.dtype)))
+        slope = jax.vmap(threat.slope)(gradient)
         return slope**2 if squared else slope
 
     return _mean_over_ball(sample, x, key, eps, threat, num_samples)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from robust_jax import _checks
 from robust_jax._front import compiled
-from robust_jax._precision import wide_dtype
+from robust_jax._precision import wide, wide_dtype
 from robust_jax.analysis.spectra import GAINS, Layer, operator_norm
 from robust_jax.attacks import Norm, ThreatModel, distances, fab, is_adversarial
 from robust_jax.attacks.norms import L2, threat_model
@@ -190,10 +190,11 @@ def boundary_distances(
     of_label = jnp.take_along_axis(logits, y[:, None], -1)
     gaps = of_label - jnp.take_along_axis(logits, nearest, -1)
     gradients = jax.vmap(lambda d: pull_back(d)[0], in_axes=1, out_axes=1)(differences)
-    slopes = jax.vmap(jax.vmap(threat.slope))(gradients).astype(gaps.dtype)
+    slopes = jax.vmap(jax.vmap(threat.slope))(gradients).astype(wide_dtype(gaps.dtype))
     steep = slopes > 0
     nowhere = jnp.where(gaps == 0, 0, jnp.copysign(jnp.inf, gaps)).astype(gaps.dtype)
-    return jnp.where(steep, gaps / jnp.where(steep, slopes, 1), nowhere)
+    distances = wide(gaps) / jnp.where(steep, slopes, 1)
+    return jnp.where(steep, distances.astype(gaps.dtype), nowhere)
 
 
 def truncate(boundaries: Float[Array, "b n"], tau: Length) -> PerExample:

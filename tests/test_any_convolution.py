@@ -95,6 +95,12 @@ def test_values_and_derivatives_are_those_of_the_network_as_written(name):
     np.testing.assert_allclose(by_fast, as_written, rtol=1e-4, atol=1e-5)
     gradient, scale = np.asarray(gradient), np.abs(expected).max()
     np.testing.assert_allclose(gradient / scale, expected / scale, atol=1e-5)
+    # A NaN is not lost, wherever in a window it is.
+    for i, one in enumerate(x):
+        one[i // 2, i % 2] = np.nan
+    by_fast, _, as_written = values_and_gradients(x)[0]
+    assert np.isnan(as_written).any()
+    assert (np.isnan(by_fast) | ~np.isnan(as_written)).all()
 
 
 def test_of_equal_maxima_the_first_has_the_gradient():

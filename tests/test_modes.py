@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import robust_jax
-from robust_jax import attacks, margins
+from robust_jax import attacks, losses, margins
 from robust_jax.analysis import features, surface
 from tests.conftest import slow_but, strictly
 from tests.linear import POINTWISE, WITH_NORMS, norms_of, sizes
@@ -131,6 +131,47 @@ def test_attacks_work_on_rows_and_without_jit(name):
     assert_inside(x, x_adv, norm)
     expected = jax.jit(attack)(x, y, key, eps=RADII[norm])
     np.testing.assert_allclose(x_adv, expected, atol=1e-5)
+
+
+STEEP = [
+    *(("pgd", norm, {"loss": losses.margin_loss}) for norm in ("linf", "l2", "l1")),
+    ("fab", "linf", {"num_targets": None}),
+    ("deepfool", "linf", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "norm", "settings"), STEEP)
+def test_attacks_follow_gradients_whose_sum_float16_does_not_hold(name, norm, settings):
+    logits_fn, x, y, _ = steep_problem()
+    radius = 4 * RADII[norm]
+    x_adv = POINTWISE[name](
+        logits_fn, x, y, jax.random.key(2), eps=radius, norm=norm, num_steps=4, **settings
+    )
+    assert attacks.is_adversarial(logits_fn, x_adv, y).all()
+
+
+def test_margins_follow_gradients_whose_sum_float16_does_not_hold():
+    logits_fn, x, y, exact = steep_problem()
+    first = margins.first_order(logits_fn, x, y)
+    sampled = margins.clever(logits_fn, x, jax.random.key(0), norm="linf", num_samples=1)
+    for found in (first, sampled):
+        np.testing.assert_allclose(found, exact, rtol=0.02)
+
+
+def steep_problem():
+    """A linear network, four examples far from its boundaries, their labels and margins in linf."""
+    rng = np.random.default_rng(0)
+    weights = 2000 * rng.normal(size=(64, NUM_CLASSES))
+    assert np.abs(weights).sum(0).min() > np.finfo(np.float16).max
+
+    def logits_fn(x):
+        return (jnp.reshape(x, (len(x), -1)) - 0.5) @ jnp.asarray(weights, x.dtype)
+
+    x = 0.5 + rng.integers(-8, 9, (40, 8, 8, 1)) / 64
+    y = ((x.reshape(40, -1) - 0.5) @ weights).argmax(-1)
+    exact = margins.linear(weights.T, -0.5 * weights.sum(0), x, y)
+    far = np.argsort(exact)[-4:]
+    return logits_fn, jnp.asarray(x[far], jnp.float16), jnp.asarray(y[far]), exact[far]
 
 
 def feature_change(logits_fn, x, y, key):

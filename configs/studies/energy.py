@@ -23,7 +23,7 @@ INTERIOR = ("total_variation", "path", "mean_square")
 WIDER = {
     arm: {"sweep": {"values": weights}}
     for arm, weights in {
-        "vat": (0.3, 1.0, 3.0, 10.0, 30.0),
+        "vat": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
         "vat_few": (3.0, 10.0, 30.0),
         "total_variation": (0.1, 0.3, 1.0, 3.0, 10.0),
         "total_variation_few": (0.001, 0.003, 0.01),

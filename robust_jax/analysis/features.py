@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from robust_jax import _checks
 from robust_jax._front import compiled
+from robust_jax._precision import wide
 from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
@@ -165,4 +166,4 @@ def point_at_distance(x: Images, key: KeyOrKeys, *, eps: float, norm: Norm = "li
 
 
 def _l2(values: Array) -> Float[Array, ""]:
-    return jnp.linalg.norm(values.ravel())
+    return jnp.linalg.norm(wide(values).ravel())

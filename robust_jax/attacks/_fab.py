@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from robust_jax import _checks
 from robust_jax._front import compiled
+from robust_jax._precision import wide, wide_dtype
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, value_dtype
 from robust_jax.attacks._perturbations import tiny
@@ -198,9 +199,9 @@ def _boundaries(logits_of, y, own_target, settings: _Settings) -> Callable:
         logits, pull = jax.vjp(logits_of, x_adv)
         identity = jnp.eye(len(logits), dtype=logits.dtype)
         (gradients,) = jax.vmap(pull)(identity - identity[y])
-        dual = jax.vmap(settings.norm.dual_size)(gradients).astype(logits.dtype)
         gaps = logits - logits[y]
-        far = jnp.abs(gaps) / jnp.maximum(dual, tiny(dual.dtype))
+        dual = jax.vmap(settings.norm.dual_size)(wide(gradients)).astype(wide_dtype(gaps.dtype))
+        far = jnp.abs(wide(gaps)) / jnp.maximum(dual, tiny(dual.dtype))
         nearest = jnp.argmin(jnp.where(jnp.arange(len(logits), dtype=y.dtype) == y, jnp.inf, far))
         return gaps[nearest], gradients[nearest]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
+from robust_jax._precision import wide
 from robust_jax.attacks._apgd import likeliest_wrong
 from robust_jax.attacks._best import Best, Goal, value_dtype
 from robust_jax.attacks._perturbations import tiny
@@ -275,12 +276,14 @@ def _cross_one(logits_of, x, y, settings: _DeepFool):
         logits, pull = jax.vjp(logits_of, x_adv)
         logits, (gradients,) = jax.lax.stop_gradient((logits, jax.vmap(pull)(towards)))
         gradients = jnp.nan_to_num(gradients)
-        rates = jax.vmap(norm.dual_size)(gradients)
+        rates = jax.vmap(norm.dual_size)(wide(gradients))
         gaps = (logits[y] - logits[targets]).astype(rates.dtype)
         distances = jnp.where(rates > 0, gaps / jnp.maximum(rates, tiny(rates.dtype)), jnp.inf)
         nearest = jnp.argmin(distances)
         # Finite, so that it is nothing along a gradient of zero.
-        length = jnp.nan_to_num((1 + overshoot) * (distances[nearest] + _NUDGE))
+        nudge = max(_NUDGE, float(jnp.finfo(x.dtype).eps))
+        length = (1 + overshoot) * (distances[nearest] + nudge)
+        length = jnp.nan_to_num(length.astype(x.dtype))
         x_adv = jnp.clip(x_adv + length * norm.steepest(gradients[nearest]), 0.0, 1.0)
         return i + 1, x_adv, succeeds(logits_of(x_adv), y)
 

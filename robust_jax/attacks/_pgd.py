@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
+from robust_jax._precision import wide
 from robust_jax.attacks._best import Best, Goal
 from robust_jax.attacks._perturbations import tiny
 from robust_jax.attacks._success import Criterion
@@ -286,13 +287,14 @@ def _climb_one(score, x, reference, key, settings: _Settings):
             (value, hit), gradient = jax.value_and_grad(score, has_aux=True)(x_adv, reference)
             best = best.updated(x_adv, value, hit)
             # A gradient of NaN or zero leaves the point where it is.
-            gradient = jnp.nan_to_num(gradient)
+            gradient = wide(jnp.nan_to_num(gradient))
             gradient = gradient / jnp.maximum(L1.size(gradient), tiny(x.dtype))
             velocity = momentum * velocity + gradient
-            x_adv = x_adv + norm.steepest_step(x_adv, velocity, step_size)
+            move = norm.steepest_step(wide(x_adv), velocity, wide(step_size))
+            x_adv = x_adv + move.astype(x.dtype)
             return (norm.project_to_ball_and_box(x_adv, x, eps), velocity, best), None
 
-        carry = (start, jnp.zeros_like(x), best)
+        carry = (start, jnp.zeros_like(wide(x)), best)
         (x_adv, _, best), _ = jax.lax.scan(step, carry, length=num_steps)
         if not keep_best:
             return best._replace(x=x_adv), None

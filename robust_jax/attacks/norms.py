@@ -124,7 +124,7 @@ class ThreatModel(Measure):
             gradient: The gradient of a function at one example, [...].
 
         Returns:
-            [], per pixel unit of the norm.
+            [], per pixel unit of the norm, in float32 at least: in float16 it may be infinite.
 
         Example:
             >>> import jax.numpy as jnp
@@ -132,6 +132,7 @@ class ThreatModel(Measure):
             >>> norms.LINF.slope(jnp.array([3.0, -4.0]))
             Array(7., dtype=float32)
         """
+        gradient = wide(gradient)
         steep = self.dual_size(jax.lax.stop_gradient(gradient)) > _FLAT
         # Never of a gradient of 0, where the norm in l2 has no derivative.
         return jnp.where(steep, self.dual_size(jnp.where(steep, gradient, 1)), 0)
