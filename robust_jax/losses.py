@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from robust_jax import _checks
 from robust_jax._precision import wide
 from robust_jax.types import Labels, Logits, PerExample
 
@@ -414,8 +415,8 @@ def complement(logits: Logits, labels: Labels) -> Float[Array, "b k-1"]:
         >>> losses.complement(jnp.array([[2.0, 1.0, 0.0]]), jnp.array([1]))
         Array([[2., 0.]], dtype=float32)
     """
-    columns = jnp.arange(logits.shape[-1] - 1)[None]
-    columns += (columns >= labels[:, None].astype(columns.dtype)).astype(columns.dtype)
+    columns = jnp.arange(logits.shape[-1] - 1, dtype=jnp.int32)[None]
+    columns += (columns >= _indices(labels)[:, None]).astype(jnp.int32)
     return jnp.take_along_axis(logits, columns, axis=-1)
 
 
@@ -445,8 +446,7 @@ def _mean_over(log_p: Logits, values: Logits) -> PerExample:
 
 def _indices(labels: Labels) -> Labels:
     """Labels that hold any class: those of 8 bits end at 255."""
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels are {labels.dtype}; give integers [B]")
+    _checks.type_of_labels(labels, "labels")
     return labels.astype(jnp.int32)
 
 

@@ -86,7 +86,7 @@ def linear(
     rows, flat = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (weights, x))
     logits = flat @ rows.T + np.asarray(bias, np.float64)
     shaped = rows.reshape(len(rows), *x.shape[1:])
-    return _over_weights(logits, np.asarray(y), shaped, threat_model(norm))
+    return _over_weights(logits, y, shaped, threat_model(norm))
 
 
 @compiled
@@ -420,7 +420,7 @@ def lipschitz(
     def guaranteed(threat):
         constant = np.prod([operator_norm(layer, threat) for layer in hidden]) / min(std)
         logits_ = np.asarray(logits, np.float64)
-        return _over_weights(logits_, np.asarray(y), head.kernel.T, threat) / constant
+        return _over_weights(logits_, y, head.kernel.T, threat) / constant
 
     num_pixels = int(first.kernel.shape[-2] * np.prod(first.image))
     by_l2 = guaranteed(L2) / threat.l2_radius(num_pixels)
@@ -432,6 +432,8 @@ def lipschitz(
 
 def _over_weights(logits, y, weights, threat: ThreatModel):
     """min_{j≠y} (z_y - z_j) / ‖w_y - w_j‖_q, float64 logits [B,K] and weights [K,...] -> [B]."""
+    y = np.asarray(y)
+    _checks.labels(y, len(weights))
     with jax.enable_x64(True):
         slopes = np.asarray(jax.vmap(jax.vmap(threat.dual_size))(weights[:, None] - weights))
     others = np.arange(len(weights)) != y[:, None]

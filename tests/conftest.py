@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -84,6 +85,12 @@ def slow_but(chosen, names):
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """Annotations are not enforced, as for a user: what the code itself says is tested."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @contextlib.contextmanager

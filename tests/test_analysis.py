@@ -11,6 +11,7 @@ from scipy import optimize
 
 from robust_jax import losses, margins
 from robust_jax.analysis import calibration, features, latent, spectra, summaries, surface
+from robust_jax.analysis.spectra import Layer
 from robust_jax.attacks import fab, pgd
 from robust_jax.models import MLP, Linear
 from tests.linear import make_linear, make_nonlinear
@@ -297,6 +298,44 @@ def test_outcomes_are_those_of_the_records(rng):
     np.testing.assert_allclose(found["entropy"], losses.entropy(args[0]), atol=1e-4)
     np.testing.assert_allclose(found["top_probability"], jax.nn.softmax(args[0]).max(-1), atol=1e-4)
     assert found["entropy"][0] == pytest.approx(np.log(4))
+
+
+@pytest.mark.parametrize(
+    ("row", "correct", "entropy"),
+    [
+        ([2.0, 0.0, -np.inf], True, 0.3653),  # a class that is ruled out
+        ([np.inf, 0.0, 0.0], False, np.nan),
+        ([-np.inf] * 3, False, np.nan),
+        ([np.nan, 0.0, 0.0], False, np.nan),
+    ],
+)
+def test_outcomes_of_logits_that_are_not_finite(row, correct, entropy):
+    found = calibration.outcomes(np.array([row]), np.array([0]))
+    assert found["correct"] == losses.correct(jnp.array([row]), jnp.array([0])) == correct
+    np.testing.assert_allclose(found["entropy"], entropy, atol=1e-4)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    "call",
+    [
+        calibration.outcomes,
+        calibration.temperature,
+        lambda z, y: margins.linear(z, np.zeros(3), z, y),
+        lambda z, y: margins.lipschitz(z, y, {"head": Layer(z)}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (np.array([[0], [1], [2]]), r"not a column: y\[:, 0\]"),
+        (np.eye(3), r"not one-hot: y.argmax\(-1\)"),
+        (np.array([0, -1, 2]), "y has the label -1; the network has 3 classes"),
+    ],
+)
+def test_labels_of_another_form_are_refused(call, y, message):
+    with pytest.raises(ValueError, match=message):
+        call(np.eye(3), y)
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,20 @@ def test_labels_of_few_bits_are_those_classes_among_many(fn, dtype, rng):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("fn", OF_LABELS, ids=lambda fn: fn.__name__)
+def test_labels_in_a_column_are_refused(fn):
+    wrong = jnp.zeros((3, 1), jnp.int32)  # as Keras loads CIFAR-10
+    given = {
+        "labels": wrong,
+        "targets": jnp.ones(3, jnp.int32),
+        "reference": jnp.zeros((3, 4)),
+    }
+    needed = inspect.signature(fn).parameters
+    with pytest.raises(ValueError, match=r"the shape \[3, 1\]; .* not a column: labels\[:, 0\]"):
+        fn(jnp.eye(3, 4), **{k: v for k, v in given.items() if k in needed})
+
+
 def test_complement_keeps_order():
     logits = jnp.asarray([[0.0, 1.0, 2.0, 3.0]] * 4)
     np.testing.assert_array_equal(
@@ -271,20 +285,20 @@ def test_complement_keeps_order():
     )
 
 
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda z, y: losses.cross_entropy(z, y, label_smoothing=1.0), r"\[0, 1\), not 1.0"),
         (lambda z, y: losses.guided_complement_entropy(z, y, alpha=-1), r"\[0, 1\], not -1"),
         (
-            # Unwrapped: in the tests its annotation would be enforced before.
-            lambda z, y: inspect.unwrap(losses.guided_complement_entropy)(z, y, form="other"),
+            lambda z, y: losses.guided_complement_entropy(z, y, form="other"),
             "form must be one of exact, published, not 'other'",
         ),
         (lambda z, y: losses.dlr(z[:, :2], y), "at least 3 classes, not 2; use margin_loss"),
         (lambda z, y: losses.guided_complement_entropy(z[:, :2], y), "at least 3 classes"),
         (lambda z, y: losses.complement_entropy(z[:, :2], y), "complement_entropy needs at least"),
-        (lambda z, y: inspect.unwrap(losses._indices)(y * 1.0), "labels are float32; give integ"),
+        (lambda z, y: losses.correct(z, y * 1.0), "labels is float32; .* integers"),
     ],
 )
 def test_mistakes_are_told(call, message):

@@ -6,8 +6,11 @@ numpy arrays in and out, one row an example. Each costs a pass over its rows; no
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
+
+from robust_jax import _checks
 
 __all__ = [
     "Reliability",
@@ -44,6 +47,9 @@ def outcomes(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> dict
     Returns:
         Arrays [B]: correct; top_probability, max_k p_k; confidence, p_y; entropy in nats.
 
+    Raises:
+        ValueError: y holds no labels of the classes, [B].
+
     Example:
         >>> import numpy as np
         >>> from robust_jax.analysis import calibration
@@ -51,15 +57,17 @@ def outcomes(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> dict
         >>> found["confidence"]
         array([0.9, 0.1])
     """
-    logits = np.asarray(logits, np.float64)
-    log_p = logits - logits.max(-1, keepdims=True)
-    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    logits, y = np.asarray(logits, np.float64), np.asarray(y)
+    _checks.labels(y, logits.shape[-1])
+    with np.errstate(invalid="ignore"):  # of a logit of infinity nothing is known
+        log_p = scipy.special.log_softmax(logits, -1)
     p = np.exp(log_p)
+    known = (logits < np.inf).all(-1) & (logits.max(-1) > -np.inf)  # and not NaN
     return {
-        "correct": (logits.argmax(-1) == np.asarray(y)) & np.isfinite(logits).all(-1),
+        "correct": (logits.argmax(-1) == y) & known,
         "top_probability": p.max(-1),
         "confidence": p[np.arange(len(p)), y],
-        "entropy": -(p * log_p).sum(-1),
+        "entropy": scipy.special.entr(p).sum(-1),
     }
 
 
@@ -138,7 +146,7 @@ def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> f
         for.
 
     Raises:
-        ValueError: A logit is not finite.
+        ValueError: A logit is not finite, or y holds no labels of the classes, [B].
 
     Example:
         >>> import numpy as np
@@ -150,11 +158,12 @@ def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> f
     Reference:
         Guo et al. 2017, arXiv 1706.04599, section 4.2.
     """
-    z = np.asarray(logits, np.float64)
+    z, y = np.asarray(logits, np.float64), np.asarray(y)
+    _checks.labels(y, z.shape[-1])
     if not np.isfinite(z).all():
         raise ValueError("logits must be finite to have a temperature")
     z = z - z.max(-1, keepdims=True)
-    of_label = z[np.arange(len(z)), np.asarray(y)]
+    of_label = z[np.arange(len(z)), y]
     if (of_label == 0).all() and (z < 0).any():  # below, the slope would underflow on the way
         return 1e-4
 
