@@ -66,6 +66,21 @@ def floating(x: Any, name: str) -> None:
         raise ValueError(f"{name} is {x.dtype}; pixels are floats in [0, 1]{hint}")
 
 
+def points(values: Any, x: Any, name: str) -> jax.Array | np.ndarray:
+    """As many points as examples x, as an array of JAX's precision.
+
+    Raises ValueError unless they are floating and of the shape of x.
+    """
+    values = values if isinstance(values, jax.Array) else np.asarray(values)
+    floating(values, name)
+    if values.shape != x.shape:
+        raise ValueError(
+            f"x has the shape {list(x.shape)} and {name} {list(values.shape)}; give as many points "
+            "as examples, of the same shape"
+        )
+    return values.astype(jax.dtypes.canonicalize_dtype(values.dtype), copy=False)
+
+
 def one_row_each(y: Any, x: Any, name: str = "y") -> jax.Array | np.ndarray:
     """y [B,...] as an array. Raises ValueError unless it has a row for each example of x."""
     if y is None:

@@ -32,7 +32,8 @@ from robust_jax.keys import example_keys
 
 # What parameters are, by their names.
 _NETWORKS = ("logits_fn", "fn", "features_fn", "surrogate")
-_ROWS = ("x", "y", "targets", "key", "x_adv", "x_moved", "direction")
+_POINTS = ("x_adv", "x_moved", "direction")
+_ROWS = ("x", "y", "targets", "key", *_POINTS)
 _LABELS = ("y", "targets")
 _LENGTHS = ("eps", "step_size")
 _DYNAMIC = {*_NETWORKS, *_ROWS, *_LENGTHS}
@@ -83,6 +84,8 @@ def _checked(
     name = _examples(values)
     takes_images = "y" in values or "logits_fn" in values
     x = values[name] = _checks.pixels(values[name], name, bounded=takes_images)
+    for other in {*_POINTS} & {*values} - {name}:
+        values[other] = _checks.points(values[other], x, other)
     for name in ("chunk_size", "eot_samples"):
         if values.get(name) is not None:
             _checks.counts(**{name: values[name]})
@@ -120,6 +123,8 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
     # Types and shapes are known even here.
     if hasattr(x, "dtype"):
         _checks.floating(x, name)
+        for other in {*_POINTS} & {*given} - {name}:
+            given[other] = _checks.points(given[other], x, other)
     if given.get("key") is not None:
         given["key"] = _checks.example_keys_of(given["key"], len(x))
     for name in _LABELS:

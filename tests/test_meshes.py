@@ -12,9 +12,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from robust_jax import attacks, margins
+from robust_jax.analysis import features, surface
 from robust_jax.devices.parallel import placement_of
 from tests.calls import ALL
-from tests.small_networks import KEY, examples, network, on_mesh, weights_of
+from tests.small_networks import KEY, chex_close, examples, network, on_mesh, weights_of
 
 KINDS = [AxisType.Auto, AxisType.Explicit]
 
@@ -33,6 +34,25 @@ def test_the_result_is_divided_as_the_examples_are(axes, kind):
     x_adv = attacks.fgsm(network(weights_of(0)), x, y, KEY, eps=0.1)
     np.testing.assert_allclose(x_adv, plain, atol=1e-5)
     assert x_adv.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+ANALYSES = {
+    "change": lambda x, key: features.change(lambda x: {"b": 2 * x, "a": x}, x, 0.9 * x),
+    "point_at_distance": lambda x, key: features.point_at_distance(x, key, eps=0.1),
+    "random_direction": lambda x, key: surface.random_direction(x, 0.9 * x, key),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ANALYSES)
+def test_analyses_take_examples_on_a_mesh_and_legacy_keys(name, kind):
+    x, _ = examples()
+    plain = ANALYSES[name](x, KEY)
+    (there,) = on_mesh(kind, x)
+    found = ANALYSES[name](there, jax.random.PRNGKey(0))
+    chex_close(found, plain)
+    for leaf in jax.tree.leaves(found):
+        assert leaf.sharding.is_equivalent_to(there.sharding, leaf.ndim)
 
 
 def test_every_local_device_takes_its_share_and_the_result_is_on_one():

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import robust_jax
 from robust_jax import attacks, jacobian, losses, margins
+from robust_jax.analysis import features, surface
 from tests.calls import (
     ALL,
     ATTACKS,
@@ -295,6 +296,31 @@ OTHER_MISTAKES = {
     "a feature map": (
         lambda: jacobian.singular_values(lambda x: x**2, examples()[0]),
         r"fn returns the shape \[1, 3, 4, 1\] .*lambda x: fn\(x\).reshape\(len\(x\), -1\)",
+    ),
+    "other points on the way": (
+        lambda: surface.loss_along(
+            network(weights_of(0)), *examples(), examples()[0][:1], steps=(0.0, 1.0)
+        ),
+        r"x has the shape \[8, 3, 4, 1\] and x_moved \[1, 3, 4, 1\]; give as many points",
+    ),
+    "other points of a layer": (
+        lambda: features.change(lambda x: {"x": x}, examples()[0], examples()[0][:, 1:]),
+        r"x has the shape \[8, 3, 4, 1\] and x_moved \[8, 2, 4, 1\]; give as many points",
+    ),
+    "other points in a trace": (
+        lambda: jax.jit(surface.random_direction)(*examples(), KEY),
+        r"x_adv is int32; pixels are floats",
+    ),
+    "a direction of bytes": (
+        lambda: surface.loss_surface(
+            network(weights_of(0)),
+            *examples(),
+            examples()[0],
+            np.zeros(examples()[0].shape, np.uint8),
+            along_adversarial=(0.0,),
+            along_direction=(0.0,),
+        ),
+        "direction is uint8; pixels are floats",
     ),
     "other points": (
         lambda: attacks.distances(np.ones((8, 3)), np.ones((3, 3))),

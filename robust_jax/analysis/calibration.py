@@ -10,8 +10,6 @@ import scipy.special
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
-from robust_jax import _checks
-
 __all__ = [
     "Reliability",
     "expected_calibration_error",
@@ -57,8 +55,8 @@ def outcomes(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> dict
         >>> found["confidence"]
         array([0.9, 0.1])
     """
-    logits, y = np.asarray(logits, np.float64), np.asarray(y)
-    _checks.labels(y, logits.shape[-1])
+    logits = np.asarray(logits, np.float64)
+    y = _labels(y, logits.shape[-1])
     with np.errstate(invalid="ignore"):  # of a logit of infinity nothing is known
         log_p = scipy.special.log_softmax(logits, -1)
     p = np.exp(log_p)
@@ -158,8 +156,8 @@ def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> f
     Reference:
         Guo et al. 2017, arXiv 1706.04599, section 4.2.
     """
-    z, y = np.asarray(logits, np.float64), np.asarray(y)
-    _checks.labels(y, z.shape[-1])
+    z = np.asarray(logits, np.float64)
+    y = _labels(y, z.shape[-1])
     if not np.isfinite(z).all():
         raise ValueError("logits must be finite to have a temperature")
     z = z - z.max(-1, keepdims=True)
@@ -177,3 +175,11 @@ def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> f
         middle = (low + high) / 2
         low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)
     return float(np.exp(-(low + high) / 2))
+
+
+def _labels(y: ArrayLike, num_classes: int) -> np.ndarray:
+    from robust_jax import _checks  # which imports JAX, and the report's page does without
+
+    labels = np.asarray(y)
+    _checks.labels(labels, num_classes)
+    return labels

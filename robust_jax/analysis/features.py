@@ -17,7 +17,7 @@ from robust_jax._precision import wide
 from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
-from robust_jax.types import Images, KeyOrKeys
+from robust_jax.types import Images, KeyOrKeys, Length
 
 __all__ = [
     "FeaturesFn",
@@ -101,6 +101,9 @@ def change(
     Returns:
         By layer [B], in its units (or 1, if relative) per pixel unit; NaN where x did not move.
 
+    Raises:
+        ValueError: x_moved has not the shape of x, or one of them holds no floats.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from robust_jax.analysis import features
@@ -111,8 +114,12 @@ def change(
     Reference:
         Wen, Li & Jia 2020, arXiv 2011.07478; the relative form is ours.
     """
+    x = jnp.asarray(x)
     changes = _change(features_fn, x, x_moved, relative=relative, chunk_size=chunk_size)
-    return {name: changes[name] for name in features_fn(x[:1])}  # in the order of the layers
+    layers: list[str] = []  # in their order, which a program's outputs do not keep
+    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    jax.eval_shape(lambda x: layers.extend(features_fn(x)), one)
+    return {name: changes[name] for name in layers}
 
 
 @compiled
@@ -128,7 +135,8 @@ def _change(
     return in_chunks(change_one, (x, x_moved), chunk_size)
 
 
-def point_at_distance(x: Images, key: KeyOrKeys, *, eps: float, norm: Norm = "linf") -> Images:
+@compiled
+def point_at_distance(x: Images, key: KeyOrKeys, *, eps: Length, norm: Norm = "linf") -> Images:
     """A random point at distance eps from each x, clipped to [0,1].
 
     The random counterpart of an adversarial point, at the cost of the draw: no network is called.

@@ -23,6 +23,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
+@compiled
 def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:
     """A random direction at right angles to x_adv - x and as long in l2.
 
@@ -35,6 +36,9 @@ def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:
 
     Returns:
         [B,...], in pixel units.
+
+    Raises:
+        ValueError: x_adv has not the shape of x, or one of them holds no floats.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -86,8 +90,8 @@ def loss_surface(
         [B,n,m], in units of the loss.
 
     Raises:
-        ValueError: x holds no pixels in [0,1], y no labels of the network's classes, or logits_fn
-            does not return logits [B,K].
+        ValueError: x holds no pixels in [0,1], y no labels of the network's classes, x_adv or
+            direction has not the shape of x, or logits_fn does not return logits [B,K].
 
     Example:
         >>> import jax.numpy as jnp

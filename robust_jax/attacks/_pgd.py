@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax._precision import wide
+from robust_jax._precision import wide, wide_dtype
 from robust_jax.attacks._best import Best, Goal
 from robust_jax.attacks._perturbations import tiny
 from robust_jax.attacks._success import Criterion
@@ -263,7 +263,7 @@ def _climb(logits_fn, x, y, key, settings: _Settings, goal: Goal) -> Images:
     x, y = jnp.asarray(x), jnp.asarray(y)
     settings = settings._replace(
         eps=jnp.asarray(settings.eps, x.dtype),
-        step_size=jnp.asarray(settings.step_size, x.dtype),
+        step_size=jnp.asarray(settings.step_size, wide_dtype(x.dtype)),
     )
 
     def climb_one(x, reference, key):
@@ -290,7 +290,7 @@ def _climb_one(score, x, reference, key, settings: _Settings):
             gradient = wide(jnp.nan_to_num(gradient))
             gradient = gradient / jnp.maximum(L1.size(gradient), tiny(x.dtype))
             velocity = momentum * velocity + gradient
-            move = norm.steepest_step(wide(x_adv), velocity, wide(step_size))
+            move = norm.steepest_step(wide(x_adv), velocity, step_size)
             x_adv = x_adv + move.astype(x.dtype)
             return (norm.project_to_ball_and_box(x_adv, x, eps), velocity, best), None
 

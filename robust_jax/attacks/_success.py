@@ -140,14 +140,9 @@ def distances(x: Images, x_adv: Images, *, norm: str | Measure = "linf") -> PerE
         >>> attacks.distances(jnp.zeros((1, 2)), jnp.array([[0.3, 0.4]]), norm="l2")
         Array([0.5], dtype=float32)
     """
-    x, x_adv = jnp.asarray(x), jnp.asarray(x_adv)
-    for name, points in (("x", x), ("x_adv", x_adv)):
-        _checks.floating(points, name)
-    if x.shape != x_adv.shape:
-        raise ValueError(
-            f"x has the shape {list(x.shape)} and x_adv {list(x_adv.shape)}; give as many points "
-            "as examples, of the same shape"
-        )
+    x = jnp.asarray(x)
+    _checks.floating(x, "x")
+    x_adv = jnp.asarray(_checks.points(x_adv, x, "x_adv"))
     return jax.vmap(measure(norm).size)(jnp.asarray(wide(x_adv) - wide(x)))
 
 
