@@ -111,7 +111,7 @@ def _checked(
             # 8 bits do not hold every class.
             values[name] = values[name].astype(np.int32, copy=False)
     for name in _LENGTHS:
-        if name in values and (values[name] is not None or defaults[name] is not None):
+        if name in values and (values[name] is not None or defaults.get(name) is not None):
             _checks.length(name, values[name], infinite=defaults.get(name) == np.inf)
             values[name] = jnp.asarray(values[name], jax.dtypes.canonicalize_dtype(x.dtype))
     return values

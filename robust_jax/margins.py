@@ -293,8 +293,8 @@ def minimum_norm(
             found = is_adversarial(logits_fn, x_adv, y)
             return jnp.where(found, distances(x, x_adv, norm=norm), jnp.inf)[0]
 
-        # One of them is 0: an attack does not leave a point that is where it should get to.
-        return distance(logits_fn, y) - distance(label_last, jnp.zeros_like(y))
+        wrong = is_adversarial(logits_fn, x, y)[0]
+        return jnp.where(wrong, -distance(label_last, jnp.zeros_like(y)), distance(logits_fn, y))
 
     return in_chunks(margin_one, (x, y, example_keys(key, len(x))), chunk_size)
 

@@ -75,6 +75,14 @@ def test_margins_of_two_classes_change_sign_with_the_label(norm):
     np.testing.assert_allclose(first, signed, rtol=1e-3)
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_minimum_norm_is_infinite_where_all_logits_are_equal(label):
+    x, y = interior_images(2), jnp.full(2, label)
+    found = attacked("linf", lambda x: jnp.zeros((len(x), 3)) + 0 * x.sum(), x, y, num_steps=2)
+    # Of equal logits the first is the prediction.
+    np.testing.assert_array_equal(found, np.inf if label == 0 else -np.inf)
+
+
 def test_minimum_norm_of_a_misclassified_example_is_the_way_to_its_label():
     """Against a general solver: the nearest point of a polytope cut to the box, in l2."""
     logits_fn, x, _, _ = near_boundary(5, "l2")

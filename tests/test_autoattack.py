@@ -516,6 +516,8 @@ def test_randomised_networks_are_noticed_and_have_their_own_version():
         ({"version": ()}, "version names no attack"),
         ({"overrides": {"square": {"steps": 1}}}, "square has no keyword 'steps'; choices: num_q"),
         ({"overrides": {"squares": {}}}, "attack must be one of .*, not 'squares'"),
+        ({"overrides": {"fab": {"steps": 1}}}, "fab has no keyword 'steps'; choices: num_steps"),
+        ({"overrides": {"apgd_ce": {"eot_samples": 3}}}, 'eot_samples only in version="rand"'),
         ({"eps": -1.0}, "eps must not be negative"),
         ({"norm": "l0"}, "norm must be one of linf, l2, l1, not 'l0'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),

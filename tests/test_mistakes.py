@@ -322,6 +322,16 @@ OTHER_MISTAKES = {
         ),
         "direction is uint8; pixels are floats",
     ),
+    **{
+        f"{fn.__name__} at {ranks}": (
+            lambda fn=fn, ranks=ranks: fn(
+                network(weights_of(0)), *examples(), KEY, eps=0.1, num_steps=1, ranks=ranks
+            ),
+            r"ranks is \[.*\]; give one or more from 2, the likeliest wrong class, to 4",
+        )
+        for fn in (attacks.fab, attacks.apgd_targeted)
+        for ranks in ([], [1], [2, 5])
+    },
     "other points": (
         lambda: attacks.distances(np.ones((8, 3)), np.ones((3, 3))),
         r"x has the shape \[8, 3\] and x_adv \[3, 3\]; give as many points",

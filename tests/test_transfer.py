@@ -67,6 +67,14 @@ def test_autoattack_is_no_attack_to_transfer():
             )
 
 
+def test_settings_may_be_the_attacks_own_defaults():
+    network = make_nonlinear(KEY)
+    x = jax.random.uniform(KEY, (3, 4, 5, 1))
+    y = jnp.argmax(network(x), -1)
+    call = functools.partial(transfer, network, x, y, KEY, surrogate=network, eps=0.1, num_steps=2)
+    np.testing.assert_array_equal(call(step_size=None), call())
+
+
 def test_a_network_is_its_own_best_surrogate():
     network, other = (make_nonlinear(jax.random.key(seed)) for seed in (0, 1))
     x = jax.random.uniform(KEY, (100, 4, 5, 1))

@@ -188,6 +188,11 @@ def likeliest_wrong(
     is_label = jnp.arange(len(logits), dtype=label.dtype) == label
     order = jnp.argsort(-jnp.where(is_label, -jnp.inf, logits))[: len(logits) - 1]
     default = np.arange(2, 2 + min(num_targets, len(order)))
+    if isinstance(ranks, Sequence) and not (ranks and 2 <= min(ranks) <= max(ranks) <= len(logits)):
+        raise ValueError(
+            f"ranks is {list(ranks)}; give one or more from 2, the likeliest wrong class, to "
+            f"{len(logits)}, the least likely"
+        )
     at = jnp.asarray(default if ranks is None else ranks, jnp.int32)
     return order[jnp.clip(at - 2, 0, len(order) - 1)].astype(label.dtype), at
 

@@ -284,16 +284,20 @@ def check_arguments(
     if not chosen:
         raise ValueError(f"version names no attack; choices: {', '.join(MEMBERS)}")
     ensemble = {}
-    for name, keywords in chosen.items():
+    for name in dict.fromkeys((*chosen, *overrides)):
         attack, defaults = MEMBERS[name]
-        own = {**keywords, **overrides.get(name, {})}
+        own = {**chosen.get(name, {}), **overrides.get(name, {})}
         known = inspect.signature(attack).parameters.values()
         allowed = [p.name for p in known if p.kind is p.KEYWORD_ONLY and p.name not in _RESERVED]
         for wrong in own.keys() - set(allowed):
             raise ValueError(f"{name} has no keyword {wrong!r}; choices: {', '.join(allowed)}")
+        if "eot_samples" in own and version != "rand":
+            raise ValueError(
+                f'{name} has eot_samples only in version="rand", whose network draws with a key'
+            )
         _checks.counts(**{k: v for k, v in own.items() if k in _COUNTS and v is not None})
         ensemble[name] = Member(attack, {**defaults, **own})
-    return ensemble
+    return {name: ensemble[name] for name in chosen}
 
 
 def _take(rows, which) -> dict[str, np.ndarray]:
