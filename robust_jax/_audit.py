@@ -261,7 +261,7 @@ class _Lab:
     def many_steps(self, loss: str, *, eps: float | None = None, scale: float = 1.0):
         """Which points hold. One program for all losses, scales and radii: they are arguments."""
         which = list(self.losses).index(loss)
-        return self._run(eps or self.eps, which, scale, num_steps=_MANY_STEPS)
+        return self._run(eps, which, scale, num_steps=_MANY_STEPS)
 
     def _run(
         self, eps: float | None = None, which: int = 0, scale: float = 1.0, **settings
@@ -456,7 +456,7 @@ def _check_square(lab: _Lab, num_queries: int) -> Check:
     if lab.rows["x"].ndim != 4:
         evidence = f"Square's patches need images [N,H,W,C], not {list(lab.rows['x'].shape)}"
         return Check("square", "skipped", evidence, advice, {})
-    attack = lab.map_examples(_Square(lab.norm, num_queries))
+    attack = lab.map_examples(_Held(square, lab.norm, 2, (("num_queries", num_queries),)))
     broken, standing = _broken(lab, lambda rows: attack(rows, lab.radius(lab.eps)))
     return Check(
         "square",
@@ -469,7 +469,7 @@ def _check_square(lab: _Lab, num_queries: int) -> Check:
 
 
 def _check_transfer(lab: _Lab, surrogates: Mapping[str, Network]) -> Check:
-    attack = lab.map_examples(_Transfer(lab.norm))
+    attack = lab.map_examples(_Held(mim, lab.norm, 3, (("num_steps", 2 * _FEW_STEPS),)))
     shares = {}
     for name, network in surrogates.items():
 
@@ -496,36 +496,23 @@ def _check_transfer(lab: _Lab, surrogates: Mapping[str, Network]) -> Check:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Square:
-    norm: Norm
-    num_queries: int
+class _Held:
+    """Which points hold against an attack on this network, or on one that is given."""
 
-    def __call__(self, logits_fn, rows, eps):
-        x_adv = square(
-            logits_fn,
+    attack: Callable
+    norm: Norm
+    use: int  # of each point's key
+    settings: tuple[tuple[str, Any], ...]
+
+    def __call__(self, logits_fn, rows, eps, surrogate=None):
+        x_adv = self.attack(
+            logits_fn if surrogate is None else surrogate,
             rows["x"],
             rows["y"],
-            _keys(rows, 2),
+            _keys(rows, self.use),
             eps=eps,
             norm=self.norm,
-            num_queries=self.num_queries,
-        )
-        return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Transfer:
-    norm: Norm
-
-    def __call__(self, logits_fn, rows, eps, surrogate):
-        x_adv = mim(
-            surrogate,
-            rows["x"],
-            rows["y"],
-            _keys(rows, 3),
-            eps=eps,
-            norm=self.norm,
-            num_steps=2 * _FEW_STEPS,
+            **dict(self.settings),
         )
         return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
 

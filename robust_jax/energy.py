@@ -321,12 +321,12 @@ def _ends(
     y: Labels | None,
     key: KeyOrKeys,
     signs: tuple[float, ...],
-    **pgd,
+    **settings,
 ) -> Float[Array, "n b"]:
     """ℓ at x itself, and where PGD ends that follows ℓ times each sign."""
     loss, reference = _loss_around(logits_fn, x, y)
     ends = [
-        _end(logits_fn, x, key, loss, reference, salt, sign, **pgd)
+        _end(logits_fn, x, key, loss, reference, salt, sign, **settings)
         for salt, sign in enumerate(signs)
     ]
     return jnp.stack([loss(logits_fn(point), reference) for point in (x, *ends)])
@@ -340,7 +340,7 @@ def _end(
     reference: Array,
     salt: int = 0,
     sign: float = 1.0,
-    **keywords,
+    **settings,
 ) -> Images:
     """Where PGD ends that follows the loss times a sign."""
     found = pgd(
@@ -351,7 +351,7 @@ def _end(
         loss=lambda logits, reference: sign * loss(logits, reference),
         # The loss alone counts: at its least, where nothing is misclassified, as well.
         criterion=never,
-        **keywords,
+        **settings,
     )
     return jax.lax.stop_gradient(found)
 

@@ -1,6 +1,7 @@
 """Losses, Jacobians and energies in every dtype of x and in JAX's stricter modes."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -24,24 +25,24 @@ def network(x):
     return jnp.tanh(x.reshape(len(x), -1)) @ jnp.asarray(WEIGHTS, x.dtype)
 
 
-# Of logits, labels and other labels; all are one program.
-LOSSES = {
-    "cross_entropy": lambda z, y, other: losses.cross_entropy(z, y),
-    "label_smoothing": lambda z, y, other: losses.cross_entropy(z, y, label_smoothing=0.1),
-    "guided_complement_entropy": lambda z, y, other: losses.guided_complement_entropy(z, y),
-    "boosted_cross_entropy": lambda z, y, other: losses.boosted_cross_entropy(z, y),
-    "margin_loss": lambda z, y, other: losses.margin_loss(z, y),
-    "dlr": lambda z, y, other: losses.dlr(z, y),
-    "targeted_dlr": losses.targeted_dlr,
-    "targeted_margin": losses.targeted_margin,
-    "kl": lambda z, y, other: losses.kl(z, 2 * z),
-    "entropy": lambda z, y, other: losses.entropy(z),
-    "complement_entropy": lambda z, y, other: losses.complement_entropy(z, y),
-    "margin": lambda z, y, other: losses.margin(z, y),
-    "confidence": lambda z, y, other: losses.confidence(z, y),
-    "correct": lambda z, y, other: losses.correct(z, y),
-    "complement": lambda z, y, other: losses.complement(z, y),
-}
+def of(loss):
+    """The loss as a function of logits, labels and other labels."""
+    names = [
+        p.name
+        for p in inspect.signature(loss).parameters.values()
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+
+    def call(z, y, other):
+        given = {"logits": z, "labels": y, "targets": other, "reference": 2 * z}
+        return loss(*(given[name] for name in names))
+
+    return call
+
+
+# All are one program.
+LOSSES = {n: of(fn) for n in losses.__all__ if inspect.isfunction(fn := getattr(losses, n))}
+LOSSES["label_smoothing"] = of(functools.partial(losses.cross_entropy, label_smoothing=0.1))
 
 
 @jax.jit

@@ -141,8 +141,7 @@ def get_config():
             "base": {
                 "adversary": {"num_steps": 10},
                 "duration": "5 epochs",
-                # Small batches of so small a network stay in a CPU's cache.
-                "evaluation": {"num_examples": 1000, "batch_size": 100},
+                "evaluation": {"num_examples": 1000},
                 "attacks": attacks(sizes(EPS), 1000),
             },
             "arms": WIDER,

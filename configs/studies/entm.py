@@ -158,22 +158,16 @@ def get_config():
     }
     config.measures = (
         ("clean", "clean.accuracy"),
-        ("FGSM at {faint}", "fgsm@{faint}"),
-        ("FGSM at {trained}", "fgsm@{trained}"),
-        ("FGSM at {larger}", "fgsm@{larger}"),
-        ("FGSM at {largest}", "fgsm@{largest}"),
-        ("PGD at {faint}", "pgd@{faint}"),
-        ("PGD at {trained}", "pgd@{trained}"),
-        ("PGD at {larger}", "pgd@{larger}"),
-        ("PGD at {largest}", "pgd@{largest}"),
-        ("AutoAttack at {faint} (ours)", "autoattack@{faint}"),
-        ("AutoAttack at {trained} (ours)", "autoattack@{trained}"),
-        ("AutoAttack at {larger} (ours)", "autoattack@{larger}"),
-        ("AutoAttack at {largest} (ours)", "autoattack@{largest}"),
-        ("transfer at {faint} (ours)", "transfer@{faint}"),
-        ("transfer at {trained} (ours)", "transfer@{trained}"),
-        ("transfer at {larger} (ours)", "transfer@{larger}"),
-        ("transfer at {largest} (ours)", "transfer@{largest}"),
+        *(
+            (f"{words} at {{{size}}}{ours}", f"{attack}@{{{size}}}")
+            for attack, words, ours in (
+                ("fgsm", "FGSM", ""),
+                ("pgd", "PGD", ""),
+                ("autoattack", "AutoAttack", " (ours)"),
+                ("transfer", "transfer", " (ours)"),
+            )
+            for size in ("faint", "trained", "larger", "largest")
+        ),
         ("broken by transfer (ours)", "audit.checks.transfer.values.an undefended CNN"),
         ("‖J‖ logits", "jacobian.logits.frobenius.mean"),
         ("‖J‖ probabilities", "jacobian.probabilities.frobenius.mean"),

@@ -61,51 +61,40 @@ def map_step(
     return lambda state, batch, key: mapped(state, _shard_rows(batch, mesh), key)
 
 
-def map_batches(
-    fn: Callable,
-    method: Method,
-    *,
-    batch_size: int,
-) -> Callable:
-    """fn(variables, batch, *scalars) -> arrays [B,…], over any number of rows on all devices.
+def lifted(network: Callable, method: Method, *, batch_size: int) -> Lift:
+    """The lift of functions of a network(variables, x): see `batches.Lift`.
 
-    The result is called as (variables, most, count, take, *scalars) and returns arrays [count,…],
-    the same in every process; take(rows) gives the batch at those row numbers, of which each
-    process takes its own. The batches are those of `rows_of_batches`, in a multiple of the devices.
-    Scalars are the same for every example and can change without recompiling.
+    Every process takes its own rows of a batch, on all its devices, and has the results of all. The
+    batches are those of `rows_of_batches`, in a multiple of the devices. Scalars are the same for
+    every example and can change without recompiling.
     """
     num_devices = jax.device_count()
     in_threads = num_devices == 1 and jax.default_backend() == "cpu"
-    mapped = _map_examples(fn, method)
-    compiled_sizes: set[int] = set()
-
-    def call(variables, most, count, take, *scalars):
-        sizes = list(rows_of_batches(count, batch_size, most=most, multiple_of=num_devices))
-
-        def run(rows):
-            return _gathered(mapped(variables, take(rows[own_rows(len(rows))]), scalars))
-
-        rows = [rows for rows, _ in sizes]
-        size = len(rows[0])
-        # The first batch of a size compiles, and the others wait for it.
-        alone = 0 if size in compiled_sizes else 1
-        parts = [run(some) for some in rows[:alone]]
-        compiled_sizes.add(size)
-        parts += side_by_side(run, rows[alone:], batch_size // size if in_threads else 1)
-        return joined(parts, [real for _, real in sizes])
-
-    return call
-
-
-def lifted(network: Callable, method: Method, *, batch_size: int) -> Lift:
-    """The lift of functions of a network(variables, x): see `batches.Lift`."""
 
     @cache
     def lift(fn):
-        def per_device(variables, batch, *scalars):
+        def per_device(variables, batch, scalars):
             return fn(partial(network, variables), batch, *scalars)
 
-        return map_batches(per_device, method, batch_size=batch_size)
+        mapped = _map_examples(per_device, method)
+        compiled_sizes: set[int] = set()
+
+        def run(variables, most, count, take, *scalars):
+            sizes = list(rows_of_batches(count, batch_size, most=most, multiple_of=num_devices))
+
+            def one(rows):
+                return _gathered(mapped(variables, take(rows[own_rows(len(rows))]), scalars))
+
+            rows = [rows for rows, _ in sizes]
+            size = len(rows[0])
+            # The first batch of a size compiles, and the others wait for it.
+            alone = 0 if size in compiled_sizes else 1
+            parts = [one(some) for some in rows[:alone]]
+            compiled_sizes.add(size)
+            parts += side_by_side(one, rows[alone:], batch_size // size if in_threads else 1)
+            return joined(parts, [real for _, real in sizes])
+
+        return run
 
     return lift
 
@@ -266,12 +255,8 @@ def _gathered(outputs: Any) -> Any:
     return multihost_utils.process_allgather(outputs, tiled=True)
 
 
-def _map_examples(fn: Callable, method: Method) -> Callable:
-    """The per-device fn on the rows of all devices: (variables, batch, scalars) -> outputs."""
-
-    def per_device(variables, batch, scalars):
-        return fn(variables, batch, *scalars)
-
+def _map_examples(per_device: Callable, method: Method) -> Callable:
+    """per_device(variables, batch, scalars) -> outputs, on the rows of all devices."""
     if method == "pmap":
         mapped = jax.pmap(per_device, in_axes=(None, 0, None))
         return lambda variables, batch, scalars: _join_rows(
