@@ -19,7 +19,8 @@ BOUNDED = ("oscillation", "path")
 ENERGIES = ("total_variation", *BOUNDED, "mean_square")
 # Those that look at the interior of the ball.
 INTERIOR = ("total_variation", "path", "mean_square")
-# At small these arms took the largest or the smallest weight of three, at medium some of those.
+# At small these arms took the largest or the smallest of three weights. So lists go on outwards,
+# and where medium's own choice was at an end, further.
 WIDER = {
     arm: {"sweep": {"values": weights}}
     for arm, weights in {

@@ -60,8 +60,8 @@ def are_kept(old: pd.DataFrame | None, entries: dict[str, Any]) -> set[str]:
     """The labels whose columns the records hold, at every radius of their complete entries."""
     found = set()
     for label, entry in entries.items():
-        radii = entry["eps"] if isinstance(entry["eps"], tuple) else (entry["eps"],)
-        if old is not None and all(column(label, eps, "held") in old for eps in radii):
+        columns = [column(label, eps, "held") for eps in threat.radii(entry["eps"])]
+        if old is not None and all(name in old for name in columns):
             found.add(label)
     return found
 
@@ -76,11 +76,11 @@ def _attacks(old: ConfigDict, new: ConfigDict) -> ConfigDict:
         )
         _check_same("config.attacks", label, one, other)
         path = f"config.attacks.{label}"
-        radii = sorted({*_tuple(was[label].eps), *_tuple(asked[label].eps)})
+        radii = sorted({*threat.radii(was[label].eps), *threat.radii(asked[label].eps)})
         count = _larger(
             was[label].get("num_examples", 0), asked[label].get("num_examples", 0), path
         )
-        if radii != sorted(_tuple(asked[label].eps)) or count != asked[label].get(
+        if radii != sorted(threat.radii(asked[label].eps)) or count != asked[label].get(
             "num_examples", 0
         ):
             result[label] = {**asked[label], "eps": tuple(radii), "num_examples": count}
@@ -93,10 +93,6 @@ def _check_same(path: str, label: str, was: Mapping[str, Any], asked: Mapping[st
             f"{path}.{label} is not what was evaluated under that label ({'; '.join(changed)}); "
             "give it another label, so that the results of both are kept"
         )
-
-
-def _tuple(eps: float | tuple[float, ...]) -> tuple[float, ...]:
-    return eps if isinstance(eps, tuple) else (eps,)
 
 
 def _larger(was: int, asked: int, path: str) -> int:

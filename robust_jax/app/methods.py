@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from robust_jax.app.wording import threat, words
+from robust_jax.app.wording import threat_in_words, words
 
 _TERMS = {
     "entropy": "EntM",
@@ -59,5 +59,5 @@ def method(config: Mapping[str, Any], trained_against: Mapping[str, Any] | None)
     if trained_against:
         steps = f"-{adversary['num_steps']}" if "num_steps" in adversary else ""
         attack = f"{words(adversary['name'])}{steps}"
-        text += f", {attack} at {threat(trained_against['norm'], trained_against['eps'])}"
+        text += f", {attack} at {threat_in_words(trained_against['norm'], trained_against['eps'])}"
     return text

@@ -38,6 +38,11 @@ def radius(value: Any, path: str) -> Any:
     return value
 
 
+def radii(eps: float | tuple[float, ...]) -> tuple[float, ...]:
+    """An attack's radii, of which an entry may name one or several."""
+    return eps if isinstance(eps, tuple) else (eps,)
+
+
 def complete(config: ConfigDict) -> ConfigDict:
     """The config in which everything has a norm and a radius: its own or the threat model's."""
     norm = choose(NORMS, config.threat.norm, "config.threat.norm")

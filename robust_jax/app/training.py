@@ -16,7 +16,7 @@ from robust_jax._network import comparable
 from robust_jax.app import config as config_lib
 from robust_jax.app import entries, threat
 from robust_jax.app.config import bind, choose, guard
-from robust_jax.app.wording import threat as in_words
+from robust_jax.app.wording import threat_in_words
 from robust_jax.attacks import norms
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
@@ -175,8 +175,10 @@ def build(config: ConfigDict) -> Training:
     )
     uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)
     if uses_adversary:
-        trained = in_words(config.adversary.get("norm", "l0"), config.adversary.eps)  # l0: JSMA's
-        judged = in_words(config.threat.norm, config.threat.eps)
+        trained = threat_in_words(
+            config.adversary.get("norm", "l0"), config.adversary.eps
+        )  # l0: JSMA's
+        judged = threat_in_words(config.threat.norm, config.threat.eps)
         if trained != judged:
             logging.warning("config.adversary is at %s, and config.threat at %s", trained, judged)
     return Training(given, dataset, model, plan, uses_adversary, evaluation_key)
@@ -221,8 +223,7 @@ def check_radius(entry: Mapping[str, Any], path: str, dataset: data.Dataset) -> 
     if model is None or "eps" not in entry:
         return
     largest = float(model.size(jnp.ones(dataset.image_shape)))
-    eps = entry["eps"]
-    for radius in eps if isinstance(eps, tuple) else (eps,):
+    for radius in threat.radii(entry["eps"]):
         if radius > largest:
             raise UserError(
                 f"{path}.eps is {radius:g}; pixels are in [0, 1], where no two images are further "

@@ -13,7 +13,7 @@ def format_eps(eps: float) -> str:
     return f"{levels}/255" if is_fraction else f"{eps:g}"
 
 
-def threat(norm: str, eps: float, between: str = "") -> str:
+def threat_in_words(norm: str, eps: float, between: str = "") -> str:
     """ℓ∞ ε = 0.1, or with words between the two."""
     return f"{plots.norm_symbol(norm)} {between}ε = {format_eps(eps)}"
 

@@ -20,7 +20,14 @@ from robust_jax.app.pages import figures as figures_lib
 from robust_jax.app.pages.html import image, template
 from robust_jax.app.records import fates, first_to_break
 from robust_jax.app.stored import Results, is_ours
-from robust_jax.app.wording import format_eps, number, percent, threat, with_interval, words
+from robust_jax.app.wording import (
+    format_eps,
+    number,
+    percent,
+    threat_in_words,
+    with_interval,
+    words,
+)
 from robust_jax.files import write_atomically
 
 _LINE = 80
@@ -147,7 +154,7 @@ def headline(results: Results) -> str:
     some = "" if entry["count"] == clean["count"] else f"of the first {entry['count']:,} "
     text = (
         f"{text}, and {with_interval(entry['robust_accuracy'], entry['count'])} {some}still under "
-        f"the worst of all {threat(radius.norm, radius.eps, 'attacks at ')}"
+        f"the worst of all {threat_in_words(radius.norm, radius.eps, 'attacks at ')}"
         f"{trained if is_ours(results) else ''}."
     )
     for entry in results["attacks"]:
@@ -167,7 +174,7 @@ def audit_sentence(results: Results) -> str:
     audit = results["audit"]
     if audit is None:
         return "Not audited: nothing says that these attacks were not misled by masked gradients."
-    at = f"{threat(audit['norm'], audit['eps'])}, {audit['num_examples']} images"
+    at = f"{threat_in_words(audit['norm'], audit['eps'])}, {audit['num_examples']} images"
     flagged = {
         word: [c["name"] for c in audit["checks"] if c["verdict"] == word]
         for word in ("fail", "warn", "skipped", "pass")
@@ -456,7 +463,7 @@ def _figures(
     if radius is not None:
         seen, of_norm = _attacked(results, best, radius)
         fate = fates(seen, of_norm, radius.eps)
-        at = threat(radius.norm, radius.eps)
+        at = threat_in_words(radius.norm, radius.eps)
         figures["fate"] = image(
             plots.fate_histograms(seen, fate),
             f"Histograms of margin and confidence by what the worst case at {at} does.",
