@@ -16,6 +16,7 @@ from scipy import optimize
 from robust_jax import attacks, losses
 from robust_jax.attacks import NORMS
 from robust_jax.attacks.norms import L1
+from tests.calls import FEW
 from tests.linear import (
     DUAL_ORDERS,
     ORDERS,
@@ -304,20 +305,46 @@ def test_a_loss_that_compares_outputs_needs_a_criterion_without_labels():
         jax.eval_shape(attack, x, logits_fn(x), KEY)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_zero_and_nan_gradients_leave_the_point_in_place(norm):
-    x = interior_images(KEY, 3)
-    y = jnp.zeros(3, jnp.int32)
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        *((name, norm) for name in ("apgd", "bim") for norm in NORMS),
+        ("jsma", "l0"),
+        ("multi_targeted", "linf"),
+    ],
+)
+def test_zero_and_nan_gradients_are_survived(name, norm):
+    x, y = interior_images(KEY, 3), jnp.zeros(3, jnp.int32)
     for value in (np.zeros(1), np.full(1, np.nan)):  # arrays: arguments of one program
-        x_adv = attacks.bim(
+        x_adv = POINTWISE[name](
             lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
             x,
             y,
             KEY,
-            eps=0.1,
+            eps=0.1 if norm != "l0" else 10,
             norm=norm,
+            **FEW.get(name, {}),
         )
-        np.testing.assert_array_equal(x_adv, x)
+        assert np.isfinite(x_adv).all()
+        assert (sizes(x_adv, x, norm) <= 0.1 * (1 + 1e-6)).all()
+        if name in ("bim", "jsma"):
+            np.testing.assert_array_equal(x_adv, x)
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_the_settings_that_attacks_share_are_checked_in_a_trace_too(name):
+    """Where the front door does not look at radii and counts."""
+    logits_fn, _, _ = make_linear(KEY)
+    counts = [n for n in inspect.signature(POINTWISE[name]).parameters if n.startswith("num_")]
+    mistakes = [
+        ({"eps": -0.1}, "eps must not be negative, not -0.1"),
+        ({"norm": "l7"}, "norm must be .*, not 'l7'"),
+        *(({n: 0}, f"{n} must be a whole number of at least 1, not 0") for n in counts),
+    ]
+    for keywords, message in mistakes:
+        attack = functools.partial(POINTWISE[name], logits_fn, **{"eps": 0.1, **keywords})
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(attack, interior_images(KEY, 2), jnp.zeros(2, jnp.int32), KEY)
 
 
 def test_attacks_any_framework_through_logits_fn():
@@ -346,11 +373,7 @@ def test_attacks_any_framework_through_logits_fn():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"eps": -0.1}, "eps must not be negative, not -0.1"),
         ({"eps": 0.1, "step_size": -1.0}, "step_size must not be negative"),
-        ({"eps": 0.1, "num_steps": 0}, "num_steps must be a whole number of at least 1, not 0"),
-        ({"eps": 0.1, "num_restarts": 0}, "num_restarts"),
-        ({"eps": 0.1, "norm": "l7"}, "norm must be one of linf, l2, l1, not 'l7'"),
         ({"eps": 0.1, "momentum": 2.0}, "momentum"),
         ({"eps": 0.1, "num_restarts": 2, "keep_best": False}, "keep_best=True"),
     ],
