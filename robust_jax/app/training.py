@@ -175,9 +175,8 @@ def build(config: ConfigDict) -> Training:
     )
     uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)
     if uses_adversary:
-        trained = threat_in_words(
-            config.adversary.get("norm", "l0"), config.adversary.eps
-        )  # l0: JSMA's
+        norm = config.adversary.get("norm", "l0")  # that of JSMA, which names none
+        trained = threat_in_words(norm, config.adversary.eps)
         judged = threat_in_words(config.threat.norm, config.threat.eps)
         if trained != judged:
             logging.warning("config.adversary is at %s, and config.threat at %s", trained, judged)

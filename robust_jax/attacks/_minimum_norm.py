@@ -22,8 +22,9 @@ from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
 # By how much tanh reaches beyond the box, so that pixels at 0 or 1, or on their way there, are not
 # at its ends, where hardly any gradient is left to move them.
 _MARGIN = 0.1
-# What DeepFool steps beyond a linearised boundary in any case, in pixel units: its overshoot is a
-# share of the step, which may be lost in rounding, and then the point would stay where it is.
+# What DeepFool steps beyond a linearised boundary in any case, in pixel units, and no less than the
+# dtype resolves: its overshoot is a share of the step, which may be lost in rounding, and then the
+# point would stay where it is.
 _NUDGE = 1e-5
 
 
