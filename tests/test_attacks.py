@@ -25,6 +25,7 @@ from tests.linear import (
     interior_images,
     make_linear,
     make_nonlinear,
+    norms_of,
     sizes,
 )
 
@@ -335,10 +336,11 @@ def test_zero_and_nan_gradients_are_survived(name, norm):
 def test_the_settings_that_attacks_share_are_checked_in_a_trace_too(name):
     """Where the front door does not look at radii and counts."""
     logits_fn, _, _ = make_linear(KEY)
+    norms = ", ".join(norms_of(POINTWISE[name]))
     counts = [n for n in inspect.signature(POINTWISE[name]).parameters if n.startswith("num_")]
     mistakes = [
         ({"eps": -0.1}, "eps must not be negative, not -0.1"),
-        ({"norm": "l7"}, "norm must be .*, not 'l7'"),
+        ({"norm": "l7"}, f"norm must be (one of )?{norms}, not 'l7'"),
         *(({n: 0}, f"{n} must be a whole number of at least 1, not 0") for n in counts),
     ]
     for keywords, message in mistakes:

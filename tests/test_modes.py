@@ -142,12 +142,14 @@ STEEP = [
 
 @pytest.mark.parametrize(("name", "norm", "settings"), STEEP)
 def test_attacks_follow_gradients_whose_sum_float16_does_not_hold(name, norm, settings):
-    logits_fn, x, y, _ = steep_problem()
+    logits_fn, x, y, exact = steep_problem()
     radius = 4 * RADII[norm]
     x_adv = POINTWISE[name](
         logits_fn, x, y, jax.random.key(2), eps=radius, norm=norm, num_steps=4, **settings
     )
     assert attacks.is_adversarial(logits_fn, x_adv, y).all()
+    if name != "pgd":  # which looks for no near point
+        assert (sizes(x_adv, x, norm) < 1.3 * exact).all()
 
 
 def test_margins_follow_gradients_whose_sum_float16_does_not_hold():

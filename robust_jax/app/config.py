@@ -26,16 +26,6 @@ Name = TypeVar("Name", bound=str)
 
 # Tables that a config fills freely: any key, each value an entry that whoever uses it checks.
 TABLES = ("regularizers", "attacks", "measurements")
-# What --mode=evaluate and --mode=report may change: no training depends on it.
-FIELDS_OF_NO_TRAINING = (
-    "threat",
-    "attacks",
-    "evaluation",
-    "measurements",
-    "audit",
-    "data_dir",
-    "parallel",
-)
 # Choices beyond which the one that was meant says more than all of them.
 _MANY = 30
 

@@ -33,6 +33,8 @@ _OF_NO_NUMBER = (
     "evaluation.batch_size",
     "evaluation.jacobian_chunk",
 )
+# What every mode but training may change as well: no training depends on it.
+_OF_NO_TRAINING = ("threat", "attacks", "evaluation", "measurements", "audit")
 
 
 def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
@@ -63,7 +65,7 @@ def _differences(workdir: Path, config: ConfigDict, mode: Mode) -> list[str]:
     """
     old = stored.config_of(workdir)
     assert old is not None
-    ignore = (*_OF_NO_NUMBER, *(() if mode == "train" else config_lib.FIELDS_OF_NO_TRAINING))
+    ignore = (*_OF_NO_NUMBER, *(() if mode == "train" else _OF_NO_TRAINING))
     pairs = [(threat.complete(old), threat.complete(config))]
     if mode != "train":
         pairs.append((old, config))

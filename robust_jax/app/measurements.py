@@ -24,7 +24,7 @@ from robust_jax.types import LogitsFn
 
 # Numbers are for results.json; arrays, to draw, for measurements.npz. The array of_images/NAME [N]
 # holds what the number of that name is the mean of, an image each, where these are test images:
-# training images are other ones for each seed.
+# training images are not the same ones in each seed.
 Numbers = dict[str, float | np.ndarray]
 _BATCH_SIZE = 250
 # Networks of one layer after another, which margins by Lipschitz constants are for.

@@ -288,7 +288,7 @@ def _climb_one(score, x, reference, key, settings: _Settings):
             best = best.updated(x_adv, value, hit)
             # A gradient of NaN or zero leaves the point where it is.
             gradient = wide(jnp.nan_to_num(gradient))
-            gradient = gradient / jnp.maximum(L1.size(gradient), tiny(x.dtype))
+            gradient = gradient / jnp.maximum(L1.size(gradient), tiny(gradient.dtype))
             velocity = momentum * velocity + gradient
             move = norm.steepest_step(wide(x_adv), velocity, step_size)
             x_adv = x_adv + move.astype(x.dtype)
