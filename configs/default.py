@@ -101,9 +101,9 @@ def get_config() -> ConfigDict:
     config.validation_attack = ConfigDict({"name": "pgd"})
     # Also logs l2 margins of so many training examples, by each estimate, from before the first
     # step. first_order: minimum_margin, average_margin, margin_q10, margin_q50 and margin_q90, from
-    # the label, and minimum_distance and average_distance, from the predicted class and unsigned.
-    # minimum_norm: …_margin_attack, by FAB, about 10·num_steps gradients an example. clever:
-    # …_distance_clever, at most 5, num_samples gradients of each class an example.
+    # the label, and the same of distance, from the predicted class and unsigned. minimum_norm:
+    # …_margin_attack, by FAB, about 10·num_steps gradients an example. clever: …_distance_clever,
+    # at most 5, num_samples gradients of each class an example.
     config.track_margins = ConfigDict(
         {"first_order": 0, "minimum_norm": 0, "clever": 0, "num_steps": 100, "num_samples": 1024}
     )

@@ -3,7 +3,7 @@
 The paper was withdrawn from arXiv (version 2, June 2020). Its successor is Zhang, Huang, Xu 2022,
 Re-thinking model robustness from stability, Machine Learning 111(7), 2489-2513,
 doi 10.1007/s10994-022-06186-9: there the energy is said to describe the total variation of the loss
-in a small neighbourhood. The formula of neither was at hand: these are our readings.
+in a small neighbourhood. We worked from the abstracts of both: these are our readings.
 
 - `total_variation` takes the successor at its word, and `path` is its square along the way to the
   worst point. `oscillation` is between the two ends of the loss, `mean_square` over random points.

@@ -254,6 +254,26 @@ def test_intervals_of_accuracies_stay_between_none_and_all():
     assert measures.bounds(f"{confidence} - {confidence}")[0] == -np.inf
 
 
+@pytest.mark.parametrize(
+    "measure",
+    [
+        "measurements.energy_free.path",
+        "measurements.interior.loss/50",
+        "clean.cross_entropy",
+        "training.last.minimum_distance_clever",
+        "training.last.distance_q10",
+    ],
+)
+def test_intervals_of_numbers_that_are_never_negative_begin_at_zero(measure):
+    assert measures.bounds(measure) == (0, np.inf)
+    assert measures.bounds(f"{measure} - {measure}") == (-np.inf, np.inf)
+
+
+def test_gaps_and_margins_may_be_negative():
+    for measure in ("measurements.gaps.cross_entropy", "training.last.average_margin"):
+        assert measures.bounds(measure) == (-np.inf, np.inf)
+
+
 def test_intervals_of_differences_of_accuracies_stay_between_minus_and_plus_one():
     runs = found(a=(0.0, 1.0, 0.0), b=(1.0, 0.0, 1.0))
     (test,) = judge(runs, ABOVE)["tests"]

@@ -233,7 +233,7 @@ def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monk
     assert seeds["at"] == seeds["entm"] == [str(seed) for seed in results["seeds"]]
     test = results["claims"]["a"]["tests"][0]
     assert 3 < len(test["values"]) < 9 and test["high"] - test["low"] < 0.3 * (1 + 1e-6)
-    assert test["images"] == 200 and results["num_tests"] == 1
+    assert test["images"] == 200
     assert "Number of tests: 1." in said
     ran.clear()
     study.execute(config, tmp_path / "apart")  # again: nothing is left to do

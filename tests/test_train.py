@@ -151,14 +151,14 @@ def test_validation_attacks_and_counts_an_example_once():
     # The distances to the boundary of a linear network are exact, whatever its scale.
     distances = np.array([0.8, 0.1, 0.8, -0.1]) / np.sqrt(2)
     expected = {
-        "minimum_margin": distances.min(),
-        "average_margin": distances.mean(),
-        **{f"margin_q{q}": np.percentile(distances, q) for q in (10, 50, 90)},
-    }
-    # From the predicted class, where no distance is negative.
-    expected |= {
-        "minimum_distance": np.abs(distances).min(),
-        "average_distance": np.abs(distances).mean(),
+        number: value
+        # From the label; and from the predicted class, where no distance is negative.
+        for what, of in (("margin", distances), ("distance", np.abs(distances)))
+        for number, value in (
+            (f"minimum_{what}", of.min()),
+            (f"average_{what}", of.mean()),
+            *((f"{what}_q{q}", np.percentile(of, q)) for q in (10, 50, 90)),
+        )
     }
     # The first so many: an attack comes as near as it can, and gradients are the same all over.
     expected |= {

@@ -47,11 +47,11 @@ def make_validation(
 
     And minimum_… and average_… of l2 margins, in pixel units, of the first labelled examples of
     margins_of, as many as are tracked. Infinite ones are left out; where all are, so is the number.
-    margin (with the quantiles margin_q10, margin_q50 and margin_q90) is first-order, exact for a
-    linear network, from the label and negative where misclassified. margin_attack is from the label
-    too, by a minimum-norm attack, and never smaller in magnitude than the true margin. distance is
-    first-order from the predicted class, never negative: for a linear network the margin of arXiv
-    1907.11780. distance_clever (at most 5) is that paper's for others.
+    margin is first-order, exact for a linear network, from the label and negative where
+    misclassified. distance is first-order from the predicted class, never negative: for a linear
+    network the margin of arXiv 1907.11780. Both have quantiles, as in margin_q10, margin_q50 and
+    margin_q90. margin_attack is from the label too, by a minimum-norm attack, and never smaller in
+    magnitude than the true margin. distance_clever (at most 5) is that paper's for others.
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
     where both the example and its x_adv are classified right.
@@ -129,7 +129,7 @@ def _summary(name: str, values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
     # The minimum is one example's, and a few far ones move the average.
-    quantiles = (10, 50, 90) if name == "margin" else ()
+    quantiles = (10, 50, 90) if name in ("margin", "distance") else ()
     return {
         f"minimum_{name}": float(values.min()),
         f"average_{name}": float(values.mean(dtype=np.float64)),

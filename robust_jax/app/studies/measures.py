@@ -29,9 +29,10 @@ _JACOBIAN = dict.fromkeys(("frobenius", "spectral"), _STATISTICS)
 _VALIDATION = ("clean_accuracy", "robust_accuracy", "cross_entropy")
 # What a validation logs of the margins that it tracks, by estimate.
 _MARGINS = {
-    "first_order": (
-        *(f"{of}_{what}" for what in ("margin", "distance") for of in ("minimum", "average")),
-        *(f"margin_q{q}" for q in (10, 50, 90)),
+    "first_order": tuple(
+        name
+        for what in ("margin", "distance")
+        for name in (f"minimum_{what}", f"average_{what}", *(f"{what}_q{q}" for q in (10, 50, 90)))
     ),
     "minimum_norm": ("minimum_margin_attack", "average_margin_attack"),
     "clever": ("minimum_distance_clever", "average_distance_clever"),
@@ -133,10 +134,14 @@ def unit(measure: str) -> str:
     return " %" if is_share(measure) else ""
 
 
-# Measurements that are no shares of the examples, and between which numbers they lie.
+# Between which numbers those lie that are no shares of the examples, by patterns of their names.
 _BOUNDED: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("mean_confidence", "median_doubt", "calibration_error"), (0.0, 1.0)),
     "silhouette": (-1.0, 1.0),
+    **dict.fromkeys(
+        (*NUMBERS["energy"], "loss/*", "cross_entropy", "*_distance*", "distance_q*"),
+        (0.0, np.inf),
+    ),
 }
 
 
@@ -146,7 +151,8 @@ def bounds(measure: str) -> tuple[float, float]:
     if is_share(measure):
         return (-1.0, 1.0) if is_difference else (0.0, 1.0)
     name = "" if is_difference else measure.rpartition(".")[2]
-    return _BOUNDED.get(name, (-np.inf, np.inf))
+    known = (between for pattern, between in _BOUNDED.items() if fnmatch(name, pattern))
+    return next(known, (-np.inf, np.inf))
 
 
 def with_radii(measure: str, radii: Mapping[str, float], path: str) -> str:

@@ -232,9 +232,17 @@ _CAPTION = (
 
 def _chance(results: Results) -> str:
     """How many tests there are, and what that means."""
-    count = results["num_tests"]
+    tolerances = [
+        test.get("by", 0.0) < 0
+        for claim in results["claims"].values()
+        for test in claim["tests"]
+        for _ in test.get("entries", [test])
+    ]
+    count, tolerant = len(tolerances), sum(tolerances)
+    of_them = f", {tolerant} of them with a tolerance" if tolerant else ""
     return (
-        f"Number of tests: {count}. If none of the effects were real, {0.025 * count:.1f} of them "
+        f"Number of tests: {count}{of_them}. If none of the effects were real, "
+        f"{0.025 * (count - tolerant):.1f} of {'the others' if tolerant else 'them'} "
         "would be supported by chance, each with a probability of 2.5 %; nothing corrects for that."
     )
 

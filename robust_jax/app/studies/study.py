@@ -391,9 +391,6 @@ def collect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             for name in config.along_training
         },
         "claims": judged,
-        "num_tests": sum(
-            len(test.get("entries", [test])) for claim in judged.values() for test in claim["tests"]
-        ),
         "sweeps": {arm: sweep._asdict() for arm, sweep in arms.swept(config, workdir).items()},
         "published": {
             arm: {labelled(label): number for label, number in numbers.items()}
