@@ -150,8 +150,6 @@ def get_config():
         ("mean margin", "input-space margin (ours)"),
         ("mean confidence", "clean"),
     )
-    config.along_training = ()
-    config.published = ()
 
     def falls(measure, relation="falls"):
         return {"measure": measure, "arms": ARMS, "relation": relation, "at": STRENGTHS}

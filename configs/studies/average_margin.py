@@ -83,11 +83,9 @@ def get_config():
     config.arms = ConfigDict(arms(), sort_keys=False)
     # Attacks on the CNN take long: at scale medium they see fewer images.
     slow = {"attacks": attacks(100, 0.05, num_examples=150, sizes=(1.0, 2.0))}
-    everything = along("distance", "distance_clever", "margin", "margin_attack")
     config.scales = {
         "smoke": {
             "seeds": (0, 1),
-            "along_training": everything,
             "base": {
                 **SMOKE,
                 "track_margins": tracked(50, num_others=10, num_samples=4),
@@ -100,7 +98,6 @@ def get_config():
         "medium": {
             "seeds": (0, 1, 2, 3, 4),
             "seeds_limit": 10,
-            "along_training": everything,
             "base": {
                 "duration": "3 epochs",
                 "validate_every": "1 epoch",
@@ -119,7 +116,6 @@ def get_config():
         },
         "full": {
             "seeds": (0, 1, 2, 3, 4),
-            "along_training": everything,
             "base": {
                 "duration": "200 epochs",
                 "validate_every": "1 epoch",
@@ -159,7 +155,10 @@ def get_config():
         ("average, CLEVER", "AutoAttack at 1 (ours)"),
         ("output margin", "PGD on cross-entropy at 1"),
     )
-    config.along_training = along("distance", "margin")
+    config.along_training = (
+        "clean_accuracy",
+        *along("distance", "distance_clever", "margin", "margin_attack"),
+    )
     config.published = tuple(
         (f"{arm}", {"clean": clean})
         for arm, clean in (

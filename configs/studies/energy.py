@@ -25,7 +25,7 @@ WIDER = {
     arm: {"sweep": {"values": weights}}
     for arm, weights in {
         "vat": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
-        "vat_few": (0.3, 1.0, 3.0, 10.0, 30.0),
+        "vat_few": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
         "total_variation": (0.1, 0.3, 1.0, 3.0, 10.0),
         "total_variation_few": (0.003, 0.03, 0.3, 3.0),
         "oscillation": (0.03, 0.1, 0.3, 1.0),
@@ -184,8 +184,7 @@ def get_config():
         ("total variation (ours)", "AutoAttack at {trained} (ours)"),
         ("mean square (ours)", "AutoAttack at {trained} (ours)"),
     )
-    config.along_training = ()
-    config.published = ()
+    config.along_training = ("robust_accuracy",)
     robust = "autoattack@{trained}"
     config.claims = ConfigDict(
         {

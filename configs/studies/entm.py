@@ -189,8 +189,6 @@ def get_config():
         ("‖J‖ logits", "PGD at {largest}"),
         ("‖J‖ logits", "AutoAttack at {largest} (ours)"),
     )
-    config.along_training = ()
-    config.published = ()
 
     beyond = ("trained", "larger", "largest")
     config.claims = ConfigDict(

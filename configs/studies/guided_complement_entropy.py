@@ -164,7 +164,6 @@ def get_config():
         ("silhouette (ours)", "AutoAttack at 0.1 (ours)"),
         ("median gap, training set (ours)", _label("pgd", 0.2, True)),
     )
-    config.along_training = ()
     config.published = published()
 
     config.claims = ConfigDict(

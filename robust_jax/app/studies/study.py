@@ -38,17 +38,15 @@ _FIELDS = (
     "arms",
     "measures",
     "pairs",
-    "along_training",
     "claims",
-    "published",
     "notes",
 )
 # A study may leave these out: arms have the names that they have, seeds are as many as it names,
-# and sweeps choose like this.
-_OPTIONAL = ("labels", "seeds_limit", "sweep")
+# sweeps choose like this, nothing is drawn along training and no number is published.
+_OPTIONAL = ("labels", "seeds_limit", "sweep", "along_training", "published")
 _OF_CLAIMS = ("text", "tests", *claims.SIZES)
 _SWEEP = {"by": "training.best.robust_accuracy", "seed": 1000, "base": {}}
-_AS_SCALED = ("seeds", "seeds_limit", "along_training", "published")
+_AS_SCALED = ("seeds", "seeds_limit", "published")
 _OF_SCALES = (*_AS_SCALED, "radii", "base", "arms", "sweep")
 
 
@@ -74,6 +72,8 @@ def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
     result = ConfigDict({field: config[field] for field in _FIELDS})
     result.labels = config.get("labels", ConfigDict())
     result.seeds_limit = config.get("seeds_limit", 0)
+    result.along_training = config.get("along_training", ())
+    result.published = config.get("published", ())
     typed = set(typed)
     result.base = changed(config.base, scale.get("base", {}))
     result.arms = ConfigDict(
