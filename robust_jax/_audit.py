@@ -18,7 +18,13 @@ from robust_jax import _checks, losses
 from robust_jax._double import NotInDouble, in_double
 from robust_jax._front import Mapper, on_the_host
 from robust_jax._network import Network
-from robust_jax._outputs import are_probabilities, change_with_the_batch, is_random
+from robust_jax._outputs import (
+    FEW,
+    MOST_CHANGE,
+    are_probabilities,
+    change_with_the_batch,
+    is_random,
+)
 from robust_jax.analysis.summaries import wilson_interval
 from robust_jax.attacks import mim, pgd, square
 from robust_jax.attacks.norms import Norm, threat_model
@@ -34,8 +40,6 @@ _FEW_STEPS, _MANY_STEPS, _RESTARTS, _DRAWS = 10, 50, 5, 10
 _LEFT_OVER = (0.01, 0.05)
 # How far attacks that ought to be alike may differ in accuracy.
 _UNLIKE = (0.05, 0.15)
-# Examples that are looked at beside the network's whole behaviour.
-_FEW = 16
 CHECKS = (
     "outputs",
     "randomness",
@@ -139,7 +143,7 @@ def audit(
     network = _checks.network(logits_fn, x)
     _checks.labels(y, _checks.num_classes(network))
     y = y.astype(np.int32)
-    keys = example_keys(_checks.example_keys_of(key, len(x)), len(x))
+    keys = example_keys(_checks.key(key, len(x)), len(x))
     others = {n: _checks.network(fn, x, f"surrogate {n!r}") for n, fn in (surrogates or {}).items()}
     rows = {"x": x, "y": y, "key": np.asarray(jax.random.key_data(keys))}
     mapping = with_keys(map_examples or Mapper(network, batch_size, len(x)), keys)
@@ -159,7 +163,7 @@ def audit(
     lab = _Lab(mapping, double_mapping, rows, logits, eps, norm, training_loss)
     checks = []
     with progress_bar(len(CHECKS), "audit", "check", shown=progress) as bar:
-        for found in _checks_of(lab, all_logits, x[:_FEW], logits_fn, others, num_queries):
+        for found in _checks_of(lab, all_logits, x[:FEW], logits_fn, others, num_queries):
             checks.append(found)
             bar.set_postfix_str(found.name, refresh=False)
             bar.update()
@@ -197,18 +201,8 @@ class _Attack:
         def loss(logits, labels):
             return jax.lax.switch(which, self.losses, logits * scale.astype(logits.dtype), labels)
 
-        x_adv = pgd(
-            logits_fn,
-            rows["x"],
-            rows["y"],
-            _keys(rows, 0),
-            eps=eps,
-            norm=self.norm,
-            loss=loss,
-            num_steps=self.num_steps,
-            num_restarts=self.num_restarts,
-        )
-        return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
+        settings = {"num_steps": self.num_steps, "num_restarts": self.num_restarts, "loss": loss}
+        return _held(pgd, logits_fn, rows, 0, eps=eps, norm=self.norm, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,15 +210,11 @@ class _AttackInDouble:
     norm: Norm
 
     def __call__(self, logits_fn, rows, eps):
-        x = rows["x"].astype(jnp.float64)
-
         def wide(x):
             return logits_fn(x).astype(jnp.float64)
 
-        x_adv = pgd(
-            wide, x, rows["y"], _keys(rows, 0), eps=eps, norm=self.norm, num_steps=_MANY_STEPS
-        )
-        return losses.correct(wide(x_adv), rows["y"]).astype(bool)
+        rows = {**rows, "x": rows["x"].astype(jnp.float64)}
+        return _held(pgd, wide, rows, 0, eps=eps, norm=self.norm, num_steps=_MANY_STEPS)
 
 
 class _Lab:
@@ -333,7 +323,7 @@ def _check_batch(logits_fn, x) -> Check:
     change = change_with_the_batch(logits_fn, x)
     return Check(
         "batch",
-        "fail" if change > 1e-2 else "pass",
+        "fail" if change > MOST_CHANGE else "pass",
         f"an image's logits change by {change:.1g} of their size when it is alone in its batch",
         "use running statistics (train=False): a network that looks at the whole batch lets one "
         "example's attack move another's prediction",
@@ -505,16 +495,8 @@ class _Held:
     settings: tuple[tuple[str, Any], ...]
 
     def __call__(self, logits_fn, rows, eps, surrogate=None):
-        x_adv = self.attack(
-            logits_fn if surrogate is None else surrogate,
-            rows["x"],
-            rows["y"],
-            _keys(rows, self.use),
-            eps=eps,
-            norm=self.norm,
-            **dict(self.settings),
-        )
-        return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
+        settings = {"eps": eps, "norm": self.norm, **dict(self.settings)}
+        return _held(self.attack, logits_fn, rows, self.use, surrogate, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -543,7 +525,7 @@ class _Trajectory:
             ("margin", losses.margin_loss),
         ):
             one = jax.vmap(lambda x, y, key, loss=loss: follow(loss, x, y, key))
-            largest[name], is_finite = one(rows["x"], rows["y"], _keys(rows, 1))
+            largest[name], is_finite = one(rows["x"], rows["y"], fold_each(rows["key"], 1))
             finite.append(is_finite)
         return {**largest, "finite": finite[0] & finite[1]}
 
@@ -562,7 +544,7 @@ class _Noise:
             return losses.correct(logits_fn(jax.vmap(one)(rows["x"], keys)), rows["y"])
 
         draws = jnp.arange(4, 4 + _DRAWS)
-        return jax.lax.map(lambda i: held(_keys(rows, i)), draws).all(0)
+        return jax.lax.map(lambda i: held(fold_each(rows["key"], i)), draws).all(0)
 
 
 def _broken(lab: _Lab, held: Callable) -> tuple[float, int]:
@@ -576,8 +558,11 @@ def _logits(logits_fn, rows):
     return logits_fn(rows["x"])
 
 
-def _keys(rows: Mapping[str, Any], use: Any):
-    return fold_each(rows["key"], use)
+def _held(attack, logits_fn, rows, use, surrogate=None, **settings):
+    """Which points hold against an attack on the network, or on a surrogate; use: of their keys."""
+    attacked = logits_fn if surrogate is None else surrogate
+    x_adv = attack(attacked, rows["x"], rows["y"], fold_each(rows["key"], use), **settings)
+    return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)
 
 
 def _grade(value: float, limits: tuple[float, float]) -> Grade:

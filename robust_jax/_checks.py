@@ -122,7 +122,7 @@ def labels(y: Any, num_classes: int, name: str = "y") -> None:
         )
 
 
-def example_keys_of(key: Any, count: int) -> jax.Array:
+def key(key: Any, count: int) -> jax.Array:
     """A threefry key [] or keys [B]. Raises ValueError for anything that is no key."""
     if isinstance(key, jax.Array | np.ndarray):
         is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -146,7 +146,7 @@ def length(name: str, value: Any, *, infinite: bool = False) -> None:
     if value is None:
         raise ValueError(f"{name} is None; give a number in pixel units")
     value = float(value) if isinstance(value, ARRAYS) else value
-    lengths(**{name: value}, infinite=infinite)
+    known_lengths(**{name: value}, infinite=infinite)
 
 
 def one_number(name: str, value: Any) -> None:
@@ -158,7 +158,7 @@ def one_number(name: str, value: Any) -> None:
         )
 
 
-def lengths(*, infinite: bool = False, **values: Any) -> None:
+def known_lengths(*, infinite: bool = False, **values: Any) -> None:
     """The same of several, of which None and arrays, which may be traced, are not looked at."""
     for name, value in values.items():
         if value is None or isinstance(value, ARRAYS):

@@ -93,7 +93,7 @@ def _checked(
     for name in labels:
         values[name] = _checks.one_row_each(values[name], x, name)
     if "key" in values:
-        values["key"] = _checks.example_keys_of(values["key"], len(x))
+        values["key"] = _checks.key(values["key"], len(x))
     for name in _NETWORKS:
         if name in values:
             is_randomised = name == "logits_fn" and values.get("eot_samples")
@@ -126,7 +126,7 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
         for other in {*_POINTS} & {*given} - {name}:
             given[other] = _checks.points(given[other], x, other)
     if given.get("key") is not None:
-        given["key"] = _checks.example_keys_of(given["key"], len(x))
+        given["key"] = _checks.key(given["key"], len(x))
     for name in _LABELS:
         if given.get(name) is not None:
             given[name] = y = _checks.one_row_each(given[name], x, name)

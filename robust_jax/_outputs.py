@@ -4,9 +4,14 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from robust_jax._network import Network, as_network
+
+# Examples of which more is asked than their logits.
+FEW = 16
+# How much of their size logits may change where an example is alone in its batch.
+MOST_CHANGE = 1e-2
 
 
 def are_probabilities(logits: Float[np.ndarray, "n k"]) -> bool:
@@ -31,6 +36,40 @@ def change_with_the_batch(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) ->
     together = _logits(_traced(logits_fn, x, len(x)), x)
     alone = _logits(_traced(logits_fn, x, 1), x)
     return float(_change(alone, together).max())
+
+
+def doubts(logits_fn, x, logits, is_randomised: bool = False) -> list[str]:
+    """Reasons to doubt whatever is found, that the outputs themselves give."""
+    warnings = []
+    if strange := int(are_strange(logits).sum()):
+        warnings.append(
+            f"{strange} of {len(logits)} points have logits that are NaN or infinite: they count "
+            "as misclassified, and gradients near them mean little"
+        )
+    if ruled_out := int(np.isneginf(logits).any(-1).sum()):
+        warnings.append(
+            f"{ruled_out} of {len(logits)} points have logits of -inf, at which DLR losses are not "
+            "defined: leave those classes out, or give a number such as -100 instead"
+        )
+    if are_probabilities(logits):
+        warnings.append(
+            "the outputs are probabilities: give logits, or gradients vanish where they saturate"
+        )
+    if is_randomised:
+        return warnings
+    if is_random(logits_fn, x[:FEW]):
+        warnings.append('the network is randomised: use version="rand"')
+    elif (change := change_with_the_batch(logits_fn, x[:FEW])) > MOST_CHANGE:
+        warnings.append(
+            f"the logits change by {change:.1g} of their size when an image is alone in its batch: "
+            "use running statistics (train=False)"
+        )
+    return warnings
+
+
+def are_strange(logits: Float[np.ndarray, "n k"]) -> Bool[np.ndarray, " n"]:
+    """Where logits are NaN or +inf."""
+    return np.asarray(~(logits < np.inf).all(-1))
 
 
 def _change(one: np.ndarray, two: np.ndarray) -> np.ndarray:

@@ -360,7 +360,7 @@ def _mean_over_ball(
     value: Callable, x: Images, key: KeyOrKeys, eps: Length, threat: ThreatModel, num_samples: int
 ) -> PerExample:
     """The mean of value(neighbours) over num_samples draws from the ball, one at a time."""
-    _checks.lengths(eps=eps)
+    _checks.known_lengths(eps=eps)
     _checks.counts(num_samples=num_samples)
     keys = example_keys(key, x.shape[0])
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from robust_jax import _checks
 from robust_jax._front import compiled
 from robust_jax._network import has_forward_mode
 from robust_jax._precision import wide
@@ -203,8 +204,7 @@ def squared_frobenius_samples(
         Hutchinson 1989; as a regulariser Hoffman et al. 2019, arXiv 1908.02729, who project the
         outputs instead.
     """
-    if num_projections < 1:
-        raise ValueError(f"num_projections must be at least 1, not {num_projections!r}")
+    _checks.counts(num_projections=num_projections)
     keys = example_keys(key, x.shape[0])
 
     def sample(i):
@@ -304,8 +304,7 @@ def spectral_norm(
         Jin et al. 2020, arXiv 2011.13538, claims that entropy maximisation shrinks ‖∇f‖; that this
         norm, of logits or of probabilities, is meant is our reading.
     """
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations must be at least 1, not {num_iterations!r}")
+    _checks.counts(num_iterations=num_iterations)
 
     def spectral_norm_one(one, key):
         def f(image):

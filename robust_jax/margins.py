@@ -344,7 +344,7 @@ def clever(
     Reference:
         Wu & Yu 2019, arXiv 1907.11780, their code; after Weng et al. 2018, arXiv 1801.10578.
     """
-    _checks.lengths(eps=eps)
+    _checks.known_lengths(eps=eps)
     _checks.counts(num_samples=num_samples)
     threat, x = threat_model(norm), jnp.asarray(x)
     radius = jnp.asarray(eps, x.dtype)

@@ -9,7 +9,8 @@ import pytest
 
 from robust_jax import losses
 from robust_jax.attacks import NORMS, apgd, apgd_targeted, pgd
-from robust_jax.attacks._apgd import checked_steps, likeliest_wrong, radii
+from robust_jax.attacks._apgd import checked_steps, radii
+from robust_jax.attacks._best import likeliest_wrong
 from tests.linear import (
     DUAL_ORDERS,
     interior_images,

@@ -59,7 +59,7 @@ def test_versions_run_the_attacks_of_the_paper_in_its_order():
 
 
 def test_l1_has_budgets_of_its_own():
-    ensemble = _autoattack.check_arguments(eps=1.0, norm="l1")
+    ensemble = _autoattack.ensemble_of(norm="l1")
     assert {name: dict(member.keywords) for name, member in ensemble.items()} == {
         "apgd_ce": {"loss": losses.cross_entropy, "num_restarts": 5},
         "apgd_t": {"num_targets": 5},
@@ -251,7 +251,7 @@ np.savez(sys.argv[4], broken_by=result.broken_by, x_adv=result.x_adv, margin=res
     [
         [("replace", 2)],  # while the second state is written
         # Before that in the first check, which leaves nothing behind.
-        pytest.param([("_is_strange", 2), ("replace", 2)], marks=pytest.mark.slow),
+        pytest.param([("are_strange", 2), ("replace", 2)], marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_result(kills, tmp_path):
@@ -278,7 +278,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_result(kills, tmp_path):
 
 
 def test_fab_s_restarts_are_passes_too_and_start_at_random():
-    ensemble = _autoattack.check_arguments(eps=0.1, version="plus")
+    ensemble = _autoattack.ensemble_of(version="plus")
     passes = _autoattack._passes("fab", ensemble["fab"], 4)
     assert [p.salt for p in passes] == ["fab", "fab 1", "fab 2", "fab 3", "fab 4"]
     assert [p.member.keywords.get("random_start") for p in passes] == [None] + 4 * [True]

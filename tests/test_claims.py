@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from robust_jax.app.stored import Evidence
 from robust_jax.app.studies import claims, measures, study
-from robust_jax.app.studies.claims import Evidence
 from robust_jax.app.studies.intervals import as_wide_as, interval
 from robust_jax.errors import UserError
 

@@ -119,7 +119,7 @@ MISTAKES = {
     "infinite weight": ({"regularizers__kl": {"weight": float("nan")}}, "it must be finite"),
     "regulariser out of range": (
         {"regularizers__jacobian": {"weight": 1.0, "num_projections": 0}},
-        "config.regularizers.jacobian: num_projections must be at least 1",
+        "config.regularizers.jacobian: num_projections must be a whole number of at least 1",
     ),
     "margin of no scale": (
         {"regularizers__input_margin": {"weight": 1.0, "tau": 0.0}},

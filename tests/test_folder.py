@@ -272,7 +272,7 @@ def test_a_run_that_tracked_margins_by_one_estimate_is_read(tmp_path):
         expected = default.get_config()
         expected.track_margins.first_order = first_order
         assert stored.config_of(tmp_path).track_margins == expected.track_margins
-        folder.check_run(tmp_path, expected)
+        folder.check_trained_as(tmp_path, expected)
     (tmp_path / "config.json").unlink()
     a_study(tmp_path)
     tree = json.loads((tmp_path / "study.json").read_text())

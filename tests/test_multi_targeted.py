@@ -6,7 +6,7 @@ import numpy as np
 
 from robust_jax import losses
 from robust_jax.attacks import multi_targeted, pgd
-from robust_jax.attacks._apgd import likeliest_wrong
+from robust_jax.attacks._best import likeliest_wrong
 from robust_jax.keys import example_keys, fold_each
 from tests.linear import interior_images, make_linear, make_nonlinear
 

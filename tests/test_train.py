@@ -472,7 +472,7 @@ def test_decay_spares_biases_and_norms():
     params = jax.eval_shape(model.init, KEY, jnp.zeros((1, 8, 8, 1)))["params"]
     flat = {
         jax.tree_util.keystr(path): value
-        for path, value in jax.tree_util.tree_leaves_with_path(optimizer.decayed(params))
+        for path, value in jax.tree_util.tree_leaves_with_path(optimizer.is_kernel(params))
     }
     assert all(value == ("kernel" in path) for path, value in flat.items())
     assert 0 < sum(flat.values()) < len(flat)
@@ -501,7 +501,7 @@ def test_piecewise_drops_where_it_says():
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_optimisers_decay_kernels_only_and_descend(name):
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    tx = optimizer.OPTIMIZERS[name](optax.constant_schedule(0.1), 0.5, optimizer.decayed)
+    tx = optimizer.OPTIMIZERS[name](optax.constant_schedule(0.1), 0.5, optimizer.is_kernel)
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zero, tx.init(params), params)
     assert (updates["kernel"] < 0).all()
@@ -509,8 +509,8 @@ def test_optimisers_decay_kernels_only_and_descend(name):
 
 
 def test_clipping_bounds_the_gradient_before_decay_and_step():
-    decayed_sgd = optimizer.sgd(optax.constant_schedule(0.5), 0.1, optimizer.decayed, momentum=0.0)
-    tx = optimizer.with_clipping(decayed_sgd, 2.0)
+    sgd = optimizer.sgd(optax.constant_schedule(0.5), 0.1, optimizer.is_kernel, momentum=0.0)
+    tx = optimizer.with_clipping(sgd, 2.0)
     params = {"w": jnp.ones((2, 2))}
     gradient = {"w": jnp.full((2, 2), 100.0)}
     updates, _ = tx.update(gradient, tx.init(params), params)

@@ -40,7 +40,7 @@ def training_of(model, *, loss_on, learning_rate=0.1):
     objective = make_objective(
         apply_fn(model), loss=losses.cross_entropy, loss_on=loss_on, adversary=adversary
     )
-    tx = optimizer.sgd(optax.constant_schedule(learning_rate), 1e-3, optimizer.decayed)
+    tx = optimizer.sgd(optax.constant_schedule(learning_rate), 1e-3, optimizer.is_kernel)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8),

@@ -162,7 +162,7 @@ def point_at_distance(x: Images, key: KeyOrKeys, *, eps: Length, norm: Norm = "l
         >>> attacks.distances(x, moved, norm="l2")
         Array([0.1], dtype=float32)
     """
-    _checks.lengths(eps=eps)
+    _checks.known_lengths(eps=eps)
     threat = threat_model(norm)
     x = jnp.asarray(x)
     radius = jnp.asarray(eps, x.dtype)

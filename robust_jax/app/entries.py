@@ -18,7 +18,7 @@ from robust_jax.app import config as config_lib
 from robust_jax.app.config import bind, guard, keyword_parameters
 from robust_jax.app.evaluator import AttackGrid, AuditSettings
 from robust_jax.attacks import ATTACKS, never
-from robust_jax.attacks._autoattack import VERSIONS, check_arguments
+from robust_jax.attacks._autoattack import VERSIONS, ensemble_of
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
 from robust_jax.train.objectives import Adversary
@@ -113,7 +113,7 @@ def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:
     if not eps:
         raise UserError(f"{path}.eps is empty; give at least one radius")
     for radius in eps:
-        guard(path, _checks.lengths, eps=radius)
+        guard(path, _checks.known_lengths, eps=radius)
     num_examples = config_lib.check_type(entry.get("num_examples", 0), int, f"{path}.num_examples")
     if num_examples < 0:
         raise UserError(f"{path}.num_examples is {num_examples}; 0 stands for all")
@@ -125,7 +125,7 @@ def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:
         if version == "rand" or any("eot_samples" in own for own in overrides):
             raise UserError(f"{path}: rand is for randomised networks, which a config cannot name")
         # It is a loop on the host, which checks its arguments before it begins.
-        guard(path, check_arguments, **attack.keywords, eps=eps[0])
+        guard(path, ensemble_of, **attack.keywords)
         members = tuple(VERSIONS.get(version, ()) if isinstance(version, str) else version)
     norm = inspect.signature(attack).parameters["norm"].default  # the entry's or its own
     surrogate = config_lib.check_type(entry.get("surrogate", ""), str, f"{path}.surrogate")

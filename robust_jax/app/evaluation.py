@@ -18,13 +18,14 @@ from robust_jax import _checks, data, losses, margins
 from robust_jax._audit import Audit
 from robust_jax._front import Mapper, on_the_host
 from robust_jax._network import Network, has_forward_mode
+from robust_jax._outputs import doubts
 from robust_jax.app import cards, stored
 from robust_jax.app import folder as run_folder
 from robust_jax.app import records as records_lib
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.results import audit_to_json, compose, versions
 from robust_jax.attacks import autoattack
-from robust_jax.attacks._autoattack import check_arguments, doubts, values_of_losses, written
+from robust_jax.attacks._autoattack import ensemble_of, values_of_losses, values_of_norm, written
 from robust_jax.attacks._square import check_images, square
 from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.batches import Lift
@@ -124,7 +125,7 @@ def evaluate(
     radii = tuple(float(radius) for radius in radii)
     threat = threat_model(norm)
     _check_settings(radii, version, num_audited, num_queries, batch_size, folder)
-    members = check_arguments(eps=radii[0], norm=norm, version=version, overrides=overrides)
+    members = ensemble_of(norm=norm, version=version, overrides=overrides)
     x = np.asarray(_checks.pixels(x))
     y = _checks.one_row_each(y, x)
     if any(member.attack is square for member in members.values()):
@@ -133,7 +134,7 @@ def evaluate(
     num_classes = _checks.num_classes(network)
     forwards = _has_forward_mode(network, x)
     _checks.labels(y, num_classes)
-    key = _checks.example_keys_of(key, len(x))
+    key = _checks.key(key, len(x))
     if key.ndim:
         raise ValueError(f"key has the shape {list(key.shape)}; give one key")
     unfinished, digest = None, ""
@@ -155,7 +156,13 @@ def evaluate(
         _lift(mapper),
         data.Split(x, np.asarray(y, np.int32)),
         {attack: grid},
-        _settings(batch_size, forwards),
+        Settings(
+            batch_size=batch_size,
+            jacobian_chunk=batch_size,
+            jacobian_projections=16 if forwards else 0,
+            spectral_iterations=20 if forwards else 0,
+            num_images=0,
+        ),
         key,
         warnings.append,
         shown=progress,
@@ -249,10 +256,10 @@ def _digest(
     x: np.ndarray, y: np.ndarray, key: jax.Array, threat: ThreatModel, *settings: Any
 ) -> str:
     """Names what is evaluated, apart from the network."""
-    found = hashlib.sha256(repr((threat.name, *settings)).encode())
-    step = jnp.asarray(x[0], jnp.float32) - 0.25  # two records of one name may be two norms
-    sizes = np.asarray([threat.size(step), threat.dual_size(step)], np.float32)
-    for array in (x, y, sizes, jax.random.key_data(key)):
+    # Two records of one name may be two norms.
+    about = (threat.name, *values_of_norm(threat, x[0]), *settings)
+    found = hashlib.sha256(repr(about).encode())
+    for array in (x, y, jax.random.key_data(key)):
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()[:16]
 
@@ -277,13 +284,3 @@ def _lift(mapper: Mapper) -> Lift:
         return lambda _, *rows_and_scalars: mapper.over(fn, *rows_and_scalars)
 
     return lift
-
-
-def _settings(batch_size: int, has_forward_mode: bool) -> Settings:
-    return Settings(
-        batch_size=batch_size,
-        jacobian_chunk=batch_size,
-        jacobian_projections=16 if has_forward_mode else 0,
-        spectral_iterations=20 if has_forward_mode else 0,
-        num_images=0,
-    )

@@ -46,7 +46,7 @@ def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
         _claim_new(workdir, found, stored.RUN, config, mode)
         return
     if changed := _differences(workdir, config, mode):
-        if (workdir / "results.json").exists() and not _differences(workdir, config, "report"):
+        if stored.is_finished(workdir) and not _differences(workdir, config, "report"):
             raise UserError(
                 f"{workdir} is finished, and was evaluated with another config "
                 f"({'; '.join(changed)}); --mode=evaluate, measure and audit add to it"
@@ -76,7 +76,7 @@ def _differences(workdir: Path, config: ConfigDict, mode: Mode) -> list[str]:
 
 
 def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:
-    """Makes workdir this study's, or checks that it holds it; `check_run` is for its runs."""
+    """Makes workdir this study's, or checks that it holds it, whatever runs are in it."""
     found = stored.holds(workdir)
     if found == "a study" and (old := stored.config_of(workdir)) and old.paper != config.paper:
         raise UserError(f"{workdir} holds another study, {old.title!r}; take another --workdir")
@@ -89,7 +89,7 @@ def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:
         _claim_new(workdir, found, stored.STUDY, config, mode)
 
 
-def check_run(workdir: Path, config: ConfigDict) -> None:
+def check_trained_as(workdir: Path, config: ConfigDict) -> None:
     """Checks that a finished run was trained as its study says. Raises UserError otherwise."""
     if stored.holds(workdir) == "a run" and (changed := _differences(workdir, config, "report")):
         raise UserError(
@@ -168,7 +168,7 @@ class Earlier(NamedTuple):
 
 def earlier(workdir: Path) -> Earlier:
     """What there is, where results.json says that it is whole; nothing otherwise."""
-    if not (workdir / "results.json").exists():
+    if not stored.is_finished(workdir):
         return Earlier({}, {}, {}, None)
     results = stored.results(workdir)
     found = stored.load(workdir).records

@@ -98,7 +98,7 @@ def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> N
 
 
 def _train(experiment: Experiment, workdir: Path, profile: bool) -> str:
-    if (workdir / "results.json").exists():
+    if stored.is_finished(workdir):
         logging.info("%s is finished; --mode=evaluate or --mode=report redo a part", workdir)
         return report.table(stored.results(workdir))
     trained = train(experiment.plan, workdir, workdir / "profile" if profile else None)
@@ -143,7 +143,7 @@ def _verify(run: Finished) -> str:
 
 
 def _results(workdir: Path, mode: Mode) -> dict[str, Any]:
-    if not (workdir / "results.json").exists():
+    if not stored.is_finished(workdir):
         raise UserError(f"{workdir} has no results yet; --mode={mode} needs a finished run")
     return stored.results(workdir)
 

@@ -6,6 +6,7 @@ A config is launch.py's where none is given; tables are pandas', arrays numpy's.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,6 +31,14 @@ class Run(NamedTuple):
     records: dict[str, pd.DataFrame]
     metrics: pd.DataFrame
     images: dict[str, np.ndarray] | None
+
+
+class Evidence(NamedTuple):
+    """A finished run: results.json, and where known its best checkpoint's records and arrays."""
+
+    results: Mapping[str, Any]
+    records: pd.DataFrame | None = None
+    arrays: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def holds(workdir: Path) -> Holds:
@@ -78,6 +87,11 @@ def get_config(workdir: str) -> ConfigDict:
     if config is None:
         raise UserError(f"{workdir} holds {holds(Path(workdir))}")
     return config
+
+
+def is_finished(workdir: Path) -> bool:
+    """Whether a run has its results, which it writes last."""
+    return (workdir / "results.json").exists()
 
 
 def results(workdir: Path | str) -> dict[str, Any]:

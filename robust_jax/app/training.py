@@ -118,7 +118,7 @@ def build(config: ConfigDict) -> Training:
     total_steps = steps("duration")
     schedule = guard("config.schedule", make_schedule, config.learning_rate, total_steps)
     tx = optimizer.with_clipping(
-        make_optimizer(schedule, config.weight_decay, optimizer.decayed),
+        make_optimizer(schedule, config.weight_decay, optimizer.is_kernel),
         config.gradient_clip_norm or None,
     )
     train_step = make_train_step(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax.attacks._best import Best, Goal, value_dtype
+from robust_jax.attacks._best import Best, Goal, likeliest_wrong, value_dtype
 from robust_jax.attacks._perturbations import largest_where
 from robust_jax.attacks._success import Criterion, misclassified
 from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
@@ -35,7 +35,7 @@ class _Settings(NamedTuple):
 
     @classmethod
     def checked(cls, norm: Norm, eps: Length, num_steps: int, rho: float, dtype) -> "_Settings":
-        _checks.lengths(eps=eps)
+        _checks.known_lengths(eps=eps)
         _checks.counts(num_steps=num_steps)
         _checks.shares(rho=rho)
         return cls(threat_model(norm), jnp.asarray(eps, dtype), num_steps, rho)
@@ -173,28 +173,6 @@ def apgd_targeted(
         return _climb_one(outputs, score, x, y, runs, key, settings)
 
     return jax.vmap(attack_one)(x, y, example_keys(key, len(x)))
-
-
-def likeliest_wrong(
-    logits: Float[Array, " k"],
-    label: Int[Array, ""],
-    num_targets: int,
-    ranks: Sequence[int] | Int[Array, " r"] | None = None,
-) -> tuple[Int[Array, " r"], Int[Array, " r"]]:
-    """The wrong classes by falling logit, [K], [] -> ([R], [R]), and their ranks, from 2 on.
-
-    There are min(num_targets, K-1) of them, or the ones of the given ranks.
-    """
-    is_label = jnp.arange(len(logits), dtype=label.dtype) == label
-    order = jnp.argsort(-jnp.where(is_label, -jnp.inf, logits))[: len(logits) - 1]
-    default = np.arange(2, 2 + min(num_targets, len(order)))
-    if isinstance(ranks, Sequence) and not (ranks and 2 <= min(ranks) <= max(ranks) <= len(logits)):
-        raise ValueError(
-            f"ranks is {list(ranks)}; give one or more from 2, the likeliest wrong class, to "
-            f"{len(logits)}, the least likely"
-        )
-    at = jnp.asarray(default if ranks is None else ranks, jnp.int32)
-    return order[jnp.clip(at - 2, 0, len(order) - 1)].astype(label.dtype), at
 
 
 def checked_steps(num_steps: int) -> list[int]:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 
 from robust_jax import _checks, losses
 from robust_jax._front import Mapper, on_the_host
-from robust_jax._outputs import are_probabilities, change_with_the_batch, is_random
+from robust_jax._outputs import are_strange, doubts
 from robust_jax.attacks._apgd import apgd, apgd_targeted
 from robust_jax.attacks._fab import fab
 from robust_jax.attacks._square import check_images, square
@@ -62,8 +62,6 @@ VERSIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "rand": {"apgd_ce": {"eot_samples": 20}, "apgd_dlr": {"eot_samples": 20}},
 }
-# Examples of which more is asked than their logits.
-_FEW = 16
 # Of these passes are made; what else an attack is given it checks itself.
 _COUNTS = ("num_targets", "num_restarts")
 # Keywords that are AutoAttack's own to give.
@@ -157,14 +155,14 @@ def autoattack(
     """
     _checks.length("eps", eps)
     threat = threat_model(norm)
-    ensemble = check_arguments(eps=eps, norm=norm, version=version, overrides=overrides)
+    ensemble = ensemble_of(norm=norm, version=version, overrides=overrides)
     _checks.counts(batch_size=batch_size)
     is_randomised = version == "rand"
     x = np.asarray(_checks.pixels(x))
     y = np.asarray(_checks.one_row_each(y, x))
     if any(member.attack is square for member in ensemble.values()):
         check_images(x.shape[1:])
-    key = _checks.example_keys_of(key, len(x))
+    key = _checks.key(key, len(x))
     network = _checks.network(logits_fn, x, key=key if is_randomised else None)
     num_classes = _checks.num_classes(network)
     _checks.labels(y, num_classes)
@@ -214,7 +212,7 @@ def autoattack(
                 x_try = attempt(some, x.dtype.type(eps), ranks, _salt(salt))
                 fresh = classify({**some, "x": x_try}, _salt(f"check {salt}"))
                 holds, margin = fresh["right"], fresh["margin"]
-                strange[standing] |= _is_strange(fresh["logits"])
+                strange[standing] |= are_strange(fresh["logits"])
                 state.margin[standing] = np.where(
                     holds, np.minimum(margin, state.margin[standing]), margin
                 )
@@ -253,9 +251,8 @@ class _Pass(NamedTuple):
     salt: str
 
 
-def check_arguments(
+def ensemble_of(
     *,
-    eps: float,
     norm: Norm = "linf",
     version: str | tuple[str, ...] = "standard",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -264,7 +261,6 @@ def check_arguments(
 
     Raises ValueError as `autoattack` does.
     """
-    _checks.lengths(eps=eps)
     threat = threat_model(norm)
     overrides = overrides or {}
     if isinstance(version, str):
@@ -351,7 +347,7 @@ class _Attempt:
             logits_fn,
             rows["x"],
             rows["y"],
-            _keys(rows, salt),
+            fold_each(rows["key"], salt),
             eps=eps,
             norm=self.norm,
             **targets,
@@ -374,7 +370,7 @@ class _Classify:
 
     def __call__(self, logits_fn, rows, salt):
         if self.is_randomised:
-            keys = _keys(rows, salt)
+            keys = fold_each(rows["key"], salt)
             logits = jax.vmap(lambda x, key: logits_fn(x[None], key)[0])(rows["x"], keys)
         else:
             logits = logits_fn(rows["x"])
@@ -382,47 +378,9 @@ class _Classify:
         return {"logits": logits, "right": right, "margin": losses.margin(logits, rows["y"])}
 
 
-def doubts(logits_fn, x, logits, is_randomised: bool = False) -> list[str]:
-    """Reasons to doubt whatever is found, that the outputs themselves give."""
-    warnings = []
-    if strange := int(_is_strange(logits).sum()):
-        warnings.append(
-            f"{strange} of {len(logits)} points have logits that are NaN or infinite: they count "
-            "as misclassified, and gradients near them mean little"
-        )
-    if ruled_out := int(np.isneginf(logits).any(-1).sum()):
-        warnings.append(
-            f"{ruled_out} of {len(logits)} points have logits of -inf, at which DLR losses are not "
-            "defined: leave those classes out, or give a number such as -100 instead"
-        )
-    if are_probabilities(logits):
-        warnings.append(
-            "the outputs are probabilities: give logits, or gradients vanish where they saturate"
-        )
-    if is_randomised:
-        return warnings
-    if is_random(logits_fn, x[:_FEW]):
-        warnings.append('the network is randomised: use version="rand"')
-    elif (change := change_with_the_batch(logits_fn, x[:_FEW])) > 0.01:
-        warnings.append(
-            f"the logits change by {change:.1g} of their size when an image is alone in its batch: "
-            "use running statistics (train=False)"
-        )
-    return warnings
-
-
-def _is_strange(logits: np.ndarray) -> np.ndarray:
-    """Where logits are NaN or +inf."""
-    return np.asarray(~(logits < np.inf).all(-1))
-
-
 def _salt(name: str) -> np.uint32:
     """What an example's key is folded with for the use of that name."""
     return np.uint32(zlib.crc32(name.encode()))
-
-
-def _keys(rows, salt):
-    return fold_each(rows["key"], salt)
 
 
 def _is_flat(logits_fn, rows):
@@ -436,13 +394,18 @@ def _fingerprint(rows, eps, norm: ThreatModel, ensemble, num_classes: int) -> st
     keywords = {name: dict(sorted(member.keywords.items())) for name, member in ensemble.items()}
     given = [float(eps), norm.name, rows["x"].shape, written(keywords)]
     # Two records of one name may be two norms, and two functions of one name two losses.
-    step = jnp.asarray(rows["x"][0], jnp.float32) - 0.25
-    given += [f"{size(step):.4g}" for size in (norm.size, norm.dual_size)]
+    given += values_of_norm(norm, rows["x"][0])
     given += values_of_losses(keywords, num_classes)
     digest = hashlib.sha256(json.dumps(given, default=str, sort_keys=True).encode())
     for array in rows.values():
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def values_of_norm(norm: ThreatModel, image: np.ndarray) -> list[str]:
+    """What its sizes are of a point like the image."""
+    step = jnp.asarray(image, jnp.float32) - 0.25
+    return [f"{size(step):.4g}" for size in (norm.size, norm.dual_size)]
 
 
 def values_of_losses(

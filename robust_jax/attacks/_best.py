@@ -1,12 +1,13 @@
 """What the attacks share: the best point met so far, and what they look for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax._precision import wide_dtype
 from robust_jax.attacks._success import Criterion, classified_as, misclassified
@@ -64,3 +65,25 @@ class Goal(NamedTuple):
         """Value and hit of one point."""
         values, hits = self.judged(logits_fn(x_adv[None]), reference[None])
         return values[0].astype(value_dtype(x_adv)), hits[0]
+
+
+def likeliest_wrong(
+    logits: Float[Array, " k"],
+    label: Int[Array, ""],
+    num_targets: int,
+    ranks: Sequence[int] | Int[Array, " r"] | None = None,
+) -> tuple[Int[Array, " r"], Int[Array, " r"]]:
+    """The wrong classes by falling logit, [K], [] -> ([R], [R]), and their ranks, from 2 on.
+
+    There are min(num_targets, K-1) of them, or the ones of the given ranks.
+    """
+    is_label = jnp.arange(len(logits), dtype=label.dtype) == label
+    order = jnp.argsort(-jnp.where(is_label, -jnp.inf, logits))[: len(logits) - 1]
+    default = np.arange(2, 2 + min(num_targets, len(order)))
+    if isinstance(ranks, Sequence) and not (ranks and 2 <= min(ranks) <= max(ranks) <= len(logits)):
+        raise ValueError(
+            f"ranks is {list(ranks)}; give one or more from 2, the likeliest wrong class, to "
+            f"{len(logits)}, the least likely"
+        )
+    at = jnp.asarray(default if ranks is None else ranks, jnp.int32)
+    return order[jnp.clip(at - 2, 0, len(order) - 1)].astype(label.dtype), at

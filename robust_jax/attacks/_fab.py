@@ -13,8 +13,7 @@ from jaxtyping import Array, Int
 from robust_jax import _checks
 from robust_jax._front import compiled
 from robust_jax._precision import wide, wide_dtype
-from robust_jax.attacks._apgd import likeliest_wrong
-from robust_jax.attacks._best import Best, value_dtype
+from robust_jax.attacks._best import Best, likeliest_wrong, value_dtype
 from robust_jax.attacks._perturbations import tiny
 from robust_jax.attacks._success import succeeds
 from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
@@ -38,7 +37,7 @@ class _Settings(NamedTuple):
 
     def checked(self, dtype) -> "_Settings":
         """The settings for examples of a dtype."""
-        _checks.lengths(eps=self.eps, infinite=True)
+        _checks.known_lengths(eps=self.eps, infinite=True)
         _checks.counts(num_steps=self.num_steps, num_restarts=self.num_restarts)
         if self.num_targets is not None:
             _checks.counts(num_targets=self.num_targets)

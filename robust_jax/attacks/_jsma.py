@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax import _checks
 from robust_jax._front import compiled
-from robust_jax.attacks._apgd import likeliest_wrong
+from robust_jax.attacks._best import likeliest_wrong
 from robust_jax.attacks._perturbations import tiny
 from robust_jax.attacks._success import succeeds
 from robust_jax.attacks.norms import L0
@@ -70,7 +70,7 @@ def jsma(
     Reference:
         Papernot et al. 2016, arXiv 1511.07528, alg. 3.
     """
-    _checks.lengths(eps=eps)
+    _checks.known_lengths(eps=eps)
     if not 0 < abs(theta) <= 1:
         raise ValueError(f"theta must be in [-1, 1] and not 0, not {theta!r}")
     if norm != L0.name and norm is not L0:

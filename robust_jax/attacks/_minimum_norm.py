@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
 from robust_jax._precision import wide
-from robust_jax.attacks._apgd import likeliest_wrong
-from robust_jax.attacks._best import Best, Goal, value_dtype
+from robust_jax.attacks._best import Best, Goal, likeliest_wrong, value_dtype
 from robust_jax.attacks._perturbations import tiny
 from robust_jax.attacks._success import succeeds
 from robust_jax.attacks.norms import L2, ThreatModel, threat_model
@@ -40,7 +39,7 @@ class _CarliniWagner(NamedTuple):
 
     def checked(self, dtype) -> "_CarliniWagner":
         """The settings for examples of a dtype."""
-        _checks.lengths(eps=self.eps, infinite=True)
+        _checks.known_lengths(eps=self.eps, infinite=True)
         _checks.counts(num_steps=self.num_steps, num_searches=self.num_searches)
         for name in ("learning_rate", "initial_c"):
             if not (value := getattr(self, name)) > 0:
@@ -61,7 +60,7 @@ class _DeepFool(NamedTuple):
 
     def checked(self, dtype) -> "_DeepFool":
         """The settings for examples of a dtype."""
-        _checks.lengths(eps=self.eps, infinite=True)
+        _checks.known_lengths(eps=self.eps, infinite=True)
         _checks.counts(num_steps=self.num_steps)
         if self.num_targets is not None:
             _checks.counts(num_targets=self.num_targets)

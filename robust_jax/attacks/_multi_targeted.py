@@ -5,8 +5,7 @@ import jax.numpy as jnp
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax.attacks._apgd import likeliest_wrong
-from robust_jax.attacks._best import Best, value_dtype
+from robust_jax.attacks._best import Best, likeliest_wrong, value_dtype
 from robust_jax.attacks._pgd import pgd
 from robust_jax.attacks._success import misclassified
 from robust_jax.attacks.norms import Norm

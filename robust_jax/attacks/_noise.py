@@ -72,8 +72,9 @@ def gaussian_noise(
 ) -> Images:
     """The worst of num_samples draws of Gaussian noise whose typical norm is eps.
 
-    The deviation of each of n pixels is eps/√n in l2; in linf that for which the largest of n draws
-    has the median eps. What is drawn beyond the ball is projected onto it, then moved into [0,1].
+    The deviation of each of n pixels is eps/√n in l2; in l1 that for which the norm has the mean
+    eps, in linf that for which the largest of n draws has the median eps. What is
+    drawn beyond the ball is projected onto it, then moved into [0,1].
 
     Args:
         logits_fn, x, y, key, eps, norm, loss, criterion: As in `pgd`.
@@ -105,7 +106,7 @@ def gaussian_noise(
 def _worst_draw(
     draw, logits_fn, x, y, key, eps: Length, threat: ThreatModel, num_samples: int, goal: Goal
 ) -> Images:
-    _checks.lengths(eps=eps)
+    _checks.known_lengths(eps=eps)
     _checks.counts(num_samples=num_samples)
     x, y = jnp.asarray(x), jnp.asarray(y)
     eps = jnp.asarray(eps, x.dtype)

@@ -256,7 +256,7 @@ def _even(step_size, eps, num_steps):
 
 
 def _climb(logits_fn, x, y, key, settings: _Settings, goal: Goal) -> Images:
-    _checks.lengths(eps=settings.eps, step_size=settings.step_size)
+    _checks.known_lengths(eps=settings.eps, step_size=settings.step_size)
     _checks.counts(num_steps=settings.num_steps, num_restarts=settings.num_restarts)
     if not 0 <= settings.momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1], not {settings.momentum!r}")

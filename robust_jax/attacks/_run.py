@@ -85,7 +85,7 @@ def run(
         )
     seeks_nearest = own.get("eps") == np.inf
     for radius in radii:
-        _checks.lengths(eps=radius, infinite=seeks_nearest)
+        _checks.known_lengths(eps=radius, infinite=seeks_nearest)
     norm = own.get("norm") if norm is None else norm
     if norm is None:
         raise ValueError(

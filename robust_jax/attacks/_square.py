@@ -36,7 +36,7 @@ class _Settings(NamedTuple):
 
     def checked(self, shape, dtype) -> "_Settings":
         """The settings for examples of a shape and dtype."""
-        _checks.lengths(eps=self.eps)
+        _checks.known_lengths(eps=self.eps)
         _checks.counts(num_queries=self.num_queries, num_restarts=self.num_restarts)
         _checks.shares(p_init=self.p_init)
         check_images(shape)

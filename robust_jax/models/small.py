@@ -1,4 +1,4 @@
-"""Networks for small images, each without normalisation layers or dropout."""
+"""Networks for small images, each without normalisation layers."""
 
 from flax import linen as nn
 from jaxtyping import Array, Float

@@ -25,7 +25,7 @@ from robust_jax.plots.style import (
     panels_in_rows,
 )
 
-# Arms differ in both, classes in both and by their label.
+# Arms differ in color and in line.
 LINES = ("-", "--", "-.", ":")
 
 

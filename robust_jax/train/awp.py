@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_jax.attacks.norms import L2
-from robust_jax.train.optimizer import decayed
+from robust_jax.train.optimizer import is_kernel
 
 
 def perturbed(params: Any, gradient: Any, gamma: float) -> Any:
@@ -18,4 +18,4 @@ def perturbed(params: Any, gradient: Any, gamma: float) -> Any:
     def move(is_kernel, w, g):
         return w + gamma * jnp.linalg.norm(w.ravel()) * L2.steepest(g) if is_kernel else w
 
-    return jax.tree.map(move, decayed(params), params, gradient)
+    return jax.tree.map(move, is_kernel(params), params, gradient)

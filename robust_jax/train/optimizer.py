@@ -122,8 +122,8 @@ def with_clipping(
     return optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
 
 
-def decayed(params: Any) -> Any:
-    """The weight-decay mask: kernels are decayed, biases and the scales of norms are not."""
+def is_kernel(params: Any) -> Any:
+    """Which leaves are kernels, and decayed: biases and the scales of norms are not."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 

@@ -26,7 +26,7 @@ from robust_jax import energy, losses, margins
 from robust_jax import jacobian as jacobians
 from robust_jax.attacks import Norm
 from robust_jax.attacks.norms import L2
-from robust_jax.train.optimizer import decayed
+from robust_jax.train.optimizer import is_kernel
 from robust_jax.types import Images, Labels, LogitsFn, PerExample
 
 Keys = Key[Array, " b"]
@@ -185,8 +185,7 @@ def orthogonality(params: Any) -> Float[Array, ""]:
         rows = kernel.reshape(-1, kernel.shape[-1])
         return ((rows.T @ rows - jnp.eye(rows.shape[-1], dtype=rows.dtype)) ** 2).sum()
 
-    is_kernel = jax.tree.leaves(decayed(params))
-    leaves = zip(is_kernel, jax.tree.leaves(params), strict=True)
+    leaves = zip(jax.tree.leaves(is_kernel(params)), jax.tree.leaves(params), strict=True)
     return sum((deviation(leaf) for kernel, leaf in leaves if kernel), jnp.zeros(()))
 
 

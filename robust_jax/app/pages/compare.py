@@ -9,9 +9,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -22,6 +21,7 @@ from robust_jax.app.config import flatten, to_json
 from robust_jax.app.pages import figures as figures_lib
 from robust_jax.app.pages import report
 from robust_jax.app.pages.html import image, template
+from robust_jax.app.stored import Evidence
 from robust_jax.app.wording import format_eps, number, percent
 from robust_jax.errors import UserError
 from robust_jax.files import write_atomically, write_json
@@ -31,15 +31,7 @@ from robust_jax.plots.study import accuracy_by_arm
 _FILE = "comparison.json"
 
 
-class Compared(NamedTuple):
-    """A finished run: what results.json holds, the records of its best checkpoint, its arrays."""
-
-    results: dict[str, Any]
-    records: pd.DataFrame
-    arrays: dict[str, np.ndarray]
-
-
-def load(folders: Sequence[Path | str]) -> dict[str, Compared]:
+def load(folders: Sequence[Path | str]) -> dict[str, Evidence]:
     """The runs by the shortest ends of their paths that tell them apart, a number not alone.
 
     Raises UserError where a folder holds no finished run, or there are fewer than two.
@@ -58,21 +50,17 @@ def load(folders: Sequence[Path | str]) -> dict[str, Compared]:
             results, records = stored.results(path), stored.load(path).records["best"]
         except (OSError, KeyError) as error:
             raise UserError(f"{path} has no results yet; finish it with --mode=train") from error
-        found[name] = Compared(results, records, stored.measured(path))
+        found[name] = Evidence(results, records, stored.measured(path))
     return found
 
 
-def table(compared: Mapping[str, Compared]) -> pd.DataFrame:
+def table(compared: Mapping[str, Evidence]) -> pd.DataFrame:
     """The numbers as strings: a row for each measure, a column for each run."""
     columns = {name: _numbers(run) for name, run in compared.items()}
-    rows = dict.fromkeys(label for column in columns.values() for label in column)
-    return pd.DataFrame(
-        {name: [column.get(label, "–") for label in rows] for name, column in columns.items()},
-        index=pd.Index(rows, name="measure"),
-    )
+    return _side_by_side(columns, "measure")
 
 
-def audits(compared: Mapping[str, Compared]) -> pd.DataFrame:
+def audits(compared: Mapping[str, Evidence]) -> pd.DataFrame:
     """The verdict of each check, a column for each run."""
     columns = {
         name: {
@@ -80,14 +68,10 @@ def audits(compared: Mapping[str, Compared]) -> pd.DataFrame:
         }
         for name, run in compared.items()
     }
-    checks = dict.fromkeys(check for column in columns.values() for check in column)
-    return pd.DataFrame(
-        {name: [column.get(check, "–") for check in checks] for name, column in columns.items()},
-        index=pd.Index(checks, name="check"),
-    )
+    return _side_by_side(columns, "check")
 
 
-def differences(compared: Mapping[str, Compared]) -> pd.DataFrame:
+def differences(compared: Mapping[str, Evidence]) -> pd.DataFrame:
     """The fields in which the configs differ, a column for each run.
 
     A radius that follows the threat model is compared as if it were written there.
@@ -102,13 +86,13 @@ def differences(compared: Mapping[str, Compared]) -> pd.DataFrame:
     differ = [
         f for f in fields if len({repr(config.get(f, "–")) for config in configs.values()}) > 1
     ]
-    return pd.DataFrame(
-        {name: [shown(config.get(f, "–")) for f in differ] for name, config in configs.items()},
-        index=pd.Index(differ, name="field"),
-    )
+    columns = {
+        name: {f: shown(config.get(f, "–")) for f in differ} for name, config in configs.items()
+    }
+    return _side_by_side(columns, "field")
 
 
-def figures(compared: Mapping[str, Compared]) -> dict[str, tuple[Figure, str]]:
+def figures(compared: Mapping[str, Evidence]) -> dict[str, tuple[Figure, str]]:
     """By name: the figure and what it shows."""
     found = {}
     if any(run.results["attacks"] for run in compared.values()):
@@ -118,9 +102,8 @@ def figures(compared: Mapping[str, Compared]) -> dict[str, tuple[Figure, str]]:
         )
     columns = {**plots.JACOBIANS, "margin": "margin on clean images, logits"}
     for column, label in columns.items():
-        values = {
-            name: run.records[column] for name, run in compared.items() if column in run.records
-        }
+        tables = {name: run.records for name, run in compared.items() if run.records is not None}
+        values = {name: table[column] for name, table in tables.items() if column in table}
         if len(values) == len(compared):
             found[column] = (
                 networks.distributions(values, xlabel=label),
@@ -129,7 +112,7 @@ def figures(compared: Mapping[str, Compared]) -> dict[str, tuple[Figure, str]]:
     return found | figures_lib.of_measurements({name: run.arrays for name, run in compared.items()})
 
 
-def text(compared: Mapping[str, Compared]) -> str:
+def text(compared: Mapping[str, Evidence]) -> str:
     """The numbers, the audits' verdicts and the configs' differences as plain text."""
     parts = [_plain(table(compared)), _plain(differences(compared))]
     return "\n\n".join(part for part in parts if part)
@@ -161,9 +144,17 @@ def write(folders: Sequence[Path | str], workdir: Path) -> str:
 
 
 _CAPTION = "Accuracies in %, at the best checkpoint; measurements at the one that the config names."
-_NORMS = {"frobenius": "Frobenius", "spectral": "spectral"}
 _WIDEST = 44  # column of the plain text
 _NONE: Mapping[str, Any] = {"checks": ()}
+
+
+def _side_by_side(columns: Mapping[str, Mapping[str, str]], index: str) -> pd.DataFrame:
+    """A column for each run, with a row for whatever one of them has."""
+    rows = dict.fromkeys(label for column in columns.values() for label in column)
+    return pd.DataFrame(
+        {name: [column.get(label, "–") for label in rows] for name, column in columns.items()},
+        index=pd.Index(rows, name=index),
+    )
 
 
 def _names(paths: Sequence[Path]) -> dict[str, Path]:
@@ -183,7 +174,7 @@ def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return to_json(threat.complete(stored.from_json(dict(config))))
 
 
-def _numbers(run: Compared) -> dict[str, str]:
+def _numbers(run: Evidence) -> dict[str, str]:
     results = run.results
     found = {
         "clean accuracy, %": percent(results["clean"]["accuracy"]),
@@ -199,8 +190,9 @@ def _numbers(run: Compared) -> dict[str, str]:
                 f" of {entry['count']:,}" if part else ""
             )
     for fn, norms in results["jacobian"].items():
-        for norm in _NORMS:
-            found[f"‖J‖ {_NORMS[norm]}, {report.OF_WHAT.get(fn, fn)}"] = number(norms[norm]["mean"])
+        for norm in ("frobenius", "spectral"):
+            label = f"{report.JACOBIAN_WORDS[norm]}, {report.OF_WHAT.get(fn, fn)}"
+            found[label] = number(norms[norm]["mean"])
     for label, numbers in results.get("measurements", {}).items():
         found |= {f"{label}: {name.replace('_', ' ')}": number(v) for name, v in numbers.items()}
     found["audit"] = results["audit"]["verdict"] if results["audit"] else "not audited"

@@ -283,7 +283,7 @@ def _summary(results: Results) -> list[tuple[str, list[str]]]:
             values = [e["jacobian"][fn][norm] for e in entries]
             rows.append(
                 (
-                    f"{_JACOBIAN_WORDS.get(norm, norm)}, {OF_WHAT.get(fn, fn)}",
+                    f"{JACOBIAN_WORDS.get(norm, norm)}, {OF_WHAT.get(fn, fn)}",
                     [_with_error(v) for v in values],
                 )
             )
@@ -305,7 +305,7 @@ def _with_error(found: Mapping[str, float | None]) -> str:
 OF_WHAT = {"matched": "logits / T"}
 
 
-_JACOBIAN_WORDS = {
+JACOBIAN_WORDS = {
     "frobenius": "‖J‖ Frobenius",
     "spectral": "‖J‖ spectral",
     "frobenius_estimate": "‖J‖ Frobenius est.",

@@ -12,7 +12,7 @@ from robust_jax.app.studies import measures
 from robust_jax.errors import UserError
 
 # What an arm's sweep says; see docs/studies/verdicts.md.
-_SWEEP = ("field", "values", "by", "nearest")
+_SWEEP_KEYS = ("field", "values", "by", "nearest")
 SWEEP = "sweep"  # the folder of an arm's sweep, beside those of its seeds
 
 
@@ -123,7 +123,7 @@ def swept(config: ConfigDict, workdir: Path) -> dict[str, Sweep]:
             for value, number in zip(values, numbers, strict=True)
             if number is not None
         }
-        finished = all(is_finished(folder) for folder in folders)
+        finished = all(stored.is_finished(folder) for folder in folders)
         chosen = None
         if distance and finished and (not nearest or target is not None):
             chosen = min(distance, key=distance.__getitem__)  # the first of equals
@@ -137,11 +137,6 @@ def with_sweep(config: ConfigDict) -> list[str]:
     return sorted(arms, key=lambda arm: "nearest" in config.arms[arm][SWEEP])
 
 
-def is_finished(workdir: Path) -> bool:
-    """Whether a run has its results, which it writes last."""
-    return (workdir / "results.json").exists()
-
-
 def check_sweeps(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
     """Checks the sweeps of a settled study and each of their runs. Raises UserError."""
     arms = with_sweep(config)
@@ -152,7 +147,7 @@ def check_sweeps(config: ConfigDict, check_run: Callable[[ConfigDict], None]) ->
     for arm in arms:
         sweep, path = config.arms[arm][SWEEP], f"config.arms.{arm}.sweep"
         for key in sweep:
-            choose(_SWEEP, key, f"{path}'s key")
+            choose(_SWEEP_KEYS, key, f"{path}'s key")
         for key in ("field", "values"):
             if key not in sweep:
                 raise UserError(f'{path}.{key} is missing; it has a "field" and its "values"')
@@ -186,6 +181,6 @@ def _config(config: ConfigDict, arm: str) -> ConfigDict:
 
 
 def _measured(workdir: Path, measure: str) -> float | None:
-    if not is_finished(workdir):
+    if not stored.is_finished(workdir):
         return None
     return measures.value(stored.results(workdir), measure)

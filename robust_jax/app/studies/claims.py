@@ -5,12 +5,12 @@ above zero, and from the smallest effect that is worth claiming, which the confi
 """
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from robust_jax.app.stored import Evidence
 from robust_jax.app.studies import measures
 from robust_jax.app.studies.intervals import Interval, as_wide_as, interval
 from robust_jax.errors import UserError
@@ -31,14 +31,6 @@ _DECISIVE: tuple[Verdict, ...] = (
     "supported, but small",
     "supported",
 )
-
-
-class Evidence(NamedTuple):
-    """A finished run: its results.json, and where known its test images' table and its arrays."""
-
-    results: Mapping[str, Any]
-    records: pd.DataFrame | None = None
-    arrays: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 Found = Mapping[str, Mapping[int, Evidence]]  # by arm and seed

@@ -19,9 +19,10 @@ from robust_jax.app import config as config_lib
 from robust_jax.app import folder, records, run, stored
 from robust_jax.app.config import choose, get_field, set_field
 from robust_jax.app.folder import Mode
+from robust_jax.app.stored import Evidence
 from robust_jax.app.studies import arms, claims, measures, report
-from robust_jax.app.studies.arms import SWEEP, Trial, changed, is_finished, trials
-from robust_jax.app.studies.claims import Evidence, Found
+from robust_jax.app.studies.arms import SWEEP, Trial, changed, trials
+from robust_jax.app.studies.claims import Found
 from robust_jax.app.studies.intervals import interval
 from robust_jax.devices import processes, speed
 from robust_jax.errors import UserError
@@ -45,7 +46,7 @@ _FIELDS = (
 # sweeps choose like this, nothing is drawn along training and no number is published.
 _OPTIONAL = ("labels", "seeds_limit", "sweep", "along_training", "published")
 _OF_CLAIMS = ("text", "tests", *claims.SIZES)
-_SWEEP = {"by": "training.best.robust_accuracy", "seed": 1000, "base": {}}
+_SWEEP_DEFAULTS = {"by": "training.best.robust_accuracy", "seed": 1000, "base": {}}
 _AS_SCALED = ("seeds", "seeds_limit", "published")
 _OF_SCALES = (*_AS_SCALED, "radii", "base", "arms", "sweep")
 
@@ -83,10 +84,10 @@ def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
         },
         sort_keys=False,
     )
-    result.sweep = changed(ConfigDict(_SWEEP), config.get("sweep", {}))
+    result.sweep = changed(ConfigDict(_SWEEP_DEFAULTS), config.get("sweep", {}))
     result.sweep = changed(result.sweep, scale.get("sweep", {}))
     for field in result.sweep:
-        choose(_SWEEP, field, "config.sweep's field")
+        choose(_SWEEP_DEFAULTS, field, "config.sweep's field")
     for field in set(_AS_SCALED) - typed:
         result[field] = scale.get(field, result[field])
     result.scales = {config.scale: {"radii": scale.get("radii", {})}}
@@ -222,7 +223,7 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: st
             train_seeds_together(first, workdir)
         if mode != "train" and not only:
             extra = trials(config, chosen, arms.extra_seeds(config))
-            first += [trial for trial in extra if is_finished(workdir / trial.name)]
+            first += [trial for trial in extra if stored.is_finished(workdir / trial.name)]
         _run(config, first, workdir, mode)
         if mode == "train" and not only:
             _add_seeds(config, chosen, workdir)
@@ -296,7 +297,7 @@ def train_seeds_together(chosen: Sequence[Trial], workdir: Path) -> None:
         left = [
             (trial.config, workdir / trial.name)
             for trial in chosen
-            if trial.arm == arm and not is_finished(workdir / trial.name)
+            if trial.arm == arm and not stored.is_finished(workdir / trial.name)
         ]
         if len(left) > 1:
             configs, workdirs = zip(*left, strict=True)
@@ -315,8 +316,8 @@ def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
     chosen = _chosen(config, workdir)
     for trial in trials(config, chosen, seeds=(*config.seeds, *arms.extra_seeds(config))):
         here = workdir / trial.name
-        if is_finished(here):
-            folder.check_run(here, trial.config)
+        if stored.is_finished(here):
+            folder.check_trained_as(here, trial.config)
             found[trial.arm][trial.seed] = Evidence(
                 stored.results(here),
                 records.read(here / "records" / "best.csv"),
@@ -415,7 +416,7 @@ def _summary(measure: str, by_seed: Mapping[int, Evidence]) -> dict[str, Any]:
 
 def _interval(
     outcomes: Sequence[float] | np.ndarray,
-    bounds: tuple[float, float] = (-np.inf, np.inf),
+    bounds: tuple[float, float],
     *,
     shares: bool = True,
 ) -> dict[str, float | None]:
@@ -447,14 +448,14 @@ def _history(workdirs: Sequence[Path], name: str) -> list[dict[str, Any]]:
     """A number of the validations against the epoch: mean and interval over seeds."""
     by_epoch: dict[float, list[float]] = {}
     for workdir in workdirs:
-        metrics = stored.load(workdir).metrics
+        metrics = stored.metrics(workdir)
         steps_per_epoch = (metrics["step"] / metrics["epoch"]).dropna().iloc[0]
         column = f"validation/{name}"
         known = metrics[metrics[column].notna()] if column in metrics else metrics[:0]
         for _, line in known.iterrows():
             epoch = round(line["step"] / steps_per_epoch, 3)
             by_epoch.setdefault(epoch, []).append(line[column])
-    bounds = (0.0, 1.0) if name.endswith("accuracy") else (-np.inf, np.inf)
+    bounds = measures.bounds(f"training.last.{name}")
     return [
         {"epoch": epoch, **_interval(values, bounds)} for epoch, values in sorted(by_epoch.items())
     ]
