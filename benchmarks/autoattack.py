@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from torch import nn
 
+from benchmarks.timing import heading
 from benchmarks.torch_sequential import authors_autoattack, converted, train
 from robust_jax import attacks, data
 
@@ -129,11 +130,11 @@ def main() -> None:
     flags = parser.parse_args()
     sys.path.insert(0, flags.reference)
     print(f"{os.cpu_count()} cores, JAX {jax.__version__}\n")
-    print(
-        "| network | norm | points | theirs, s | ours, first, s | ratio | ours, second, s | ratio "
-        "| theirs, robust % | ours, robust % | points that differ |"
+    columns = (
+        "network | norm | points | theirs, s | ours, first, s | ratio | ours, second, s | ratio "
+        "| theirs, robust % | ours, robust % | points that differ"
     )
-    print("|" + " --- |" * 11, flush=True)
+    print(heading(columns), flush=True)
     for name in flags.nets.split(","):
         print(measure(name, flags.norm, flags.num_examples, flags.repeats), flush=True)
 

@@ -32,6 +32,7 @@ from flax import linen as nn
 
 from benchmarks import attack_peers, torch_models
 from benchmarks.attack_peers import Budget
+from benchmarks.timing import heading
 from robust_jax import attacks, data, models
 from robust_jax.app import subject
 from robust_jax.attacks._autoattack import MEMBERS
@@ -319,8 +320,7 @@ def main() -> None:
         if COLUMNS[row] is not header:
             header = COLUMNS[row]
             print()
-            _print_row("attack", "theirs", *header, *SECONDS)
-            print("|" + " --- |" * (len(header) + 2 + len(SECONDS)))
+            print(heading(" | ".join(("attack", "theirs", *header, *SECONDS))), flush=True)
         able = [peer for peer in peers if attack in peer.attacks]
         by_seed = [
             measure([ours, *able], attack, x, y, seed, budget, folder)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from benchmarks.timing import turns
+from benchmarks.timing import heading, turns
 from robust_jax.app.config import choose
 from tests.calls import ALL, FUNCTIONS, lowerings
 
@@ -120,11 +120,11 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     cores = len(os.sched_getaffinity(0))
     print(f"{jax.devices()[0].device_kind}, {cores} cores, JAX {jax.__version__}\n")
-    print(
-        "| function | network | first call, s | second, ms | jitted, ms | difference, ms | "
-        "of 80 % of turns | programs compiled at the second |"
+    columns = (
+        "function | network | first call, s | second, ms | jitted, ms | difference, ms | "
+        "of 80 % of turns | programs compiled at the second"
     )
-    print("|" + " --- |" * 8)
+    print(heading(columns))
     for name in flags.only:
         for net in flags.nets:
             choose(ALL, name, "--only"), choose(NETS, net, "--nets")

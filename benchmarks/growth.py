@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from benchmarks.timing import Sides, TrainingStep, images, turns
+from benchmarks.timing import Sides, TrainingStep, heading, images, turns
 from robust_jax import jacobian, models
 from robust_jax.app.config import choose
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default=",".join(GROWING), help=", ".join(GROWING))
     flags = parser.parse_args()
-    print("| what grows | size: milliseconds (times the first) |\n| --- | --- |")
+    print(heading("what grows | size: milliseconds (times the first)"))
     for name in flags.only.split(","):
         title, make = GROWING[choose(GROWING, name, "--only")]
         sides = make()

@@ -26,6 +26,7 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.timing import heading
 from robust_jax import attacks, jacobian, losses, models
 from robust_jax.app.training import apply_fn, network
 from robust_jax.attacks._autoattack import MEMBERS, VERSIONS
@@ -116,11 +117,11 @@ def cost_model(flags) -> None:
         f"{work.flops_per_example / 1e9:.3g} GFLOP an example and step\n"
     )
 
-    print(
-        "| devices | GFLOP | MB all-reduced: model | program | MB of state: model | program "
-        "| MB in use at most |"
+    columns = (
+        "devices | GFLOP | MB all-reduced: model | program | MB of state: model | program "
+        "| MB in use at most"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(heading(columns))
     for devices in (1, 2, 4, 8):
         step, arguments = step_and_inputs(flags, jax.devices()[:devices], flags.batch_per_device)
         compiled = jax.jit(step).lower(*arguments).compile()
@@ -140,8 +141,7 @@ def cost_model(flags) -> None:
     print(
         f"\n{flags.chip} at {flags.share:.0%} of its peak, {flags.batch_per_device} images each\n"
     )
-    print("| devices | batch | compute, ms | all-reduce, ms | step, ms | efficiency |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(heading("devices | batch | compute, ms | all-reduce, ms | step, ms | efficiency"))
     for devices in (2**i for i in range(11)):
         compute, reduce = step_seconds(work, devices, flags.batch_per_device, rate, links)
         slowest = compute + reduce
@@ -225,11 +225,11 @@ def attacks_compiled_for_tpu(flags) -> None:
     rows = image, jax.ShapeDtypeStruct((batch_size,), jnp.int32), keys
     inputs = placed(variables, mesh), *placed(rows, mesh, parallel.AXIS)
     print(f"{flags.model} on {len(devices)} × {devices[0].device_kind}, {batch_size} images\n")
-    print(
-        "| program | compiled in, s | TFLOP an image | MB of a chip in use at most "
-        "| exchanges with the host |"
+    columns = (
+        "program | compiled in, s | TFLOP an image | MB of a chip in use at most "
+        "| exchanges with the host"
     )
-    print("|" + " --- |" * 5, flush=True)
+    print(heading(columns), flush=True)
     for name, attack in ATTACKS.items():
 
         def run(variables, x, y, keys, attack=attack):

@@ -33,6 +33,8 @@ from benchmarks.timing import (
     STEP_SIZE,
     Sides,
     TrainingStep,
+    compared,
+    heading,
     images,
     matrix_rate,
     turns,
@@ -83,14 +85,13 @@ def steps(net: str, flags) -> Sides:
 
         def run():
             network.eval().requires_grad_(False)  # compiled code would compute their gradients too
-            low, high = (images - EPS).clamp(min=0), (images + EPS).clamp(max=1)
-            x_adv = images + torch.empty_like(images).uniform_(-EPS, EPS)
-            x_adv = torch.minimum(torch.maximum(x_adv, low), high)
-            for _ in range(flags.num_steps):
-                x_adv.requires_grad_()
-                (gradient,) = torch.autograd.grad(loss(x_adv, "sum"), x_adv)
-                x_adv = x_adv.detach() + STEP_SIZE * gradient.sign()
-                x_adv = torch.minimum(torch.maximum(x_adv, low), high)
+            x_adv = torch_models.pgd(
+                partial(loss, reduction="sum"),
+                images,
+                eps=EPS,
+                step_size=STEP_SIZE,
+                num_steps=flags.num_steps,
+            )
             network.train().requires_grad_(True)
             optimizer.zero_grad()
             loss(x_adv, "mean").backward()
@@ -122,9 +123,7 @@ def jacobians(net: str, flags) -> Sides:
         return jacobian.frobenius_norm(logits_fn, x, chunk_size=flags.chunk)
 
     def theirs():
-        one = torch.func.jacrev(lambda image: network(image[None])[0])
-        parts = [torch.func.vmap(one)(part) for part in pixels.split(flags.chunk)]
-        return torch.cat([part.flatten(1).norm(dim=1) for part in parts])
+        return torch_models.jacobian_norms(network, pixels, flags.chunk)
 
     def ours():
         return jax.block_until_ready(norms(variables, x))
@@ -140,26 +139,18 @@ def table(flags) -> Iterator[str]:
     """The table's lines, each as soon as it is measured."""
     rate = matrix_rate(flags.dtype)
     yield f"A large matrix product in {flags.dtype}: {rate / 1e12:.3g} TFLOP/s.\n"
-    yield from heading(
-        "work | network | ours, ms | PyTorch, ms | ours / theirs | range | of that rate"
-    )
+    yield heading("work | network | ours, ms | PyTorch, ms | ours / theirs | range | of that rate")
     for work in flags.work:
         for net in flags.nets:
             sides = WORK[work](net, flags)
             seconds = turns(sides, flags.repeats)
-            ours, *others = np.median(seconds, axis=0)
-            ratios = seconds[:, 0] / seconds[:, 1 + np.argmin(others)]
-            theirs = ", ".join(
-                f"{name} {1e3 * s:.0f}" for name, s in zip(list(sides)[1:], others, strict=True)
-            )
             step = sides["ours"]
             share = (
-                f"{100 * step.flops() / ours / rate:.0f} %"
+                f"{100 * step.flops() / np.median(seconds[:, 0]) / rate:.0f} %"
                 if isinstance(step, TrainingStep)
                 else ""
             )
-            spread = f"{np.median(ratios):.2f} | {ratios.min():.2f} to {ratios.max():.2f}"
-            yield f"| {work} | {net} | {1e3 * ours:.0f} | {theirs} | {spread} | {share} |"
+            yield f"| {work} | {net} | {compared(sides, seconds, 0)} | {share} |"
             if jax.default_backend() == "gpu":  # the next network needs the memory
                 del sides, step
                 torch.compiler.reset()
@@ -169,23 +160,15 @@ def table(flags) -> Iterator[str]:
 def main() -> None:
     flags = _parse()
     torch.set_num_threads(flags.threads)
-    print(f"{versions()}, {flags.threads} threads, {flags.repeats} turns\n")
+    print(f"{torch_models.versions()}, {flags.threads} threads, {flags.repeats} turns\n")
     for line in table(flags):
         print(line, flush=True)
 
 
-def heading(columns: str) -> list[str]:
-    """The first two lines of a markdown table."""
-    return [f"| {columns} |", "|" + " --- |" * (1 + columns.count("|"))]
-
-
-def versions() -> str:
-    """The device and both frameworks."""
-    return f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, PyTorch {torch.__version__}"
-
-
-def add_flags(parser: argparse.ArgumentParser, **defaults) -> None:
-    """What is measured, and how often."""
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = partial(str.split, sep=",")
     parser.add_argument("--work", type=names, default="step,jacobian", help=", ".join(WORK))
     parser.add_argument(
@@ -200,14 +183,6 @@ def add_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     parser.add_argument("--num_steps", type=int, default=10, help="of PGD")
     parser.add_argument("--num_jacobians", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=16, help="Jacobians in memory at a time")
-    parser.set_defaults(**defaults)
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_flags(parser)
     return parser.parse_args()
 
 

@@ -94,6 +94,22 @@ def matrix_rate(dtype: str) -> float:
     return 2 * size**3 / float(np.median(seconds))
 
 
+def heading(columns: str) -> str:
+    """The first two lines of a markdown table, of columns with bars between them."""
+    return f"| {columns} |\n|{' --- |' * (1 + columns.count('|'))}"
+
+
+def compared(sides: Sides, seconds: np.ndarray, digits: int) -> str:
+    """Cells of a table: ours in ms, theirs, the median and range of ratios to their fastest."""
+    ours, *others = np.median(seconds, axis=0)
+    ratios = seconds[:, 0] / seconds[:, 1 + np.argmin(others)]
+    theirs = ", ".join(
+        f"{name} {1e3 * s:.{digits}f}" for name, s in zip(list(sides)[1:], others, strict=True)
+    )
+    spread = f"{np.median(ratios):.2f} | {ratios.min():.2f} to {ratios.max():.2f}"
+    return f"{1e3 * ours:.{digits}f} | {theirs} | {spread}"
+
+
 def turns(sides: Sides, repeats: int) -> np.ndarray:
     """Seconds [repeats, sides], the sides one after the other in each repeat, none compiling."""
     for side in sides.values():

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.torch_sequential import authors_autoattack, channels_first, converted, train
+from benchmarks.timing import heading
+from benchmarks.torch_models import to_torch
+from benchmarks.torch_sequential import authors_autoattack, converted, train
 from robust_jax import attacks, data
 
 NUM_EPOCHS = 30
@@ -91,10 +93,10 @@ def main() -> None:
     start = time.perf_counter()
     theirs = authors_autoattack(module, x, y, eps=flags.eps, norm="linf")
     seconds = time.perf_counter() - start
-    print("| AutoAttack | of | robust, % | points that differ | largest difference of logits | s |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    columns = "AutoAttack | of | robust, % | points that differ | largest difference of logits | s"
+    print(heading(columns))
     print(f"| the authors' | the module | {100 * theirs.mean():.1f} | – | – | {seconds:.0f} |")
-    own = module(channels_first(x)).numpy()
+    own = module(to_torch(x)).numpy()
     for bridge in (through_torchax, through_callback, plainly):
         try:
             network = bridge(module)

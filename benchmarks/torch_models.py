@@ -1,8 +1,11 @@
 """LeNet-5, SmallCNN and PreActResNet in PyTorch, as robust_jax.models has them; weights both ways.
 
+And what PyTorch is timed at: PGD and Jacobians.
+
 Layers stand in lists that bear flax's names, `Conv.0` for Conv_0, so weights are copied by name.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +28,7 @@ _PARTS = {
 }
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 _TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
+_BATCH_SIZE = 64
 
 
 class _Classifier(nn.Module):
@@ -128,7 +132,7 @@ def to_flax(net: nn.Module, template: Any) -> Any:
     return jax.tree.map_with_path(find, template)
 
 
-def train(net: nn.Module, split: data.Split, num_steps: int, batch_size: int = 64) -> None:
+def train(net: nn.Module, split: data.Split, num_steps: int) -> None:
     """Ordinary training: SGD on random batches, cropped and flipped, with a one-cycle rate.
 
     A crop is the same for a batch and three quarters as high and wide, which takes half the time.
@@ -141,11 +145,11 @@ def train(net: nn.Module, split: data.Split, num_steps: int, batch_size: int = 6
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=num_steps)
     net.train()
     for step in range(1, num_steps + 1):
-        rows = torch.randint(len(split.labels), (batch_size,)).numpy()
+        rows = torch.randint(len(split.labels), (_BATCH_SIZE,)).numpy()
         x = to_torch(data.to_pixels(split.images[rows]))
         row, column = (int(i) for i in torch.randint(height // 3 + 1, (2,)))
         x = x[:, :, row : row + height, column : column + width]
-        x = torch.where(torch.rand(batch_size, 1, 1, 1) < 0.5, x, x.flip(3))
+        x = torch.where(torch.rand(_BATCH_SIZE, 1, 1, 1) < 0.5, x, x.flip(3))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = F.cross_entropy(net(x), torch.tensor(split.labels[rows], dtype=torch.long))
         optimizer.zero_grad()
@@ -154,6 +158,31 @@ def train(net: nn.Module, split: data.Split, num_steps: int, batch_size: int = 6
         schedule.step()
         if step % 50 == 0:
             print(f"training: step {step} of {num_steps}, loss {float(loss):.2f}", flush=True)
+
+
+def pgd(loss: Callable, x: torch.Tensor, *, eps: float, step_size: float, num_steps: int):
+    """Projected gradient ascent on loss(x) in linf within [0,1] from a random start: the points."""
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    x_adv = x + torch.empty_like(x).uniform_(-eps, eps)
+    x_adv = torch.minimum(torch.maximum(x_adv, low), high)
+    for _ in range(num_steps):
+        x_adv.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(x_adv), x_adv)
+        x_adv = x_adv.detach() + step_size * gradient.sign()
+        x_adv = torch.minimum(torch.maximum(x_adv, low), high)
+    return x_adv
+
+
+def jacobian_norms(net: nn.Module, x: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Exact Frobenius norms of the logits' Jacobians, so many images at a time: [B]."""
+    one = torch.func.jacrev(lambda image: net(image[None])[0])
+    parts = [torch.func.vmap(one)(part) for part in x.split(chunk)]
+    return torch.cat([part.flatten(1).norm(dim=1) for part in parts])
+
+
+def versions() -> str:
+    """The device and both frameworks."""
+    return f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, PyTorch {torch.__version__}"
 
 
 def to_torch(x: Float[jax.Array | np.ndarray, "b h w c"]) -> torch.Tensor:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.torch_models import to_torch
+
 
 def train(
     module: nn.Sequential, x: np.ndarray, y: np.ndarray, *, eps: float, num_epochs: int
@@ -17,7 +19,7 @@ def train(
     x: [N,H,W,C] in [0,1].
     """
     torch.manual_seed(0)
-    images, labels = channels_first(x), torch.tensor(y.astype(np.int64))
+    images, labels = to_torch(x), torch.tensor(y.astype(np.int64))
     optimizer = torch.optim.Adam(module.parameters(), 2e-3)
     loss_of = nn.functional.cross_entropy
     for _ in range(num_epochs):
@@ -32,11 +34,6 @@ def train(
     return module.eval().requires_grad_(False)
 
 
-def channels_first(x: np.ndarray) -> torch.Tensor:
-    """[N,H,W,C] as PyTorch has it."""
-    return torch.tensor(np.ascontiguousarray(np.transpose(x, (0, 3, 1, 2))))
-
-
 def converted(module: nn.Sequential, image_shape: tuple[int, ...]) -> Callable:
     """The same network in plain jax.lax, with the module's weights.
 
@@ -45,7 +42,7 @@ def converted(module: nn.Sequential, image_shape: tuple[int, ...]) -> Callable:
     """
     layers: list[Callable] = []
     flat = None
-    x = channels_first(np.zeros((1, *image_shape), np.float32))
+    x = to_torch(np.zeros((1, *image_shape), np.float32))
     for layer in module:
         if isinstance(layer, nn.Flatten):
             flat = x.shape[1:]
@@ -103,7 +100,7 @@ def authors_autoattack(
     """Which points hold against the authors' standard AutoAttack, which must be importable: [N]."""
     from autoattack import AutoAttack
 
-    images, labels = channels_first(x), torch.tensor(y.astype(np.int64))
+    images, labels = to_torch(x), torch.tensor(y.astype(np.int64))
     attack = AutoAttack(
         module, norm=norm.capitalize(), eps=eps, device="cpu", seed=0, verbose=False
     )

@@ -1,5 +1,6 @@
 """A linear classifier whose attacks, Jacobian and norms are known in closed form."""
 
+import functools
 import math
 import typing
 from typing import NamedTuple
@@ -33,13 +34,48 @@ def interior_images(key, batch_size, image_shape=(4, 5, 1)):
     return np.asarray(jax.random.uniform(key, (batch_size, *image_shape), minval=0.4, maxval=0.6))
 
 
-def make_nonlinear(key, image_shape=(4, 5, 1), num_classes=3, hidden=16):
+def make_nonlinear(key, image_shape=(4, 5, 1), num_classes=3):
     """A small smooth network as a plain function of x."""
     size = math.prod(image_shape)
     one, two = jax.random.split(key)
-    w1 = np.asarray(jax.random.normal(one, (size, hidden))) / np.float32(np.sqrt(size)) * 3
-    w2 = np.asarray(jax.random.normal(two, (hidden, num_classes)))
+    w1 = np.asarray(jax.random.normal(one, (size, 16))) / np.float32(np.sqrt(size)) * 3
+    w2 = np.asarray(jax.random.normal(two, (16, num_classes)))
     return lambda x: jnp.tanh((x - 0.5).reshape(x.shape[0], -1) @ w1) @ w2
+
+
+@functools.cache
+def near_boundary(num_classes, norm):
+    """(logits_fn, x, y, distance [B]): a linear model, points near its boundaries, how near.
+
+    The distance is the margin over the dual norm of w_y - w_t, at its smallest over t; on the way
+    there no pixel meets a wall.
+    """
+    linear, weights, _ = make_linear(jax.random.key(0), num_classes=num_classes)
+    weights = np.asarray(weights)
+    centre = np.asarray(linear(np.full((1, 4, 5, 1), 0.5, np.float32)))
+    x = np.asarray(interior_images(jax.random.key(0), 24))
+    logits = np.asarray(linear(x)) - centre
+    y = logits.argmax(-1).astype(np.int32)
+    gaps = weights[y][:, None] - weights[None]
+    dual = np.linalg.norm(gaps, DUAL_ORDERS[norm], axis=-1)
+    distances = (logits.max(-1, keepdims=True) - logits) / np.where(dual, dual, 1)
+    distance = np.where(dual, distances, np.inf).min(-1)
+    clear = distance > 2e-3  # of rounding errors
+    assert clear.sum() > 15
+    assert (distance < 0.39).all()
+    return jax.jit(lambda x: linear(x) - centre), x[clear], y[clear], distance[clear]
+
+
+def margin(logits, y):
+    """z_y - max of the others, [B,K], [B] -> [B], in float64."""
+    logits, at_label = np.array(logits, np.float64), (np.arange(len(y)), np.asarray(y))
+    own = logits[at_label]
+    logits[at_label] = -np.inf
+    return own - logits.max(-1)
+
+
+def robust_accuracy(logits_fn, x_adv, y):
+    return float((margin(logits_fn(x_adv), y) > 0).mean())
 
 
 def sizes(x_adv, x, norm):

@@ -14,8 +14,12 @@ from robust_jax.analysis import calibration, features, latent, spectra, summarie
 from robust_jax.analysis.spectra import Layer
 from robust_jax.attacks import fab, pgd
 from robust_jax.models import MLP, Linear
-from tests.linear import make_linear, make_nonlinear
-from tests.test_apgd import near_boundary, sizes
+from tests.linear import (
+    make_linear,
+    make_nonlinear,
+    near_boundary,
+    sizes,
+)
 
 KEY = jax.random.key(0)
 

@@ -12,50 +12,16 @@ from robust_jax.attacks import NORMS, apgd, apgd_targeted, pgd
 from robust_jax.attacks._apgd import checked_steps, radii
 from robust_jax.attacks._best import likeliest_wrong
 from tests.linear import (
-    DUAL_ORDERS,
     interior_images,
     make_linear,
     make_nonlinear,
+    near_boundary,
+    robust_accuracy,
     sizes,
 )
 
 KEY = jax.random.key(0)
 ATTACKS = {"apgd": apgd, "apgd_targeted": apgd_targeted}
-
-
-@functools.cache
-def near_boundary(num_classes, norm):
-    """(logits_fn, x, y, distance [B]): a linear model, points near its boundaries, how near.
-
-    The distance is the margin over the dual norm of w_y - w_t, at its smallest over t; on the way
-    there no pixel meets a wall.
-    """
-    linear, weights, _ = make_linear(KEY, num_classes=num_classes)
-    weights = np.asarray(weights)
-    centre = np.asarray(linear(np.full((1, 4, 5, 1), 0.5, np.float32)))
-    x = np.asarray(interior_images(KEY, 24))
-    logits = np.asarray(linear(x)) - centre
-    y = logits.argmax(-1).astype(np.int32)
-    gaps = weights[y][:, None] - weights[None]
-    dual = np.linalg.norm(gaps, DUAL_ORDERS[norm], axis=-1)
-    distances = (logits.max(-1, keepdims=True) - logits) / np.where(dual, dual, 1)
-    distance = np.where(dual, distances, np.inf).min(-1)
-    clear = distance > 2e-3  # of rounding errors
-    assert clear.sum() > 15
-    assert (distance < 0.39).all()
-    return jax.jit(lambda x: linear(x) - centre), x[clear], y[clear], distance[clear]
-
-
-def margin(logits, y):
-    """z_y - max of the others, [B,K], [B] -> [B], in float64."""
-    logits, at_label = np.array(logits, np.float64), (np.arange(len(y)), np.asarray(y))
-    own = logits[at_label]
-    logits[at_label] = -np.inf
-    return own - logits.max(-1)
-
-
-def robust_accuracy(logits_fn, x_adv, y):
-    return float((margin(logits_fn(x_adv), y) > 0).mean())
 
 
 def test_checkpoints_are_those_of_the_paper():

@@ -9,8 +9,16 @@ import pytest
 from scipy import optimize
 
 from robust_jax.attacks import NORMS, fab
-from tests.linear import DUAL_ORDERS, interior_images, make_linear, make_nonlinear, nearest
-from tests.test_apgd import near_boundary, robust_accuracy, sizes
+from tests.linear import (
+    DUAL_ORDERS,
+    interior_images,
+    make_linear,
+    make_nonlinear,
+    near_boundary,
+    nearest,
+    robust_accuracy,
+    sizes,
+)
 
 KEY = jax.random.key(0)
 

@@ -9,8 +9,16 @@ import pytest
 from scipy import optimize
 
 from robust_jax.attacks import carlini_wagner, deepfool
-from tests.linear import interior_images, make_linear, make_nonlinear, nearest
-from tests.test_apgd import margin, near_boundary, robust_accuracy, sizes
+from tests.linear import (
+    interior_images,
+    make_linear,
+    make_nonlinear,
+    margin,
+    near_boundary,
+    nearest,
+    robust_accuracy,
+    sizes,
+)
 
 KEY = jax.random.key(0)
 ATTACKS = {"carlini_wagner": carlini_wagner, "deepfool": deepfool}

@@ -13,8 +13,15 @@ from robust_jax import losses
 from robust_jax.attacks import NORMS, square
 from robust_jax.attacks._square import _hill, _place, patch_sides
 from robust_jax.attacks.norms import L1, L2, LINF
-from tests.linear import ORDERS, interior_images, make_linear, make_nonlinear
-from tests.test_apgd import near_boundary, robust_accuracy, sizes
+from tests.linear import (
+    ORDERS,
+    interior_images,
+    make_linear,
+    make_nonlinear,
+    near_boundary,
+    robust_accuracy,
+    sizes,
+)
 
 KEY = jax.random.key(0)
 
