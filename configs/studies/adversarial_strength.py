@@ -10,8 +10,7 @@ PreActResNet-18, up to 12/255, an accelerator.
 
 from ml_collections import ConfigDict
 
-from configs import default
-from configs.studies.common import CIFAR10_LINF, PUBLISHED_AT, SMOKE, attacks
+from configs.studies.common import CIFAR10_LINF, PUBLISHED_AT, SMOKE, attacks, base_config
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # of the eps called trained
 ARMS = ("eps_0", "eps_half", "eps_1", "eps_1_half")
@@ -44,10 +43,8 @@ def get_config():
     config.scale = "small"
     config.seeds = (0, 1, 2)
 
-    base = default.get_config()
-    base.evaluation.last = False  # claims are about the best
+    base = base_config()
     base.dataset = "tfds:fashion_mnist"
-    base.validation_size = 1000
     base.model = {"name": "lenet5"}
     base.threat.eps = 0.1
     base.adversary.num_steps = 7
@@ -60,7 +57,6 @@ def get_config():
     base.checkpoint_every = "10 epochs"
     base.validation_attack = {"name": "fgsm", "eps": 0.0}
     base.evaluation.num_examples = 1000
-    base.audit.update({"num_examples": 100, "num_queries": 500})
     base.attacks = attacks((0.05, 0.1, 0.15), num_examples=100)
     base.measurements = measurements(num_examples=500)
     config.base = base

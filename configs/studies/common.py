@@ -1,4 +1,6 @@
-"""What the studies share: the smoke scale, attacks, and the tests of a claim."""
+"""What the studies share: the base, the smoke scale, attacks, and the tests of a claim."""
+
+from configs import default
 
 # PreActResNet-18, PGD-10 on CIFAR-10 at linf 8/255 (Rice, Wong, Kolter 2020), in percent.
 PUBLISHED_AT = {"clean": 82.92, "PGD at {trained}": 53.49}
@@ -38,6 +40,15 @@ SMOKE = {
     "evaluation": {"num_examples": 100, "num_images": 4, "spectral_iterations": 3},
     "audit": {"num_examples": 0},
 }
+
+
+def base_config():
+    """The defaults, with what every study measures: its best networks, audited."""
+    config = default.get_config()
+    config.validation_size = 1000
+    config.evaluation.last = False  # claims are about the best
+    config.audit.update({"num_examples": 100, "num_queries": 500})
+    return config
 
 
 def attacks(eps, num_examples, *, autoattack=None, smoke=False):

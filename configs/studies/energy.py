@@ -10,8 +10,7 @@ cifar10 and svhn: the successor's data, PreActResNet-18, an accelerator.
 
 from ml_collections import ConfigDict
 
-from configs import default
-from configs.studies.common import PREACT_RESNET18, SMOKE, above, attacks, below
+from configs.studies.common import PREACT_RESNET18, SMOKE, above, attacks, base_config, below
 
 EPS = 1.5
 # Those that adversarial training's term bounds from below, for each example.
@@ -77,10 +76,8 @@ def get_config():
     config.scale = "small"
     config.seeds = (0, 1, 2)
 
-    base = default.get_config()
-    base.evaluation.last = False  # claims are about the best
+    base = base_config()
     base.dataset = "tfds:mnist"
-    base.validation_size = 1000
     base.model = {"name": "lenet5"}
     base.loss_on = "clean"
     base.threat = {"norm": "l2", "eps": EPS}
@@ -92,7 +89,6 @@ def get_config():
     base.validate_every = "1 epoch"
     base.checkpoint_every = "0.5 epochs"
     base.evaluation.num_examples = 500
-    base.audit.update({"num_examples": 100, "num_queries": 500})
     base.attacks = attacks(sizes(EPS), num_examples=100)
     base.measurements = measurements(num_examples=500)
     config.base = base

@@ -10,8 +10,15 @@ accelerator.
 
 from ml_collections import ConfigDict
 
-from configs import default
-from configs.studies.common import CIFAR10_LINF, PUBLISHED_AT, SMOKE, above, attacks, below
+from configs.studies.common import (
+    CIFAR10_LINF,
+    PUBLISHED_AT,
+    SMOKE,
+    above,
+    attacks,
+    base_config,
+    below,
+)
 
 # Each weight is chosen on held-out images; the confidence of the optimum depends on it.
 ENTM = {
@@ -76,10 +83,8 @@ def get_config():
     config.scale = "small"
     config.seeds = (0, 1, 2)
 
-    base = default.get_config()
-    base.evaluation.last = False  # claims are about the best
+    base = base_config()
     base.dataset = "tfds:fashion_mnist"
-    base.validation_size = 1000
     base.model = {"name": "lenet5"}
     base.threat.eps = 0.1
     base.adversary.num_steps = 7
@@ -90,7 +95,6 @@ def get_config():
     base.validate_every = "2 epochs"  # once: the network at the end of the schedule
     base.checkpoint_every = "1 epoch"
     base.evaluation.num_examples = 500
-    base.audit.update({"num_examples": 100, "num_queries": 500})
     radii = {"faint": 0.02, "trained": 0.1, "larger": 0.15, "largest": 0.2}
     sizes = tuple(radii.values())
     base.attacks = _attacks(sizes, 100)

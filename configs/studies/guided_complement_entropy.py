@@ -12,8 +12,7 @@ an hour and a half of 2 CPU cores. medium: 5 seeds, AutoAttack on 1,000 images, 
 
 from ml_collections import ConfigDict
 
-from configs import default
-from configs.studies.common import QUICK, SMOKE, above, below
+from configs.studies.common import QUICK, SMOKE, above, base_config, below
 
 EXACT = {"name": "guided_complement_entropy", "alpha": 1 / 3, "form": "exact"}
 PUBLISHED = {**EXACT, "form": "published"}
@@ -62,10 +61,8 @@ def get_config():
     config.scale = "small"
     config.seeds = (0, 1, 2)
 
-    base = default.get_config()
-    base.evaluation.last = False  # claims are about the best
+    base = base_config()
     base.dataset = "tfds:mnist"
-    base.validation_size = 1000
     base.model = {"name": "lenet5"}
     base.normalize = False  # the authors' inputs are in [0,1]
     base.loss_on = "clean"
@@ -81,7 +78,6 @@ def get_config():
     base.checkpoint_every = "1 epoch"
     base.validation_attack = {"name": "fgsm", "eps": 0.0}  # best by clean accuracy, as published
     base.evaluation.num_examples = 1000
-    base.audit.update({"num_examples": 100, "num_queries": 500})
     base.measurements = {
         "clusters": {"num_examples": 1000},
         "outputs": {"num_examples": 1000},

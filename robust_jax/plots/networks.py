@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from robust_jax.analysis.calibration import Reliability, expected_calibration_error
 from robust_jax.plots.style import (
+    ARM_COLORS,
     COLORS,
     MARKERS,
     STYLE,
@@ -25,8 +26,7 @@ from robust_jax.plots.style import (
     panels_in_rows,
 )
 
-# Arms differ in color and in line.
-LINES = ("-", "--", "-.", ":")
+_LINES = ("-", "--", "-.", ":")
 
 
 @rc_context(STYLE)
@@ -378,7 +378,9 @@ def loss_surfaces(
 
 
 def _arm(i: int) -> dict[str, Any]:
-    return {"color": COLORS[i % len(COLORS)], "ls": LINES[i % len(LINES)]}
+    """A color, as in a study's other figures, and a line; no two of the first 32 are alike."""
+    rounds, color = divmod(i, len(ARM_COLORS))
+    return {"color": ARM_COLORS[color], "ls": _LINES[(i + rounds) % len(_LINES)]}
 
 
 def _wrapped(title: str, width: int) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from robust_jax.plots.style import (
-    COLORS,
+    ARM_COLORS,
     STYLE,
     WIDTH,
     legend_below,
@@ -19,7 +19,6 @@ from robust_jax.plots.style import (
     panels_in_rows,
 )
 
-_COLORS = (*COLORS, "0.3", "0.6")
 _MARKERS = "os^DvPX"  # one fewer than colours, so that no two of 56 arms look the same
 
 
@@ -34,7 +33,7 @@ def accuracy_by_arm(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
     panels = figure.subplots(1, max(1, len(norms)), sharey=True, squeeze=False)[0]
     for ax, norm in zip(panels, norms, strict=False):
         for (arm, by_norm), color, marker in zip(
-            curves.items(), cycle(_COLORS), cycle(_MARKERS), strict=False
+            curves.items(), cycle(ARM_COLORS), cycle(_MARKERS), strict=False
         ):
             points = by_norm.get(norm, [])
             _line_with_band(ax, points, "eps", 100, color=color, marker=marker, label=arm)
@@ -64,7 +63,7 @@ def measures_by_arm(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Fig
     for ax in panels.flat[len(measures) :]:
         ax.set_visible(False)
     for ax, name in zip(panels.flat, measures, strict=False):
-        for i, (arm, color) in enumerate(zip(arms, cycle(_COLORS), strict=False)):
+        for i, (arm, color) in enumerate(zip(arms, cycle(ARM_COLORS), strict=False)):
             entry = table[arm][name]
             seeds = list(entry["values"].values())
             ax.plot(seeds, [i] * len(seeds), ".", color=color, alpha=0.5, ms=5)
@@ -110,7 +109,7 @@ def measures_against_each_other(
     figure, panels = panels_in_rows(len(pairs), columns=2, height=3.0)
     for ax, (across, up) in zip(panels, pairs, strict=False):
         for (arm, row), color, marker in zip(
-            table.items(), cycle(_COLORS), cycle(_MARKERS), strict=False
+            table.items(), cycle(ARM_COLORS), cycle(_MARKERS), strict=False
         ):
             seeds = row[across]["values"].keys() & row[up]["values"].keys()
             points = [(row[across]["values"][s], row[up]["values"][s]) for s in sorted(seeds)]
@@ -140,7 +139,7 @@ def along_training(history: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
     figure, panels = panels_in_rows(len(history), columns=2, height=3.0)
     for ax, (name, by_arm) in zip(panels, history.items(), strict=False):
         for (arm, points), color, marker in zip(
-            by_arm.items(), cycle(_COLORS), cycle(_MARKERS), strict=False
+            by_arm.items(), cycle(ARM_COLORS), cycle(_MARKERS), strict=False
         ):
             _line_with_band(ax, points, "epoch", color=color, marker=marker, label=arm)
         ax.set(title=name.replace("_", " "), xlabel="epoch")
@@ -156,7 +155,7 @@ def sweeps(found: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) ->
     target where there is none. labels: of the measures; those in percent end in "%".
     """
     figure, panels = panels_in_rows(len(found), columns=2, height=3.0)
-    for ax, (arm, sweep), color in zip(panels, found.items(), cycle(_COLORS), strict=False):
+    for ax, (arm, sweep), color in zip(panels, found.items(), cycle(ARM_COLORS), strict=False):
         label = labels[sweep["by"]]
         scale = 100 if label.endswith("%") else 1
         known = {

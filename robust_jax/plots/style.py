@@ -23,6 +23,7 @@ BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
     "#56B4E9",
 )
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+ARM_COLORS = (*COLORS, "0.3", "0.6")  # a study may have more arms than there are colours
 MARKERS = "os^Dv"
 STYLE = {
     "font.size": 10,
