@@ -297,9 +297,9 @@ class Mapper:
         self._batch_size, self._most = batch_size, most
 
     def __call__(self, fn: Callable) -> Callable:
-        return lambda rows, *scalars: self.over(fn, self._most, *counted(rows), *scalars)
+        return lambda rows, *scalars: self.on_rows(fn, self._most, *counted(rows), *scalars)
 
-    def over(self, fn: Callable, most: int, count: int, take: Callable, *scalars: Any) -> Any:
+    def on_rows(self, fn: Callable, most: int, count: int, take: Callable, *scalars: Any) -> Any:
         """The same of the rows that take(i) gives, i among 0 … count-1, of at most `most`."""
         while True:
             try:

@@ -76,7 +76,7 @@ def counted(rows: Rows) -> tuple[int, Callable]:
     return count, lambda i: {name: array[i] for name, array in rows.items()}
 
 
-def over(lift: Lift, variables: Any, most: int) -> MapExamples:
+def bound(lift: Lift, variables: Any, most: int) -> MapExamples:
     """The mapping of a network with its variables, for evaluations of at most `most` rows."""
 
     def map_examples(fn):

@@ -14,7 +14,7 @@ import pytest
 from robust_jax import losses
 from robust_jax.attacks import _autoattack, autoattack, distances, fab, norms
 from robust_jax.attacks._autoattack import MEMBERS, VERSIONS
-from robust_jax.batches import over
+from robust_jax.batches import bound
 from robust_jax.devices import parallel
 from robust_jax.errors import UnusableState
 from tests.linear import make_nonlinear
@@ -129,7 +129,7 @@ def test_does_not_depend_on_the_number_of_devices(method):
     def network(scale, x):
         return scale * logits_fn(x)
 
-    mapping = over(parallel.lifted(network, method, batch_size=16), jnp.ones(()), len(x))
+    mapping = bound(parallel.lifted(network, method, batch_size=16), jnp.ones(()), len(x))
     eight = run(logits_fn, x, y, KEY, map_examples=mapping, **settings)
     assert jax.device_count() == 8
     np.testing.assert_array_equal(one.broken_by, eight.broken_by)

@@ -168,7 +168,7 @@ def evaluate(
         shown=progress,
     )
     records = evaluator.records(network, "evaluate", unfinished)
-    records["input_margin"] = evaluator.over(network, _InputMargin(norm))
+    records["input_margin"] = evaluator.on_all(network, _InputMargin(norm))
     audited: Audit | None = None
     if num_audited:
         settings = AuditSettings(norm, radii[0], num_audited, num_queries, training_loss)
@@ -281,6 +281,6 @@ def _lift(mapper: Mapper) -> Lift:
     """Functions of the mapper's network, as an Evaluator takes them."""
 
     def lift(fn):
-        return lambda _, *rows_and_scalars: mapper.over(fn, *rows_and_scalars)
+        return lambda _, *rows_and_scalars: mapper.on_rows(fn, *rows_and_scalars)
 
     return lift

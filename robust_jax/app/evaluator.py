@@ -24,7 +24,7 @@ from robust_jax.analysis import calibration
 from robust_jax.app.records import What, column
 from robust_jax.attacks import distances
 from robust_jax.attacks.norms import Norm
-from robust_jax.batches import Lift, over
+from robust_jax.batches import Lift, bound
 from robust_jax.devices import processes
 from robust_jax.errors import NothingToAudit, UnusableState
 from robust_jax.files import UNREADABLE_NPZ, save_arrays
@@ -131,7 +131,7 @@ class Evaluator:
         work = 2 + sum(len(grid.eps) for grid in grids.values())
         done = _Unfinished(
             None if unfinished is None else unfinished / "records.npz",
-            lambda: self.over(variables, _logits),
+            lambda: self.on_all(variables, _logits),
         )
         with progress_bar(work, description, "pass", shown=self._shown) as bar:
             columns = done.columns()
@@ -191,33 +191,31 @@ class Evaluator:
                 training_loss=settings.training_loss,
                 surrogates=surrogates,
                 num_queries=settings.num_queries,
-                map_examples=over(self._lift, variables, len(labels)),
+                map_examples=bound(self._lift, variables, len(labels)),
                 progress=self._shown,
             )
         except NothingToAudit as error:
             self._warn(f"no audit: {error}")
             return None
 
-    def over(self, variables: Any, fn: Callable) -> Any:
+    def on_all(self, variables: Any, fn: Callable) -> Any:
         """fn(logits_fn, batch, key_data) on all examples."""
         size = self._split.size
-        return self._over(variables, fn, size, np.arange(size))
+        return self._on(variables, fn, size, np.arange(size))
 
-    def _over(
-        self, variables: Any, fn: Callable, most: int, index: np.ndarray, *scalars: Any
-    ) -> Any:
+    def _on(self, variables: Any, fn: Callable, most: int, index: np.ndarray, *scalars: Any) -> Any:
         """The same with scalars on the examples of the index, at most `most` of them."""
         rows = data.rows_of(self._split, index)
         return self._lift(fn)(variables, most, *rows, self._key_data, *scalars)
 
     def _measure(self, variables: Any, index: np.ndarray) -> dict[str, Any]:
         measurement = Measurement(self._settings, self._key_impl)
-        return self._over(variables, measurement, self._split.size, index)
+        return self._on(variables, measurement, self._split.size, index)
 
     def _attack(self, variables: Any, name: str, index: np.ndarray, eps: float) -> dict:
         grid = self._grids[name]
         attempt = Attempt(grid.attack, grid.norm, name, self._key_impl)
-        return self._over(variables, attempt, self._num_attacked(grid), index, eps)
+        return self._on(variables, attempt, self._num_attacked(grid), index, eps)
 
     def _num_attacked(self, grid: AttackGrid) -> int:
         return min(grid.num_examples or self._split.size, self._split.size)
@@ -233,7 +231,7 @@ class Evaluator:
             _attack_keys(self._key, name, standing),
             eps=eps,
             state_path=state_path,
-            map_examples=over(self._lift, variables, self._num_attacked(self._grids[name])),
+            map_examples=bound(self._lift, variables, self._num_attacked(self._grids[name])),
         )
         try:
             result = attack()

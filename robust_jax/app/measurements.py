@@ -55,7 +55,7 @@ def outputs(
     Arrays: output_margin, gap, confidence [N]. Costs a forward pass an example.
     """
     x, y = _examples(getattr(subject.dataset, split), num_examples)
-    logits = _over(subject, lambda fn, rows: fn(rows["x"]), x, y)
+    logits = _on_examples(subject, lambda fn, rows: fn(rows["x"]), x, y)
     found = calibration.outcomes(logits, y)
     z, labels = jnp.asarray(logits), jnp.asarray(y)
     margin = np.asarray(losses.margin(z, labels))
@@ -107,7 +107,7 @@ def input_margins(
         if not isinstance(subject.model, _CHAINS):
             kind, chains = type(subject.model).__name__, ", ".join(c.__name__ for c in _CHAINS)
             raise UserError(f"margins by lipschitz are for {chains}, not for a {kind}")
-        logits = _over(subject, lambda fn, rows: fn(rows["x"]), x, y)
+        logits = _on_examples(subject, lambda fn, rows: fn(rows["x"]), x, y)
         layers = spectra.layers(subject.model, subject.variables, subject.dataset.image_shape)
         found = margins.lipschitz(logits, y, layers, norm=norm, std=subject.model.std)
     elif estimate == "minimum_norm":
@@ -117,7 +117,7 @@ def input_margins(
             keys = fold_in_each(jax.random.fold_in(subject.key, 2), rows["index"])
             return margins.minimum_norm(fn, rows["x"], rows["y"], keys, norm=norm, attack=nearest)
 
-        found = _over(subject, measure, x, y)
+        found = _on_examples(subject, measure, x, y)
     elif estimate == "clever":
 
         def distance(fn, rows):
@@ -126,9 +126,9 @@ def input_margins(
                 fn, rows["x"], keys, norm=norm, eps=radius, num_samples=num_samples
             )
 
-        found = _over(subject, distance, x, y)
+        found = _on_examples(subject, distance, x, y)
     else:
-        found = _over(
+        found = _on_examples(
             subject, lambda fn, rows: margins.first_order(fn, rows["x"], rows["y"], norm=norm), x, y
         )
     found = np.asarray(found)
@@ -197,7 +197,7 @@ def feature_change(
             for prefix in ("", "relative_")
         }
 
-    changes = _over(subject, measure, x, y)
+    changes = _on_examples(subject, measure, x, y)
     # A compiled program gives dicts back in the order of their keys.
     of_one = features_fn(jnp.asarray(x[:1]))
     layers = [
@@ -236,7 +236,7 @@ def clusters(subject: Subject, *, num_examples: int = 1000) -> Numbers:
     """
     x, y = _examples(subject.dataset.test, num_examples)
     features_fn = features.captured(subject.model, subject.variables)
-    latents = _over(subject, lambda fn, rows: features_fn(rows["x"])["features"], x, y)
+    latents = _on_examples(subject, lambda fn, rows: features_fn(rows["x"])["features"], x, y)
     return {
         "silhouette": latent.silhouette(latents, y),
         "distance_ratio": latent.distance_ratio(latents, y),
@@ -284,7 +284,7 @@ def loss_energy(
             **{f.__name__: f(*args, **around, num_steps=num_steps) for f in ascended},
         }
 
-    return _means(**_over(subject, measure, x, y))
+    return _means(**_on_examples(subject, measure, x, y))
 
 
 def interior(
@@ -314,7 +314,7 @@ def interior(
         )
         return surface.loss_along(fn, rows["x"], rows["y"], worst, steps=shares.tolist())
 
-    along = np.asarray(_over(subject, measure, x, y))
+    along = np.asarray(_on_examples(subject, measure, x, y))
     return {
         **_means(
             **{f"loss/{100 * share:.0f}": v for share, v in zip(shares, along.T, strict=True)},
@@ -338,7 +338,7 @@ def gaps(subject: Subject, *, num_examples: int = 1000) -> Numbers:
         }
 
     splits = (subject.dataset.train, subject.dataset.test)
-    train, test = (_over(subject, measure, *_examples(s, num_examples)) for s in splits)
+    train, test = (_on_examples(subject, measure, *_examples(s, num_examples)) for s in splits)
     return _means(**{name: train[name].mean() - test[name] for name in train})
 
 
@@ -356,7 +356,7 @@ def jacobian_spectrum(
             fn if of == "logits" else jacobian.probabilities(fn), rows["x"]
         )
 
-    found = _over(subject, measure, x, y)
+    found = _on_examples(subject, measure, x, y)
     return _means(**{f"{i}": values for i, values in enumerate(found.T)})
 
 
@@ -424,6 +424,6 @@ def _examples(
     return np.asarray(data.to_pixels(images)), labels
 
 
-def _over(subject: Subject, fn: Callable, x: np.ndarray, y: np.ndarray) -> Any:
+def _on_examples(subject: Subject, fn: Callable, x: np.ndarray, y: np.ndarray) -> Any:
     rows = {"x": x, "y": y, "index": np.arange(len(y))}
     return on_one_device(subject.logits_fn, _BATCH_SIZE)(fn)(rows)

@@ -14,7 +14,7 @@ from robust_jax.app.pages.figures import Arrays
 from robust_jax.app.pages.html import image, template
 from robust_jax.app.stored import Results
 from robust_jax.app.studies import measures
-from robust_jax.app.wording import format_eps, words
+from robust_jax.app.wording import format_eps, number, percent, words
 from robust_jax.files import write_atomically
 from robust_jax.plots import study as plots
 
@@ -64,7 +64,10 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
         figures["sweeps"] = (
             plots.sweeps(
                 named(results["sweeps"]),
-                {s["by"]: _axis(s["by"], words_of) for s in results["sweeps"].values()},
+                {
+                    s["by"]: _with_unit(_in_words(s["by"], words_of), s["by"])
+                    for s in results["sweeps"].values()
+                },
             ),
             "Sweeps: what each value came to, on a seed that the study does not use again. A ring "
             "marks the value that was chosen; where there is a dashed line, the nearest to it."
@@ -388,10 +391,6 @@ def _counted(num_seeds: Iterable[int], num_images: Iterable[int | None]) -> str:
     return found
 
 
-def _axis(measure: str, labels: Mapping[str, str]) -> str:
-    return _with_unit(_in_words(measure, labels), measure)
-
-
 # By the verdicts of an arm's audits, the worst first.
 _MARKS = {"fail": " †", "warn": " ⚠", "pass": ""}
 
@@ -439,9 +438,7 @@ def _rows(results: Results) -> list[dict[str, Any]]:
 
 
 def _number(x: float | None, unit: str) -> str:
-    if x is None:
-        return "–"
-    return f"{100 * x:.1f}" if unit else f"{x:.3g}"
+    return percent(x) if unit and x is not None else number(x)
 
 
 def _markdown(results, claims, arms, rows, captions, chance) -> str:
