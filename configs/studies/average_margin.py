@@ -70,21 +70,21 @@ def get_config():
     base.validation_attack = {"name": "fgsm", "eps": 0.0}
     base.track_margins = tracked(500, num_others=20, num_samples=64)
     base.evaluation.num_examples = 1000
-    base.attacks = attacks(num_steps=100, step_size=0.05, num_examples=50)
+    base.attacks = attacks(num_steps=100, step_size=0.05, num_examples=200, autoattack=50)
     base.measurements = measurements(num_examples=500, num_attacked=50)
     config.base = base
     config.sweep = {"base": {"track_margins": tracked(0, num_others=0, num_samples=64)}}
 
     config.arms = ConfigDict(arms(), sort_keys=False)
     # Attacks on the CNN take long: at scale medium they see fewer images.
-    slow = {"attacks": attacks(100, 0.05, num_examples=150, sizes=(1.0, 2.0))}
+    slow = {"attacks": attacks(100, 0.05, num_examples=300, autoattack=150, sizes=(1.0, 2.0))}
     config.scales = {
         "smoke": {
             "seeds": (0, 1),
             "base": {
                 **SMOKE,
                 "track_margins": tracked(50, num_others=10, num_samples=4),
-                "attacks": attacks(num_steps=4, step_size=0.5, num_examples=20, smoke=True),
+                "attacks": attacks(4, 0.5, num_examples=80, autoattack=20, smoke=True),
                 "measurements": measurements(num_examples=20, num_attacked=20),
             },
             "arms": {name: {"model": SMOKE["model"]} for name in arms() if name.startswith("cnn")},
@@ -96,8 +96,8 @@ def get_config():
             "base": {
                 "duration": "3 epochs",
                 "validate_every": "1 epoch",
-                "track_margins": tracked(1000, num_others=50, num_samples=128),
-                "attacks": attacks(num_steps=100, step_size=0.05, num_examples=250),
+                "track_margins": tracked(1000, num_others=50, num_samples=64),
+                "attacks": attacks(100, 0.05, num_examples=1000, autoattack=1000),
                 "measurements": measurements(num_examples=1000, num_attacked=100),
             },
             "arms": {
@@ -117,7 +117,7 @@ def get_config():
                 "track_margins": tracked(1000, num_others=100, num_samples=1024),
                 "evaluation": {"num_examples": 0},
                 "audit": {"num_examples": 500},
-                "attacks": attacks(num_steps=1000, step_size=0.01, num_examples=1000),
+                "attacks": attacks(1000, 0.01, num_examples=4000, autoattack=1000),
                 "measurements": measurements(num_examples=1000, num_attacked=500),
             },
             "arms": {**longer(linear=1000, mlp=200), **WIDER},
@@ -329,21 +329,23 @@ def tracked(num_first_order, num_others, num_samples):
     }
 
 
-def attacks(num_steps, step_size, num_examples, sizes=(0.5, 1.0, 1.5, 2.0), smoke=False):
-    """PGD as published and on the margin, and AutoAttack at the whole sizes on num_examples."""
+def attacks(
+    num_steps, step_size, *, num_examples, autoattack, sizes=(0.5, 1.0, 1.5, 2.0), smoke=False
+):
+    """PGD as published and on the margin, and AutoAttack on fewer images at the whole sizes."""
     published = {
         "name": "pgd",
         "eps": sizes,
         "num_steps": num_steps,
         "step_size": step_size,
-        "num_examples": 4 * num_examples,
+        "num_examples": num_examples,
     }
     return {
         "pgd": published,
         "pgd_margin": {**published, "loss": "margin_loss"},
         "autoattack": {
             "eps": tuple(eps for eps in sizes if eps in (1.0, 2.0)),
-            "num_examples": num_examples,
+            "num_examples": autoattack,
             **(QUICK if smoke else {}),
         },
     }
