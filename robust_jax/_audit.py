@@ -141,10 +141,17 @@ def audit(
     x = np.asarray(_checks.pixels(x))
     y = np.asarray(_checks.one_row_each(y, x))
     network = _checks.network(logits_fn, x)
-    _checks.labels(y, _checks.num_classes(network))
+    num_classes = _checks.num_classes(network)
+    _checks.labels(y, num_classes)
     y = y.astype(np.int32)
     keys = example_keys(_checks.key(key, len(x)), len(x))
     others = {n: _checks.network(fn, x, f"surrogate {n!r}") for n, fn in (surrogates or {}).items()}
+    for n, other in others.items():
+        if (count := _checks.num_classes(other, f"surrogate {n!r}")) != num_classes:
+            raise ValueError(
+                f"surrogate {n!r} has {count} classes and the network {num_classes}; its labels "
+                "must mean the same"
+            )
     rows = {"x": x, "y": y, "key": np.asarray(jax.random.key_data(keys))}
     mapping = with_keys(map_examples or Mapper(network, batch_size, len(x)), keys)
     logits = mapping(_logits)(rows)

@@ -413,6 +413,15 @@ def test_tsne_keeps_clusters_apart_and_follows_its_seed(blobs):
     np.testing.assert_array_equal(points, latent.tsne(latents, seed=3))
 
 
+def test_latents_of_a_collapsed_network_have_no_clusters(rng):
+    points, labels = np.ones((40, 4)), np.arange(40) % 4
+    np.testing.assert_array_equal(latent.tsne(points), np.zeros((40, 2)))
+    assert np.isnan(latent.distance_ratio(points, labels))
+    for few in (np.zeros(40, int), np.arange(40)):  # of one class, and no two of any
+        assert np.isnan(latent.silhouette(rng.normal(size=(40, 4)), few))
+    assert np.isnan(latent.distance_ratio(rng.normal(size=(40, 4)), np.zeros(40, int)))
+
+
 # The loss surface.
 
 

@@ -216,6 +216,9 @@ def test_without_a_surrogate_transfer_is_skipped_and_mistakes_are_told():
     assert result.verdict == "pass"
     with pytest.raises(ValueError, match="eps must be above 0, not 0"):
         audit(standard(), x, y, KEY, eps=0)
+    fewer = {"other": lambda x: standard()(x)[:, :6]}
+    with pytest.raises(ValueError, match="'other' has 6 classes and the network 10"):
+        audit(standard(), x, y, KEY, eps=0.1, surrogates=fewer)
     with pytest.raises(ValueError, match="none of the 120 examples is classified correctly"):
         audit(lambda x: standard()(x)[:, ::-1] * 0 - jnp.arange(10), x, y * 0 + 9, KEY, eps=0.1)
 

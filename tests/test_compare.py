@@ -154,6 +154,8 @@ def test_what_cannot_be_compared_is_refused_and_nothing_is_written(made, tmp_pat
         with pytest.raises(UserError, match=message):
             compare.write(folders, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="results.json is a file; take another --workdir"):
+        compare.write([one, other], one / "results.json")
     before = contents(other)
     with pytest.raises(UserError, match="holds a run; take another --workdir"):
         compare.write([one, other], other)

@@ -135,6 +135,18 @@ MISTAKES = {
     "attack with a word for a radius": ({"attacks__pgd_linf__eps": (0.1, "x")}, "'x'; a radius is"),
     "name that is a list": ({"model__name": ["cnn"]}, "config.model.name is"),
     "measurement not an entry": ({"measurements__spectra": 3}, "spectra must be an entry like"),
+    "measurement of no steps": (
+        {"measurements__energy": {"num_steps": 0}},
+        "measurements.energy: num_steps must be a whole number of at least 1, not 0",
+    ),
+    "measurement of a negative count": (
+        {"measurements__outputs": {"num_examples": -5}},
+        "measurements.outputs: num_examples must be a whole number",
+    ),
+    "measurement of a negative radius": (
+        {"measurements__features": {"eps": -0.1}},
+        "measurements.features: eps must not be negative",
+    ),
     "attack not an entry": ({"attacks__pgd": "pgd"}, "config.attacks.pgd must be an entry"),
     "attack of no name": ({"attacks__pgd": {"name": {}, "eps": 0.1}}, "config.attacks.pgd.name is"),
     "epochs and steps": ({"duration": "2 epochs 5 steps"}, "one positive number with one unit"),

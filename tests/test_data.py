@@ -3,6 +3,7 @@
 import functools
 import io
 import itertools
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -156,11 +157,23 @@ def test_npz_of_float_colour_images(tmp_path):
     assert len(dataset.mean) == 3
 
 
+def test_npz_may_have_fewer_test_images_than_classes(tmp_path):
+    labels = np.arange(30) % 15
+    found = data.load(
+        save(tmp_path / "a.npz", y_train=labels, y_test=labels[-9:]), validation_size=5
+    )
+    assert found.num_classes == 15 and found.test.labels.max() == 14
+
+
 BAD_NPZ = {
     "missing key": ({"y_test": None}, "lacks y_test; needed: x_train, y_train, x_test, y_test"),
     "objects inside": ({"y_train": np.array([{}] * 30)}, "never unpickled"),
     "image dtype": ({"x_train": np.zeros((30, 6, 7), np.int64)}, "must be uint8 in 0…255"),
     "image rank": ({"x_train": np.zeros((30, 6), np.uint8)}, r"\[N,H,W\] or \[N,H,W,C\]"),
+    "channels first": (
+        {"x_train": np.zeros((30, 3, 6, 7), np.uint8)},
+        r"channels first; images are \[N,H,W,C\]: x_train.transpose\(0, 2, 3, 1\)",
+    ),
     "pixel range": ({"x_train": np.full((30, 6, 7), 255.0)}, r"must be in \[0, 1\]"),
     "nan pixels": ({"x_train": np.full((30, 6, 7), np.nan)}, r"must be in \[0, 1\]"),
     "label dtype": ({"y_train": np.zeros(30)}, "must hold integers, not float64"),
@@ -242,6 +255,27 @@ def test_tfds_reads_what_its_own_builder_wrote(small_mnist):
     assert len(dataset.train.labels) == 20
     got = sorted(im.tobytes() for im in dataset.test.images)
     assert got == sorted(im.tobytes() for im in images[30:])
+
+
+@pytest.mark.parametrize(
+    ("feature", "changes", "message"),
+    [
+        ("image", {"np_dtype": np.uint16}, "images of uint16; what is read is uint8"),
+        ("image", {"np_dtype": np.float32}, "images of float32; what is read is uint8"),
+        ("label", {}, "labels of SimpleNamespace; they must be a ClassLabel"),
+    ],
+)
+def test_tfds_images_and_labels_of_other_types_are_refused(
+    feature, changes, message, small_mnist, monkeypatch
+):
+    import tensorflow_datasets as tfds
+
+    real = tfds.builder("mnist", data_dir=small_mnist[1], file_format="array_record")
+    features = {**real.info.features, feature: SimpleNamespace(shape=(28, 28, 1), **changes)}
+    info = SimpleNamespace(features=features, splits=real.info.splits)
+    monkeypatch.setattr(tfds, "builder", lambda *_, **__: SimpleNamespace(info=info))
+    with pytest.raises(UserError, match=message):
+        data.load("tfds:mnist", validation_size=10, data_dir=small_mnist[1])
 
 
 def test_a_streamed_set_gives_the_batches_of_the_one_in_memory(small_mnist):

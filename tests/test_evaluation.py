@@ -316,6 +316,19 @@ def test_records_of_one_name_and_networks_in_bfloat16_are_told_apart_and_continu
         call(mine[1], tmp_path)
 
 
+def test_a_folder_is_known_again_where_a_logit_is_nan(tmp_path):
+    x, y = points()
+
+    def logits_fn(images):
+        is_first = (images == x[0]).all((1, 2, 3))
+        return jnp.where(is_first[:, None], jnp.nan, trained()(images))
+
+    settings = {**SETTINGS, "version": ("apgd_ce",), "num_audited": 0}
+    settings["overrides"] = {"apgd_ce": {"num_steps": 1}}
+    call = partial(robust_jax.evaluate, logits_fn, x, y, KEY, folder=tmp_path, **settings)
+    pd.testing.assert_frame_equal(call().records, call().records)
+
+
 def test_launchs_evaluation_of_a_network_finds_the_same():
     logits_fn = trained()
     (weights,) = logits_fn.args

@@ -14,6 +14,7 @@ from robust_jax.app import command_line, folder, stored, training
 from robust_jax.app import config as config_lib
 from robust_jax.app.run import execute
 from robust_jax.app.studies import study
+from robust_jax.app.subject import load
 from robust_jax.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -310,3 +311,17 @@ def test_a_fraction_of_255_levels_is_a_radius_on_the_command_line_too():
     assert float(eps.partition("=")[2]) == 8 / 255
     assert eval(several.partition("=")[2]) == (4 / 255, 0.1)
     assert other == given[2]
+
+
+def test_a_figure_that_fails_costs_no_results(tmp_path, monkeypatch):
+    a_run(tmp_path)
+    monkeypatch.setattr(folder.report, "write", lambda *_: 1 / 0)
+    monkeypatch.setattr(folder.cards, "card", lambda _: None)
+    with pytest.raises(ZeroDivisionError):
+        folder.write(tmp_path, {"config": json.loads((tmp_path / "config.json").read_text())})
+    assert stored.is_finished(tmp_path)
+
+
+def test_another_checkpoint_than_there_is_is_refused(tmp_path):
+    with pytest.raises(UserError, match="at is 'first'; choices: best, last, initialisation"):
+        load(tmp_path, at="first")

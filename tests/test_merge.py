@@ -46,6 +46,16 @@ def test_a_run_that_was_trained_against_another_threat_model_stays_that():
     assert both.threat.eps == 0.3 and both.adversary.eps == both.validation_attack.eps == 0.15
 
 
+def test_measurements_of_another_threat_model_keep_the_radius_that_they_had():
+    old, new = default.get_config(), default.get_config()
+    old.measurements, new.measurements = {"energy": {}}, {"energy_at_03": {"name": "energy"}}
+    new.threat.eps = 0.3
+    both = merge.merged(old, new, "evaluate").measurements
+    assert both.energy.eps == 0.15 and "eps" not in both.energy_at_03
+    new.threat.eps = old.threat.eps
+    assert "eps" not in merge.merged(old, new, "evaluate").measurements.energy
+
+
 @pytest.mark.parametrize("mode", ["evaluate", "measure"])
 def test_a_label_keeps_its_meaning(mode):
     old, new = default.get_config(), default.get_config()

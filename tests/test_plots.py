@@ -80,6 +80,16 @@ def test_by_layer_joins_medians_with_the_middle_half(rng):
     assert legend(figure) == list(ARMS)
 
 
+def test_a_layer_without_a_finite_number_is_left_out():
+    """As a dead layer leaves it, whose relative change is 0/0."""
+    changes = {
+        "random": {"at": {"conv": [np.nan, np.inf], "logits": [1.0, 2.0]}, "ce": {"conv": []}}
+    }
+    (ax,) = plots.by_layer(changes, ylabel="").axes
+    (line,) = ax.lines[:1]
+    np.testing.assert_array_equal(line.get_ydata(), [1.5])
+
+
 def test_reliability_diagram_says_the_error(rng):
     p = rng.random(500)
     curves = {

@@ -3,20 +3,21 @@
 import numpy as np
 import pandas as pd
 
-from robust_jax.app.records import breaking_eps, fates, first_to_break, held, read
+from robust_jax.app.records import as_far_as, breaking_eps, fates, first_to_break, held, read
 
 
 def test_the_smallest_eps_that_breaks_is_that_of_the_attack_that_got_there_first():
     records = pd.DataFrame(
         {
-            "pgd@0.1/held": [True, False, True],
-            "pgd@0.2/held": [False, False, True],
-            "fgsm@0.1/held": [False, True, True],
-            "other@0.05/held": [False, False, False],
+            "correct": [True, True, True, False],
+            "pgd@0.1/held": [True, False, True, False],
+            "pgd@0.2/held": [False, False, True, False],
+            "fgsm@0.1/held": [False, True, True, False],
+            "other@0.05/held": [False, False, False, False],
         }
     )
-    assert list(breaking_eps(records, ("pgd", "fgsm"))) == [0.1, 0.1, np.inf]
-    assert list(breaking_eps(records, ("pgd",))) == [0.2, 0.1, np.inf]
+    assert list(breaking_eps(records, ("pgd", "fgsm"))) == [0.1, 0.1, np.inf, 0]
+    assert list(breaking_eps(records, ("pgd",))) == [0.2, 0.1, np.inf, 0]
 
 
 def test_an_image_that_several_attacks_break_at_once_is_credited_to_none_of_them():
@@ -68,3 +69,12 @@ def test_records_read_as_they_were_written_and_older_ones_too(tmp_path):
     assert held(records, "some", 0.1).mean() == 0.5
     assert list(fates(records, ["some"], 0.1)) == ["held", "broken", "held"]
     assert list(breaking_eps(records, ["some"])) == [np.inf, 0.1, np.inf]
+
+
+def test_what_an_attack_did_to_examples_that_it_did_not_see_before_is_left_out():
+    columns = {"correct": [True, True], "a@0.1/held": [True, False], "a@0.1/margin": [1.0, -1.0]}
+    attacked = pd.DataFrame({"a@0.1/held": pd.array([True, None], dtype="boolean")})
+    found = as_far_as(pd.DataFrame(columns), attacked)
+    assert found["correct"].all() and found["a@0.1/held"].tolist()[0]
+    assert found["a@0.1/held"].isna().tolist() == found["a@0.1/margin"].isna().tolist()
+    assert found["a@0.1/margin"].isna().tolist() == [False, True]

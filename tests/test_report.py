@@ -455,3 +455,34 @@ def test_results_of_another_schema_are_read_or_refused_in_one_line(tmp_path):
         UserError, match=r"has the schema \d, and this robust_jax reads up to \d; take"
     ):
         stored.results(tmp_path)
+
+
+@pytest.mark.parametrize("end", [1e-4, 1e4 * (1 - 1e-12)])
+def test_a_temperature_at_the_end_of_its_range_matches_nothing(end):
+    """Logits that are right everywhere, or worse than chance, have no best temperature."""
+    records = make_records(0)
+    found = results_lib.summarize(records, {}, temperature=end)
+    assert found["temperature"] == end
+    assert found["jacobian"]["matched"]["frobenius"]["mean"] is None
+    inside = results_lib.summarize(records, {}, temperature=2.0)
+    expected = records["frobenius_logits"].mean() / 2
+    assert inside["jacobian"]["matched"]["frobenius"]["mean"] == pytest.approx(expected)
+
+
+def test_the_best_validation_is_never_the_untrained_network_s(tmp_path):
+    """Whose margins are tracked; a tie at nothing is that of plain training under PGD."""
+    lines = [
+        {
+            "step": step,
+            "validation/robust_accuracy": robust,
+            "validation/cross_entropy": float(step),
+        }
+        for step, robust in ((0, 0.1), (5, 0.0), (10, 0.02), (15, 0.02))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = results_lib.validations(tmp_path)
+    assert {when: v["cross_entropy"] for when, v in found.items()} == {
+        "first": 0,
+        "best": 10,
+        "last": 15,
+    }

@@ -56,6 +56,13 @@ def test_a_mean_over_the_rest_of_the_steps_is_not_drawn():
     assert list(ax.lines[0].get_xdata()) == steps[:-1]
 
 
+def test_jacobian_histograms_leave_out_what_has_no_finite_number():
+    tables = {name: make_records(0) for name in ("best", "last")}
+    tables["last"]["frobenius_logits"] = np.nan
+    legend = plots.jacobian_histograms(tables).axes[0].get_legend().get_texts()
+    assert [text.get_text().partition(",")[0] for text in legend] == ["best"]
+
+
 def test_jacobian_histograms_count_every_example_and_mark_medians():
     records = {"best": make_records(0), "last": make_records(1)}
     records["best"].loc[:3, "frobenius_probabilities"] = 0.0

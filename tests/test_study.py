@@ -155,6 +155,10 @@ WRONG = {
     ),
     "pair": ({"pairs": (("clean", "dirty"),)}, "pairs' measure is 'dirty'"),
     "along training": ({"along_training": ("margin",)}, "along_training.*'margin'.*average_margin"),
+    "published arm": ({"published": (("ec", {"clean": 90.0}),)}, "published's arm is 'ec'"),
+    "published measure": ({"published": (("ce", {"clear": 90.0}),)}, "'clear'; did you mean clean"),
+    "arm of a scale": ({"scales.small": {"arms": {"atm": {}}}}, "small.arms has a key.*'atm'"),
+    "claim without a text": ({"claims.a": {"tests": ()}}, "claims.a.text is missing"),
 }
 
 
@@ -164,10 +168,11 @@ def test_a_typo_in_a_claim_or_a_measure_is_found_before_anything_runs(case):
     name = "average_margin" if case == "along training" else "entm"
     config = importlib.import_module(f"configs.studies.{name}").get_config()
     for path, value in fields.items():
-        if path.startswith("claims"):
+        if path.startswith("claims.a.tests"):
             config.claims.a.tests[0][path.rpartition(".")[2]] = value
         else:
-            config[path] = value
+            section, _, field = path.rpartition(".")
+            (config_lib.get_field(config, section) if section else config)[field] = value
     if "measures" in fields:
         config.pairs = ()
     with pytest.raises(UserError, match=message) as error:

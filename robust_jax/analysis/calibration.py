@@ -23,6 +23,9 @@ def __dir__() -> list[str]:
     return __all__
 
 
+TEMPERATURES = 1e-4, 1e4  # between which one is looked for
+
+
 class Reliability(NamedTuple):
     """Bins of top probability: edges [n+1]; of each bin the examples, mean and accuracy [n].
 
@@ -140,8 +143,8 @@ def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> f
         y: Labels [B].
 
     Returns:
-        In [1e-4, 1e4]; the least for logits that are right everywhere, which no T is small enough
-        for.
+        Within TEMPERATURES; the least for logits that are right everywhere, which no T is small
+        enough for, and the largest for such as are worse than chance.
 
     Raises:
         ValueError: A logit is not finite, or y holds no labels of the classes, [B].
@@ -163,14 +166,14 @@ def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> f
     z = z - z.max(-1, keepdims=True)
     of_label = z[np.arange(len(z)), y]
     if (of_label == 0).all() and (z < 0).any():  # below, the slope would underflow on the way
-        return 1e-4
+        return TEMPERATURES[0]
 
     def slope(inverse):
         p = np.exp(inverse * z)
         return ((p * z).sum(-1) / p.sum(-1) - of_label).mean()
 
     # Cross-entropy is convex in 1/T: where its slope changes sign, found by bisection.
-    low, high = np.log(1e-4), np.log(1e4)
+    low, high = np.log(TEMPERATURES)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)

@@ -57,7 +57,7 @@ def tsne(latents: _Latents, *, perplexity: float = 30.0, seed: int = 0) -> Float
         seed: Of scikit-learn's random draws, which start from the principal axes.
 
     Returns:
-        [N,2].
+        [N,2]; zeros where all examples have the same latents.
 
     Example:
         >>> import numpy as np
@@ -71,6 +71,8 @@ def tsne(latents: _Latents, *, perplexity: float = 30.0, seed: int = 0) -> Float
     from sklearn.manifold import TSNE
 
     latents = _flat(latents)
+    if not np.ptp(latents, axis=0).any():  # scikit-learn's start would divide by their spread
+        return np.zeros((len(latents), 2), np.float32)
     most = min(perplexity, (len(latents) - 1) / 3)
     return TSNE(perplexity=most, init="pca", random_state=seed).fit_transform(latents)
 
@@ -87,7 +89,7 @@ def silhouette(latents: _Latents, labels: _Labels) -> float:
         labels: [N].
 
     Returns:
-        In [-1, 1].
+        In [-1, 1]; NaN where there is one class alone, or no two examples of a class.
 
     Example:
         >>> import numpy as np
@@ -100,6 +102,8 @@ def silhouette(latents: _Latents, labels: _Labels) -> float:
     """
     from sklearn.metrics import silhouette_score
 
+    if not 1 < len(np.unique(labels)) < len(labels):
+        return float("nan")
     return float(silhouette_score(_flat(latents), labels))
 
 
@@ -114,7 +118,7 @@ def distance_ratio(latents: _Latents, labels: _Labels) -> float:
         labels: [N].
 
     Returns:
-        At least 0.
+        At least 0; NaN where there is one class alone, or one centre of all.
 
     Example:
         >>> import numpy as np
@@ -126,8 +130,9 @@ def distance_ratio(latents: _Latents, labels: _Labels) -> float:
     classes, index = np.unique(labels, return_inverse=True)
     centres = np.stack([latents[labels == c].mean(0) for c in classes])
     intra = np.linalg.norm(latents - centres[index], axis=-1).mean()
-    inter = np.linalg.norm(centres[:, None] - centres, axis=-1)
-    return float(intra / inter[np.triu_indices(len(classes), 1)].mean())
+    inter = np.linalg.norm(centres[:, None] - centres, axis=-1).sum() / 2
+    pairs = len(classes) * (len(classes) - 1) / 2
+    return float(intra / (inter / pairs)) if inter > 0 else float("nan")
 
 
 def _flat(latents: _Latents) -> Float[np.ndarray, "n d"]:

@@ -8,8 +8,9 @@ from typing import get_args
 import numpy as np
 from ml_collections import ConfigDict
 
+from robust_jax import _checks, data
 from robust_jax.app import entries, subject, threat, training
-from robust_jax.app.config import bind, choose
+from robust_jax.app.config import bind, choose, guard
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.measurements import MEASUREMENTS
 from robust_jax.app.training import Training
@@ -51,7 +52,10 @@ def build(config: ConfigDict) -> Experiment:
             training.try_attack(path, grid.attack, run.dataset, eps=grid.eps[0])
         # One that is to be trained has a place when the run has one: see `surrogate.bound`.
         if grid.surrogate and grid.surrogate != "train":
-            grids[name] = transferred(grid, subject.load(grid.surrogate).logits_fn)
+            other = surrogate_of(grid.surrogate, f"{path}.surrogate", run.dataset)
+            grids[name] = transferred(grid, other)
+    if audit is not None and full.audit.surrogate not in ("", "train"):
+        surrogate_of(full.audit.surrogate, "config.audit.surrogate", run.dataset)
     settings = Settings(**{field: config.evaluation[field] for field in Settings._fields})
     num_examples = config.evaluation.num_examples or run.dataset.test.size
     network = training.network(run.model)
@@ -75,7 +79,26 @@ def _measurement(label: str, entry: ConfigDict) -> Callable:
         raise UserError(f'{path} must be an entry like {{"num_examples": 500}}, not {entry!r}')
     choose(get_args(subject.At), entry.get("at", "best"), f"{path}.at")
     keywords = {k: v for k, v in entry.items() if k != "at"}
+    for key, value in keywords.items():
+        if key == "num_examples" and value == 0:
+            continue  # all
+        if key.startswith("num_"):
+            guard(path, _checks.counts, **{key: value})
+        if key in ("eps", "radius"):
+            guard(path, _checks.known_lengths, **{key: value})
     return bind(MEASUREMENTS, {"name": label, **keywords}, path)
+
+
+def surrogate_of(folder: str, path: str, dataset: data.Dataset) -> LogitsFn:
+    """The network of another run. Raises UserError where its images or classes are others."""
+    found = subject.load(folder)
+    other = (found.dataset.image_shape, found.dataset.num_classes)
+    if other != (dataset.image_shape, dataset.num_classes):
+        raise UserError(
+            f"{path}: {folder} has images of {list(other[0])} and {other[1]} classes, and the data "
+            f"here {list(dataset.image_shape)} and {dataset.num_classes}; name a run on the same"
+        )
+    return found.logits_fn
 
 
 def transferred(grid: AttackGrid, surrogate: LogitsFn) -> AttackGrid:

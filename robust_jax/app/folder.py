@@ -214,14 +214,14 @@ def write_arrays(workdir: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write(workdir: Path, results: dict[str, Any]) -> None:
-    """The report, the card and a run's config.json; results.json last."""
-    write_report(workdir, results)
+    """The card, a run's config.json, results.json and the report, without which a run is whole."""
     if card := cards.card(results):
         write_json(workdir / "card.json", card)
     if (workdir / stored.RUN).exists():
         write_json(workdir / stored.RUN, results["config"])
     stored.write_results(workdir, results)
     shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
+    write_report(workdir, results)
 
 
 def write_report(workdir: Path, results: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What the papers measure of a trained network, by name in a config.
 
-Each is `measurement(subject, *, keywords) -> Numbers` on the first num_examples of a split, at most
-_BATCH_SIZE of them in memory at a time.
+Each is `measurement(subject, *, keywords) -> Numbers` on the first num_examples of a split, or on
+all for 0, at most _BATCH_SIZE of them in memory at a time.
 """
 
 from collections.abc import Callable, Mapping
@@ -419,8 +419,8 @@ def _means(*, of_images: bool = True, mean: Callable = np.mean, **values: Any) -
 def _examples(
     split: data.Split | data.Streamed, num_examples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first labelled examples of a split."""
-    images, labels = split.take(split.labeled[:num_examples])
+    """The first labelled examples of a split; 0: all."""
+    images, labels = split.take(split.labeled[: num_examples or None])
     return np.asarray(data.to_pixels(images)), labels
 
 

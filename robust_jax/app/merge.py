@@ -43,7 +43,9 @@ def merged(old: ConfigDict, new: ConfigDict, mode: Mode) -> ConfigDict:
         was, asked = threat.complete(old).measurements, threat.complete(new).measurements
         for label in set(was) & set(asked):
             _check_same("config.measurements", label, was[label], asked[label])
-        result.measurements = ConfigDict({**old.measurements, **new.measurements})
+        # Of another threat model, the old ones keep the radii that they had.
+        earlier = was if result.threat != old.threat else old.measurements
+        result.measurements = ConfigDict({**earlier, **new.measurements})
     if mode == "audit" or (mode == "evaluate" and new.audit.num_examples):
         result.audit = new.audit
     return result

@@ -51,11 +51,14 @@ def fates(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Series:
 
 
 def breaking_eps(records: pd.DataFrame, names: Iterable[str]) -> pd.Series:
-    """The smallest eps at which any of the named attacks broke each example; inf where none did."""
+    """The smallest eps at which any of the named attacks broke each example.
+
+    0 where it was misclassified to begin with, inf where it held.
+    """
     eps = pd.Series(np.inf, index=records.index, name="breaking_eps")
     for name, radius in reversed(_columns(records, names, np.inf)):
         eps[broke(records, name, radius)] = radius
-    return eps
+    return eps.where(records["correct"].astype(bool), 0.0)
 
 
 def first_to_break(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.DataFrame:
@@ -90,6 +93,17 @@ def first_to_break(records: pd.DataFrame, names: Iterable[str], eps: float) -> p
 def broke(records: pd.DataFrame, name: str, eps: float) -> pd.Series:
     """Which examples the attack broke, of those that it attacked."""
     return (~held(records, name, eps)).fillna(False).astype(bool)
+
+
+def as_far_as(records: pd.DataFrame, attacked: pd.DataFrame) -> pd.DataFrame:
+    """The records without what an attack did to examples that it did not see in `attacked`."""
+    records = records.copy()
+    for label in records.columns:
+        if "@" in label and (held := f"{label.rpartition('/')[0]}/held") in attacked:
+            seen = attacked[held].notna()
+            if not seen.all():
+                records[label] = records[label].where(seen)
+    return records
 
 
 def disagreements(stored: pd.DataFrame, fresh: pd.DataFrame) -> dict[str, int]:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from robust_jax import __version__
 from robust_jax._audit import Audit
+from robust_jax.analysis.calibration import TEMPERATURES
 from robust_jax.app import records as records_lib
 from robust_jax.app import stored
 from robust_jax.app.evaluator import AttackGrid
@@ -82,7 +83,9 @@ def validations(workdir: Path) -> dict[str, dict[str, float]]:
     """What the first, the last and the best checkpoint's validation found."""
     metrics = stored.metrics(workdir).dropna(subset=["validation/cross_entropy"])
     columns = [name for name in metrics if name.startswith("validation/")]
-    best = int(metrics["validation/robust_accuracy"].argmax())  # the earlier on a tie, as chosen
+    # As chosen: the earlier on a tie, and never the untrained network, whose margins are tracked.
+    trained = metrics["validation/robust_accuracy"].where(metrics["step"] > 0, -np.inf)
+    best = int(trained.argmax())
     return {
         when: {
             name.partition("/")[2]: float(value)
@@ -190,10 +193,11 @@ def _statistics(values: pd.Series) -> dict[str, float | None]:
 
 
 def _matched(records: pd.DataFrame, temperature: float) -> dict[str, dict[str, float | None]]:
-    """Norms of the Jacobian of logits / temperature."""
+    """Norms of the Jacobian of logits / temperature; None where no temperature is the best."""
+    low, high = TEMPERATURES
+    divisor = temperature if 1.001 * low < temperature < high / 1.001 else np.nan
     return {
-        norm: _statistics(records[f"{norm}_logits"] / temperature)
-        for norm in ("frobenius", "spectral")
+        norm: _statistics(records[f"{norm}_logits"] / divisor) for norm in ("frobenius", "spectral")
     }
 
 

@@ -100,7 +100,10 @@ def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> N
 def _train(experiment: Experiment, workdir: Path, profile: bool) -> str:
     if stored.is_finished(workdir):
         logging.info("%s is finished; --mode=evaluate or --mode=report redo a part", workdir)
-        return report.table(stored.results(workdir))
+        results = stored.results(workdir)
+        if not (workdir / "report.html").exists():  # stopped before the last file
+            processes.on_first(partial(folder.write_report, workdir, results))
+        return report.table(results)
     trained = train(experiment.plan, workdir, workdir / "profile" if profile else None)
     logging.info(_speed(trained.timings))
     return _evaluate(Finished(experiment, trained, workdir, experiment.config))

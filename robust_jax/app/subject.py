@@ -2,11 +2,12 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
 from robust_jax.app import stored, training
+from robust_jax.app.config import choose
 from robust_jax.app.measurements import Subject
 from robust_jax.app.training import Training
 from robust_jax.devices import parallel
@@ -18,8 +19,9 @@ At = Literal["best", "last", "initialisation"]
 def load(workdir: Path | str, at: At = "best") -> Subject:
     """A finished run's network, with its data: the best, the last, or as it was initialised.
 
-    Raises UserError where workdir holds none.
+    Raises UserError where workdir holds none, and for another `at`.
     """
+    choose(get_args(At), at, "at")
     workdir = Path(workdir).absolute()
     config = stored.config_of(workdir)
     if config is None or stored.holds(workdir) != "a run":

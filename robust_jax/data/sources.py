@@ -137,6 +137,16 @@ def _tfds(
             f"{test_split} (test_split); it has {', '.join(features)} and "
             f"{', '.join(splits)}"
         )
+    if (dtype := np.dtype(features["image"].np_dtype)) != np.uint8:
+        raise UserError(
+            f"tfds:{name} has images of {dtype}; what is read is uint8 "
+            "in 0…255 (save others as float32 in [0,1] with numpy.savez, for npz:<path>)"
+        )
+    if not hasattr(features["label"], "num_classes"):
+        raise UserError(
+            f"tfds:{name} has labels of {type(features['label']).__name__}; they must be a "
+            "ClassLabel, which says how many classes there are"
+        )
     shapes = features["image"].shape
     if None in shapes and not image_size:
         raise UserError(
@@ -170,10 +180,11 @@ def _npz(path: Path) -> tuple[Split, Split, int]:
                 "arrays with numpy.savez"
             ) from error
         raise UserError(f"{path} is not a readable npz file: {error}") from error
+    most = len(arrays["y_train"])  # classes: each has an image to train on
     splits = [
         Split(
             _npz_images(path, f"x_{s}", arrays[f"x_{s}"]),
-            _npz_labels(path, f"y_{s}", arrays[f"y_{s}"], len(arrays[f"x_{s}"])),
+            _npz_labels(path, f"y_{s}", arrays[f"y_{s}"], len(arrays[f"x_{s}"]), most),
         )
         for s in ("train", "test")
     ]
@@ -211,6 +222,11 @@ def _npz_images(path: Path, key: str, images: np.ndarray) -> np.ndarray:
         raise UserError(
             f"{path}: {key} must be [N,H,W] or [N,H,W,C] and not empty, not {images.shape}"
         )
+    if images.shape[1] <= 4 < images.shape[3]:
+        raise UserError(
+            f"{path}: {key} has the shape {list(images.shape)}, with channels first; images are "
+            f"[N,H,W,C]: {key}.transpose(0, 2, 3, 1)"
+        )
     if images.dtype not in (np.uint8, np.float32, np.float64):
         raise UserError(
             f"{path}: {key} must be uint8 in 0…255 or float32 in [0,1], not {images.dtype}"
@@ -226,14 +242,14 @@ def _npz_images(path: Path, key: str, images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32)
 
 
-def _npz_labels(path: Path, key: str, labels: np.ndarray, num_images: int) -> np.ndarray:
+def _npz_labels(path: Path, key: str, labels: np.ndarray, num_images: int, most: int) -> np.ndarray:
     if labels.shape != (num_images,):
         raise UserError(
             f"{path}: {key} must be [{num_images}], one label an image, not {list(labels.shape)}"
         )
     if not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{path}: {key} must hold integers, not {labels.dtype}")
-    if labels.min() < 0 or labels.max() >= len(labels):
+    if labels.min() < 0 or labels.max() >= most:
         wrong = labels.min() if labels.min() < 0 else labels.max()
         raise UserError(f"{path}: {key} has label {wrong}; labels run from 0 to K-1")
     return labels.astype(np.int32)

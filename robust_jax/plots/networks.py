@@ -156,7 +156,9 @@ def by_layer(values: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]], *, yla
     for ax, (title, arms) in zip(panels, values.items(), strict=True):
         names = list(dict.fromkeys(name for layers in arms.values() for name in layers))
         for i, (arm, layers) in enumerate(arms.items()):
-            here = [name for name in names if name in layers]
+            here = [name for name in names if len(finite(layers.get(name, ())))]
+            if not here:
+                continue
             low, middle, high = np.array(
                 [np.quantile(finite(layers[name]), (0.25, 0.5, 0.75)) for name in here]
             ).T

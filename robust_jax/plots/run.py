@@ -222,6 +222,8 @@ def jacobian_histograms(records: Mapping[str, pd.DataFrame]) -> Figure:
         values = {name: finite(table[column]) for name, table in records.items()}
         bins, is_log = bins_of(np.concatenate(list(values.values())))
         for i, (name, v) in enumerate(values.items()):
+            if not len(v):
+                continue
             style = dict(color=SKY, alpha=0.7) if i == 0 else dict(histtype="step", color="black")
             label = f"{name}, median {np.median(v):.3g}"
             ax.hist(np.clip(v, bins[0], bins[-1]), bins=bins, label=label, **style)

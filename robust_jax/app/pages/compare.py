@@ -11,6 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -104,7 +105,7 @@ def figures(compared: Mapping[str, Evidence]) -> dict[str, tuple[Figure, str]]:
     for column, label in columns.items():
         tables = {name: run.records for name, run in compared.items() if run.records is not None}
         values = {name: table[column] for name, table in tables.items() if column in table}
-        if len(values) == len(compared):
+        if len(values) == len(compared) and all(np.isfinite(v).any() for v in values.values()):
             found[column] = (
                 networks.distributions(values, xlabel=label),
                 f"{label[0].upper()}{label[1:]}, of each test image.",
@@ -124,6 +125,8 @@ def write(folders: Sequence[Path | str], workdir: Path) -> str:
     Raises UserError where workdir holds something else, or a folder no finished run.
     """
     compared = load(folders)
+    if workdir.is_file():
+        raise UserError(f"{workdir} is a file; take another --workdir")
     if stored.holds(workdir) != "nothing" and not (workdir / _FILE).exists():
         raise UserError(f"{workdir} holds {stored.holds(workdir)}; take another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)

@@ -70,6 +70,8 @@ def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
     scale = config.scales[choose(config.scales, config.scale, "config.scale")]
     for field in scale:
         choose(_OF_SCALES, field, f"config.scales.{config.scale}'s field")
+    for arm in scale.get("arms", {}):
+        choose(config.arms, arm, f"config.scales.{config.scale}.arms has a key that")
     result = ConfigDict({field: config[field] for field in _FIELDS})
     result.labels = config.get("labels", ConfigDict())
     result.seeds_limit = config.get("seeds_limit", 0)
@@ -143,6 +145,10 @@ def check(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
     for pair in config.pairs:
         for label in pair:
             choose(labels, label, "config.pairs' measure")
+    for arm, numbers in config.published:
+        choose(config.arms, arm, "config.published's arm")
+        for label in numbers:
+            choose(labels, label, "config.published's measure")
     for name in config.along_training:
         for of_arm in known.values():
             measures.check(f"training.last.{name}", of_arm, "config.along_training")
@@ -150,6 +156,9 @@ def check(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
         path = f"config.claims.{name}"
         for key in claim:
             choose(_OF_CLAIMS, key, f"{path}'s key")
+        for key in ("text", "tests"):
+            if key not in claim:
+                raise UserError(f"{path}.{key} is missing: a claim has a text and tests")
         for test in _tests(config, name):
             for key in test:
                 choose(claims.KEYS, key, f"{path}'s test has a key that")
