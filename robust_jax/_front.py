@@ -64,7 +64,7 @@ def compiled(fn: Callable) -> Callable:
             return _run(fn, values)
 
     # Which tests look for; mypy knows no attributes of a function.
-    call.is_compiled = True  # type: ignore[attr-defined]
+    call.is_compiled = True  # type: ignore[attr-defined]  # functions have no typed attributes
     return call
 
 

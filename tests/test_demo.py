@@ -313,6 +313,14 @@ def test_a_finished_run_without_its_last_checkpoint_is_not_trained_again(copied)
         execute(stored.config_of(copied), copied, "evaluate")
 
 
+def test_a_finished_run_without_its_page_gets_it(copied):
+    """As one that was stopped before it wrote its last file."""
+    page = (copied / "report.html").read_text(encoding="utf-8")
+    (copied / "report.html").unlink()
+    execute(stored.config_of(copied), copied, "train")
+    assert (copied / "report.html").read_text(encoding="utf-8") == page
+
+
 def test_another_config_in_the_same_folder_is_refused(demo):
     before = {p: p.stat().st_mtime_ns for p in demo.workdir.rglob("*")}
     config = stored.config_of(demo.workdir)

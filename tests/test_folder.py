@@ -317,9 +317,10 @@ def test_a_figure_that_fails_costs_no_results(tmp_path, monkeypatch):
     a_run(tmp_path)
     monkeypatch.setattr(folder.report, "write", lambda *_: 1 / 0)
     monkeypatch.setattr(folder.cards, "card", lambda _: None)
+    (tmp_path / "report.html").write_text("of other results")
     with pytest.raises(ZeroDivisionError):
         folder.write(tmp_path, {"config": json.loads((tmp_path / "config.json").read_text())})
-    assert stored.is_finished(tmp_path)
+    assert stored.is_finished(tmp_path) and not (tmp_path / "report.html").exists()
 
 
 def test_another_checkpoint_than_there_is_is_refused(tmp_path):

@@ -74,7 +74,9 @@ def test_records_read_as_they_were_written_and_older_ones_too(tmp_path):
 def test_what_an_attack_did_to_examples_that_it_did_not_see_before_is_left_out():
     columns = {"correct": [True, True], "a@0.1/held": [True, False], "a@0.1/margin": [1.0, -1.0]}
     attacked = pd.DataFrame({"a@0.1/held": pd.array([True, None], dtype="boolean")})
-    found = as_far_as(pd.DataFrame(columns), attacked)
+    untouched = as_far_as(pd.DataFrame(columns), attacked, ["b"])
+    pd.testing.assert_frame_equal(untouched, pd.DataFrame(columns))
+    found = as_far_as(pd.DataFrame(columns), attacked, ["a"])
     assert found["correct"].all() and found["a@0.1/held"].tolist()[0]
     assert found["a@0.1/held"].isna().tolist() == found["a@0.1/margin"].isna().tolist()
     assert found["a@0.1/margin"].isna().tolist() == [False, True]

@@ -95,14 +95,13 @@ def broke(records: pd.DataFrame, name: str, eps: float) -> pd.Series:
     return (~held(records, name, eps)).fillna(False).astype(bool)
 
 
-def as_far_as(records: pd.DataFrame, attacked: pd.DataFrame) -> pd.DataFrame:
-    """The records without what an attack did to examples that it did not see in `attacked`."""
-    records = records.copy()
+def as_far_as(records: pd.DataFrame, attacked: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """The records without what the named attacks did to examples unseen by them in `attacked`."""
+    records, starts = records.copy(), tuple(f"{name}@" for name in names)
     for label in records.columns:
-        if "@" in label and (held := f"{label.rpartition('/')[0]}/held") in attacked:
-            seen = attacked[held].notna()
-            if not seen.all():
-                records[label] = records[label].where(seen)
+        held = f"{label.rpartition('/')[0]}/held"
+        if starts and label.startswith(starts) and held in attacked:
+            records[label] = records[label].where(attacked[held].notna())
     return records
 
 

@@ -90,7 +90,7 @@ def get_config(workdir: str) -> ConfigDict:
 
 
 def is_finished(workdir: Path) -> bool:
-    """Whether a run has its results, which it writes last."""
+    """Whether a run has its results, which it writes last but for its page."""
     return (workdir / "results.json").exists()
 
 

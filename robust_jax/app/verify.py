@@ -31,8 +31,8 @@ def compare(
             fresh = saved["best"]
         else:
             fresh = experiment.evaluator.records(state.variables, f"verify {name}")
-            if len(fresh) == len(saved[name]):  # attacks kept from before may have seen fewer
-                fresh = records.as_far_as(fresh, saved[name])
+            if len(fresh) == len(saved[name]):  # kept attacks may have seen fewer
+                fresh = records.as_far_as(fresh, saved[name], kept)
         if "relative_slope" not in saved[name]:  # of an older version
             fresh = fresh.drop(columns="relative_slope", errors="ignore")
         found = records.disagreements(saved[name], fresh)

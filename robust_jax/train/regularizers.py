@@ -237,7 +237,7 @@ def _energy(fn: Callable[..., PerExample]) -> Callable[..., PerExample]:
     free = parameters(term, inspect.Parameter.KEYWORD_ONLY)
     signature = inspect.Signature([*inputs, *own, *free])
     # A config is checked against it; mypy knows no __signature__ of a function.
-    term.__signature__ = signature  # type: ignore[attr-defined]
+    term.__signature__ = signature  # type: ignore[attr-defined]  # as inspect reads it
     term.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     return term
 
