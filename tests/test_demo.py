@@ -315,10 +315,15 @@ def test_a_finished_run_without_its_last_checkpoint_is_not_trained_again(copied)
 
 def test_a_finished_run_without_its_page_gets_it(copied):
     """As one that was stopped before it wrote its last file."""
-    page = (copied / "report.html").read_text(encoding="utf-8")
+
+    def page():  # without its figures, whose elements are named at random
+        html = (copied / "report.html").read_text(encoding="utf-8")
+        return re.sub(r"base64,[^\"]*", "", html)
+
+    before = page()
     (copied / "report.html").unlink()
     execute(stored.config_of(copied), copied, "train")
-    assert (copied / "report.html").read_text(encoding="utf-8") == page
+    assert page() == before
 
 
 def test_another_config_in_the_same_folder_is_refused(demo):
