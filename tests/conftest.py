@@ -31,6 +31,9 @@ REPOSITORY = Path(__file__).parents[1]
 CACHE = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "robust_jax_test_cache")
 )
+# The many processes that are started share their bytecode, also where none is to be written.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ.setdefault("PYTHONPYCACHEPREFIX", f"{CACHE}_bytecode")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # scikit-learn's threads would wait for each other
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -26,6 +26,9 @@ from tests.calls import evaluate, lowerings
 from tests.digits import EPS, test_points, trained
 from tests.small_networks import examples, exported, network, weights_of
 
+# But for that of `found`, which all read.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 KEY = jax.random.key(0)
 SETTINGS = {
     "eps": EPS,
@@ -121,7 +124,6 @@ def test_it_is_compared_with_other_folders(found, tmp_path):
     assert "an MLP" in (tmp_path / "both" / "report.html").read_text()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, monkeypatch):
     result, _ = found
     x, y = points()
@@ -273,7 +275,6 @@ def test_mistakes_are_told_in_one_line(tmp_path):
     assert not (tmp_path / "mine").exists()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_records_of_one_name_and_networks_in_bfloat16_are_told_apart_and_continued(
     plain, tmp_path, monkeypatch
 ):

@@ -17,6 +17,7 @@ from robust_jax.app.pages import html, report
 from robust_jax.app.records import fates, first_to_break
 from robust_jax.app.wording import format_eps
 from robust_jax.errors import UserError
+from tests.conftest import pages_undrawn
 from tests.made_up import EFFORTS, EPS, HOSTILE, Page, make_audit, make_records, make_run
 
 
@@ -55,7 +56,9 @@ def one_checkpoint(tmp_path_factory):
     attack_of_the_first(40, results, tables)
     for name, table in tables.items():
         table.to_csv(workdir / "records" / f"{name}.csv", index=False)
-    return results, Page(report.write(workdir, results).read_text(encoding="utf-8"))
+    with pages_undrawn():
+        path = report.write(workdir, results)
+    return results, Page(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("rows", "kind"), [(10, "svg+xml"), (10_000, "png")])
