@@ -52,10 +52,10 @@ def get_config() -> ConfigDict:
             "loss": "cross_entropy",
         }
     )
-    # Terms of robust_jax.train.regularizers; weight 0 leaves one out. The key is a label, which
-    # "name" follows if it is not given, so that a regulariser can be used twice. "on" is a half, as
-    # in loss_on, which it follows if it is not given; kl and weighted_kl compare the halves, and
-    # orthogonality is of the weights.
+    # Terms of robust_jax.train.regularizers; weight 0 leaves one out. The key is a label, and also
+    # the name unless "name" is given, so that a regulariser can be used twice. "on" is a half, by
+    # default the one in loss_on; kl and weighted_kl compare the halves, and orthogonality is a term
+    # of the weights.
     config.regularizers = ConfigDict(
         {
             "entropy": {"weight": 0.0},  # EntM

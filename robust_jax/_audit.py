@@ -1,8 +1,8 @@
 """Is this robustness real? Checks for masked gradients, each with its verdict and evidence.
 
-What they look for: arXiv 1802.00420, 1902.06705 (§5) and 2003.01690. Thresholds are our reading: a
-share warns or fails if the lower end of its 95 % interval is above a limit, so that the draw of the
-examples alone does not.
+What they look for: arXiv 1802.00420, 1902.06705 (§5) and 2003.01690. Thresholds are our reading:
+most shares warn or fail only if the lower end of their 95 % interval is above a limit, so that the
+draw of the examples alone decides nothing.
 """
 
 import dataclasses
@@ -93,9 +93,9 @@ def audit(
 ) -> Audit:
     """Looks for reasons not to believe a robust accuracy measured by following gradients.
 
-    A network passes where gradients are there to follow, attacks get stronger with steps, radius
-    and restarts, agree across losses, scales and precision, and leave nothing that noise, random
-    search or other networks' adversarials break.
+    A network passes if it has gradients to follow, if attacks get stronger with steps, radius and
+    restarts and agree across losses, scales and precision, and if no point that survives them is
+    broken by noise, random search or other networks' adversarial examples.
 
     Args:
         logits_fn: The network, [B,...] in [0,1] -> [B,K].
@@ -106,10 +106,11 @@ def audit(
         norm: Its norm.
         training_loss: The loss that the network was trained with.
         surrogates: Other networks for the same task, by name. Give an undefended one.
-        num_queries: The budget of Square, which is skipped unless x is [N,H,W,C].
+        num_queries: The budget of Square, which is skipped unless x is [N,H,W,C] and the norm
+            has patches.
         batch_size: How many examples are attacked at a time.
-        map_examples: How batches reach the devices. By default all local devices share each.
-        progress: Whether a bar shows how far it has come.
+        map_examples: How batches reach the devices; by default all local devices share each batch.
+        progress: Whether to show a progress bar.
 
     Returns:
         The worst verdict and the checks, each with its evidence and what to do about it.
@@ -197,7 +198,7 @@ def _checks_of(
 
 @dataclasses.dataclass(frozen=True)
 class _Attack:
-    """PGD as `map_examples` takes it, on the loss of a number, of logits times a scale."""
+    """PGD for `map_examples`, on the loss with a given index, taken of logits times a scale."""
 
     losses: tuple[losses.Loss, ...]
     norm: Norm
@@ -390,8 +391,8 @@ def _check_radius(lab: _Lab) -> Check:
     return Check(
         "radius",
         verdict,
-        f"share that holds by radius: {listed}, which holds every image",
-        "no network holds where every image is allowed: the attack fails, not the network yields",
+        f"share that holds by radius: {listed}, where the ball contains every image",
+        "no network can hold where every image is allowed: it is the attack that fails there",
         shares,
     )
 
@@ -452,6 +453,10 @@ def _check_square(lab: _Lab, num_queries: int) -> Check:
     advice = "random search beats gradients only where those mislead: quote AutoAttack with Square"
     if lab.rows["x"].ndim != 4:
         evidence = f"Square's patches need images [N,H,W,C], not {list(lab.rows['x'].shape)}"
+        return Check("square", "skipped", evidence, advice, {})
+    threat = threat_model(lab.norm)
+    if threat.patches is None:
+        evidence = f"the norm {threat.name} has no patches, which Square draws"
         return Check("square", "skipped", evidence, advice, {})
     attack = lab.map_examples(_Held(square, lab.norm, 2, (("num_queries", num_queries),)))
     broken, standing = _broken(lab, lambda rows: attack(rows, lab.radius(lab.eps)))
@@ -555,7 +560,7 @@ class _Noise:
 
 
 def _broken(lab: _Lab, held: Callable) -> tuple[float, int]:
-    """The share of the audited points that gradients left and this breaks; how many they left."""
+    """Share of audited points that survive gradients but not this, and how many survive them."""
     rows = lab.standing()
     count = len(rows["y"])
     return (float((~held(rows)).sum()) / len(lab.logits) if count else 0.0), count

@@ -15,7 +15,7 @@ ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def is_traced(*trees: Any) -> bool:
-    """Whether this is within a trace, or a value in these is known to a trace alone."""
+    """Whether this runs within a trace, or any of the values is a tracer."""
     leaves = (jnp.zeros(()), *jax.tree.leaves(trees))
     return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
@@ -159,7 +159,7 @@ def one_number(name: str, value: Any) -> None:
 
 
 def known_lengths(*, infinite: bool = False, **values: Any) -> None:
-    """The same of several, of which None and arrays, which may be traced, are not looked at."""
+    """The same for several values; None and arrays, which may be traced, are not checked."""
     for name, value in values.items():
         if value is None or isinstance(value, ARRAYS):
             continue
@@ -218,8 +218,8 @@ def network(
         if type(error).__name__ in _IN_TRAINING:
             raise ValueError(
                 f"{name} is in training mode, or calls nnx.jit: call its eval() first and the "
-                "model itself (NNX), or pass train=False or what it calls that, so that dropout is "
-                "off and BatchNorm takes its running statistics"
+                "model itself (NNX), or pass train=False or the equivalent, so that dropout is off "
+                "and BatchNorm uses its running statistics"
             ) from error
         if _takes(fn, x.shape, dtype):
             raise ValueError(

@@ -123,8 +123,8 @@ def _wide_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
 def _tall_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     """The convolution with zeros below the image, until its result is higher than the image.
 
-    Such a one XLA leaves to Eigen. Any other of 16 channels and more it gives to YNNPACK, which
-    takes up to six times as long in JAX 0.10, and in 0.11 up to 2.5 times where there are many.
+    XLA leaves such a convolution to Eigen. Any other with 16 or more channels goes to YNNPACK,
+    which takes up to six times as long in JAX 0.10, and up to 2.5 times in 0.11 if there are many.
     """
     if k.shape[2] > 4 and (missing := -k.shape[2] % 8):  # Eigen reads eight channels at a time
         zero = jnp.zeros((), x.dtype)
@@ -267,11 +267,11 @@ def _conv_over_examples(x: Array, g: Array, *, geometry: Geometry) -> Array:
 
 
 def _banded_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
-    """The convolution as one product: of what a few pixels of an output line read, and of a band.
+    """The convolution as a product of what a few pixels of an output line read with a band matrix.
 
-    The band is a matrix that gives those pixels; half of it is zeros for four of them and a 3×3
-    kernel. Yet with few channels this is several times faster than a convolution, which leaves the
-    vector units of a CPU mostly idle there.
+    The band matrix turns that into those pixels; for four of them and a 3×3 kernel, half of it is
+    zeros. Still, with few channels this is several times faster than a convolution, which then
+    leaves the vector units of a CPU mostly idle.
     """
     (down, right), (padding, (left, _)), (_, width), (rows, columns) = geometry
     height, out_width = geometry.output

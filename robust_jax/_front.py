@@ -104,7 +104,7 @@ def _checked(
             elif takes_images and name != "features_fn":
                 num_classes = _checks.num_classes(values[name], name)
     for name in labels:
-        # What a loss and a criterion of the caller's compare outputs with need not be labels.
+        # The caller's own loss and criterion may compare outputs with something other than labels.
         is_of_any_kind = name == "y" and values.get("criterion") is not None
         if not is_of_any_kind or _checks.looks_like_labels(values[name]):
             _checks.labels(values[name], num_classes, name)
@@ -169,9 +169,10 @@ _within_a_call: ContextVar[bool] = ContextVar("within_a_call", default=False)
 
 @contextmanager
 def _told() -> Iterator[bool]:
-    """JAX's errors while a program is traced, told as what leads to them.
+    """Replaces JAX's errors during tracing with an explanation of their cause.
 
-    Gives whether it is the caller's own call, and not one that a function here makes of another.
+    Yields whether this is the caller's own call, and not one function of this package calling
+    another.
     """
     is_outermost = not _within_a_call.get()
     token = _within_a_call.set(True)
@@ -187,21 +188,21 @@ def _told() -> Iterator[bool]:
 
 
 _ON_A_MESH = (
-    "the network closes over weights that lie on a mesh; give them as a part of it: "
+    "the network closes over weights that lie on a mesh; make them part of the network: pass "
     "jax.tree_util.Partial(apply, weights), which is called as apply(weights, x)"
 )
 _NO_RULE = "Batching rule for"
 _MEANT = {
     _NO_RULE: "jax.vmap has no rule for an operation of the network, and attacks are written for "
-    "one example and lifted by it; jax.custom_batching.custom_vmap gives it one",
+    "one example and lifted by jax.vmap; add a rule with jax.custom_batching.custom_vmap",
     "Mesh for all inputs should be equal": _ON_A_MESH,
     "should match the aval mesh": _ON_A_MESH,
     "Closing over inputs to shard_map": _ON_A_MESH,
-    "(jvp) to a custom_vjp function": "the network's derivative is taken backwards alone (by "
-    "jax.custom_vjp, in an exported function or a callback), and power iteration and projections "
-    "take it forwards; jacobian.singular_values and frobenius_norm do not",
-    "manual axis types do not match": "attacks within a jax.shard_map of yours need its "
-    "check_vma=False: their loops begin with values that are the same on every device",
+    "(jvp) to a custom_vjp function": "the network has no forward-mode derivative (because of "
+    "jax.custom_vjp, an exported function or a callback), which power iteration and projections "
+    "need; jacobian.singular_values and frobenius_norm do not",
+    "manual axis types do not match": "attacks within your own jax.shard_map need "
+    "check_vma=False there: their loops begin with values that are the same on every device",
 }
 
 

@@ -152,8 +152,8 @@ class _Plain:
 def plain_convolutions(logits_fn: Callable) -> Callable:
     """logits_fn with its convolutions and poolings computed by XLA on a CPU too.
 
-    On a CPU the functions of this package compute those of a network in ways that are several times
-    faster there, above all for gradients, and equal up to rounding. Elsewhere this changes nothing.
+    On a CPU this package otherwise computes them in its own ways, which are several times faster
+    there, above all for gradients, and equal up to rounding. Elsewhere this changes nothing.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K].
@@ -306,10 +306,10 @@ def _inlined(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
 
 
 def _written_again(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any] | None:
-    """A loop, a branch or a remat of an inlined body, out of which JAX takes what is closed over.
+    """A loop, a branch or a remat with its body inlined, so that JAX takes out what it closes over.
 
-    What has a derivative of its own stays as it is, and so does a while loop, which has no
-    derivative backwards.
+    Functions with custom derivatives stay as they are, and so do while loops, which have no
+    reverse-mode derivative.
     """
     params = eqn.params
     if not _keeps_arrays(eqn):

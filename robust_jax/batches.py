@@ -27,14 +27,14 @@ _SMALLEST, _LARGEST = 16, 64
 def rows_of_batches(
     count: int, batch_size: int, *, most: int | None = None, multiple_of: int = 1
 ) -> Iterator[tuple[Int[np.ndarray, " b"], int]]:
-    """The rows 0 … count-1 in batches of one size; each with its real rows.
+    """The rows 0 … count-1 in batches of one size, each with its number of real rows.
 
-    The last is filled up with copies. The size, at most batch_size, follows from how many rows
-    there are at most (count, unless given), so that passes over what an attack has left are one
-    program, whatever is left. On a CPU it is a twelfth of them, within bounds, so that little is
-    filled up and all cores have work. On an accelerator few batches matter more: it is as large as
-    it may be, or half of that where that suffices. Sizes are rounded up to a multiple_of the
-    devices.
+    The last batch is padded with copies. The size is set by the largest number of rows that can
+    occur, `most` (by default count), so that passes over the examples that an attack has left share
+    one program. On a CPU it is a twelfth of `most`, within bounds, so that there is little padding
+    and all cores have work. On an accelerator it matters more to have few batches: the size is as
+    large as allowed, or half of that where half suffices. It is at most batch_size, but rounded up
+    to a multiple of multiple_of, the number of devices.
     """
     most = count if most is None else most
     on_cpu = jax.default_backend() == "cpu"

@@ -157,7 +157,7 @@ def rise(
     """(max ℓ(x+r) - ℓ(x))² (our reading): at most `oscillation`.
 
     Its root is at most max ℓ(x+r), which adversarial training minimises. With the same arguments it
-    is of the maximum that `oscillation` found. Costs an attack of num_steps and two forward passes.
+    uses the same maximum as `oscillation`. Costs an attack of num_steps and two forward passes.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K], each example on its own.
@@ -203,7 +203,7 @@ def total_variation(
 ) -> PerExample:
     """E ‖∇ℓ(x+r)‖, r uniform in the ball and moved into the box, of the dual norm (our reading).
 
-    Times eps it is how much the loss moves at most at a step of that length, to first order. Costs
+    Times eps it bounds, to first order, how much the loss moves in a step of that length. Costs
     a forward and a backward pass of the whole batch for each sample, one at a time; its gradient
     keeps the activations of all.
 

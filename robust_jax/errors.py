@@ -1,7 +1,7 @@
 """What this package raises for a mistake that its user can fix.
 
-Everything here is a ValueError, which launch.py prints in one line. A wrong argument of a library
-function raises ValueError itself.
+Everything here is a ValueError. launch.py prints a UserError in one line. A wrong argument of a
+library function raises ValueError itself.
 """
 
 

@@ -47,8 +47,8 @@ class Estimate(NamedTuple):
 def probabilities(logits_fn: LogitsFn) -> LogitsFn:
     """The softmax of a network, to take Jacobians of.
 
-    They are exact however sure the network is. Those of jax.nn.softmax are not where the largest
-    probability is rounded to 1: its row of the Jacobian would be 0.
+    Its Jacobians are exact however confident the network is. Those of jax.nn.softmax are not where
+    the largest probability is rounded to 1: that row of the Jacobian would be 0.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K].
@@ -277,8 +277,8 @@ def spectral_norm(
 ) -> PerExample:
     """The largest singular value of J by power iteration on JᵀJ.
 
-    A lower bound that converges from below, at the rate (σ₂/σ₁)² an iteration. Costs num_iterations
-    forward-mode and backward passes an example, chunk_size examples at a time.
+    A lower bound that converges from below: each iteration shrinks its error by (σ₂/σ₁)⁴. Costs
+    num_iterations forward-mode and backward passes an example, chunk_size examples at a time.
 
     Args:
         fn: [B,...] -> [B,K].
@@ -337,10 +337,10 @@ def relative_slope(
 ) -> PerExample:
     """max_{j≠y} ‖∇_x (z_y - z_j)‖_q over the size of z_y - z_j: no scale of the logits changes it.
 
-    q is dual to the norm. For an example that is classified correctly it is the inverse of the
-    first-order margin: what shrinks with it is not just the logits. Multiplying the logits by a
-    constant changes ‖J‖ and no decision. Costs a `jacobian` an example; at most chunk_size of them
-    are held at a time.
+    q is dual to the norm. For a correctly classified example it is the inverse of the first-order
+    margin, so it does not shrink merely because the logits do. Multiplying the logits by a constant
+    changes ‖J‖ but no decision. Costs a `jacobian` per example; at most chunk_size of them are held
+    at a time.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K].

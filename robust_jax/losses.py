@@ -90,10 +90,10 @@ def guided_complement_entropy(
     """Guided complement entropy, p_y^α · Σ_{j≠y} q_j log q_j / log(K-1), to be minimised.
 
     q is the softmax over the classes other than y. The authors' code ("published") has q_j =
-    p_j / (1 - p_y + 1e-7), adds 1e-7 to p_y and 1e-10 within the log, and divides by log K. That is
-    another loss where the network is sure: with equal wrong logits of 10 classes it is least at a
-    gap of 10.0 between the label's logit and theirs, and rises again beyond, while the exact one
-    falls for ever. In effect it caps the confidence.
+    p_j / (1 - p_y + 1e-7), adds 1e-7 to p_y and 1e-10 within the log, and divides by log K. This is
+    a different loss where the network is confident: with 10 classes and equal wrong logits it is
+    least at a gap of 10.0 between the label's logit and theirs and rises again beyond, while the
+    exact loss keeps falling. In effect it caps the confidence.
 
     Args:
         logits: [B,K], K at least 3.

@@ -3,9 +3,9 @@
 Four estimates of one quantity, [B] in pixel units of the threat norm: the distance to the nearest
 point that is misclassified or, negated, from a misclassified example to the nearest that is not.
 For correctly classified examples `linear` is exact, as is `first_order` on a linear network;
-`minimum_norm` is never smaller in magnitude, and `lipschitz` never larger. arXiv 1907.11780 means
-by minimum and average margin the least and the mean over the training set, measured from the
-predicted class, unsigned, as `clever` does; the sign and the other estimates are ours.
+`minimum_norm` is never smaller in magnitude, and `lipschitz` never larger. In arXiv 1907.11780 the
+minimum and the average margin are the least and the mean over the training set, measured from the
+predicted class and unsigned, as in `clever`; the sign and the other estimates are ours.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# Where training takes a boundary to be that does not exist: far enough to pull nothing.
+# The distance that training assumes for a boundary that does not exist: too far to pull.
 _FAR = 1e12
 
 
@@ -323,7 +323,7 @@ def clever(
         x: Examples [B,...], pixels in [0,1].
         key: One key, or one for each example [B].
         norm: A name or a record.
-        eps: The radius of the ball, in pixel units, and the most that is said of any example.
+        eps: The radius of the ball, in pixel units, and the largest distance returned.
         num_samples: How many r the largest gradient is taken over.
         chunk_size: How many examples are in memory at a time; None for all.
 
@@ -381,12 +381,12 @@ def lipschitz(
     """Margins that the layers' norms guarantee: a lower bound of their magnitude.
 
     min_{j≠y} (z_y - z_j) / (‖w_y - w_j‖_q · L), w the rows of the last layer, L the product of the
-    others' norms over the least std (exact where there is no other layer). The norms are all of the
-    threat norm, where `spectra.operator_norm` knows them, or all l2 and the distance carried over
-    by ‖δ‖_2 ≤ l2_radius·‖δ‖, which is √D in linf: whichever guarantees more. It holds for layers
-    that follow one another, with nothing in between but maps of Lipschitz constant at most 1: ReLU,
-    maxima or means of disjoint tiles, flattening. Costs two `spectra.operator_norm` a layer for all
-    examples together.
+    others' norms over the least std (exact where there is no other layer). Either all norms are in
+    the threat norm, if `spectra.operator_norm` supports it, or all are in l2 and the distance is
+    converted by ‖δ‖_2 ≤ l2_radius·‖δ‖ (l2_radius is √D in linf): whichever guarantees more. It
+    holds for a chain of layers with nothing in between but maps of Lipschitz constant at most 1:
+    ReLU, maxima or means of disjoint tiles, flattening. Costs two `spectra.operator_norm` per layer
+    for all examples together.
 
     Args:
         logits: [B,K].

@@ -26,7 +26,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# What a caller may give; what comes back is JAX's.
+# What a caller may pass; what is returned is a JAX array.
 Array = jax.Array | np.ndarray
 
 # Images [B,H,W,C] as a rule; whatever does not say so takes examples of any shape.

@@ -19,7 +19,8 @@ from tests.digits import EPS, test_points, trained
 from tests.small_networks import NETWORKS, examples, repeated, weights_of
 
 KEY = jax.random.key(0)
-MINE = dataclasses.replace(attacks.NORMS["l2"], name="mine")  # a record of the caller's
+# A record of the caller's, in which Square cannot draw.
+MINE = dataclasses.replace(attacks.NORMS["l2"], name="mine", patches=None)
 QUICKLY = {"num_queries": 5, "progress": False}
 
 
@@ -142,6 +143,7 @@ def test_honest_networks_pass(method, norm, eps):
     result = look(network if norm is MINE else switched(network), norm=norm, eps=eps)
     flagged = [check for check in result.checks if check.verdict != "pass"]
     assert result.verdict == "pass", flagged
+    assert [check.name for check in flagged] == (["square"] if norm is MINE else [])
     assert result.num_examples > 100
     assert result.norm == (norm if isinstance(norm, str) else norm.name)
 

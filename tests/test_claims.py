@@ -539,7 +539,7 @@ def test_an_interval_of_the_width_that_was_asked_covers_the_truth(effects):
         ({"level": 0.5}, "give it two arms, or one and a level"),
         ({"at": (0.0, 1.0)}, "give it two arms, or one and a level"),
         ({"relation": "rises", "arms": ("a",)}, "a test that 'rises': give it two arms or more"),
-        ({"relation": "falls", "level": 0.5}, "give it two arms or more alone"),
+        ({"relation": "falls", "level": 0.5}, "give two or more arms, no level"),
         ({"relation": "falls", "at": (0.0, 0.1, 0.2)}, "give a number for each of 2 arms"),
         ({"measure": "a - b - c"}, "give one difference, or a . alone"),
         ({"measure": "a - b/*"}, "give one difference, or a . alone"),
@@ -557,7 +557,10 @@ def test_a_test_that_compares_nothing_is_told(changes, message):
         ({"smallest_effect": "5 %"}, "'5 %'; pgd@0.1 is a share, so a point is 0.01"),
         ({"smallest_effect": -0.1}, "is -0.1; it is a number in the unit of the measure"),
         ({"smallest_effect": "much"}, "is 'much'; it is a number"),
-        ({"measure": "m", "level": 0.0, "smallest_effect": "5 %"}, "beside a level it is a number"),
+        (
+            {"measure": "m", "level": 0.0, "smallest_effect": "5 %"},
+            "with a level it must be a number",
+        ),
         ({"measure": "pgd@0.1", "smallest_effect": "5 %"}, "is a share"),
     ],
 )

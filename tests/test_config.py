@@ -94,7 +94,7 @@ MISTAKES = {
     "unknown threat": ({"threat__norm": "l7"}, "config.threat.norm is 'l7'; .*choices: linf, l2"),
     "two step sizes": (
         {"adversary__step_size": 0.1, "adversary__relative_step_size": 1.0},
-        "give it or step_size",
+        "give either this or step_size",
     ),
     "step of an attack without": (
         {"attacks__fgsm_linf__relative_step_size": 1.0},

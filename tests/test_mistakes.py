@@ -206,7 +206,7 @@ OTHER_MISTAKES = {
         lambda: jacobian.spectral_norm(
             around(network(weights_of(0)), straight_through), examples()[0], KEY
         ),
-        "derivative is taken backwards alone .*singular_values and frobenius_norm do not",
+        "has no forward-mode derivative .*singular_values and frobenius_norm do not",
     ),
     "AutoAttack as an attack like others": (
         lambda: attacks.run(
@@ -224,7 +224,7 @@ OTHER_MISTAKES = {
             ),
             *examples(),
         ),
-        "need its check_vma=False",
+        "need check_vma=False there",
     ),
     **{
         f"the mean of a loss, {name}": (

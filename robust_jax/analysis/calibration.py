@@ -143,8 +143,8 @@ def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> f
         y: Labels [B].
 
     Returns:
-        In [1e-4, 1e4]; the least for logits that are right everywhere, which no T is small enough
-        for, and the largest for such as are worse than chance.
+        In [1e-4, 1e4]: the smallest for logits that are right everywhere, where no T is small
+        enough, and the largest for logits that are worse than chance.
 
     Raises:
         ValueError: A logit is not finite, or y holds no labels of the classes, [B].

@@ -88,8 +88,9 @@ def change(
 ) -> dict[str, Float[Array, " b"]]:
     """‖h(x_moved) - h(x)‖₂ / ‖x_moved - x‖₂ of each layer h.
 
-    Layers differ in scale, and so does one layer in two networks (a norm layer may take back what
-    the weights do): relative, it is divided by ‖h(x)‖₂, too. Costs two forward passes an example.
+    Layers differ in scale, and so does one layer between two networks (a norm layer may undo what
+    the weights do): if relative, the change is also divided by ‖h(x)‖₂. Costs two forward passes
+    per example.
 
     Args:
         features_fn: As `captured` makes it, [B,...] -> arrays [B,...] by layer.
@@ -102,7 +103,7 @@ def change(
         By layer [B], in its units (or 1, if relative) per pixel unit; NaN where x did not move.
 
     Raises:
-        ValueError: x_moved has not the shape of x, or one of them holds no floats.
+        ValueError: x_moved does not have the shape of x, or one of them does not hold floats.
 
     Example:
         >>> import jax.numpy as jnp

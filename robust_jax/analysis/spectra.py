@@ -116,9 +116,9 @@ def layers(
 def circular(layer: Layer) -> _Values:
     """Singular values of the convolution with circular padding.
 
-    A frequency is mapped to itself, by the kernel's Fourier transform there [I,O]; with strides
-    (s,t) the s·t frequencies that become one are mapped to it together, by a block [s·t·I,O]. An
-    image whose sides the strides do not divide is taken as the next larger that they do. Costs
+    Each frequency maps to itself, by the kernel's Fourier transform there, [I,O]; with strides
+    (s,t) the s·t frequencies that become one map to it together, by a block [s·t·I,O]. An image
+    whose sides the strides do not divide is treated as the next larger one that they do. Costs
     H·W/(2·s·t) SVDs of such blocks, all in memory at once: a few times 16·H·W·I·O bytes.
 
     Args:
@@ -216,10 +216,10 @@ def matrix(layer: Layer) -> Float[np.ndarray, "m n"]:
 def operator_norm(layer: Layer, norm: Norm) -> float:
     """An upper bound of the layer's largest gain, ‖Wx‖ / ‖x‖, both measured in the norm.
 
-    Exact for a dense layer. For a convolution in l2 that of circular padding on an image so large
-    that nothing wraps around, of which the layer is a part; in linf and l1 that of an image
-    without borders or strides. Costs a `circular` of that image in l2, else one sum over the
-    kernel.
+    Exact for a dense layer. For a convolution it is, in l2, the norm with circular padding on an
+    image so large that nothing wraps around, of which the layer is a part; in linf and l1, the norm
+    on an image without borders or strides. Costs a `circular` of that image in l2, else one sum
+    over the kernel.
 
     Args:
         layer: A convolution, or a dense layer.

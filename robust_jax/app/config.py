@@ -26,7 +26,7 @@ Name = TypeVar("Name", bound=str)
 
 # Tables that a config fills freely: any key, each value an entry that whoever uses it checks.
 TABLES = ("regularizers", "attacks", "measurements")
-# Choices beyond which the one that was meant says more than all of them.
+# With more choices than this, only the one that was probably meant is named.
 _MANY = 30
 
 

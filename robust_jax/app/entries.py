@@ -35,7 +35,7 @@ _SET_BY_THE_EVALUATION = (
     "state_path",
     "progress",
 )
-# The loss of an adversary that leaves the clean logits, not the label: TRADES' and MART's.
+# The loss of an adversary that leaves the clean logits, not the label, as in TRADES.
 _AGAINST_CLEAN_LOGITS = {"kl": losses.kl}
 _FROM_X = ("fgsm", "bim", "mim")  # pgd has a random start, unless it is told otherwise
 
@@ -150,7 +150,7 @@ class _RelativeStep:
 def _relative_step_size(
     choices: Mapping[str, Callable], entry: Mapping[str, Any] | ConfigDict, path: str
 ) -> tuple[dict[str, Any], float | None]:
-    """The entry without its step in units of the radius, and that."""
+    """The entry without its relative_step_size, and the relative_step_size."""
     if not isinstance(entry, Mapping | ConfigDict):  # which `bind` refuses
         return entry, None
     keywords = dict(entry)
@@ -162,7 +162,7 @@ def _relative_step_size(
     if "step_size" not in keyword_parameters(choices.get(str(keywords.get("name")), bind)):
         raise UserError(f"{here}: {keywords.get('name')} takes no step_size")
     if "step_size" in keywords:
-        raise UserError(f"{here}: give it or step_size, which is in pixel units")
+        raise UserError(f"{here}: give either this or step_size (in pixel units), not both")
     if not relative > 0:
         raise UserError(f"{here} is {relative}; it must be above 0")
     return keywords, relative
@@ -190,7 +190,7 @@ def audit_settings(config: ConfigDict) -> AuditSettings | None:
 def check(config: ConfigDict, schema: ConfigDict) -> None:
     """Compares a config with the one that holds every field, and its numbers with their ranges.
 
-    What takes a config in this package takes one that was checked here.
+    Everything in this package that takes a config expects one that was checked here.
     """
     config_lib.check_fields(config, schema)
     check_numbers(config)

@@ -94,8 +94,8 @@ def evaluate(
         num_audited: How many of the first examples are audited; 0 for no audit.
         num_queries: The budget of the audit's random search.
         batch_size: How many examples are in memory at a time.
-        folder: Where to leave records/best.csv, card.json, results.json and report.html. A call
-            that was stopped continues where it was when it is made again.
+        folder: Where to save records/best.csv, card.json, results.json and report.html. Repeat a
+            call that was stopped to continue where it left off.
         name: What the model is called in the card and on the page.
         dataset: What the data are called there.
         progress: Whether bars show how far it has come.
@@ -205,7 +205,7 @@ def evaluate(
 
 
 def _check_settings(radii, version, num_audited, num_queries, batch_size, folder) -> None:
-    """Raises ValueError for what would be found after hours of AutoAttack, or never said."""
+    """Raises ValueError for mistakes that would show only after hours of AutoAttack, or never."""
     if not radii or not min(radii) > 0:
         raise ValueError(f"eps is {radii}; give a radius above 0, or several")
     if version == "rand":

@@ -76,8 +76,8 @@ class AuditSettings(NamedTuple):
 class Evaluator:
     """Compiled measurements of a network on a split; its variables are arguments.
 
-    logits_fn(variables) is the network for what runs on one device; lift takes functions of the
-    network to all devices; warn hears what AutoAttack has to say; shown: whether there are bars.
+    logits_fn(variables) is the network for what runs on one device; lift maps functions of the
+    network over all devices; warn receives warnings; shown: whether to show progress bars.
     """
 
     def __init__(

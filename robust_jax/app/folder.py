@@ -60,8 +60,8 @@ def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
 def _differences(workdir: Path, config: ConfigDict, mode: Mode) -> list[str]:
     """The fields that differ and must not, in this mode.
 
-    What follows the threat model may also be given in full; once it is trained, it was trained
-    against the old one.
+    Fields that follow the threat model may also be written out. Once a run is trained, a new threat
+    model is no difference in them: it was trained against the old one.
     """
     old = stored.config_of(workdir)
     assert old is not None
@@ -188,10 +188,11 @@ def write_evaluation(
     arrays: Mapping[str, np.ndarray] = MappingProxyType({}),
     images: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> None:
-    """Replaces an evaluation by one that has more in it.
+    """Replaces an evaluation with one that contains more.
 
-    A folder that has results.json is whole, so it goes first and comes last. The tables, which are
-    the largest, are written beside the old ones before: a full disk is found while those are there.
+    A folder with results.json is complete, so that file is deleted first and written last. Before
+    that, the tables, which are the largest, are written beside the old ones, so that a full disk is
+    noticed while the old ones are still there.
     """
     (workdir / "records").mkdir(exist_ok=True)
     pending = {name: workdir / "records" / f"{name}.csv.pending" for name in tables}

@@ -22,9 +22,9 @@ from robust_jax.errors import UserError
 from robust_jax.keys import fold_in_each
 from robust_jax.types import LogitsFn
 
-# Numbers are for results.json; arrays, to draw, for measurements.npz. The array of_images/NAME [N]
-# holds what the number of that name is the mean of, an image each, where these are test images:
-# training images are not the same ones in each seed.
+# Numbers go to results.json and arrays, for figures, to measurements.npz. The array of_images/NAME
+# [N] holds, for each image, what the number NAME is the mean of. It is kept for test images only:
+# training images differ between seeds.
 Numbers = dict[str, float | np.ndarray]
 _BATCH_SIZE = 250
 # Networks of one layer after another, which margins by Lipschitz constants are for.
@@ -260,7 +260,7 @@ def loss_energy(
 
     Ours, after arXiv 1911.06479 (withdrawn; see `robust_jax.energy`). label_free: of
     KL(p(x) ‖ p(x+r)) instead of the cross-entropy. Costs num_samples forward passes and twice as
-    many gradients, and four ascents of num_steps an example.
+    many gradients, and four ascents of num_steps an example (three if label_free).
     """
     x, y = _examples(subject.dataset.test, num_examples)
     key = jax.random.fold_in(subject.key, 1)

@@ -106,9 +106,9 @@ def as_far_as(records: pd.DataFrame, attacked: pd.DataFrame, names: Iterable[str
 
 
 def disagreements(stored: pd.DataFrame, fresh: pd.DataFrame) -> dict[str, int]:
-    """In how many rows two tables differ, by column; numbers by more than 1 % and 0.01.
+    """In how many rows two tables differ, by column; numbers by more than 1 % plus 0.01.
 
-    Distances, which are small, by more than 1 % and 1e-5.
+    Distances, which are small, by more than 1 % plus 1e-5.
 
     A column that one of them lacks differs in every row.
     """

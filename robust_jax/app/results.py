@@ -104,12 +104,12 @@ def summarize(
 ) -> dict[str, Any]:
     """The means over a table of records: clean, attacks[] and jacobian, as results.json has them.
 
-    The worst case of a norm at an eps is over every attack of that norm with a radius up to it, at
-    the radii and over the examples of those that saw most. Where an attack saw fewer, there is a
-    worst case over those too, on which all can be compared.
+    The worst case of a norm at an eps is over every attack in that norm with a radius up to eps, at
+    the radii and on the examples of the attacks that saw the most examples. Where an attack saw
+    fewer, there is also a worst case on those, where all attacks can be compared.
     kept: the attacks of an earlier evaluation.
-    temperature: by what the logits are divided for jacobian.matched, so that networks are equally
-    sure of themselves.
+    temperature: what the logits are divided by for jacobian.matched, so that networks are equally
+    confident.
     """
     attacks = []
     for name, grid in grids.items():

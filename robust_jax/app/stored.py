@@ -1,6 +1,6 @@
 """What a run, a study or `robust_jax.evaluate` left in its folder: config, results, records.
 
-A config is launch.py's where none is given; tables are pandas', arrays numpy's.
+launch.py uses the stored config if it is given none; tables are pandas', arrays numpy's.
 """
 
 import json
@@ -152,7 +152,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     """A run's config with the fields and names that it would have now.
 
-    Once the audit had a norm and an eps of None, which stood for those of the threat model, margins
+    In older versions the audit had a norm and an eps of None, meaning the threat model's, margins
     were tracked by one estimate, all images were trained on, and both checkpoints were evaluated.
     """
     tree = _with_estimates(tree)

@@ -214,9 +214,9 @@ def _num_labeled_in_batch(config: ConfigDict, train: data.Split | data.Streamed)
 
 
 def check_radius(entry: Mapping[str, Any], path: str, dataset: data.Dataset) -> None:
-    """Checks that an entry's radii leave images out of the ball.
+    """Checks that an entry's radii do not exceed the largest distance between two images.
 
-    Raises UserError for the 8 of 8/255.
+    Raises UserError otherwise, for instance for 8 instead of 8/255.
     """
     model = norms.NORMS.get(str(entry.get("norm")))
     if model is None or "eps" not in entry:

@@ -60,14 +60,14 @@ def apgd(
 ) -> Images:
     """Auto-PGD on any loss within the eps-ball and [0,1].
 
-    The first step is 2·eps; at checks it is halved, and the search goes back to the point of
-    largest loss, where fewer than a share rho of the steps raised the loss. Where steps are sparse,
-    in l1, the search goes through the balls of 3·eps and 2·eps first, with two evaluations more,
-    and rho plays no part.
+    The step size starts at 2·eps. At a check it is halved, and the search goes back to the point of
+    largest loss, if at most a share rho of the steps raised the loss or if the largest loss has not
+    changed since a check that did not halve it. In l1, where steps are sparse, the search first
+    goes through the balls of 3·eps and 2·eps, with two more evaluations, and rho is not used.
 
     Args:
         logits_fn, x, y, key, eps, norm, loss, targets, criterion: As in `pgd`.
-        num_steps: Gradients for each restart.
+        num_steps: Gradient steps for each restart.
         num_restarts: Runs, of which the best point counts.
         rho: The share of steps that have to raise the loss, in (0,1].
         eot_samples: For a randomised network, logits_fn(x, key), how many draws the loss and its
@@ -133,8 +133,8 @@ def apgd_targeted(
     Args:
         logits_fn, x, key, eps, norm, num_steps, rho, eot_samples: As in `apgd`.
         y: Labels [B].
-        num_targets: So many classes other than y, of largest clean logit; all where there are
-            fewer.
+        num_targets: How many classes other than y, by largest clean logit; all of them if there
+            are fewer.
         ranks: Aim at the classes of these ranks instead, 2 being the likeliest wrong class.
 
     Returns:

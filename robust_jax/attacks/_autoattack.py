@@ -106,9 +106,9 @@ def autoattack(
 ) -> AutoAttackResult:
     """Robust accuracy by AutoAttack, an upper bound on the true one.
 
-    Attacks run in turn on the examples classified correctly that no other has broken, from the
-    clean image, class by class and restart by restart; what they find is checked by a fresh forward
-    pass. An example's randomness follows (key, its place in x, the attack's name), so the result
+    Attacks run in turn on the correctly classified examples that no other has broken, from the
+    clean image, class by class and restart by restart; a fresh forward pass checks what they find.
+    An example's randomness depends only on (key, its place in x, the attack's name), so the result
     does not depend on batch_size.
 
     Args:
@@ -125,8 +125,8 @@ def autoattack(
         overrides: Keywords for attacks by name, as in {"square": {"num_queries": 1000}}.
         state_path: An .npz file written after each pass, from which a run with the same arguments
             (apart from batch_size) continues.
-        map_examples: How batches reach the devices; by default all local ones take a share.
-        progress: Whether a bar shows how far it has come.
+        map_examples: How batches reach the devices; by default all local devices share each batch.
+        progress: Whether to show a progress bar.
 
     Returns:
         For each example the adversarial, what broke it and how far away it is; the share that

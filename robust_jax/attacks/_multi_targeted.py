@@ -38,8 +38,8 @@ def multi_targeted(
         num_restarts: Runs towards each.
 
     Returns:
-        [B,...]: of the best points of the runs, where being misclassified as any class counts
-        first, the one of least margin.
+        [B,...]: the best point of all runs: misclassification as any class counts first, then the
+        least margin.
 
     Raises:
         ValueError: As `pgd` does, and for num_targets below 1.

@@ -37,8 +37,8 @@ def uniform_noise(
         num_samples: How many draws.
 
     Returns:
-        [B,...]: of the draws, where success counts first, the one of largest loss. x itself is none
-        of them.
+        [B,...]: the best draw: success counts first, then the largest loss. x itself is not one of
+        the draws.
 
     Raises:
         ValueError: eps is negative, num_samples below 1, or the norm unknown.

@@ -57,10 +57,10 @@ def fill(amount: Length, priority: Perturbation, room: Perturbation) -> Perturba
 
 
 def largest_where(holds: Callable[[Scalar], Array], like: Array) -> Scalar:
-    """The largest number of which holds(number) is true, and of each smaller one; 0 if of none.
+    """The largest number for which holds is true, as for all smaller ones; 0 if there is none.
 
-    It is found bit by bit, which takes a pass over the pixels for each: a sort takes several times
-    as long. like: an array of the number's type. Negative numbers are not looked at.
+    It is found bit by bit, with one pass over the pixels for each bit: a sort takes several times
+    as long. like: an array of the number's type. Negative numbers are not considered.
     """
     width = 8 * like.dtype.itemsize
     unsigned = jnp.dtype(f"uint{width}")

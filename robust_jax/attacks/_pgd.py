@@ -286,7 +286,7 @@ def _climb_one(score, x, reference, key, settings: _Settings):
             x_adv, velocity, best = carry
             (value, hit), gradient = jax.value_and_grad(score, has_aux=True)(x_adv, reference)
             best = best.updated(x_adv, value, hit)
-            # A gradient of NaN or zero leaves the point where it is.
+            # NaN counts as 0; where all of it does, only momentum moves the point.
             gradient = wide(jnp.nan_to_num(gradient))
             gradient = gradient / jnp.maximum(L1.size(gradient), tiny(gradient.dtype))
             velocity = momentum * velocity + gradient

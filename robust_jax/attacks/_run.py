@@ -18,9 +18,9 @@ from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 class Outcome(NamedTuple):
     """What an attack found of B examples at one radius, or at each of E radii.
 
-    x_adv: The points, [B,...] or [E,B,...]; x itself where a minimum-norm attack is beyond the
-    radius. success: Whether they are misclassified, or their targets, [B] or [E,B]. distance: How
-    far they are from x where they are, in pixel units, and inf where not.
+    x_adv: The points, [B,...] or [E,B,...]; x itself where a minimum-norm attack's point is beyond
+    the radius. success: Whether they are misclassified, or classified as their targets, [B] or
+    [E,B]. distance: How far they are from x, in pixel units, where they succeed, and inf elsewhere.
     """
 
     x_adv: Images

@@ -71,14 +71,14 @@ def square(
 ) -> Images:
     """Random search for a misclassified point, by patches at random places.
 
-    The network is only evaluated, never differentiated. In l1 as in l2, with steeper hills and a
-    projection for a rescaling.
+    The network is only evaluated, never differentiated. l1 works like l2, but with steeper hills
+    and with a projection instead of a rescaling.
 
     Args:
         logits_fn, y, key, eps, norm, targets, criterion: As in `pgd`.
         x: Images [B,H,W,C], pixels in [0,1].
         num_queries: Evaluations of the network for each example and restart.
-        num_restarts: Searches; the later ones for what the earlier ones did not find.
+        num_restarts: Searches; later ones are for examples that earlier ones did not break.
         p_init: The share of the image that the first patches cover, in (0,1]. It is halved after
             queries 10, 50, 200, … as in AutoAttack, whatever num_queries is.
         loss: loss(logits, y) -> [B], which is raised.

@@ -158,6 +158,6 @@ def succeeds(
 def _check_labels(y: Labels) -> None:
     if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
         raise ValueError(
-            f"whether an attack succeeds is a matter of labels [B], not of {y.dtype} "
-            f"{list(y.shape)}; give criterion=attacks.never where the loss compares outputs"
+            f"success is judged by labels [B], and these are {y.dtype} {list(y.shape)}; give "
+            "criterion=attacks.never where the loss compares outputs"
         )

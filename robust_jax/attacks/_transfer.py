@@ -33,8 +33,8 @@ def transfer(
         keywords: Its other keywords: norm, num_steps and so on.
 
     Returns:
-        [B,...]: x itself where logits_fn is wrong already (or with targets there already), so that
-        no such point is put right by chance.
+        [B,...]: x itself where logits_fn is already wrong (or, with targets, already at the
+        target), so that no such point becomes correct by chance.
 
     Raises:
         ValueError: As the attack does.

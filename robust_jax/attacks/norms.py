@@ -64,8 +64,8 @@ class Hills(NamedTuple):
         order: The exponent in Σ|δ|^order.
         least_side: The side of the smallest patch, in pixels.
         decay: The k-th of the nested rectangles that make up a hill adds 1/(k+1)^decay.
-        fills_ball: Whether a perturbation is scaled to the radius; or else made too large, for the
-            projection to take what is too much off every pixel.
+        fills_ball: Whether a perturbation is scaled to the radius; otherwise it is made too large,
+            and the projection takes the excess off every pixel.
     """
 
     order: int
@@ -143,8 +143,8 @@ class ThreatModel(Measure):
         """x_adv moved into the eps-ball around x and into [0,1].
 
         Clipping moves each pixel towards x, which is in the box, so it never leaves the ball. In l1
-        that would throw a part of eps away, which other pixels could use (arXiv 2103.01208), so its
-        projection heeds the room.
+        that would waste a part of eps that other pixels could use (arXiv 2103.01208), so the l1
+        projection takes the room into account.
 
         Args:
             x_adv: The point to move, [...].

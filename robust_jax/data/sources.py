@@ -24,7 +24,7 @@ _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 class Dataset:
     """A data set's splits, with the mean and standard deviation of the training pixels [C].
 
-    A streamed set has train and test on disk; those of pixels are then of some training images.
+    A streamed set has train and test on disk; mean and deviation are then of some training images.
     """
 
     name: str
@@ -54,9 +54,9 @@ def load(
 ) -> Dataset:
     """The data set `source` names: digits, tfds:<name> or npz:<path>.
 
-    validation_size examples, drawn by seed, are split off the training set, of whose others
-    train_size are kept. num_labeled, a multiple of the number of classes, keeps that many labels,
-    the same number in each class, and sets the others to -1. The rest is for TFDS sets: test_split
+    validation_size examples, drawn by seed, are split off the training set, and train_size of the
+    others are kept. num_labeled, a multiple of the number of classes, keeps that many labels, the
+    same number in each class, and sets the others to -1. The rest is for TFDS sets: test_split
     names the split that becomes test, image_size is the side that images are scaled and cut to (0
     leaves them as they are), and streaming leaves train and test on disk. Raises UserError for what
     a user can correct.

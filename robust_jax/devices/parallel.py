@@ -160,9 +160,9 @@ class Placement:
 
 
 def placement_of(x: Any, num_rows: int) -> Placement:
-    """Where x lies. What lies nowhere in particular is shared by all local devices.
+    """Where x lies. Whatever is not committed to a device is shared by all local ones.
 
-    That is so unless the caller has chosen a device by jax.default_device.
+    This is so unless the caller has chosen a device with jax.default_device.
     """
     if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
         if isinstance(x.sharding, NamedSharding):

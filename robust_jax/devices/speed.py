@@ -88,9 +88,9 @@ def keep_freed_memory() -> None:
 def flops(fn: Callable, *args: Any) -> float:
     """The floating-point operations of fn(*args)'s matrix products and convolutions.
 
-    A multiply-add counts two. Read from the program's jaxpr, so shapes are enough: a scan's body
-    counts as often as it runs, a while loop's once, of branches the longest, and of a program
-    mapped over devices all of them.
+    A multiply-add counts as two. Read from the program's jaxpr, so shapes are enough: a scan's body
+    counts as often as it runs, a while loop's once; of several branches the most costly counts, and
+    a program mapped over devices counts once for each of them.
     """
     return _count(jax.make_jaxpr(fn)(*args).jaxpr)
 

@@ -84,7 +84,7 @@ def watched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def saving() -> Iterator[Stop]:
-    """Leaves it to the caller to save and to exit when it is asked to, unless it is asked twice."""
+    """When asked to stop, lets the caller save and exit; when asked twice, ends at once."""
     with watched():
         _state.saving = True
         try:

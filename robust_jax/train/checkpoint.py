@@ -60,10 +60,10 @@ class Checkpoints:
             )
 
     def forget_after(self, step: int) -> bool:
-        """Drops the best ones of later steps, which a run that resumes here takes again.
+        """Drops the best checkpoints of later steps, which a run that resumes here repeats.
 
-        They need not come out alike, as on another number of devices. Returns whether a best one
-        is left.
+        The repeated steps may turn out differently, as on another number of devices. Returns
+        whether a best checkpoint is left.
         """
         manager = self._managers["best"]
         for later in [known for known in manager.all_steps() if known > step]:

@@ -42,8 +42,8 @@ class Adversary(NamedTuple):
 class Objective:
     """objective(params, batch_stats, batch, key) -> (per_example [B], (batch_stats, sums)).
 
-    It is two parts in turn, of the same arguments, for those who take several gradients of one
-    batch: attack -> the batch with its adversarial half, and loss of that batch.
+    It runs two parts in turn, with the same arguments, for callers that take several gradients of
+    one batch: attack returns the batch with its adversarial half, and loss is of that batch.
     """
 
     attack: Callable[..., Batch]

@@ -10,7 +10,7 @@ say what it looks at:
     keys                [B], a random key for each example
     params              the network's parameters
 
-Its keywords are a config's; label_free=True, where there is such a one, does without the labels.
+Its keywords come from a config; label_free=True, where it has that keyword, ignores the labels.
 """
 
 import dataclasses
@@ -165,9 +165,10 @@ def vat(
 def output_margin_ramp(half: Half, labels: Labels, *, tau: float) -> PerExample:
     """τ - clip(α, 0, τ) of the output margin α, in units of the logits (arXiv 1907.11780).
 
-    As published: it pulls where an example is right by less than tau, not where it is wrong. The
-    margin means one in the input space where the layers' norms are near 1: see `orthogonality`. A
-    later state of the authors' code clamps -α to [0, τ] instead, another function.
+    As published: it acts on examples that are right by less than tau, not on those that are wrong.
+    The output margin stands for an input-space margin if the layers' norms are near 1: see
+    `orthogonality`. A later version of the authors' code clamps -α to [0, τ] instead, which is a
+    different function.
     """
     if not tau > 0:
         raise ValueError(f"tau must be above 0, not {tau!r} (in units of the logits)")

@@ -45,13 +45,14 @@ def make_validation(
 ) -> Validate:
     """validate(variables) -> {clean_accuracy, robust_accuracy, cross_entropy} over the whole split.
 
-    And minimum_… and average_… of l2 margins, in pixel units, of the first labelled examples of
-    margins_of, as many as are tracked. Infinite ones are left out; where all are, so is the number.
-    margin is first-order, exact for a linear network, from the label and negative where
-    misclassified. distance is first-order from the predicted class, never negative: for a linear
-    network the margin of arXiv 1907.11780. Both have quantiles, as in margin_q10, margin_q50 and
-    margin_q90. margin_attack is from the label too, by a minimum-norm attack, and never smaller in
-    magnitude than the true margin. distance_clever (at most 5) is that paper's for others.
+    Also minimum_… and average_… of l2 margins, in pixel units, over the first labelled examples of
+    margins_of, as many as are tracked. Infinite margins are left out; if all are infinite, the
+    number is left out too. margin is first-order (exact for a linear network), from the label, and
+    negative where misclassified. distance is first-order, from the predicted class, and never
+    negative: for a linear network it is the margin of arXiv 1907.11780. Both have quantiles, as in
+    margin_q10, margin_q50 and margin_q90. margin_attack is also from the label, by a minimum-norm
+    attack, and never smaller in magnitude than the true margin. distance_clever (at most 5) is that
+    paper's margin for other networks.
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
     where both the example and its x_adv are classified right.

@@ -93,7 +93,7 @@ def table(results: Results) -> str:
 
 
 def _cut(label: str, width: int) -> str:
-    """A label that is too long, without the end of its name; of how many it speaks stays."""
+    """A label that is too long, with its name cut short; the number of examples stays."""
     if len(label) <= width:
         return label
     name, first, count = label.partition(", first ")
@@ -190,10 +190,10 @@ def audit_sentence(results: Results) -> str:
 
 
 def reference_radius(results: Results) -> Radius | None:
-    """The threat model's norm and ε where it was evaluated, or else what tells most.
+    """The threat model's norm and ε if it was evaluated, else the most informative ones.
 
-    That is the adversary's, or the largest ε, ℓ∞ before other norms, at which the worst case is
-    above chance, or the smallest there is. None without attacks.
+    Those are the adversary's, or else the largest ε (in ℓ∞ if possible) at which the worst case is
+    above chance, or else the smallest ε there is. None without attacks.
     """
     worst = [a for a in results["attacks"] if a["attack"] == "worst_case"]
     trained, told = _trained(results), _pair(results.get("threat"))

@@ -91,8 +91,8 @@ def trials(
 def sweep_trials(config: ConfigDict, arm: str) -> Iterator[Trial]:
     """The runs of an arm's sweep: trained on a seed of their own, and neither attacked nor audited.
 
-    config.sweep.base changes that, and all else. The seed is none of the study's, so that the value
-    is not chosen by what it is then judged by.
+    config.sweep.base can change this and anything else. The seed is not one of the study's, so that
+    a value is not chosen on the runs that it is then judged by.
     """
     sweep = config.arms[arm][SWEEP]
     for value in sweep["values"]:

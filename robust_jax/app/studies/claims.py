@@ -41,9 +41,9 @@ def judge(
 ) -> dict[str, Any]:
     """A claim with the outcome of each of its tests, and its verdict.
 
-    It is refuted where one test is, supported where every test is, and else inconclusive, or has no
-    verdict where a test has fewer than three seeds. adds_seeds: whether seeds are added until
-    intervals are as narrow as was asked.
+    It is refuted where one test is, supported where every test is (but small where one effect is),
+    and else inconclusive, or has no verdict where a test has fewer than three seeds.
+    adds_seeds: whether seeds are added until intervals are as narrow as was asked.
     """
     judged = [judge_test(test, found, adds_seeds=adds_seeds) for test in tests]
     verdicts = {test["verdict"] for test in judged}
@@ -124,7 +124,7 @@ def _judge_most(test: Mapping[str, Any], found: Found, adds_seeds: bool) -> dict
 
 
 def majority(verdicts: Sequence[Verdict]) -> Verdict:
-    """What the verdicts on several entries say of the claim that it is so of most of them."""
+    """The verdict on a claim about most of several entries, from the verdicts on each of them."""
     if not verdicts:
         return "no verdict"
     large, small = (verdicts.count(v) for v in ("supported", "supported, but small"))
@@ -159,8 +159,8 @@ def needs_more_seeds(judged: Mapping[str, Any]) -> bool:
     """Whether the interval of a test is wider than was asked, and more seeds can narrow it.
 
     What is asked is `widest`, or else the smallest effect: an interval as narrow as that cannot
-    hold both it and zero, so there is a verdict. Nothing here looks at where the interval is: to
-    add seeds until it leaves out zero would find effects that are not there.
+    hold both it and zero, so there is a verdict. Where the interval lies plays no part: adding
+    seeds until it excludes zero would find effects that do not exist.
     """
     if entries := judged.get("entries"):
         return any(map(needs_more_seeds, entries.values()))
@@ -178,7 +178,7 @@ def check_form(test: Mapping[str, Any], path: str) -> None:
     count, relation, measure = len(test["arms"]), test["relation"], test["measure"]
     if relation in ("rises", "falls"):
         if count < 2 or "level" in test:
-            raise UserError(f"{path} has a test that {relation!r}: give it two arms or more alone")
+            raise UserError(f"{path} has a test that {relation!r}: give two or more arms, no level")
         if len(test.get("at", test["arms"])) != count:
             raise UserError(f"{path}'s at is {test['at']}; give a number for each of {count} arms")
     elif count != (1 if "level" in test else 2) or "at" in test:
@@ -194,7 +194,7 @@ def check_size(test: Mapping[str, Any], field: str, path: str) -> None:
     if relative is not None and measures.is_share(test["measure"]):
         raise UserError(f"{path} is {size!r}; {test['measure']} is a share, so a point is 0.01")
     if relative is not None and "level" in test:
-        raise UserError(f"{path} is {size!r}; beside a level it is a number")
+        raise UserError(f"{path} is {size!r}; with a level it must be a number")
     if relative is None and not (isinstance(size, int | float) and size >= 0):
         raise UserError(
             f'{path} is {size!r}; it is a number in the unit of the measure, or "10 %" of what the '

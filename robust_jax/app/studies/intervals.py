@@ -82,8 +82,8 @@ def interval(
 def as_wide_as(widest: float, known: Interval) -> Interval:
     """The interval, made as wide as was asked where it is narrower.
 
-    Seeds stop being added early where they happen to lie close together, and then the interval is
-    too narrow. The one that was asked for covers the mean as often as it says all the same.
+    Adding seeds stops early when they happen to lie close together, and then the interval is too
+    narrow. An interval of the requested width still covers the mean as often as it claims.
     """
     low, high = known.mean - widest / 2, known.mean + widest / 2
     # Not Python's min and max: NaN stays.

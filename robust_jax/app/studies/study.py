@@ -42,8 +42,8 @@ _FIELDS = (
     "claims",
     "notes",
 )
-# A study may leave these out: arms have the names that they have, seeds are as many as it names,
-# sweeps choose like this, nothing is drawn along training and no number is published.
+# A study may leave these out: then arms are named by their keys, no seeds are added, sweeps use the
+# defaults below, nothing is drawn along training and no number is published.
 _OPTIONAL = ("labels", "seeds_limit", "sweep", "along_training", "published")
 _OF_CLAIMS = ("text", "tests", *claims.SIZES)
 _SWEEP_DEFAULTS = {"by": "training.best.robust_accuracy", "seed": 1000, "base": {}}
@@ -174,7 +174,7 @@ def check(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
     if config.seeds_limit and config.seeds_limit < len(config.seeds):
         raise UserError(
             f"config.seeds_limit is {config.seeds_limit}, and there are {len(config.seeds)} seeds; "
-            "0 stands for no more than those"
+            "0 means that no more are added"
         )
 
 
