@@ -7,6 +7,7 @@ draw of the examples alone decides nothing.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -25,6 +26,7 @@ from robust_jax._outputs import (
     change_with_the_batch,
     is_random,
 )
+from robust_jax._precision import wide_dtype
 from robust_jax.analysis.summaries import wilson_interval
 from robust_jax.attacks import mim, pgd, square
 from robust_jax.attacks.norms import Norm, threat_model
@@ -206,8 +208,14 @@ class _Attack:
     num_restarts: int = 1
 
     def __call__(self, logits_fn, rows, eps, which, scale):
+        def value(loss, logits, labels):  # all of one type
+            values = _checks.one_number_each(loss(logits, labels))
+            return values.astype(wide_dtype(logits.dtype))
+
+        branches = [partial(value, loss) for loss in self.losses]
+
         def loss(logits, labels):
-            return jax.lax.switch(which, self.losses, logits * scale.astype(logits.dtype), labels)
+            return jax.lax.switch(which, branches, logits * scale.astype(logits.dtype), labels)
 
         settings = {"num_steps": self.num_steps, "num_restarts": self.num_restarts, "loss": loss}
         return _held(pgd, logits_fn, rows, 0, eps=eps, norm=self.norm, **settings)

@@ -81,6 +81,16 @@ def points(values: Any, x: Any, name: str) -> jax.Array | np.ndarray:
     return values.astype(jax.dtypes.canonicalize_dtype(values.dtype), copy=False)
 
 
+def one_number_each(values: Any) -> jax.Array:
+    """The values of a loss. Raises ValueError unless there is one an example, [B]."""
+    if jnp.ndim(values) != 1:
+        raise ValueError(
+            f"loss returns the shape {list(jnp.shape(values))}; it must return one number an "
+            "example, [B]: leave out .mean() and .sum()"
+        )
+    return jnp.asarray(values)
+
+
 def one_row_each(y: Any, x: Any, name: str = "y") -> jax.Array | np.ndarray:
     """y [B,...] as an array. Raises ValueError unless it has a row for each example of x."""
     if y is None:

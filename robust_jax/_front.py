@@ -20,6 +20,7 @@ import numpy as np
 
 from robust_jax import _checks
 from robust_jax._network import MOST_PROGRAMS, Network, comparable, on_the_whole_batch
+from robust_jax._precision import wide_dtype
 from robust_jax.batches import counted, joined, rows_of_batches, side_by_side
 from robust_jax.devices.parallel import (
     Placement,
@@ -94,6 +95,7 @@ def _checked(
         values[name] = _checks.one_row_each(values[name], x, name)
     if "key" in values:
         values["key"] = _checks.key(values["key"], len(x))
+    num_classes: dict[str, int] = {}
     for name in _NETWORKS:
         if name in values:
             is_randomised = name == "logits_fn" and values.get("eot_samples")
@@ -102,18 +104,24 @@ def _checked(
             if name == "fn":
                 _checks.one_row_an_example(values[name], name)
             elif takes_images and name != "features_fn":
-                num_classes = _checks.num_classes(values[name], name)
+                num_classes[name] = _checks.num_classes(values[name], name)
+    if len({*num_classes.values()}) > 1:
+        raise ValueError(
+            f"surrogate has {num_classes['surrogate']} classes and logits_fn "
+            f"{num_classes['logits_fn']}; its labels must mean the same"
+        )
     for name in labels:
         # The caller's own loss and criterion may compare outputs with something other than labels.
         is_of_any_kind = name == "y" and values.get("criterion") is not None
         if not is_of_any_kind or _checks.looks_like_labels(values[name]):
-            _checks.labels(values[name], num_classes, name)
+            _checks.labels(values[name], next(iter(num_classes.values())), name)
             # 8 bits do not hold every class.
             values[name] = values[name].astype(np.int32, copy=False)
     for name in _LENGTHS:
         if name in values and (values[name] is not None or defaults.get(name) is not None):
             _checks.length(name, values[name], infinite=defaults.get(name) == np.inf)
-            values[name] = jnp.asarray(values[name], jax.dtypes.canonicalize_dtype(x.dtype))
+            kept = jax.dtypes.canonicalize_dtype(wide_dtype(x.dtype))  # a number of pixels too
+            values[name] = jnp.asarray(values[name], kept)
     return values
 
 

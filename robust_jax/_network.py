@@ -22,10 +22,13 @@ from robust_jax.devices.parallel import off_any_mesh
 # Programs kept to be recognised again; an older one is compiled again when it comes back.
 MOST_PROGRAMS = 256
 _LIBRARY = os.path.dirname(jax.__file__) + os.sep
+# What JAX wraps around a caller's derivative is in this file of it.
+_WRAPPERS = os.path.join(_LIBRARY, "_src", "custom_derivatives.py")
 _OURS = core.DebugInfo("robust_jax", "robust_jax", None, None)
 _JITS = ("jit", "pjit")
 _REMATS = ("checkpoint", "remat2")
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
+_PLACED = ("fwd_jaxpr_thunk", "call_jaxpr")  # the parameters of such a call that know their place
 
 
 class Program:
@@ -446,12 +449,23 @@ def _is_record(value: Any) -> bool:
 def jax_function_of(eqn: core.JaxprEqn) -> str:
     """The name of a function of JAX that brings a derivative of its own; "" for any other."""
     name, _, place = _place(eqn).partition(" at ")
-    return name if place.startswith(_LIBRARY) else ""
+    rule = _source(eqn.params.get("jvp_jaxpr_fun")).partition(" at ")[2]
+    if not place.startswith(_LIBRARY) or place.startswith(_WRAPPERS):
+        return ""
+    if rule.startswith(_WRAPPERS):  # a rule by defjvps, JAX's own or a caller's for its function
+        wraps_another = any(_place(inner) == _place(eqn) for inner in eqn.params["call_jaxpr"].eqns)
+        is_of_jax = isinstance(getattr(jax.nn, name, None), jax.custom_jvp) and not wraps_another
+    else:
+        is_of_jax = not rule or rule.startswith(_LIBRARY)
+    return name if is_of_jax else ""
 
 
 def _place(eqn: core.JaxprEqn) -> str:
     """Name, file and line of the derivative, or of the function, as far as JAX knows them."""
-    fn = next((eqn.params[k] for k in ("fwd_jaxpr_thunk", "call_jaxpr") if k in eqn.params), None)
+    return _source(next((eqn.params[k] for k in _PLACED if k in eqn.params), None))
+
+
+def _source(fn: Any) -> str:
     return str(getattr(getattr(fn, "debug_info", None), "func_src_info", ""))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -19,7 +20,8 @@ def are_probabilities(logits: Float[np.ndarray, "n k"]) -> bool:
     if not len(logits):
         return False
     in_range = logits.min() > -1e-5 and logits.max() < 1 + 1e-5
-    return bool(in_range and np.allclose(logits.sum(-1), 1, atol=1e-4))
+    rounding = max(1e-4, 2 * float(jnp.finfo(logits.dtype).eps))
+    return bool(in_range and np.allclose(logits.sum(-1, dtype=np.float32), 1, atol=rounding))
 
 
 def is_random(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) -> bool:

@@ -289,7 +289,7 @@ def minimum_norm(
             )
 
         def distance(logits_fn, y):
-            x_adv = attack(logits_fn, x, y, key, norm=norm)
+            x_adv = jax.lax.stop_gradient(attack(logits_fn, x, y, key, norm=norm))
             found = is_adversarial(logits_fn, x_adv, y)
             return jnp.where(found, distances(x, x_adv, norm=norm), jnp.inf)[0]
 

@@ -457,6 +457,28 @@ def test_surface_meets_the_image_the_attack_and_points_in_between():
         np.testing.assert_allclose(margin[:, i, j], expected, rtol=1e-3, atol=1e-5)
 
 
+def test_a_direction_of_many_pixels_of_16_bits_is_as_long_as_the_move():
+    x = jnp.full((1, 300, 300, 3), 0.5, jnp.float16)
+    direction = surface.random_direction(x, x + jnp.float16(1 / 128), KEY)
+    assert direction.dtype == jnp.float16
+    length = (3 * 300**2) ** 0.5 / 128
+    np.testing.assert_allclose(sizes(direction, 0 * x, "l2"), length, rtol=1e-3)
+
+
+def test_a_loss_has_one_number_an_example():
+    x, y = jnp.full((2, 3), 0.5), jnp.array([0, 1])
+
+    def mean(logits, labels):
+        return losses.cross_entropy(logits, labels).mean()
+
+    with pytest.raises(ValueError, match="leave out .mean"):
+        surface.loss_along(lambda x: x, x, y, x, steps=(0, 1), loss=mean)
+    with pytest.raises(ValueError, match="leave out .mean"):
+        surface.loss_surface(
+            lambda x: x, x, y, x, x, along_adversarial=(0, 1), along_direction=(0, 1), loss=mean
+        )
+
+
 def test_a_direction_from_an_attack_that_did_not_move_is_zero():
     x = interior_images(2)
     np.testing.assert_array_equal(surface.random_direction(x, x, KEY), 0 * x)

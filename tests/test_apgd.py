@@ -217,6 +217,7 @@ def test_targeted_dlr_is_its_formula_and_needs_four_classes():
         ({"rho": 0.0}, r"rho must be in \(0, 1\], not 0.0"),
         ({"eot_samples": 0}, "eot_samples"),
         ({"loss": losses.dlr}, "dlr needs at least 3 classes, not 2; use margin_loss"),
+        ({"loss": losses.dlr, "targets": jnp.zeros(2, int)}, "leads nowhere there: give loss=los"),
     ],
 )
 def test_mistakes_are_told(keywords, message):

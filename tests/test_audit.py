@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from robust_jax import attacks, audit, losses
-from robust_jax._audit import CHECKS, _check_losses, _Lab
+from robust_jax._audit import CHECKS, _Attack, _check_losses, _Lab
 from robust_jax._double import NotInDouble, in_double
 from robust_jax._front import Mapper
 from robust_jax._network import as_network
@@ -177,6 +177,38 @@ def test_precision_is_compared_where_a_network_computes_in_float32_whatever_its_
     network = standard()
     report = look(lambda x: network(x.astype(jnp.float32)), norm=MINE, eps=0.5)
     assert {c.name: c.verdict for c in report.checks}["precision"] == "pass"
+
+
+def test_a_derivative_of_the_caller_s_is_not_replaced_by_jax_s():
+    straight = jax.custom_jvp(jax.nn.relu)
+    straight.defjvps(lambda tangent, out, x: tangent)
+    for fn in (jax.nn.relu, straight):
+
+        def network(x, fn=fn):
+            return fn(x.astype(jnp.float32))
+
+        with jax.enable_x64(True):
+            if fn is straight:
+                with pytest.raises(NotInDouble, match="contains a custom_jvp_call"):
+                    in_double(network, (3,))
+            else:
+                assert in_double(network, (3,)).program.outputs.dtype == jnp.float64
+
+
+def test_a_training_loss_has_one_number_an_example_of_any_type():
+    x, keys = jnp.ones((2, 3), jnp.bfloat16), jax.random.split(KEY, 2)
+    rows = {"x": x, "y": jnp.zeros(2, jnp.int32), "key": keys}
+
+    def narrow(logits, labels):
+        return (logits**2).sum(-1)
+
+    def held(loss):
+        attack = _Attack((losses.cross_entropy, loss), "linf", 1)
+        return jax.eval_shape(lambda rows: attack(lambda x: x, rows, 0.1, 1, jnp.ones(())), rows)
+
+    assert held(narrow).dtype == bool
+    with pytest.raises(ValueError, match="one number an example, .*: leave out .mean"):
+        held(lambda logits, labels: narrow(logits, labels).mean())
 
 
 def test_what_cannot_run_in_float64_is_skipped_and_says_why():

@@ -277,6 +277,27 @@ def test_killed_at_any_moment_it_ends_with_the_same_result(kills, tmp_path):
         np.testing.assert_allclose(result["margin"], expected.margin, atol=1e-4)
 
 
+def test_what_attacks_led_to_is_told_again(tmp_path):
+    network, x, y = problem()
+
+    def logits_fn(points):
+        logits = network(points)
+        return jnp.where((points.max((1, 2, 3)) > 0.999)[:, None], jnp.nan, logits)
+
+    call = functools.partial(run, logits_fn, x, y, KEY, eps=0.3, version=("square",))
+    first, again = (call(state_path=tmp_path / "state.npz") for _ in range(2))
+    assert any("attacks led" in warning for warning in first.warnings)
+    assert again.warnings == first.warnings
+
+
+def test_a_tuple_of_attacks_has_the_budgets_of_the_norm():
+    for norm in ("linf", "l1"):
+        standard = _autoattack.ensemble_of(norm=norm)
+        chosen = _autoattack.ensemble_of(norm=norm, version=("apgd_ce", "apgd_t"))
+        assert chosen == {name: standard[name] for name in chosen}
+    assert chosen["apgd_ce"].keywords["num_restarts"] == 5
+
+
 def test_fab_s_restarts_are_passes_too_and_start_at_random():
     ensemble = _autoattack.ensemble_of(version="plus")
     passes = _autoattack._passes("fab", ensemble["fab"], 4)

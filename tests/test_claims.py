@@ -538,7 +538,10 @@ def test_an_interval_of_the_width_that_was_asked_covers_the_truth(effects):
         ({"arms": ("a", "b", "c")}, "give it two arms, or one and a level"),
         ({"level": 0.5}, "give it two arms, or one and a level"),
         ({"at": (0.0, 1.0)}, "give it two arms, or one and a level"),
-        ({"relation": "rises", "arms": ("a",)}, "a test that 'rises': give two or more arms, no level"),
+        (
+            {"relation": "rises", "arms": ("a",)},
+            "a test that 'rises': give two or more arms, no level",
+        ),
         ({"relation": "falls", "level": 0.5}, "give two or more arms, no level"),
         ({"relation": "falls", "at": (0.0, 0.1, 0.2)}, "give a number for each of 2 arms"),
         ({"measure": "a - b - c"}, "give one difference, or a . alone"),

@@ -217,19 +217,54 @@ def test_what_a_function_refers_to_may_change():
     assert (before != after).any()
 
 
-def test_functions_that_differ_in_a_derivative_alone_are_two():
+def backwards(scale):
+    fn = jax.custom_vjp(lambda x: x)
+    fn.defvjp(lambda x: (x, None), lambda _, g: (scale * g,))
+    return fn
+
+
+def with_the_gradient(scale):
+    return jax.custom_gradient(lambda x: (x, lambda g: (scale * g,)))
+
+
+def forwards(scale):  # around a function of JAX, as the next
+    fn = jax.custom_jvp(jax.nn.relu)
+    fn.defjvp(lambda primals, tangents: (jax.nn.relu(*primals), scale * tangents[0]))
+    return fn
+
+
+def by_argument(scale):
+    fn = jax.custom_jvp(jax.nn.relu)
+    fn.defjvps(lambda tangent, out, x: scale * tangent)
+    return fn
+
+
+@pytest.mark.parametrize("made", [backwards, with_the_gradient, forwards, by_argument])
+def test_functions_that_differ_in_a_derivative_alone_are_two(made):
     x, y = examples()
 
     def scaled(scale):
-        @jax.custom_vjp
-        def fn(x):
-            return x
-
-        fn.defvjp(lambda x: (x, None), lambda _, g: (scale * g,))
-        return lambda x: fn(network(weights_of(0))(x))
+        return lambda x: made(scale)(network(weights_of(0))(x))
 
     up, down = (attacks.fgsm(scaled(s), x, y, KEY, eps=0.1) for s in (1.0, -1.0))
     assert (up != down).any()
+
+
+def test_weights_within_a_custom_gradient_are_those_of_the_call():
+    x, y = examples()
+
+    def made(weights):
+        return jax.custom_gradient(
+            lambda x: (
+                x.reshape(len(x), -1) @ weights,
+                lambda g: ((g @ weights.T).reshape(x.shape),),
+            )
+        )
+
+    for seed in (0, 1):
+        weights = jax.random.normal(jax.random.key(seed), (12, 4))
+        expected = attacks.fgsm(lambda x, w=weights: x.reshape(len(x), -1) @ w, x, y, KEY, eps=0.1)
+        chex_close(attacks.fgsm(made(weights), x, y, KEY, eps=0.1), expected)
 
 
 def test_more_outputs_than_inputs_and_a_derivative_backwards_alone():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from robust_jax import attacks, losses, margins
+from robust_jax._outputs import are_probabilities
 from tests.calls import ATTACKS, EPS, FUNCTIONS, autoattack
 from tests.small_networks import KEY, chex_close, examples, network, weights_of
 
@@ -61,6 +62,14 @@ def with_a_class_at(logit):
     """A network whose last class has the same logit everywhere: one program for any number."""
     logit = jnp.float32(logit)
     return lambda x: jnp.where(jnp.arange(4) == 3, logit, network(weights_of(0))(x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_probabilities_are_known_in_any_precision(dtype):
+    logits = 3 * jax.random.normal(jax.random.key(0), (50, 100), dtype)
+    assert are_probabilities(np.asarray(jax.nn.softmax(logits)))
+    assert not are_probabilities(np.asarray(jax.nn.softmax(logits) * 0.9))
+    assert not are_probabilities(np.asarray(logits))
 
 
 def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():

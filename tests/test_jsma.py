@@ -144,6 +144,18 @@ def test_stays_in_budget_and_box_and_leaves_the_misclassified(shape, num_classes
         np.testing.assert_array_equal(x_adv[wrong], x[wrong])
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_budget_that_16_bits_do_not_hold_is_kept(dtype):
+    x = jnp.zeros((1, 400), dtype)  # which no change of 391 pixels breaks, since all count
+
+    def logits_fn(x):
+        moved = x.astype(jnp.float32).sum(-1)
+        return jnp.stack([399 - moved, moved - 399], -1)
+
+    x_adv = jsma(logits_fn, x, jnp.zeros(1, int), KEY, eps=391, theta=1.0)
+    assert (np.asarray(x_adv, np.float32) != 0).sum() == 390
+
+
 @pytest.mark.parametrize("theta", [-0.001, 0.001])
 def test_ends_where_a_step_is_too_small_for_16_bits(theta):
     x, y = jnp.asarray([[0.6, 0.7, 0.6, 0.6]], jnp.bfloat16), jnp.asarray([0 if theta < 0 else 1])

@@ -1,5 +1,7 @@
 """Margins: exact for a linear network; which regularisers of them are Fisher-consistent."""
 
+import functools
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from robust_jax import jacobian, losses, margins
+from robust_jax import attacks, jacobian, losses, margins
 from robust_jax.attacks import NORMS
 from robust_jax.train import regularizers
 from tests.linear import interior_images, make_linear, make_nonlinear
@@ -313,3 +315,16 @@ def test_mistakes_are_told(keywords, message):
 def test_tau_must_be_above_0():
     with pytest.raises(ValueError, match="tau must be above 0, not 0"):
         margins.truncate(jnp.zeros((1, 2)), 0)
+
+
+@pytest.mark.parametrize("attack", [attacks.fab, attacks.deepfool, attacks.carlini_wagner])
+def test_what_a_minimum_norm_attack_finds_is_a_constant(attack):
+    x, y = jnp.array([[0.4, 0.5], [0.6, 0.5]]), jnp.array([0, 0])
+    quick = functools.partial(attack, num_steps=20)
+
+    def margin(weights):
+        return margins.minimum_norm(lambda x: x @ weights, x, y, KEY, norm="l2", attack=quick).sum()
+
+    weights = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    assert np.isfinite(margin(weights))
+    np.testing.assert_array_equal(jax.grad(margin)(weights), 0 * weights)

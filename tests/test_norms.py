@@ -120,8 +120,12 @@ def test_autoattack_and_noise_work_in_it():
 def test_an_attack_says_what_a_record_lacks(attack, field, lack):
     logits_fn, _, _, x, y = problem()
     norm = dataclasses.replace(WEIGHTED, **{field: lack})
-    with pytest.raises(ValueError, match=f"or a record with {field}, not 'weighted'"):
+    said = f"or a record with {field}, not 'weighted'"
+    with pytest.raises(ValueError, match=said):
         POINTWISE[attack](logits_fn, x, y, KEY, eps=0.1, norm=norm)
+    if attack != "deepfool":  # before anything is computed
+        with pytest.raises(ValueError, match=said):
+            attacks.autoattack(None, x, y, KEY, eps=0.1, norm=norm)
 
 
 @pytest.mark.parametrize("name", norms.NORMS)

@@ -151,6 +151,19 @@ def test_restarts_and_targets():
     assert ((before < 0) & (after > 0)).sum() > 5
 
 
+def test_a_start_of_nan_is_left_for_a_number():
+    x = jnp.full((8, 6, 6, 1), 0.5)
+
+    def logits_fn(x):  # nothing where the first pixel rises; else target 1 at a low mean
+        gap = 5 * (0.44 - x.mean((1, 2, 3)))
+        logits = jnp.stack([-gap, gap], -1)
+        return jnp.where((x[:, 0, 0, 0] > 0.5)[:, None], jnp.nan, logits)
+
+    one = jnp.ones(8, int)
+    x_adv = square(logits_fn, x, 1 - one, KEY, eps=0.1, num_queries=300, targets=one)
+    assert (logits_fn(x_adv).argmax(-1) == 1).all()
+
+
 def test_mistakes_are_told():
     logits_fn, _, _ = make_linear(KEY)
     x = np.asarray(interior_images(KEY, 2))

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from robust_jax import losses
-from robust_jax.attacks import autoattack, deepfool, is_adversarial, jsma, pgd, transfer
+from robust_jax.attacks import (
+    autoattack,
+    deepfool,
+    fgsm,
+    is_adversarial,
+    jsma,
+    pgd,
+    run,
+    transfer,
+)
 from tests.linear import make_nonlinear
 
 KEY = jax.random.key(0)
@@ -50,6 +59,24 @@ def test_what_is_wrong_already_is_led_to_its_target_too():
     shown = transfer(network, x, y, KEY, surrogate=network, eps=0.3, num_steps=5, targets=targets)
     assert is_adversarial(network, alone, y, targets=targets).any()
     np.testing.assert_array_equal(shown, alone)
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_networks_of_other_classes_are_told(count):
+    x, y = jnp.full((1, 4, 5, 1), 0.5), jnp.zeros(1, int)
+    surrogate = make_nonlinear(KEY, num_classes=count)
+    with pytest.raises(ValueError, match=f"surrogate has {count} classes and logits_fn 3"):
+        transfer(make_nonlinear(KEY, num_classes=3), x, y, KEY, surrogate=surrogate, eps=0.1)
+
+
+def test_run_takes_it_with_an_attack_of_its_own():
+    network, surrogate = (make_nonlinear(jax.random.key(seed)) for seed in (0, 1))
+    x = jax.random.uniform(KEY, (4, 4, 5, 1))
+    y = jnp.argmax(network(x), -1)
+    settings = {"surrogate": surrogate, "attack": fgsm, "eps": 0.1}
+    found = run(transfer, network, x, y, KEY, norm="l2", **settings)
+    expected = transfer(network, x, y, KEY, norm="l2", **settings)
+    np.testing.assert_array_equal(found.x_adv, expected)
 
 
 def test_autoattack_is_no_attack_to_transfer():

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from robust_jax import losses
+from robust_jax import _checks, losses
 from robust_jax._front import compiled
+from robust_jax._precision import wide
 from robust_jax.batches import in_chunks
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
@@ -49,12 +50,14 @@ def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:
     """
 
     def direction_one(move, key):
-        noise = jax.random.normal(key, move.shape, move.dtype)
+        noise = wide(jax.random.normal(key, move.shape, move.dtype))
+        move = wide(move)
         tiny = jnp.finfo(move.dtype).tiny
         noise -= (noise * move).sum() / jnp.maximum((move**2).sum(), tiny) * move
         return noise * jnp.linalg.norm(move.ravel()) / jnp.linalg.norm(noise.ravel())
 
-    return jax.vmap(direction_one)(x_adv - x, example_keys(key, x.shape[0]))
+    directions = jax.vmap(direction_one)(x_adv - x, example_keys(key, x.shape[0]))
+    return directions.astype(x.dtype)
 
 
 @compiled
@@ -115,7 +118,7 @@ def loss_surface(
         def column(b):
             steps = a.reshape(-1, *[1] * towards.ndim) * (towards - image)[None]
             points = image[None] + steps + (b * direction)[None]
-            return loss(logits_fn(points), labels)
+            return _checks.one_number_each(loss(logits_fn(points), labels))
 
         return jax.lax.map(column, b).T
 
@@ -166,6 +169,7 @@ def loss_along(
     def along_one(args):
         image, label, there = args
         points = image[None] + shares.reshape(-1, *[1] * image.ndim) * (there - image)[None]
-        return loss(logits_fn(points), jnp.broadcast_to(label, shares.shape))
+        labels = jnp.broadcast_to(label, shares.shape)
+        return _checks.one_number_each(loss(logits_fn(points), labels))
 
     return in_chunks(along_one, (x, y, x_moved), chunk_size)

@@ -65,6 +65,8 @@ VERSIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 # Of these passes are made; what else an attack is given it checks itself.
 _COUNTS = ("num_targets", "num_restarts")
 # Keywords that are AutoAttack's own to give.
+# The field of a threat model that an attack cannot do without.
+_NEEDED = {"fab": "to_boundary", "fab_t": "to_boundary", "square": "patches"}
 _RESERVED = ("eps", "norm", "ranks", "targets", "criterion")
 
 
@@ -119,8 +121,8 @@ def autoattack(
         key: One key, or one for each example [N].
         eps: The radius of the ball, in pixel units.
         norm: A name or a `norms.ThreatModel`.
-        version: "standard", "plus" or "rand", or a tuple of attacks: "apgd_ce", "apgd_dlr",
-            "apgd_t", "fab", "fab_t", "square".
+        version: "standard", "plus" or "rand", or a tuple of attacks, each as in "standard":
+            "apgd_ce", "apgd_dlr", "apgd_t", "fab", "fab_t", "square".
         batch_size: How many examples are attacked at a time.
         overrides: Keywords for attacks by name, as in {"square": {"num_queries": 1000}}.
         state_path: An .npz file written after each pass, from which a run with the same arguments
@@ -192,8 +194,8 @@ def autoattack(
     if state_path is not None:
         inputs = _fingerprint(rows, eps, threat, ensemble, num_classes)
     broken_by = np.where(right, "", "clean").astype("U32")
-    state = _State(x.copy(), broken_by, clean["margin"], 0, {"clean": float(right.mean())})
-    strange = np.zeros(len(x), bool)  # what an attack leads it to
+    strange = np.zeros(len(x), bool)
+    state = _State(x.copy(), broken_by, clean["margin"], strange, 0, {"clean": float(right.mean())})
     if state_path is not None and Path(state_path).exists():
         state = _load(Path(state_path), inputs, logits, x.dtype)
 
@@ -212,7 +214,7 @@ def autoattack(
                 x_try = attempt(some, x.dtype.type(eps), ranks, _salt(salt))
                 fresh = classify({**some, "x": x_try}, _salt(f"check {salt}"))
                 holds, margin = fresh["right"], fresh["margin"]
-                strange[standing] |= are_strange(fresh["logits"])
+                state.strange[standing] |= are_strange(fresh["logits"])
                 state.margin[standing] = np.where(
                     holds, np.minimum(margin, state.margin[standing]), margin
                 )
@@ -224,20 +226,24 @@ def autoattack(
             if state_path is not None and jax.process_index() == 0:
                 _save(Path(state_path), state, inputs, logits)
             bar.update()
-    if strange.any():
+    if state.strange.any():
         warnings.append(
-            f"attacks led {strange.sum()} points to logits that are NaN or infinite, which count "
-            "as misclassified"
+            f"attacks led {state.strange.sum()} points to logits that are NaN or infinite, which "
+            "count as misclassified"
         )
     return _result(state, x, threat, warnings)
 
 
 class _State(NamedTuple):
-    """How far a run has come; robust_accuracy holds the attacks begun, in their order."""
+    """How far a run has come; robust_accuracy holds the attacks begun, in their order.
+
+    strange: which points attacks led to logits that are NaN or infinite.
+    """
 
     x_adv: np.ndarray
     broken_by: np.ndarray
     margin: np.ndarray
+    strange: np.ndarray
     passes_done: int
     robust_accuracy: dict[str, float]
 
@@ -270,8 +276,6 @@ def ensemble_of(
                 f"not {version!r}"
             )
         chosen = VERSIONS[version]
-        if version == "standard":
-            chosen = {name: threat.autoattack.get(name, {}) for name in chosen}
     else:
         chosen = {name: {} for name in version}
     for name in (*chosen, *overrides):
@@ -279,6 +283,10 @@ def ensemble_of(
             raise ValueError(f"attack must be one of {', '.join(MEMBERS)}, not {name!r}")
     if not chosen:
         raise ValueError(f"version names no attack; choices: {', '.join(MEMBERS)}")
+    for name in chosen:
+        threat_model(norm, needs=_NEEDED.get(name, "name"))
+    if version not in ("plus", "rand"):
+        chosen = {name: threat.autoattack.get(name, {}) for name in chosen}
     ensemble = {}
     for name in dict.fromkeys((*chosen, *overrides)):
         attack, defaults = MEMBERS[name]
@@ -444,6 +452,7 @@ def _save(path: Path, state: _State, inputs: str, logits: np.ndarray) -> None:
         x_adv=state.x_adv,
         broken_by=state.broken_by,
         margin=state.margin,
+        strange=state.strange,
         passes_done=state.passes_done,
         robust_accuracy=json.dumps(state.robust_accuracy),
         inputs=inputs,
@@ -458,6 +467,7 @@ def _load(path: Path, inputs: str, logits: np.ndarray, dtype: np.dtype) -> _Stat
                 _typed(saved["x_adv"], dtype),
                 saved["broken_by"],
                 saved["margin"],
+                saved["strange"],
                 int(saved["passes_done"]),
                 json.loads(str(saved["robust_accuracy"])),
             )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from robust_jax import _checks, losses
 from robust_jax._precision import wide_dtype
 from robust_jax.attacks._success import Criterion, classified_as, misclassified
 from robust_jax.types import Labels
@@ -51,12 +52,12 @@ class Goal(NamedTuple):
 
     def judged(self, logits, reference):
         """Values and hits [S] of logits [S,K], for references [S]."""
-        values = self.loss(logits, reference)
-        if jnp.ndim(values) != 1:
+        if self.targets is not None and self.loss is losses.dlr:
             raise ValueError(
-                f"loss returns the shape {list(jnp.shape(values))}; it must return one number an "
-                "example, [B]: leave out .mean() and .sum()"
+                "losses.dlr is constant where a target ranks third, so it leads nowhere there: "
+                "give loss=losses.margin_loss, or no targets"
             )
+        values = _checks.one_number_each(self.loss(logits, reference))
         default = misclassified if self.targets is None else classified_as
         hits = (self.criterion or default)(logits, reference)
         return values if self.targets is None else -values, hits

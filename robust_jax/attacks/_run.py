@@ -34,6 +34,7 @@ def run(
     x: Images,
     y: Labels,
     key: KeyOrKeys,
+    /,
     *,
     eps: float | Sequence[float],
     norm: Norm | None = None,

@@ -129,7 +129,8 @@ def square(
                 x_adv = propose(jax.random.fold_in(restart_key, i), x, best.x, i - 1)
                 return i + 1, best.updated(*judged(x_adv))
 
-            first = judged(start(jax.random.fold_in(restart_key, 0), x))
+            drawn = judged(start(jax.random.fold_in(restart_key, 0), x))
+            first = Best.nothing(x).updated(*drawn)  # whose value is not NaN
             _, best = jax.lax.while_loop(standing, query, (jnp.asarray(1, jnp.int32), first))
             return found.updated(*best), None
 

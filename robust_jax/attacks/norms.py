@@ -101,7 +101,8 @@ class ThreatModel(Measure):
         dense_steps: Whether the best steps move many pixels. Where not, APGD takes the schedule of
             l1 (arXiv 2103.01208). DeepFool needs it: its steps would end at a wall.
         patches: What Square paints. Square needs it.
-        autoattack: What AutoAttack's standard version changes: keywords by the name of an attack.
+        autoattack: What AutoAttack changes in this norm, by the name of an attack: keywords. Its
+            versions "plus" and "rand" do not.
     """
 
     dual_size: Callable[[Perturbation], Scalar]
