@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     # validation_attack, the audit, attacks, regularisers and measurements use them unless they set
     # their own; margins are measured in l2 by default. In an attack, relative_step_size is its
     # step_size in units of its radius.
-    config.threat = ConfigDict({"norm": "linf", "eps": 0.15})
+    config.threat = ConfigDict({"norm": "linf", "eps": 0.15}, type_safe=False)
 
     # Objective: a loss on the clean half of the batch, the adversarial half or both, plus weighted
     # regularisers. A name in robust_jax.losses.LOSSES and its keywords.

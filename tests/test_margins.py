@@ -265,11 +265,17 @@ def test_the_ramp_is_the_difference_of_two_hinges(rng):
 
 def test_orthogonality_is_that_of_matrices_and_of_reshaped_kernels(rng):
     kernel, dense, bias = rng.normal(size=(3, 3, 2, 4)), rng.normal(size=(5, 3)), np.ones(7)
-    rows = [kernel.transpose(3, 2, 0, 1).reshape(4, -1), dense.T]  # [out, rest], as in PyTorch
-    expected = sum(((w @ w.T - np.eye(len(w))) ** 2).sum() for w in rows)
-    params = jax.tree.map(np.float32, {"conv": {"kernel": kernel, "bias": bias}, "head": dense})
+    more_out = rng.normal(size=(2, 6))
+    params = {"conv": {"kernel": kernel, "bias": bias}, "wide": more_out, "head": dense}
+    params = jax.tree.map(np.float32, params)
     orthogonality = jax.jit(regularizers.orthogonality)
+    rows = [kernel.transpose(3, 2, 0, 1).reshape(4, -1), more_out.T, dense.T]  # as in PyTorch
+    expected = sum(((w @ w.T - np.eye(len(w))) ** 2).sum() for w in rows)
     np.testing.assert_allclose(orthogonality(params), expected, rtol=1e-5)
+    gradient = jax.grad(orthogonality)(params)
+    for name, w in (("wide", more_out.T), ("head", dense.T)):
+        expected = 4 * (w @ w.T - np.eye(len(w))) @ w
+        np.testing.assert_allclose(gradient[name].T, expected, rtol=1e-4, atol=1e-4)
     assert orthogonality({"kernel": np.eye(6, dtype=np.float32).reshape(1, 2, 3, 6)[..., :4]}) == 0
 
 

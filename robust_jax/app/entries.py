@@ -19,6 +19,7 @@ from robust_jax.app.config import bind, guard, keyword_parameters
 from robust_jax.app.evaluator import AttackGrid, AuditSettings
 from robust_jax.attacks import ATTACKS, never
 from robust_jax.attacks._autoattack import VERSIONS, ensemble_of
+from robust_jax.attacks.norms import NORMS
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
 from robust_jax.train.objectives import Adversary
@@ -173,7 +174,8 @@ def audit_settings(config: ConfigDict) -> AuditSettings | None:
     settings = config.audit
     if not settings.num_examples:
         return None
-    if not settings.eps > 0:
+    config_lib.choose(NORMS, settings.get("norm"), "config.audit.norm")
+    if not config_lib.check_type(settings.get("eps"), float, "config.audit.eps") > 0:
         raise UserError(f"config.audit.eps is {settings.eps}; it must be above 0")
     other = settings.surrogate
     if other not in ("", "train") and not (Path(other) / "config.json").exists():

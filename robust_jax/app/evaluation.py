@@ -224,7 +224,8 @@ def _claim(folder: Path, name: str, digest: str, logits_fn: LogitsFn, x, y) -> N
     """
     found = stored.holds(folder)
     names = {path.name for path in folder.iterdir()} if found == "other files" else set()
-    begun = "unfinished" in names and names <= _LEFT  # one stopped while it wrote, too
+    whole = {name for name in names if not name.endswith(".pending")}
+    begun = "unfinished" in names and whole <= _LEFT  # one stopped while it wrote, too
     if found == "an evaluation":
         old = stored.results(folder)
         is_same = old.get("evaluated") == digest and old["model"]["name"] == name

@@ -34,7 +34,8 @@ _OF_NO_NUMBER = (
     "evaluation.jacobian_chunk",
 )
 # What every mode but training may change as well: no training depends on it.
-_OF_NO_TRAINING = ("threat", "attacks", "evaluation", "measurements", "audit")
+_OF_EVALUATION = ("attacks", "evaluation", "measurements", "audit")
+_OF_NO_TRAINING = ("threat", *_OF_EVALUATION)
 
 
 def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
@@ -90,8 +91,14 @@ def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:
 
 
 def check_trained_as(workdir: Path, config: ConfigDict) -> None:
-    """Checks that a finished run was trained as its study says. Raises UserError otherwise."""
-    if stored.holds(workdir) == "a run" and (changed := _differences(workdir, config, "report")):
+    """Checks that a finished run is of its study's threat model and was trained as it says.
+
+    Raises UserError otherwise.
+    """
+    old = stored.config_of(workdir)
+    assert old is not None
+    trees = (config_lib.to_json(threat.complete(of)) for of in (old, config))
+    if changed := config_lib.differences(*trees, ignore=(*_OF_NO_NUMBER, *_OF_EVALUATION)):
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}); what trains cannot "
             "be changed in a study that has runs"
@@ -177,7 +184,14 @@ def earlier(workdir: Path) -> Earlier:
 
 def unfinished(workdir: Path, config: ConfigDict, name: str, step: int) -> Path:
     """Where the attacks on a checkpoint leave what they have done: a folder for each evaluation."""
-    what = json.dumps([config_lib.to_json(config), name, step], sort_keys=True)
+    tree = config_lib.flatten(config_lib.to_json(config))
+    other = (*_OF_NO_NUMBER, "measurements", "audit")
+    kept = {
+        field: value
+        for field, value in tree.items()
+        if not any(f"{field}.".startswith(f"{path}.") for path in other)
+    }
+    what = json.dumps([kept, name, step], sort_keys=True)
     return workdir / _UNFINISHED / hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
@@ -191,22 +205,23 @@ def write_evaluation(
     """Replaces an evaluation with one that contains more.
 
     A folder with results.json is complete, so that file is deleted first and written last. Before
-    that, the tables, which are the largest, are written beside the old ones, so that a full disk is
-    noticed while the old ones are still there.
+    that, the tables and arrays are written beside the old ones, so that a full disk is noticed
+    while the old ones are still there.
     """
     (workdir / "records").mkdir(exist_ok=True)
-    pending = {name: workdir / "records" / f"{name}.csv.pending" for name in tables}
-    for name, table in tables.items():
-        table.to_csv(pending[name], index=False)
+    pending = {workdir / "records" / f"{name}.csv.pending": table for name, table in tables.items()}
+    for path, table in pending.items():
+        table.to_csv(path, index=False)
+    found = {"examples": images, "measurements": arrays}
+    saved = {workdir / f"{name}.npz.pending": of for name, of in found.items() if of}
+    for path, of_name in saved.items():
+        save_arrays(path, **of_name)
     for name in ("results.json", "examples.npz", "card.json"):
         (workdir / name).unlink(missing_ok=True)
-    for path in pending.values():
+    for path in (*pending, *saved):
         path.rename(path.with_suffix(""))
-    if images:
-        save_arrays(workdir / "examples.npz", **images)
-    if arrays:
-        write_arrays(workdir, arrays)
     write(workdir, results)
+    shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
 
 
 def write_arrays(workdir: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -222,7 +237,6 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
     if (workdir / stored.RUN).exists():
         write_json(workdir / stored.RUN, results["config"])
     stored.write_results(workdir, results)
-    shutil.rmtree(workdir / _UNFINISHED, ignore_errors=True)
     write_report(workdir, results)
 
 

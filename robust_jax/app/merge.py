@@ -51,6 +51,20 @@ def merged(old: ConfigDict, new: ConfigDict, mode: Mode) -> ConfigDict:
     return result
 
 
+def check_alike(old: ConfigDict, new: ConfigDict) -> None:
+    """Checks that attacks and measurements of one label are the same in both configs.
+
+    Attacks may have other radii and numbers of examples. Raises UserError otherwise.
+    """
+    one, other = threat.complete(old), threat.complete(new)
+    for label in set(one.attacks) & set(other.attacks):
+        _check_same("config.attacks", label, *_but_for_size(label, one.attacks, other.attacks))
+    for label in set(one.measurements) & set(other.measurements):
+        _check_same(
+            "config.measurements", label, one.measurements[label], other.measurements[label]
+        )
+
+
 def with_kept(fresh: pd.DataFrame, old: pd.DataFrame, labels: Iterable[str]) -> pd.DataFrame:
     """The records with the columns of attacks of an earlier evaluation, by example."""
     labels = tuple(f"{label}@" for label in labels)
@@ -72,11 +86,7 @@ def _attacks(old: ConfigDict, new: ConfigDict) -> ConfigDict:
     was, asked = (threat.complete(config).attacks for config in (old, new))
     result = {**was, **new.attacks}
     for label in set(was) & set(asked):
-        one, other = (
-            {k: v for k, v in attacks[label].items() if k not in ("eps", "num_examples")}
-            for attacks in (was, asked)
-        )
-        _check_same("config.attacks", label, one, other)
+        _check_same("config.attacks", label, *_but_for_size(label, was, asked))
         path = f"config.attacks.{label}"
         radii = sorted({*threat.radii(was[label].eps), *threat.radii(asked[label].eps)})
         count = _larger(
@@ -89,8 +99,17 @@ def _attacks(old: ConfigDict, new: ConfigDict) -> ConfigDict:
     return ConfigDict(result)
 
 
+def _but_for_size(label: str, *tables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entry of each table without its radii and its number of examples."""
+    return [
+        {k: v for k, v in table[label].items() if k not in ("eps", "num_examples")}
+        for table in tables
+    ]
+
+
 def _check_same(path: str, label: str, was: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    if changed := config_lib.differences({label: was}, {label: asked}):
+    trees = (config_lib.to_json(ConfigDict({label: entry})) for entry in (was, asked))
+    if changed := config_lib.differences(*trees):
         raise UserError(
             f"{path}.{label} is not what was evaluated under that label ({'; '.join(changed)}); "
             "give it another label, so that the results of both are kept"

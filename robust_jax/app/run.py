@@ -126,6 +126,11 @@ def _measure(run: Finished) -> str:
 
 
 def _audit(run: Finished) -> str:
+    if run.experiment.audit is None:
+        raise UserError(
+            "config.audit.num_examples is 0; say how many images to audit, as in "
+            "--config.audit.num_examples=200"
+        )
     results = _results(run.workdir, "audit")
     if old := results["audit"]:
         logging.info("this replaces the audit of %d images", old["num_examples"])

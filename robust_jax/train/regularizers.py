@@ -184,7 +184,13 @@ def orthogonality(params: Any) -> Float[Array, ""]:
 
     def deviation(kernel):
         rows = kernel.reshape(-1, kernel.shape[-1])
-        return ((rows.T @ rows - jnp.eye(rows.shape[-1], dtype=rows.dtype)) ** 2).sum()
+        # ‖W Wᵀ - I‖² is ‖Wᵀ W - I‖² and a constant: the smaller product will do.
+        constant = max(rows.shape[1] - rows.shape[0], 0)
+        small = rows.T if constant else rows
+        # Its factors are alike, so twice the derivative by one of them is all of it.
+        product = small.T @ jax.lax.stop_gradient(small)
+        value = ((product - jnp.eye(len(product), dtype=rows.dtype)) ** 2).sum()
+        return 2 * value - jax.lax.stop_gradient(value) + constant
 
     leaves = zip(jax.tree.leaves(is_kernel(params)), jax.tree.leaves(params), strict=True)
     return sum((deviation(leaf) for kernel, leaf in leaves if kernel), jnp.zeros(()))

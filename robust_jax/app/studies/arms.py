@@ -59,7 +59,8 @@ def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
         if merge and "name" not in value and field != "attacks":
             result[field] = changed(result[field], value)
         else:
-            result[field] = ConfigDict(value) if entry else value
+            with result.ignore_type():  # a mistake is told where the fields are checked
+                result[field] = ConfigDict(value) if entry else value
     return result
 
 

@@ -175,6 +175,9 @@ def needs_more_seeds(judged: Mapping[str, Any]) -> bool:
 
 def check_form(test: Mapping[str, Any], path: str) -> None:
     """Checks that a test has the arms that its relation compares. Raises UserError otherwise."""
+    for field in ("by", "level"):
+        if not isinstance(test.get(field, 0.0), int | float):
+            raise UserError(f"{path} has a test whose {field} is {test[field]!r}; give a number")
     count, relation, measure = len(test["arms"]), test["relation"], test["measure"]
     if relation in ("rises", "falls"):
         if count < 2 or "level" in test:

@@ -239,7 +239,9 @@ def _numbers(config: ConfigDict) -> _Tree:
     tracked = (names for of, names in _MARGINS.items() if config.track_margins[of])
     validation = dict.fromkeys((*_VALIDATION, *itertools.chain(*tracked)))
     numbers = {
-        label: dict.fromkeys(NUMBERS[entry.get("name", label)])
+        label: dict.fromkeys(
+            NUMBERS[choose(NUMBERS, entry.get("name", label), f"config.measurements.{label}.name")]
+        )
         for label, entry in config.measurements.items()
     }
     # A check has the values that it made up.

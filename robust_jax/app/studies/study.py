@@ -16,7 +16,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from robust_jax.app import config as config_lib
-from robust_jax.app import folder, records, run, stored
+from robust_jax.app import folder, merge, records, run, stored
 from robust_jax.app.config import choose, get_field, set_field
 from robust_jax.app.folder import Mode
 from robust_jax.app.stored import Evidence
@@ -159,6 +159,13 @@ def check(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
         for key in ("text", "tests"):
             if key not in claim:
                 raise UserError(f"{path}.{key} is missing: a claim has a text and tests")
+        if not claim.tests:
+            raise UserError(f"{path}.tests is empty; a claim has one test at least")
+        for field in ("measure", "relation", "arms"):
+            if any(field not in test for test in claim.tests):
+                raise UserError(
+                    f"{path} has a test without {field!r}; it has a measure, a relation and arms"
+                )
         for test in _tests(config, name):
             for key in test:
                 choose(claims.KEYS, key, f"{path}'s test has a key that")
@@ -327,6 +334,12 @@ def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
         here = workdir / trial.name
         if stored.is_finished(here):
             folder.check_trained_as(here, trial.config)
+            old = stored.config_of(here)
+            assert old is not None
+            try:
+                merge.check_alike(old, trial.config)
+            except UserError as error:
+                raise UserError(f"{here}: {error}") from None
             found[trial.arm][trial.seed] = Evidence(
                 stored.results(here),
                 records.read(here / "records" / "best.csv"),
