@@ -81,6 +81,8 @@ MISTAKES = {
     "eps of one of 255 levels": ({"threat__eps": 8.0}, "eps is 8; pixels are in .*255 levels are"),
     "eps of an attack too large": ({"attacks__pgd_l2__eps": (1.0, 9.0)}, "no two images are furth"),
     "eps of the audit too large": ({"audit__eps": "2/1"}, "config.audit.eps is 2; pixels are in"),
+    "no eps of the audit": ({"audit__eps": None}, "config.audit.eps must be a number, not None"),
+    "unknown norm of the audit": ({"audit__norm": "L2", "audit__eps": 0.5}, "audit.norm is 'L2'; "),
     "eps of a measurement too large": (
         {"measurements": {"energy": {"eps": 8.0}}},
         "energy.eps is 8; ",
@@ -512,3 +514,9 @@ def test_configs_are_deltas_of_default_and_of_no_other(path):
     for line in imported:
         in_studies = path.parent.name == "studies" and line.startswith("configs.studies.common ")
         assert line in allowed or in_studies, line
+
+
+def test_a_config_file_may_give_the_radius_as_a_fraction():
+    config = default.get_config()
+    config.threat.eps = "8/255"
+    assert threat.complete(config).adversary.eps == 8 / 255

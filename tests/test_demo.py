@@ -548,7 +548,11 @@ def test_audit_mode_looks_again(finished, copied, results):
     config.audit.num_examples, config.audit.surrogate = 20, "nowhere"
     with pytest.raises(UserError, match="config.audit.surrogate is 'nowhere', which holds no run"):
         execute(config, copied, "audit")
+    config.audit.num_examples = 0
+    with pytest.raises(UserError, match="config.audit.num_examples is 0; say how many"):
+        execute(config, copied, "audit")
     assert (copied / "results.json").read_bytes() == before
+    config.audit.num_examples = 20
     config.audit.num_queries, config.audit.surrogate = 50, str(finished)
     execute(config, copied, "audit")
     again = results_in(copied)

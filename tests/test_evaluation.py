@@ -139,6 +139,7 @@ def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         robust_jax.evaluate(trained(), x, y, KEY, folder=tmp_path, **SETTINGS)
     started.clear()
+    (tmp_path / "card.json.7.pending").write_text("half")  # as one that was killed while it wrote
     again = robust_jax.evaluate(trained(), x, y, KEY, folder=tmp_path, **SETTINGS)
     assert started == ["square"]
     pd.testing.assert_frame_equal(again.records, result.records)

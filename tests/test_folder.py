@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from ml_collections import ConfigDict
@@ -158,21 +159,32 @@ def test_what_is_typed_for_a_finished_run_is_used_or_refused(mode, used, ignored
             folder.check_heeded(tmp_path, config, ignored, mode)
 
 
-def test_a_full_disk_leaves_the_earlier_evaluation(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", ["the records", "the measurements"])
+def test_a_full_disk_leaves_the_earlier_evaluation(at, tmp_path, monkeypatch):
     for name in ("results.json", "card.json", "examples.npz"):
         (tmp_path / name).write_text("old")
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "best.csv").write_text("old")
 
-    def full(self, path, **_):
-        path.write_text("half")
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    where = (pd.DataFrame, "to_csv") if at == "the records" else (np, "savez_compressed")
+    monkeypatch.setattr(*where, full)
+    arrays = {"a/b": np.zeros(3)}
     with pytest.raises(OSError, match="No space"):
-        folder.write_evaluation(tmp_path, {}, {"best": pd.DataFrame()}, {}, {})
+        folder.write_evaluation(tmp_path, {}, {"best": pd.DataFrame()}, arrays, arrays)
     kept = [path for path in tmp_path.rglob("*.*") if path.suffix != ".pending"]
     assert len(kept) == 4 and {path.read_text() for path in kept} == {"old"}
+
+
+def test_what_is_unfinished_is_found_again_by_all_that_a_number_depends_on(tmp_path):
+    config = default.get_config()
+    here = folder.unfinished(tmp_path, config, "best", 3)
+    config.evaluation.batch_size, config.data_dir, config.audit.num_examples = 7, "x", 0
+    assert folder.unfinished(tmp_path, config, "best", 3) == here
+    config.attacks.pgd_linf.num_steps = 7
+    assert folder.unfinished(tmp_path, config, "best", 3) != here
 
 
 def test_a_config_of_something_else_is_no_run(tmp_path):

@@ -89,3 +89,10 @@ def test_records_keep_what_was_found_by_example():
     assert found == {"aa"} and merge.are_kept(None, {"aa": {"eps": 0.1}}) == set()
     before = {"a/x": np.zeros(1), "b/x": np.zeros(1)}
     assert set(merge.arrays(before, {"a/y": np.ones(1)}, ["a"])) == {"a/y", "b/x"}
+
+
+def test_a_list_is_the_tuple_that_a_folder_gives_back():
+    old, new = default.get_config(), default.get_config()
+    new.attacks.autoattack_linf.version = ["apgd_ce", "square"]
+    old.attacks.autoattack_linf.version = ("apgd_ce", "square")
+    assert list(merge.merged(old, new, "evaluate").attacks) == list(old.attacks)

@@ -159,6 +159,14 @@ WRONG = {
     "published measure": ({"published": (("ce", {"clear": 90.0}),)}, "'clear'; did you mean clean"),
     "arm of a scale": ({"scales.small": {"arms": {"atm": {}}}}, "small.arms has a key.*'atm'"),
     "claim without a text": ({"claims.a": {"tests": ()}}, "claims.a.text is missing"),
+    "claim without a test": ({"claims.a": {"text": "", "tests": ()}}, "claims.a.tests is empty"),
+    "test of no arms": (
+        {"claims.a": {"text": "", "tests": ({"measure": "pgd@0.1", "relation": "above"},)}},
+        "a test without 'arms'",
+    ),
+    "tolerance in percent": ({"claims.a.tests.0.by": "10 %"}, "whose by is '10 %'; give a number"),
+    "measurement": ({"base.measurements": {"outputz": {}}}, "outputz.name is 'outputz'; did you"),
+    "radius in words": ({"base.threat": {"norm": "linf", "eps": 0.1, "epz": 1}}, "epz is not a fi"),
 }
 
 
@@ -255,6 +263,30 @@ def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monk
     ran = fake_runs(monkeypatch, apart)
     study.execute(narrow, tmp_path / "limit")
     assert len(ran) <= 9 + 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"base.threat.eps": 0.3}, "config.threat.eps: .* → 0.3.*what trains cannot be changed"),
+        ({"base.attacks.pgd": {"eps": (0.1,), "num_steps": 7}}, "pgd is not what was evaluated"),
+    ],
+)
+def test_runs_of_another_threat_or_attack_are_not_collected(fields, said, tmp_path, monkeypatch):
+    fake_runs(monkeypatch)
+    study.execute(small_study(), tmp_path)
+    study.execute(small_study(**{"base.attacks.pgd": {"eps": (0.1, 0.2)}}), tmp_path, "report")
+    with pytest.raises(UserError, match=said):
+        study.execute(small_study(**fields), tmp_path, "report")
+
+
+def test_an_arm_of_a_wrong_type_is_told_with_its_field():
+    config = small.get_config()
+    config.arms.at = {"batch_size": "many", "threat": {"eps": "8/255"}}
+    with pytest.raises(UserError, match="config.batch_size must be a whole number, not 'many'"):
+        study.check(study.settled(config), check_run)
+    config.arms.at = {"threat": {"eps": "8/255"}}
+    study.check(study.settled(config), check_run)
 
 
 def test_fewer_than_three_seeds_are_warned_of(tmp_path, monkeypatch):
