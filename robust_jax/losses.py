@@ -52,6 +52,9 @@ Form = Literal["exact", "published"]
 def cross_entropy(logits: Logits, labels: Labels, *, label_smoothing: float = 0.0) -> PerExample:
     """Cross-entropy against (1-γ)·onehot + γ/K, with γ = label_smoothing.
 
+    In float32 the value, and its derivative by the label's logit, are 0 where that logit is more
+    than about 17 above the others, as in other libraries: follow `margin_loss` there.
+
     Args:
         logits: [B,K].
         labels: [B].
