@@ -302,7 +302,9 @@ def test_a_loss_that_compares_outputs_needs_a_criterion_without_labels():
     logits_fn = make_nonlinear(KEY)
     x = interior_images(KEY, 2)
     attack = functools.partial(attacks.pgd, logits_fn, eps=0.1, loss=losses.kl)
-    with pytest.raises(ValueError, match=r"labels \[B\], not of float32 \[1, 3\]; .*attacks.never"):
+    with pytest.raises(
+        ValueError, match=r"labels \[B\], and these are float32 \[1, 3\]; .*attacks.never"
+    ):
         jax.eval_shape(attack, x, logits_fn(x), KEY)
 
 

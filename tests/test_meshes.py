@@ -102,7 +102,7 @@ def test_weights_on_a_mesh_are_a_part_of_the_network_or_told(kind):
         try:
             found = call()
         except ValueError as error:
-            assert "a part of it: jax.tree_util.Partial(apply, weights)" in str(error)
+            assert "part of the network: pass jax.tree_util.Partial(apply, weights)" in str(error)
         else:  # JAX 0.11 can do it, on automatic axes
             assert kind is AxisType.Auto
             if name == "pgd":
