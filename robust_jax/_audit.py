@@ -150,11 +150,9 @@ def audit(
     keys = example_keys(_checks.key(key, len(x)), len(x))
     others = {n: _checks.network(fn, x, f"surrogate {n!r}") for n, fn in (surrogates or {}).items()}
     for n, other in others.items():
-        if (count := _checks.num_classes(other, f"surrogate {n!r}")) != num_classes:
-            raise ValueError(
-                f"surrogate {n!r} has {count} classes and the network {num_classes}; its labels "
-                "must mean the same"
-            )
+        name = f"surrogate {n!r}"
+        count = _checks.num_classes(other, name)
+        _checks.same_classes(name, count, "the network", num_classes)
     rows = {"x": x, "y": y, "key": np.asarray(jax.random.key_data(keys))}
     mapping = with_keys(map_examples or Mapper(network, batch_size, len(x)), keys)
     logits = mapping(_logits)(rows)

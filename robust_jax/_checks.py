@@ -81,6 +81,14 @@ def points(values: Any, x: Any, name: str) -> jax.Array | np.ndarray:
     return values.astype(jax.dtypes.canonicalize_dtype(values.dtype), copy=False)
 
 
+def same_classes(name: str, count: int, other: str, num_classes: int) -> None:
+    """Raises ValueError where a surrogate has other classes than the network."""
+    if count != num_classes:
+        raise ValueError(
+            f"{name} has {count} classes and {other} {num_classes}; its labels must mean the same"
+        )
+
+
 def one_number_each(values: Any) -> jax.Array:
     """The values of a loss. Raises ValueError unless there is one an example, [B]."""
     if jnp.ndim(values) != 1:

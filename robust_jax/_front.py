@@ -105,11 +105,9 @@ def _checked(
                 _checks.one_row_an_example(values[name], name)
             elif takes_images and name != "features_fn":
                 num_classes[name] = _checks.num_classes(values[name], name)
-    if len({*num_classes.values()}) > 1:
-        raise ValueError(
-            f"surrogate has {num_classes['surrogate']} classes and logits_fn "
-            f"{num_classes['logits_fn']}; its labels must mean the same"
-        )
+    if len(num_classes) == 2:
+        (other, count), (name, own) = num_classes.items()
+        _checks.same_classes(name, own, other, count)
     for name in labels:
         # The caller's own loss and criterion may compare outputs with something other than labels.
         is_of_any_kind = name == "y" and values.get("criterion") is not None

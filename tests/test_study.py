@@ -276,8 +276,11 @@ def test_runs_of_another_threat_or_attack_are_not_collected(fields, said, tmp_pa
     fake_runs(monkeypatch)
     study.execute(small_study(), tmp_path)
     study.execute(small_study(**{"base.attacks.pgd": {"eps": (0.1, 0.2)}}), tmp_path, "report")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=f"at/0.*{said}"):
         study.execute(small_study(**fields), tmp_path, "report")
+    (tmp_path / "at" / "0" / "config.json").unlink()
+    with pytest.raises(UserError, match="at/0 has results and no config.json"):
+        study.execute(small_study(), tmp_path, "report")
 
 
 def test_an_arm_of_a_wrong_type_is_told_with_its_field():

@@ -184,13 +184,17 @@ def differences(one: Mapping, other: Mapping, *, ignore: Iterable[str] = ()) -> 
 
     ignore: fields and sections, with dots.
     """
-    ours, theirs = flatten(one), flatten(other)
+    ours, theirs, ignore = flatten(one), flatten(other), tuple(ignore)
     return [
         f"config.{field}: {ours.get(field)!r} → {theirs.get(field)!r}"
         for field in sorted({*ours, *theirs})
-        if ours.get(field, _MISSING) != theirs.get(field, _MISSING)
-        and not any(f"{field}.".startswith(f"{path}.") for path in ignore)
+        if ours.get(field, _MISSING) != theirs.get(field, _MISSING) and not is_within(field, ignore)
     ]
+
+
+def is_within(field: str, paths: Iterable[str]) -> bool:
+    """Whether a dotted field is one of the fields and sections, or in one."""
+    return any(f"{field}.".startswith(f"{path}.") for path in paths)
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

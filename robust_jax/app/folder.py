@@ -90,19 +90,20 @@ def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:
         _claim_new(workdir, found, stored.STUDY, config, mode)
 
 
-def check_trained_as(workdir: Path, config: ConfigDict) -> None:
-    """Checks that a finished run is of its study's threat model and was trained as it says.
+def check_trained_as(workdir: Path, config: ConfigDict) -> ConfigDict:
+    """The config of a finished run, of its study's threat model and trained as the study says.
 
     Raises UserError otherwise.
     """
-    old = stored.config_of(workdir)
-    assert old is not None
+    if (old := stored.config_of(workdir)) is None:
+        raise UserError(f"{workdir} has results and no {stored.RUN}, which says of what")
     trees = (config_lib.to_json(threat.complete(of)) for of in (old, config))
     if changed := config_lib.differences(*trees, ignore=(*_OF_NO_NUMBER, *_OF_EVALUATION)):
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}); what trains cannot "
             "be changed in a study that has runs"
         )
+    return old
 
 
 # What a mode takes of the config, beside where the data are and how devices share them.
@@ -124,7 +125,7 @@ def check_heeded(workdir: Path, config: ConfigDict, typed: Iterable[str], mode: 
         if path.partition(".")[0] in (*_HEEDED[mode], "data_dir", "parallel"):
             continue
         for field in {*was, *asked}:
-            if f"{field}.".startswith(f"{path}.") and was.get(field) != asked.get(field):
+            if config_lib.is_within(field, (path,)) and was.get(field) != asked.get(field):
                 raise UserError(f"--mode={mode} ignores config.{path}; use --mode=evaluate")
 
 
@@ -185,12 +186,8 @@ def earlier(workdir: Path) -> Earlier:
 def unfinished(workdir: Path, config: ConfigDict, name: str, step: int) -> Path:
     """Where the attacks on a checkpoint leave what they have done: a folder for each evaluation."""
     tree = config_lib.flatten(config_lib.to_json(config))
-    other = (*_OF_NO_NUMBER, "measurements", "audit")
-    kept = {
-        field: value
-        for field, value in tree.items()
-        if not any(f"{field}.".startswith(f"{path}.") for path in other)
-    }
+    others = (*_OF_NO_NUMBER, "measurements", "audit")
+    kept = {k: v for k, v in tree.items() if not config_lib.is_within(k, others)}
     what = json.dumps([kept, name, step], sort_keys=True)
     return workdir / _UNFINISHED / hashlib.sha256(what.encode()).hexdigest()[:16]
 

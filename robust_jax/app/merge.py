@@ -5,6 +5,7 @@ measurement that it was ever asked for, and the newest of the rest.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,18 +52,18 @@ def merged(old: ConfigDict, new: ConfigDict, mode: Mode) -> ConfigDict:
     return result
 
 
-def check_alike(old: ConfigDict, new: ConfigDict) -> None:
-    """Checks that attacks and measurements of one label are the same in both configs.
+def check_alike(old: ConfigDict, new: ConfigDict, where: Path) -> None:
+    """Checks that attacks and measurements of a run are those of its study under the same label.
 
     Attacks may have other radii and numbers of examples. Raises UserError otherwise.
     """
     one, other = threat.complete(old), threat.complete(new)
     for label in set(one.attacks) & set(other.attacks):
-        _check_same("config.attacks", label, *_but_for_size(label, one.attacks, other.attacks))
+        both = _but_for_size(label, one.attacks, other.attacks)
+        _check_same(f"{where}: config.attacks", label, *both)
     for label in set(one.measurements) & set(other.measurements):
-        _check_same(
-            "config.measurements", label, one.measurements[label], other.measurements[label]
-        )
+        tables = one.measurements, other.measurements
+        _check_same(f"{where}: config.measurements", label, *(table[label] for table in tables))
 
 
 def with_kept(fresh: pd.DataFrame, old: pd.DataFrame, labels: Iterable[str]) -> pd.DataFrame:

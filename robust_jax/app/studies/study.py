@@ -333,13 +333,8 @@ def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
     for trial in trials(config, chosen, seeds=(*config.seeds, *arms.extra_seeds(config))):
         here = workdir / trial.name
         if stored.is_finished(here):
-            folder.check_trained_as(here, trial.config)
-            old = stored.config_of(here)
-            assert old is not None
-            try:
-                merge.check_alike(old, trial.config)
-            except UserError as error:
-                raise UserError(f"{here}: {error}") from None
+            old = folder.check_trained_as(here, trial.config)
+            merge.check_alike(old, trial.config, here)
             found[trial.arm][trial.seed] = Evidence(
                 stored.results(here),
                 records.read(here / "records" / "best.csv"),
