@@ -91,7 +91,7 @@ def carry_out(arguments: list[str]) -> str:
     import jax
 
     from configs import default
-    from robust_jax.app import entries, folder, run
+    from robust_jax.app import experiment, folder, run
     from robust_jax.app.studies import study
     from robust_jax.devices import processes, speed, stopping
 
@@ -104,7 +104,7 @@ def carry_out(arguments: list[str]) -> str:
     if not processes.is_first():
         logging.set_verbosity(logging.ERROR)
     config = FLAGS.config
-    check_run = partial(entries.check, schema=default.get_config())
+    check_run = partial(experiment.check, schema=default.get_config())
     flag: Any = FLAGS["config"]
     typed = flag.override_values
     with stopping.watched():

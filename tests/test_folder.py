@@ -159,6 +159,18 @@ def test_what_is_typed_for_a_finished_run_is_used_or_refused(mode, used, ignored
             folder.check_heeded(tmp_path, config, ignored, mode)
 
 
+@pytest.mark.parametrize("mode", ["measure", "audit"])
+def test_a_config_file_of_another_threat_model_is_refused_where_it_would_be_ignored(mode, tmp_path):
+    a_run(tmp_path)
+    config = default.get_config()
+    folder.check_heeded(tmp_path, config, (), mode)
+    config.threat.eps = 0.3
+    for other in ("report", "verify", "evaluate"):
+        folder.check_heeded(tmp_path, config, (), other)
+    with pytest.raises(UserError, match=f"--mode={mode} ignores config.threat; use --mode=eval"):
+        folder.check_heeded(tmp_path, config, (), mode)
+
+
 @pytest.mark.parametrize("at", ["the records", "the measurements"])
 def test_a_full_disk_leaves_the_earlier_evaluation(at, tmp_path, monkeypatch):
     for name in ("results.json", "card.json", "examples.npz"):

@@ -11,15 +11,14 @@ from ml_collections import ConfigDict
 
 from configs import default
 from robust_jax.app import config as config_lib
-from robust_jax.app import entries, stored, threat
+from robust_jax.app import experiment, stored
 from robust_jax.app.studies import arms, measures, study
 from robust_jax.errors import UserError
-from robust_jax.models import MODELS
 from tests import small_study as small
 from tests.conftest import REPOSITORY
 from tests.test_claims import result, table
 
-check_run = functools.partial(entries.check, schema=default.get_config())
+check_run = functools.partial(experiment.check, schema=default.get_config())
 STUDIES = sorted(
     path.stem for path in (REPOSITORY / "configs" / "studies").glob("*.py") if path.stem != "common"
 )
@@ -81,10 +80,6 @@ def test_every_study_is_whole_at_every_scale(name, scale):
     config = config_of(name, scale=scale)
     study.check(config, check_run)
     trials = list(study.trials(config))
-    for trial in trials[: len(config.arms)]:
-        config_lib.bind(MODELS, trial.config.model, "model", reserved=("num_classes",))
-        for label, entry in threat.complete(trial.config).regularizers.items():
-            entries.term(label, entry, trial.config.loss_on)
     assert len(trials) == len(config.arms) * len({t.seed for t in trials})
     assert len({t.seed for t in trials}) >= (2 if scale == "smoke" else 3)
     # As its folder remembers it.
@@ -166,6 +161,18 @@ WRONG = {
     ),
     "tolerance in percent": ({"claims.a.tests.0.by": "10 %"}, "whose by is '10 %'; give a number"),
     "measurement": ({"base.measurements": {"outputz": {}}}, "outputz.name is 'outputz'; did you"),
+    "loss of an arm": ({"arms.ls": {"loss": {"name": "smooth"}}}, "loss.name is 'smooth'; choices"),
+    "attack of an arm": ({"arms.ls": {"attacks": {"pgd": {"nm": 1}}}}, "pgd.nm is not a keyword"),
+    "model of an arm": ({"arms.ls": {"model": {"name": "lenet"}}}, "'lenet'; did you mean lenet5"),
+    "margins of an arm": (
+        {
+            "arms.ls": {
+                "model": {"name": "preact_resnet"},
+                "measurements": {"margins": {"estimate": "lipschitz"}},
+            }
+        },
+        "margins by lipschitz are for Linear, .* not for a PreActResNet",
+    ),
     "radius in words": ({"base.threat": {"norm": "linf", "eps": 0.1, "epz": 1}}, "epz is not a fi"),
 }
 
@@ -273,11 +280,17 @@ def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monk
     ],
 )
 def test_runs_of_another_threat_or_attack_are_not_collected(fields, said, tmp_path, monkeypatch):
-    fake_runs(monkeypatch)
+    ran = fake_runs(monkeypatch)
     study.execute(small_study(), tmp_path)
     study.execute(small_study(**{"base.attacks.pgd": {"eps": (0.1, 0.2)}}), tmp_path, "report")
     with pytest.raises(UserError, match=f"at/0.*{said}"):
         study.execute(small_study(**fields), tmp_path, "report")
+    if "base.threat.eps" in fields:  # before any run is attacked again
+        ran.clear()
+        for mode in ("train", "evaluate"):
+            with pytest.raises(UserError, match=f"at/0.*{said}"):
+                study.execute(small_study(**fields), tmp_path, mode)
+        assert not ran
     (tmp_path / "at" / "0" / "config.json").unlink()
     with pytest.raises(UserError, match="at/0 has results and no config.json"):
         study.execute(small_study(), tmp_path, "report")

@@ -190,10 +190,7 @@ def audit_settings(config: ConfigDict) -> AuditSettings | None:
 
 
 def check(config: ConfigDict, schema: ConfigDict) -> None:
-    """Compares a config with the one that holds every field, and its numbers with their ranges.
-
-    Everything in this package that takes a config expects one that was checked here.
-    """
+    """Compares a config with the one that holds every field, and its numbers with their ranges."""
     config_lib.check_fields(config, schema)
     check_numbers(config)
 

@@ -6,17 +6,19 @@ from functools import partial
 from typing import get_args
 
 import numpy as np
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from robust_jax import _checks, data
 from robust_jax.app import entries, subject, threat, training
 from robust_jax.app.config import bind, choose, guard
 from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
-from robust_jax.app.measurements import MEASUREMENTS
+from robust_jax.app.measurements import MEASUREMENTS, check_chain
 from robust_jax.app.training import Training
 from robust_jax.attacks import transfer
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
+from robust_jax.models import MODELS
 from robust_jax.types import LogitsFn
 
 
@@ -30,17 +32,38 @@ class Experiment(Training):
     audit: AuditSettings | None
 
 
+def check(config: ConfigDict, schema: ConfigDict) -> None:
+    """Checks all of a config that needs no data: fields, numbers, names and their keywords.
+
+    schema: the config that holds every field. Everything else in this package that takes a config
+    expects one that was checked here. Raises UserError, naming the field, the value and the
+    choices.
+    """
+    entries.check(config, schema)
+    full = threat.complete(config)
+    training.named(full)
+    _evaluation(full)
+
+
+def _evaluation(
+    full: ConfigDict,
+) -> tuple[dict[str, AttackGrid], dict[str, Callable], AuditSettings | None]:
+    """The attacks, measurements and audit that a complete config names."""
+    model = MODELS[choose(MODELS, full.model.name, "config.model.name")]
+    return (
+        {label: entries.attack_grid(label, entry) for label, entry in full.attacks.items()},
+        {label: _measurement(label, entry, model) for label, entry in full.measurements.items()},
+        entries.audit_settings(full),
+    )
+
+
 def build(config: ConfigDict) -> Experiment:
-    """Builds what a checked config (`entries.check`) composes; loads the data, compiles nothing.
+    """Builds what a checked config composes; loads the data, compiles nothing.
 
     Raises UserError, naming the field, the value and the choices.
     """
     full = threat.complete(config)
-    grids = {label: entries.attack_grid(label, entry) for label, entry in full.attacks.items()}
-    measurements: dict[str, Callable] = {
-        label: _measurement(label, entry) for label, entry in full.measurements.items()
-    }
-    audit = entries.audit_settings(full)
+    grids, measurements, audit = _evaluation(full)
     run = training.build(config)
     training.check_radius(full.audit, "config.audit", run.dataset)
     for label, entry in full.measurements.items():
@@ -72,7 +95,7 @@ def build(config: ConfigDict) -> Experiment:
     )
 
 
-def _measurement(label: str, entry: ConfigDict) -> Callable:
+def _measurement(label: str, entry: ConfigDict, model: type[nn.Module]) -> Callable:
     """What else is measured; its label names it where the entry does not."""
     path = f"config.measurements.{label}"
     if not isinstance(entry, ConfigDict):
@@ -86,7 +109,10 @@ def _measurement(label: str, entry: ConfigDict) -> Callable:
             guard(path, _checks.counts, **{key: value})
         if key in ("eps", "radius"):
             guard(path, _checks.known_lengths, **{key: value})
-    return bind(MEASUREMENTS, {"name": label, **keywords}, path)
+    found = bind(MEASUREMENTS, {"name": label, **keywords}, path)
+    if found.keywords.get("estimate") == "lipschitz":
+        check_chain(model)
+    return found
 
 
 def surrogate_of(folder: str, path: str, dataset: data.Dataset) -> LogitsFn:

@@ -116,7 +116,10 @@ _HEEDED: Mapping[Mode, tuple[str, ...]] = {
 
 
 def check_heeded(workdir: Path, config: ConfigDict, typed: Iterable[str], mode: Mode) -> None:
-    """Checks what is typed for a finished run. Raises UserError for what the mode would ignore."""
+    """Checks what is typed for a finished run, and that a config file has its threat model.
+
+    Raises UserError for what the mode would ignore.
+    """
     old = stored.config_of(workdir)
     if mode not in _HEEDED or old is None:
         return
@@ -127,6 +130,9 @@ def check_heeded(workdir: Path, config: ConfigDict, typed: Iterable[str], mode: 
         for field in {*was, *asked}:
             if config_lib.is_within(field, (path,)) and was.get(field) != asked.get(field):
                 raise UserError(f"--mode={mode} ignores config.{path}; use --mode=evaluate")
+    # What is measured or audited follows it.
+    if _HEEDED[mode] and threat.complete(old).threat != threat.complete(config).threat:
+        raise UserError(f"--mode={mode} ignores config.threat; use --mode=evaluate")
 
 
 def _claim_new(

@@ -104,9 +104,7 @@ def input_margins(
     """
     x, y = _examples(getattr(subject.dataset, split), num_examples)
     if estimate == "lipschitz":
-        if not isinstance(subject.model, _CHAINS):
-            kind, chains = type(subject.model).__name__, ", ".join(c.__name__ for c in _CHAINS)
-            raise UserError(f"margins by lipschitz are for {chains}, not for a {kind}")
+        check_chain(type(subject.model))
         logits = _on_examples(subject, lambda fn, rows: fn(rows["x"]), x, y)
         layers = spectra.layers(subject.model, subject.variables, subject.dataset.image_shape)
         found = margins.lipschitz(logits, y, layers, norm=norm, std=subject.model.std)
@@ -136,6 +134,13 @@ def input_margins(
         return {"count": 0, "not_finite": len(found)}
     of_images = {"of_images/mean": found} if split == "test" else {}
     return {**summary(found), "input_margin": found, **of_images}
+
+
+def check_chain(model: type[nn.Module]) -> None:
+    """Checks that margins by lipschitz hold for the model. Raises UserError otherwise."""
+    if not issubclass(model, _CHAINS):
+        chains = ", ".join(chain.__name__ for chain in _CHAINS)
+        raise UserError(f"margins by lipschitz are for {chains}, not for a {model.__name__}")
 
 
 def layer_spectra(subject: Subject) -> Numbers:

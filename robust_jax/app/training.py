@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from robust_jax.errors import UserError
 from robust_jax.models import MODELS
 from robust_jax.train import optimizer
 from robust_jax.train.loop import Plan
-from robust_jax.train.objectives import Apply, halves_needed, make_objective
+from robust_jax.train.objectives import Adversary, Apply, halves_needed, make_objective
 from robust_jax.train.regularizers import Half, Term
 from robust_jax.train.state import init_state
 from robust_jax.train.step import StepSettings, make_train_step, vmap_train_step
@@ -46,30 +46,58 @@ class Training:
     evaluation_key: jax.Array
 
 
+class Named(NamedTuple):
+    """What a config names for its training, with the keywords bound."""
+
+    method: parallel.Method
+    make_model: Callable[..., nn.Module]
+    make_schedule: Callable
+    make_optimizer: Callable
+    loss: losses.Loss
+    adversary: Adversary | None
+    terms: dict[str, Term]
+    validation_attack: Callable
+
+
+def named(config: ConfigDict) -> Named:
+    """Looks up the names of a complete config. Raises UserError with the choices."""
+    return Named(
+        method=choose(parallel.METHODS, config.parallel, "config.parallel"),
+        make_model=partial(
+            bind(MODELS, config.model, "config.model", reserved=_MODEL_FIELDS_SET_HERE),
+            dtype=_DTYPES[choose(_DTYPES, config.dtype, "config.dtype")],
+            axis_name=parallel.AXIS,
+        ),
+        make_schedule=bind(optimizer.SCHEDULES, config.schedule, "config.schedule"),
+        make_optimizer=bind(optimizer.OPTIMIZERS, config.optimizer, "config.optimizer"),
+        loss=bind(losses.LOSSES, config.loss, "config.loss"),
+        adversary=entries.adversary(config.adversary),
+        terms={
+            name: entries.term(name, entry, config.loss_on)
+            for name, entry in config.regularizers.items()
+        },
+        validation_attack=entries.attack_of_a_step(
+            config.validation_attack, "config.validation_attack"
+        ),
+    )
+
+
 def build(config: ConfigDict) -> Training:
     """Loads the data of a checked config and builds what trains on it; compiles nothing.
 
     Raises UserError, naming the field, the value and the choices.
     """
     given, config = config, threat.complete(config)
-    method = choose(parallel.METHODS, config.parallel, "config.parallel")
-    make_model = partial(
-        bind(MODELS, config.model, "config.model", reserved=_MODEL_FIELDS_SET_HERE),
-        dtype=_DTYPES[choose(_DTYPES, config.dtype, "config.dtype")],
-        axis_name=parallel.AXIS,
-    )
-    make_schedule = bind(optimizer.SCHEDULES, config.schedule, "config.schedule")
-    make_optimizer = bind(optimizer.OPTIMIZERS, config.optimizer, "config.optimizer")
-    loss = bind(losses.LOSSES, config.loss, "config.loss")
-    adversary = entries.adversary(config.adversary)
-    terms = {
-        name: entries.term(name, entry, config.loss_on)
-        for name, entry in config.regularizers.items()
-    }
-    validation_attack = entries.attack_of_a_step(
-        config.validation_attack, "config.validation_attack"
-    )
-
+    (
+        method,
+        make_model,
+        make_schedule,
+        make_optimizer,
+        loss,
+        adversary,
+        terms,
+        validation_attack,
+    ) = named(config)
     dataset = data.load(
         config.dataset,
         validation_size=config.validation_size,

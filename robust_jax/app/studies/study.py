@@ -235,6 +235,8 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: st
         first = [t for t in trials(config, chosen, seeds_of_part) if arm in ("", t.arm)]
         for trial in first:
             _check_chosen(config, trial.arm, chosen)
+            if stored.is_finished(workdir / trial.name):
+                folder.check_trained_as(workdir / trial.name, trial.config)
         if mode == "train" and jax.default_backend() != "cpu":
             train_seeds_together(first, workdir)
         if mode != "train" and not only:
