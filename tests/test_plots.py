@@ -184,7 +184,21 @@ def test_numbers_along_training_have_a_line_an_arm_and_its_interval():
     assert ax.get_title() == "minimum margin" and ax.get_xlabel() == "epoch"
     np.testing.assert_array_equal(ax.lines[0].get_xydata(), [[0.5, 1], [1, 2]])
     assert ax.collections[0].get_datalim(ax.transData).y1 == 1.5
-    assert len(figure.axes) == 1
+    assert len(figure.axes) == 1 and ax.get_xscale() == "linear"
+
+
+def test_an_arm_that_trains_much_longer_does_not_squeeze_the_others():
+    def points(epochs):
+        return [
+            {"epoch": i * epochs / 30, "mean": i, "low": None, "high": None} for i in range(31)
+        ]
+
+    figure = study_plots.along_training({"margin": {"one": points(1.0), "long": points(150.0)}})
+    ax = figure.axes[0]
+    assert ax.get_xscale() == "symlog" and ax.get_xlim()[0] == 0
+    figure.draw_without_rendering()
+    assert {"0", "1", "10", "100"} <= {tick.get_text() for tick in ax.get_xticklabels()}
+    assert all(30 / line.get_markevery() <= 6 for line in ax.lines)
 
 
 def test_a_sweep_is_drawn_with_what_it_chose():

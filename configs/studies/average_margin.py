@@ -151,8 +151,8 @@ def get_config():
         ("output margin", "PGD on cross-entropy at 1"),
     )
     config.along_training = (
-        "clean_accuracy",
         *along("distance", "distance_clever", "margin", "margin_attack"),
+        "clean_accuracy",
     )
     config.published = tuple(
         (arm, {"clean": clean})

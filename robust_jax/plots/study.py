@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from robust_jax.plots.style import (
     ARM_COLORS,
@@ -20,6 +20,7 @@ from robust_jax.plots.style import (
 )
 
 _MARKERS = "os^DvPX"  # one fewer than colours, so that no two of 56 arms look the same
+_MOST_MARKERS = 6  # of a line along training
 
 
 @rc_context(STYLE)
@@ -134,14 +135,22 @@ def measures_against_each_other(
 def along_training(history: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
     """A panel for each number of the validations against the epoch, a line for each arm.
 
-    history: by number and arm the points {epoch, mean, low, high}; low and high may be None.
+    history: by number and arm the points {epoch, mean, low, high}; low and high may be None. Epochs
+    are on a logarithmic axis from 1 on where some arms train more than 20 times as long as others.
     """
     figure, panels = panels_in_rows(len(history), columns=2, height=3.0)
+    lasts = [points[-1]["epoch"] for of in history.values() for points in of.values() if points]
     for ax, (name, by_arm) in zip(panels, history.items(), strict=False):
+        if _spread_far(lasts):
+            ax.set_xscale("symlog", linthresh=1)
+            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.set_xlim(0, 1.1 * max(lasts))
         for (arm, points), color, marker in zip(
             by_arm.items(), cycle(ARM_COLORS), cycle(_MARKERS), strict=False
         ):
-            _line_with_band(ax, points, "epoch", color=color, marker=marker, label=arm)
+            every = -(-len(points) // _MOST_MARKERS) or 1
+            style = {"color": color, "marker": marker, "markevery": every, "label": arm}
+            _line_with_band(ax, points, "epoch", **style)
         ax.set(title=name.replace("_", " "), xlabel="epoch")
     legend_below(figure, panels)
     return figure

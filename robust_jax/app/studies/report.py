@@ -1,7 +1,7 @@
 """A study's folder as report.html and as README.md with its figures, for a repository."""
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from robust_jax.app.wording import format_eps, number, percent, words
 from robust_jax.files import write_atomically
 from robust_jax.plots import study as plots
 
-# Panels of three in a line, times arms, of a figure; more would be too large a file to keep.
-_LINES_BY_ARMS = 20
+# Rows of panels, times arms, of a figure; more would be too large a file to keep.
+_ROWS_BY_ARMS = 20
 
 
 def write(workdir: Path, results: Results, arrays: Arrays) -> None:
@@ -44,11 +44,9 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
         arm: {labels[label]: _in_percent(measure, row[label]) for label, measure in of.items()}
         for arm, row in named(results["table"]).items()
     }
-    shown = list(labels.values())
-    panels = 3 * min(4, max(1, _LINES_BY_ARMS // len(table)))
-    for i, start in enumerate(range(0, len(shown), panels)):
-        part = shown[start : start + panels]
-        figures[f"measures_{i + 1}" if i else "measures"] = (
+    panels = 3 * min(4, max(1, _ROWS_BY_ARMS // len(table)))
+    for name, part in _in_parts("measures", list(labels.values()), panels):
+        figures[name] = (
             plots.measures_by_arm({arm: {m: row[m] for m in part} for arm, row in table.items()}),
             "Measures of the table: the mean over seeds with its 95 % interval.",
         )
@@ -73,9 +71,11 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
             "marks the value that was chosen; where there is a dashed line, the nearest to it."
             + _at_an_edge(named(results["sweeps"])),
         )
-    if results["along_training"]:
-        figures["training"] = (
-            plots.along_training({k: named(v) for k, v in results["along_training"].items()}),
+    history = {k: named(v) for k, v in results["along_training"].items()}
+    panels = 2 * min(4, max(1, _ROWS_BY_ARMS // len(table)))
+    for name, part in _in_parts("training", list(history), panels):
+        figures[name] = (
+            plots.along_training({number: history[number] for number in part}),
             "Along training: the mean over seeds with its 95 % interval.",
         )
     at_start = _at_start(results)
@@ -111,6 +111,12 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
     write_atomically(
         workdir / "README.md", _markdown(results, claims, arms, rows, captions, chance)
     )
+
+
+def _in_parts(name: str, shown: Sequence[str], panels: int) -> Iterator[tuple[str, Sequence[str]]]:
+    """What is shown, at most that many a figure, with the figure's name."""
+    for i, start in enumerate(range(0, len(shown), panels)):
+        yield (f"{name}_{i + 1}" if i else name), shown[start : start + panels]
 
 
 def _at_an_edge(sweeps: Mapping[str, Any]) -> str:
