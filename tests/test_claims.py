@@ -7,7 +7,7 @@ from scipy import stats
 
 from robust_jax.app.stored import Evidence
 from robust_jax.app.studies import claims, measures, study
-from robust_jax.app.studies.intervals import as_wide_as, interval
+from robust_jax.app.studies.intervals import Interval, as_wide_as, interval, seeds_needed
 from robust_jax.errors import UserError
 
 
@@ -504,6 +504,24 @@ def test_seeds_are_added_for_widths_and_for_nothing_else():
     assert not claims.needs_more_seeds(claims.judge_test(width, found(a=(), b=())))
     few = alike(100, only_b=10, only_a=10)  # it is the images that are too few
     assert not claims.needs_more_seeds(claims.judge_test(width, few))
+
+
+def test_seeds_that_would_be_needed_make_the_interval_as_narrow_as_was_asked():
+    values = np.random.default_rng(0).normal(size=5)
+    known = interval(values)
+
+    def half(count, from_images=0.0):
+        of_seeds = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / np.sqrt(count)
+        return np.hypot(of_seeds, from_images)
+
+    count = seeds_needed(0.8, known, 5)
+    assert 5 < count < 1000 and 2 * half(count) <= 0.8 < 2 * half(count - 1)
+    assert seeds_needed(2.1 * half(5), known, 5) == 5
+    assert seeds_needed(1e-3, known, 5) is None
+    wider = Interval(0.0, -half(5, 0.3), half(5, 0.3), 0.3)
+    count = seeds_needed(0.8, wider, 5)
+    assert 2 * half(count, 0.3) <= 0.8 < 2 * half(count - 1, 0.3)
+    assert seeds_needed(0.6, wider, 5) is None  # the images alone are as wide
 
 
 def test_the_width_that_was_asked_for_never_makes_an_interval_narrower():

@@ -4,6 +4,8 @@ import errno
 import importlib
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ from ml_collections import ConfigDict
 from configs import default
 from robust_jax.app import command_line, folder, stored, training
 from robust_jax.app import config as config_lib
+from robust_jax.app.results import commit, versions
 from robust_jax.app.run import execute
 from robust_jax.app.studies import study
 from robust_jax.app.subject import load
@@ -350,3 +353,23 @@ def test_a_figure_that_fails_costs_no_results(tmp_path, monkeypatch):
 def test_another_checkpoint_than_there_is_is_refused(tmp_path):
     with pytest.raises(UserError, match="at is 'first'; choices: best, last, initialisation"):
         load(tmp_path, at="first")
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_results_name_the_commit_of_the_checkout_that_made_them(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True)
+
+    code = tmp_path / "code.py"
+    code.write_text("1")
+    assert commit(code) == ""
+    git("init", "--quiet")
+    assert commit(code) == ""  # as of an installed package within a checkout
+    git("add", "code.py")
+    git("commit", "--quiet", "-m", "a")
+    clean = commit(code)
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    code.write_text("2")
+    assert commit(code) == f"{clean}-dirty"
+    assert versions("jax").get("commit", "") == commit()

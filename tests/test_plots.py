@@ -189,9 +189,7 @@ def test_numbers_along_training_have_a_line_an_arm_and_its_interval():
 
 def test_an_arm_that_trains_much_longer_does_not_squeeze_the_others():
     def points(epochs):
-        return [
-            {"epoch": i * epochs / 30, "mean": i, "low": None, "high": None} for i in range(31)
-        ]
+        return [{"epoch": i * epochs / 30, "mean": i, "low": None, "high": None} for i in range(31)]
 
     figure = study_plots.along_training({"margin": {"one": points(1.0), "long": points(150.0)}})
     ax = figure.axes[0]

@@ -211,6 +211,7 @@ def fake_runs(monkeypatch, accuracy=lambda config: 0.5, num_images=200, *, page=
         ran.append(str(workdir.relative_to(workdir.parents[2 if "sweep" in workdir.parts else 1])))
         held = np.random.default_rng(config.seed).random(num_images) < accuracy(config)
         results = {**result(pgd=held.mean()), "config": config_lib.to_json(config)}
+        results["versions"] = {"robust_jax": "0.2.0", "jax": "0.10.2" if config.seed else "0.11.2"}
         results["training"] = {"best": {"robust_accuracy": accuracy(config)}}
         results["measurements"] = {"outputs": {"mean_confidence": 2 * accuracy(config)}}
         (workdir / "records").mkdir(parents=True, exist_ok=True)
@@ -388,7 +389,7 @@ def test_a_sweep_chooses_a_value_that_the_seeds_then_have(tmp_path, monkeypatch)
     }
     assert results["configs"]["entm"]["regularizers"]["entropy"]["weight"] == 1.0
     assert (tmp_path / "figures" / "sweeps.svg").exists()
-    assert "At an edge" not in (tmp_path / "README.md").read_text()
+    assert "At an edge" not in (tmp_path / "results.md").read_text()
     again = stored.from_json(json.loads((tmp_path / "study.json").read_text()))
     assert study.settled(again).to_dict() == config.to_dict()
 
@@ -407,7 +408,7 @@ def test_a_page_says_what_each_test_rests_on(tmp_path, monkeypatch):
     )
     said = study.execute(config, tmp_path)
     assert said.startswith("supported, but small: Better.")
-    readme, page = ((tmp_path / name).read_text() for name in ("README.md", "report.html"))
+    readme, page = ((tmp_path / name).read_text() for name in ("results.md", "report.html"))
     mean, low, high = (
         100 * stored.results(tmp_path)["claims"]["a"]["tests"][0][end]
         for end in ("mean", "low", "high")
@@ -417,6 +418,8 @@ def test_a_page_says_what_each_test_rests_on(tmp_path, monkeypatch):
     line = ("PGD: AT + EntM above at", found, "5 points", "3 seeds × 2,000 images")
     assert f"| {' | '.join(line)} | supported, but small |" in readme
     assert all(part in page for part in (found, *line[2:], "Number of tests: 1.", "Sweeps: what"))
+    made_by = "Made by robust_jax 0.2.0, jax 0.10.2 and 0.11.2."
+    assert made_by in readme and made_by in page
 
 
 def test_a_sweep_can_choose_what_is_nearest_to_another_arm(tmp_path, monkeypatch):
@@ -442,7 +445,7 @@ def test_a_sweep_can_choose_what_is_nearest_to_another_arm(tmp_path, monkeypatch
     sweeps = stored.results(tmp_path)["sweeps"]
     assert sweeps["other"]["chosen"] == 0.1 and sweeps["entm"]["chosen"] == 3.0
     np.testing.assert_allclose(sweeps["entm"]["target"], 0.4)
-    page = (tmp_path / "README.md").read_text()
+    page = (tmp_path / "results.md").read_text()
     assert "At an edge, so a better value may lie beyond: entm (3)." in page
     np.testing.assert_allclose(sweeps["entm"]["found"], [1.2, 0.7])
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from robust_jax.app import stored
-from robust_jax.app.studies import report
+from robust_jax.app.studies import intervals, report
 from robust_jax.plots import networks
 from tests.conftest import REPOSITORY
 
@@ -57,7 +57,7 @@ def written(tmp_path_factory):
 
 
 def test_a_claim_about_most_layers_shows_the_interval_of_each(written):
-    page = (written.workdir / "README.md").read_text()
+    page = (written.workdir / "results.md").read_text()
     entries = [
         (name, entry)
         for claim in written.results["claims"].values()
@@ -114,9 +114,16 @@ def test_a_test_is_described_with_what_it_tolerates(changes, said):
     assert said in report._describe({**TEST, **changes}, {}, {"a": "A", "b": "B"})
 
 
-def test_a_page_says_where_images_are_too_few_and_which_arms_have_none():
-    assert report._why(TEST) == " (too few images)"
-    assert report._why({**TEST, "widest": 0.1}) == report._why({**TEST, "verdict": "refuted"}) == ""
+def test_a_page_says_what_open_tests_take_and_what_numbers_rest_on():
+    assert report._takes(TEST) == " (takes 800 images or more)"
+    assert report._takes({**TEST, "verdict": "refuted"}) == ""
+    assert report._takes({**TEST, "widest": 0.0}) == ""
+    apart = {**TEST, "from_images": None, "mean": 0.01, "low": -0.02, "high": 0.04, "widest": 0.04}
+    known = intervals.interval(values := [0.0, 0.01, 0.02], bounds=(-1, 1))
+    ends = dict(zip(("mean", "low", "high"), known, strict=False))
+    count = intervals.seeds_needed(0.04, known, len(values))
+    assert report._takes({**apart, **ends, "values": values}) == f" (takes about {count} seeds)"
+    assert report._takes({**apart, **ends, "widest": 1e-4}) == " (takes over 1,000 seeds)"
     assert report._counted([3, 3], [500, 500]) == "3 seeds × 500 images"
     assert (
         report._counted([3, 5, 0], [500, None, None]) == "3 or 5 seeds × 500 images, or seeds alone"
@@ -125,7 +132,7 @@ def test_a_page_says_where_images_are_too_few_and_which_arms_have_none():
 
 
 def test_published_numbers_stand_in_both_pages(written):
-    for page in ("report.html", "README.md"):
+    for page in ("report.html", "results.md"):
         assert (written.workdir / page).read_text().count("published 62.74") == 1
 
 

@@ -97,7 +97,7 @@ def test_a_seed_of_each_study_runs(name, on_few_images, tmp_path, monkeypatch):
 )
 def test_a_seed_of_each_study_runs_at_smoke(name, arm, tmp_path):
     run_at_smoke(config_of(name, scale="smoke"), arm, tmp_path)
-    assert (tmp_path / "report.html").exists() and (tmp_path / "README.md").exists()
+    assert (tmp_path / "report.html").exists() and (tmp_path / "results.md").exists()
 
 
 def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path, monkeypatc
     assert results["table"]["at"]["mean margin"]["images"] == len(arrays["outputs/gap"])
     assert results["table"]["other"]["clean"]["mean"] is None
     assert results["claims"]["a"]["verdict"] == "no verdict"
-    assert "**no verdict**: Better." in (tmp_path / "README.md").read_text()
+    assert "**no verdict**: Better." in (tmp_path / "results.md").read_text()
     assert "no verdict" in (tmp_path / "report.html").read_text()
     for name in ("accuracy", "measures"):
         assert 1000 < (tmp_path / "figures" / f"{name}.svg").stat().st_size < 500_000

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import subprocess
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -46,12 +47,27 @@ def compose(
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of this package, Python and the packages named."""
-    return {
-        "robust_jax": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-    }
+    """The versions of this package, with its commit where that is known, Python and packages."""
+    own = {"robust_jax": __version__} | ({"commit": found} if (found := commit()) else {})
+    others = {name: metadata.version(name) for name in packages}
+    return {**own, "python": platform.python_version(), **others}
+
+
+def commit(file: Path = Path(__file__)) -> str:
+    """The commit of the git checkout that holds the file, with "-dirty" where files were changed.
+
+    Empty where there is no git, or where it does not follow the file, as in an installed package.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def device() -> dict[str, Any]:

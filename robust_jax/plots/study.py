@@ -149,8 +149,8 @@ def along_training(history: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
             by_arm.items(), cycle(ARM_COLORS), cycle(_MARKERS), strict=False
         ):
             every = -(-len(points) // _MOST_MARKERS) or 1
-            style = {"color": color, "marker": marker, "markevery": every, "label": arm}
-            _line_with_band(ax, points, "epoch", **style)
+            style: dict[str, Any] = {"color": color, "marker": marker, "markevery": every}
+            _line_with_band(ax, points, "epoch", label=arm, **style)
         ax.set(title=name.replace("_", " "), xlabel="epoch")
     legend_below(figure, panels)
     return figure

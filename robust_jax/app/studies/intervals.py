@@ -92,5 +92,18 @@ def as_wide_as(widest: float, known: Interval) -> Interval:
     )
 
 
-def _quantile(count: int) -> float:
-    return float(stdtrit(count - 1, (1 + LEVEL) / 2))
+def seeds_needed(width: float, known: Interval, num_seeds: int, *, most: int = 1000) -> int | None:
+    """How many seeds would make the interval that narrow, if they scatter as its num_seeds do.
+
+    None where more than most would be, or where the images alone make it wider.
+    """
+    counts = np.arange(num_seeds, most + 1)
+    squared = max(((known.high - known.low) / 2) ** 2 - known.from_images**2, 0.0)
+    of_one = squared * num_seeds / _quantile(num_seeds) ** 2
+    halves = np.sqrt(_quantile(counts) ** 2 * of_one / counts + known.from_images**2)
+    enough = counts[2 * halves <= width]
+    return int(enough[0]) if len(enough) else None
+
+
+def _quantile(count):
+    return stdtrit(count - 1, (1 + LEVEL) / 2)

@@ -1,4 +1,4 @@
-"""A study's folder as report.html and as README.md with its figures, for a repository."""
+"""A study's folder as report.html and as results.md with its figures, for a repository."""
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from robust_jax.app.pages.figures import Arrays
 from robust_jax.app.pages.html import image, template
 from robust_jax.app.stored import Results
 from robust_jax.app.studies import measures
+from robust_jax.app.studies.intervals import Interval, seeds_needed
 from robust_jax.app.wording import format_eps, number, percent, words
 from robust_jax.files import write_atomically
 from robust_jax.plots import study as plots
@@ -23,7 +24,7 @@ _ROWS_BY_ARMS = 20
 
 
 def write(workdir: Path, results: Results, arrays: Arrays) -> None:
-    """Writes report.html, README.md and figures/*.svg into workdir.
+    """Writes report.html, results.md and figures/*.svg into workdir.
 
     arrays: by arm, what the measurements of one seed left to draw.
     """
@@ -105,11 +106,12 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
         rows=rows,
         figures=images,
         notes=results["notes"],
+        made_by=_made_by(results),
     )
     write_atomically(workdir / "report.html", page)
     captions = {name: alt for name, (_, alt) in figures.items()}
     write_atomically(
-        workdir / "README.md", _markdown(results, claims, arms, rows, captions, chance)
+        workdir / "results.md", _markdown(results, claims, arms, rows, captions, chance)
     )
 
 
@@ -229,7 +231,9 @@ _VERDICTS = (
     "interval is above zero. Refuted: it is below the smallest effect that is worth claiming. "
     "Supported, but small: both, so there is an effect, and it is smaller than that. Intervals are "
     "for seeds that were not run and, where they come from images, for images not seen. A claim is "
-    "supported where all of its tests are and refuted where one is."
+    "supported where all of its tests are and refuted where one is. An interval as narrow as the "
+    "smallest effect gives a verdict: beside an inconclusive test stands what that takes, if "
+    "further seeds scatter like these."
 )
 _CAPTION = (
     "The mean over seeds, with its 95 % interval, which needs three seeds to mean anything; where "
@@ -272,7 +276,7 @@ def _claims(results: Results) -> list[dict[str, Any]]:
                     "found": _found(test),
                     "smallest": _smallest(test),
                     "number": _counted([len(test["values"])], [test["images"]]),
-                    "verdict": test["verdict"] + _why(test),
+                    "verdict": test["verdict"] + _takes(test),
                 }
                 for test in claim["tests"]
             ],
@@ -376,12 +380,17 @@ def _size(size: float, test: Mapping[str, Any]) -> str:
     return f"{100 * size:.3g} point{'' if size == 0.01 else 's'}"
 
 
-def _why(test: Mapping[str, Any]) -> str:
-    """Why a test is inconclusive, where more seeds would not help."""
-    if "entries" in test:
+def _takes(test: Mapping[str, Any]) -> str:
+    """What an inconclusive test would take to have an interval as narrow as was asked."""
+    if "entries" in test or test["verdict"] != "inconclusive" or not test["widest"]:
         return ""
-    too_few = 2 * (test["from_images"] or 0.0) > test["widest"] > 0
-    return " (too few images)" if test["verdict"] == "inconclusive" and too_few else ""
+    from_images = test["from_images"] or 0.0
+    if (excess := 2 * from_images / test["widest"]) > 1:
+        images = float(f"{test['images'] * excess**2:.2g}")
+        return f" (takes {images:,.0f} images or more)"
+    known = Interval(test["mean"], test["low"], test["high"], from_images)
+    count = seeds_needed(test["widest"], known, len(test["values"]))
+    return f" (takes {'over 1,000' if count is None else f'about {count}'} seeds)"
 
 
 def _counted(num_seeds: Iterable[int], num_images: Iterable[int | None]) -> str:
@@ -447,6 +456,13 @@ def _number(x: float | None, unit: str) -> str:
     return percent(x) if unit and x is not None else number(x)
 
 
+def _made_by(results: Results) -> str:
+    """The versions that made the runs; older results.json do not have them."""
+    versions = results.get("versions", {})
+    named = [f"{name} {' and '.join(of)}" for name, of in versions.items()]
+    return f"Made by {', '.join(named)}." if named else ""
+
+
 def _markdown(results, claims, arms, rows, captions, chance) -> str:
     missing = [f"Not finished: {', '.join(results['missing'])}.", ""] if results["missing"] else []
     lines = [
@@ -456,6 +472,7 @@ def _markdown(results, claims, arms, rows, captions, chance) -> str:
         "",
         f"{results['paper']}. Scale `{results['scale']}`, {len(results['seeds'])} seeds.",
         "",
+        *([made_by, ""] if (made_by := _made_by(results)) else []),
         *missing,
         "## What is claimed, and what came out",
         "",

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -417,7 +418,15 @@ def collect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             for arm, numbers in config.published
         },
         "configs": {arm: config_lib.to_json(own) for arm, own in configs.items()},
+        "versions": _versions(found),
     }
+
+
+def _versions(found: Found) -> dict[str, list[str]]:
+    """By which versions of what the runs were made."""
+    runs = (run for by_seed in found.values() for run in by_seed.values())
+    known = pd.DataFrame([run.results["versions"] for run in runs])
+    return {name: sorted(known[name].dropna().unique()) for name in known}
 
 
 def _summary(measure: str, by_seed: Mapping[int, Evidence]) -> dict[str, Any]:
