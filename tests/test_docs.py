@@ -164,7 +164,7 @@ def test_the_verdicts_in_findings_are_those_of_the_studies():
 
 
 def test_figures_of_studies_are_small_and_all_shown():
-    for page in (REPOSITORY / "docs" / "studies").glob("*/README.md"):
+    for page in (REPOSITORY / "docs" / "studies").glob("*/results.md"):
         figures = list((page.parent / "figures").iterdir())
         assert [path.name for path in figures if path.stat().st_size > 200_000] == []
         assert {f"figures/{path.name}" for path in figures} == set(

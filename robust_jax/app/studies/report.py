@@ -466,7 +466,7 @@ def _made_by(results: Results) -> str:
 def _markdown(results, claims, arms, rows, captions, chance) -> str:
     missing = [f"Not finished: {', '.join(results['missing'])}.", ""] if results["missing"] else []
     lines = [
-        f"# {results['title']}",
+        f"# {results['title']}: results",
         "",
         results["question"],
         "",
