@@ -6,12 +6,12 @@
         --norm=l2 --eps=0.1 --points=64 --num_steps=20 --num_targets=3 --num_queries=200 \\
         --out=runs/compare_resnet_l2 --reference=../auto-attack
 
-Needs the bench extra. lenet5: the best checkpoint of a finished run of configs/mnist_lenet5_at.py
-or the like. preact_resnet18: CIFAR-10, trained here for some minutes where --weights does not exist
-yet. --reference names a checkout of github.com/fra31/auto-attack, which is then one of the peers.
-Every batch measured is kept in --out and not measured again, so a long comparison may be stopped,
-and more attacks, peers and seeds added; times compare where both sides were measured in one call.
-docs/attack_comparison.md has our tables.
+Needs the extras train and bench. lenet5: the best checkpoint of a finished run of
+configs/mnist_lenet5_at.py or the like. preact_resnet18: CIFAR-10, trained here for some minutes
+where --weights does not exist yet. --reference names a checkout of github.com/fra31/auto-attack,
+which is then one of the peers. Every batch measured is kept in --out and not measured again, so a
+long comparison may be stopped, and more attacks, peers and seeds added; times compare where both
+sides were measured in one call. docs/attack_comparison.md has our tables.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --model=wide_resnet --dtype=bfloat16 --tpu=v5e:2x4
     python -m benchmarks.scaling --model=preact_resnet --tpu=v5e:2x2 --work=attacks
 
-First it compiles the step for 1, 2, 4 and 8 devices (of a CPU, made up; nothing is run) and prints
+First it compiles the step for 1, 2, 4 and 8 simulated CPU devices, runs nothing, and prints
 what the model says of one device (operations, bytes of all-reduce, bytes of the state) beside what
 the programs hold. Then it predicts step times. docs/scaling.md has the formulas. The second command
 asks a TPU's compiler instead, which comes with the tpu extra and needs no TPU: does the step fit?

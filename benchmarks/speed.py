@@ -4,9 +4,9 @@
 
     python -m benchmarks.speed --work=step --nets=preact_resnet18,wide_resnet28 --dtype=bfloat16
 
-Needs the bench extra. Both sides have the same weights and images; they take turns in one process,
-and a row shows the median time of each, the median and range of the ratios of turns to the fastest
-of PyTorch's, and the rate of our products beside that of a large matrix product.
+Needs the extras train and bench. Both sides have the same weights and images; they take turns in
+one process, and a row shows the median time of each, the median and range of the ratios of turns to
+the fastest of PyTorch's, and the rate of our products beside that of a large matrix product.
 
 A step: PGD (linf) on 128 images, the gradient at the adversarials, SGD with momentum. PyTorch runs
 eagerly in both memory layouts, with autocast in bfloat16, and on a GPU by torch.compile as well,

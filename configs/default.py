@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     # Model: a name in robust_jax.models.MODELS and its keywords.
     config.model = ConfigDict({"name": "cnn"})
     config.normalize = True  # by the training pixels' mean and deviation, inside the model
-    config.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
+    config.dtype = "float32"  # or "bfloat16", of the computation; parameters are float32
 
     # The threat model: one norm and one radius in pixel units (0.03 or "8/255"). The adversary,
     # validation_attack, the audit, attacks, regularisers and measurements use them unless they set
@@ -111,7 +111,7 @@ def get_config() -> ConfigDict:
     # Attacks on the best and the last checkpoint (see evaluation.last). The key labels the attack
     # in tables, and names it if "name" is missing, one of robust_jax.attacks.ATTACKS; eps lists
     # the radii in pixel units; loss is one of robust_jax.losses.ATTACK_LOSSES.
-    # num_examples: attack the first so many (0, the default: all). surrogate: whose adversarials
+    # num_examples: attack only the first (0, the default: all). surrogate: whose adversarials
     # they are, the folder of a finished run, or "train" for the audit's undefended CNN.
     config.attacks = attack_grid(
         linf=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3),

@@ -352,7 +352,7 @@ def attacks(
 
 
 def measurements(num_examples, num_attacked):
-    """Margins of test images, first-order and by a minimum-norm attack, and the outputs."""
+    """Margins of training images, first-order and by a minimum-norm attack, and the outputs."""
     return {
         "margins": {"num_examples": num_examples},
         "margins_attack": {

@@ -5,7 +5,7 @@
 Four energies against adversarial training in l2, by PGD and by one step, and VAT, supervised and
 with few labels (our readings of the paper, which was withdrawn). smoke: digits, seconds. small: one
 epoch, 3 seeds, an hour of 2 CPU cores. medium: 5 epochs, 5 seeds, hours. full: 20 epochs, 5 seeds.
-cifar10 and svhn: the successor's data, PreActResNet-18, an accelerator.
+cifar10 and svhn: the papers' other data, PreActResNet-18, an accelerator.
 """
 
 from ml_collections import ConfigDict

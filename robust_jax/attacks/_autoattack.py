@@ -64,9 +64,9 @@ VERSIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 # Of these passes are made; what else an attack is given it checks itself.
 _COUNTS = ("num_targets", "num_restarts")
-# Keywords that are AutoAttack's own to give.
 # The field of a threat model that an attack cannot do without.
 _NEEDED = {"fab": "to_boundary", "fab_t": "to_boundary", "square": "patches"}
+# Keywords that are AutoAttack's own to give.
 _RESERVED = ("eps", "norm", "ranks", "targets", "criterion")
 
 
