@@ -26,9 +26,10 @@ from robust_jax._outputs import (
     change_with_the_batch,
     is_random,
 )
-from robust_jax._precision import wide_dtype
+from robust_jax._precision import length_in, wide_dtype
 from robust_jax.analysis.summaries import wilson_interval
 from robust_jax.attacks import mim, pgd, square
+from robust_jax.attacks._perturbations import finite
 from robust_jax.attacks.norms import Norm, threat_model
 from robust_jax.batches import MapExamples
 from robust_jax.errors import NothingToAudit
@@ -281,9 +282,9 @@ class _Lab:
             mapping = self._double_mapping()
             return mapping(_AttackInDouble(self.norm))(self.rows, np.float64(self.eps))
 
-    def radius(self, eps: float) -> np.floating:
+    def radius(self, eps: float) -> np.ndarray:
         """A radius in the type of the examples."""
-        return self.rows["x"].dtype.type(eps)
+        return np.asarray(length_in(eps, self.rows["x"].dtype))
 
     def share(self, name: str) -> float:
         """The share of the points that held against one of the attacks."""
@@ -302,19 +303,19 @@ class _Lab:
 
 def _check_outputs(logits) -> Check:
     is_finite = np.isfinite(logits).all(-1)
-    finite = float(is_finite.mean())
+    share = float(is_finite.mean())
     probabilities = are_probabilities(logits[is_finite])
-    values = {"share_finite": finite, "probabilities": float(probabilities)}
+    values = {"share_finite": share, "probabilities": float(probabilities)}
     if probabilities:
         evidence = "the outputs are in [0, 1] and sum to 1: they are probabilities, not logits"
     else:
-        evidence = f"the outputs are logits, {_percent(finite)} of them finite"
+        evidence = f"the outputs are logits, {_percent(share)} of them finite"
     return Check(
         "outputs",
-        "fail" if probabilities or finite < 1 else "pass",
+        "fail" if probabilities or share < 1 else "pass",
         evidence,
         "return what goes into the softmax: its result saturates and takes the gradient with it"
-        if probabilities or finite == 1
+        if probabilities or share == 1
         else "find what makes logits NaN or infinite: an attack follows no gradient there, and a "
         "label at -inf counts as wrong",
         values,
@@ -530,22 +531,22 @@ class _Trajectory:
             def step(x_adv, _):
                 gradient = jax.grad(lambda z: loss(logits_fn(z[None]), y[None])[0])(x_adv)
                 found = jnp.abs(gradient).max(), jnp.isfinite(gradient).all()
-                move = norm.steepest(jnp.nan_to_num(gradient))
+                move = norm.steepest(finite(gradient))
                 x_adv = x_adv + 2.5 * eps / _FEW_STEPS * move
                 return norm.project_to_ball_and_box(x_adv, x, eps), found
 
             start = norm.random_neighbour(key, x, eps)
             return jax.lax.scan(step, start, length=_FEW_STEPS)[1]
 
-        largest, finite = {}, []
+        largest, are_finite = {}, []
         for name, loss in (
             ("cross_entropy", losses.cross_entropy),
             ("margin", losses.margin_loss),
         ):
             one = jax.vmap(lambda x, y, key, loss=loss: follow(loss, x, y, key))
             largest[name], is_finite = one(rows["x"], rows["y"], fold_each(rows["key"], 1))
-            finite.append(is_finite)
-        return {**largest, "finite": finite[0] & finite[1]}
+            are_finite.append(is_finite)
+        return {**largest, "finite": are_finite[0] & are_finite[1]}
 
 
 @dataclasses.dataclass(frozen=True)

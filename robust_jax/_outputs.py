@@ -34,7 +34,11 @@ def is_random(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) -> bool:
 
 
 def change_with_the_batch(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) -> float:
-    """How much of the logits' size changes where each example is alone in its batch."""
+    """How much of the logits' size changes where each example is alone in its batch.
+
+    A single one is put beside its negative.
+    """
+    x = x if len(x) > 1 else np.concatenate([x, 1 - x])
     together = _logits(_traced(logits_fn, x, len(x)), x)
     alone = _logits(_traced(logits_fn, x, 1), x)
     return float(_change(alone, together).max())

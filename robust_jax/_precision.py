@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from robust_jax.types import Array
+from robust_jax.types import Array, Length, Scalar
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -21,3 +21,12 @@ def wide(x: Float[Array, "..."]) -> Float[Array, "..."]: ...
 def wide(x):
     """x in float32 where it has 16 bits, else as it is."""
     return x.astype(wide_dtype(x.dtype))
+
+
+def length_in(eps: Length, dtype: Any) -> Scalar:
+    """eps as examples of a dtype have it: in 16 bits rounded down, or the ball would be larger."""
+    found = jnp.asarray(eps, dtype)
+    if jnp.finfo(dtype).bits >= 32:
+        return found
+    too_large = wide(found) > jnp.asarray(eps, jnp.float32)
+    return jnp.where(too_large, jnp.nextafter(found, jnp.zeros((), dtype)), found)

@@ -26,6 +26,7 @@ from jaxtyping import Float
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
+from robust_jax._precision import length_in
 from robust_jax.attacks import Norm, ThreatModel, never, pgd
 from robust_jax.attacks.norms import threat_model
 from robust_jax.keys import example_keys, fold_each
@@ -365,7 +366,7 @@ def _mean_over_ball(
     keys = example_keys(key, x.shape[0])
 
     def draw(x, key):
-        return threat.random_neighbour(key, x, jnp.asarray(eps, x.dtype))
+        return threat.random_neighbour(key, x, length_in(eps, x.dtype))
 
     def sample(i):
         return value(jax.vmap(draw)(x, fold_each(keys, i)))

@@ -135,6 +135,11 @@ def test_targets_are_the_likeliest_wrong_classes_and_no_more_than_there_are(num_
         expected = [k for k in np.argsort(-logits) if k != label][:9]
         assert targets.tolist() == expected
         assert ranks.tolist() == list(range(2, 2 + len(expected)))
+    ruled_out = np.where(np.arange(num_classes) == num_classes - 1, -np.inf, logits)
+    for label in (0, num_classes - 1):  # a class that is ruled out comes last, the label nowhere
+        targets, _ = search(ruled_out, label, 12)
+        assert sorted(targets.tolist()) == [k for k in range(num_classes) if k != label]
+        assert label or targets.tolist()[-1] == num_classes - 1
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])

@@ -308,6 +308,30 @@ def test_a_loss_that_compares_outputs_needs_a_criterion_without_labels():
         jax.eval_shape(attack, x, logits_fn(x), KEY)
 
 
+BY_GRADIENTS = [
+    (name, norm)
+    for name, norm in WITH_NORMS
+    if name not in ("square", "uniform_noise", "gaussian_noise", "fab", "jsma")
+]
+
+
+@pytest.mark.parametrize(("name", "norm"), [*BY_GRADIENTS, ("fab", "linf")])
+def test_an_infinite_gradient_is_followed(name, norm):
+    """A root has one at black pixels, of which there are several."""
+
+    def logits_fn(x):
+        rooted = jnp.sqrt(x).sum(-1)
+        return jnp.stack([jnp.full(len(x), 0.9), rooted, -jnp.ones(len(x))], -1)
+
+    x, y = jnp.array([[0.0, 0.0, 0.25, 0.0]]), jnp.zeros(1, jnp.int32)
+    few = {"num_steps": 10} if "num_steps" in FEW.get(name, {}) else {}
+    few |= {"random_start": False} if name == "pgd" else {}
+    few |= {"num_searches": 5, "num_steps": 50} if name == "carlini_wagner" else {}
+    eps = 0.3 if name != "fab" else np.inf
+    x_adv = POINTWISE[name](logits_fn, x, y, KEY, eps=eps, norm=norm, **few)
+    assert attacks.is_adversarial(logits_fn, x_adv, y).all()
+
+
 @pytest.mark.parametrize(
     ("name", "norm"),
     [

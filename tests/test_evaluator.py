@@ -9,6 +9,7 @@ import pytest
 
 from robust_jax import data
 from robust_jax.app.evaluator import AttackGrid, Evaluator, Settings
+from robust_jax.app.records import column
 from robust_jax.attacks import _autoattack, autoattack, fgsm
 from robust_jax.devices import parallel
 from tests.digits import EPS, network, trained
@@ -90,3 +91,36 @@ def test_autoattack_goes_on_and_what_is_finished_is_not_done_again(tmp_path, mon
 def test_a_state_of_another_network_is_passed_over(tmp_path):
     records(tmp_path, scale=1.1)
     pd.testing.assert_frame_equal(records(tmp_path), records())
+
+
+def test_what_square_breaks_is_a_share_of_all_that_were_attacked(monkeypatch):
+    """AutoAttack is only given the examples that stand."""
+    before = {"clean": 1.0, "apgd_ce": 1.0, "square": 1 - 1 / 300}  # one of 300, or of 600
+    assert _autoattack.doubt_about_square(before)
+    assert not _autoattack.doubt_about_square(before, 1 / 2)
+    warned = []
+    whole = autoattack_at_two_radii()
+    monkeypatch.setattr(whole, "_warn", warned.append)
+    found = {"clean": 1.0, "apgd_ce": 1.0, "square": 0.5}
+
+    def half(logits_fn, x, y, key, **_):
+        said = ("something else", *_autoattack.doubt_about_square(found))
+        robust = np.arange(len(x)) % 2 == 0
+        zero = np.zeros(len(x), np.float32)
+        names = np.where(robust, "", "square")
+        return _autoattack.AutoAttackResult(x, robust, names, zero, zero, found, said)
+
+    grid = AttackGrid("autoattack", half, "linf", (EPS / 2, EPS), members=MEMBERS)
+    records = whole.with_grids({"autoattack": grid}).records(trained().args[0], "evaluate")
+    standing = [records["correct"].sum(), records[column("autoattack", EPS / 2, "held")].sum()]
+    assert 40 > standing[0] > standing[1] > 0
+    expected = [
+        f"autoattack at eps {eps:g}: {said}"
+        for eps, count in zip((EPS / 2, EPS), standing, strict=True)
+        for said in (
+            "something else",
+            f"square lowered the robust accuracy of the others by {100 * count / 40 / 2:.1f} "
+            "points: their gradients may be masked; give it more queries",
+        )
+    ]
+    assert warned == expected

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_jax import attacks, losses, margins
+from robust_jax import _outputs, attacks, losses, margins
 from robust_jax._outputs import are_probabilities
 from tests.calls import ATTACKS, EPS, FUNCTIONS, autoattack
 from tests.small_networks import KEY, chex_close, examples, network, weights_of
@@ -93,6 +93,10 @@ def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():
         lambda x: f(x) - f(x).mean(0), x, y, KEY, eps=0.05, progress=False, **few
     )
     assert any("alone in its batch" in warning for warning in whole.warnings)
+    images = np.asarray(x)
+    for count in (1, 8):
+        assert _outputs.change_with_the_batch(lambda x: f(x) - f(x).mean(0), images[:count]) > 0.1
+        assert _outputs.change_with_the_batch(f, images[:count]) < 1e-5
 
 
 def examples_of_three_classes():

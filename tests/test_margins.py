@@ -109,6 +109,9 @@ def test_truncation_is_bounded_falls_strictly_and_is_near_the_hard_one(values, t
 
 def test_truncation_lets_go_of_safe_and_of_hopeless_examples():
     gradient = jax.jit(jax.vmap(jax.grad(lambda d: margins.truncate(d[None], 0.1)[0])))
+    far = jnp.array([[np.inf, np.inf], [-np.inf, 0], [7000, 7000]])
+    for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+        assert jnp.isfinite(gradient(far.astype(dtype))).all()
     pull = np.abs(gradient(np.float32([[-3, 1], [0, 1], [3, 4]]))).sum(-1)
     assert pull[1] > 2
     assert (pull[[0, 2]] < 1e-6).all()

@@ -79,9 +79,9 @@ def called(name, norm, shape, dtype, **fewer):
 def assert_inside(x, x_adv, norm):
     assert x_adv.dtype == x.dtype and x_adv.shape == x.shape
     assert ((np.asarray(x_adv) >= 0) & (np.asarray(x_adv) <= 1)).all()
-    rounding = max(4 * float(jnp.finfo(x.dtype).eps), 1e-6)
-    radius = float(np.asarray(RADII[norm], x.dtype))
-    assert (sizes(x_adv, x, norm) <= radius * (1 + rounding)).all()
+    # Each pixel is rounded towards x; what 16 bits round before that may add up over pixels.
+    rounding = 1e-6 if norm == "linf" or x.dtype.itemsize > 2 else 1e-3
+    assert (sizes(x_adv, x, norm) <= RADII[norm] * (1 + rounding)).all()
 
 
 def assert_dtype_is_kept(name, norm, shape, dtype, eps):
@@ -110,7 +110,7 @@ def test_attacks_keep_float32_where_float64_is_on(name, norm):
 def test_attacks_work_in_other_precisions_where_jax_is_strict(name, norm, dtype):
     with strictly(), jax.enable_x64(dtype == jnp.float64):
         attack, x, y, key = called(name, norm, IMAGES, dtype)
-        x = jax.device_put(x, jax.devices()[0])
+        x = jax.device_put((np.asarray(x) * np.asarray(0.97, dtype)), jax.devices()[0])
         x_adv = attack(x, y, key, eps=RADII[norm])  # a plain call
         assert_inside(x, x_adv, norm)
 

@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
+from robust_jax._precision import length_in
 from robust_jax.attacks._best import Best, Goal, likeliest_wrong, value_dtype
-from robust_jax.attacks._perturbations import largest_where
+from robust_jax.attacks._perturbations import finite, largest_where
 from robust_jax.attacks._success import Criterion, misclassified
 from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
@@ -38,7 +39,7 @@ class _Settings(NamedTuple):
         _checks.known_lengths(eps=eps)
         _checks.counts(num_steps=num_steps)
         _checks.shares(rho=rho)
-        return cls(threat_model(norm), jnp.asarray(eps, dtype), num_steps, rho)
+        return cls(threat_model(norm), length_in(eps, dtype), num_steps, rho)
 
 
 @compiled
@@ -286,7 +287,7 @@ def _climb(measure, x, found, start_key, key, settings: _Settings) -> Best:
             state.x + share * (ahead - state.x) + (1 - share) * (state.x - state.previous)
         )
         (value, hit), gradient = measure(x_adv, jax.random.fold_in(key, step_number))
-        gradient = jnp.nan_to_num(gradient)
+        gradient = finite(gradient)
         peak = state.peak.updated(x_adv, value, gradient)
         num_raised = state.num_raised + (value > state.value).astype(jnp.int32)
 
@@ -307,7 +308,7 @@ def _climb(measure, x, found, start_key, key, settings: _Settings) -> Best:
 
     start = inside(x + norm.random_on_sphere(start_key, x, eps))
     (value, hit), gradient = measure(start, jax.random.fold_in(key, num_steps))
-    gradient = jnp.nan_to_num(gradient)
+    gradient = finite(gradient)
     lowest = jnp.full_like(value, -jnp.inf)
     peak = _Peak(start, lowest, gradient).updated(start, value, gradient)
     state = _State(
@@ -354,7 +355,7 @@ def _climb_sparsely(measure, x, found, start_key, key, settings: _Settings) -> B
         ahead = state.x + state.step_size * _even_step(state.gradient, 2 * state.num_changed // 3)
         x_adv = norm.project_to_ball_and_box(jnp.where(enters, state.peak.x, ahead), x, radius)
         (value, hit), gradient = measure(x_adv, jax.random.fold_in(key, step_number))
-        gradient = jnp.nan_to_num(gradient)
+        gradient = finite(gradient)
         lowest = _Peak(x_adv, jnp.full_like(value, -jnp.inf), gradient)
         peak = jax.tree.map(partial(jnp.where, enters), lowest, state.peak)
         peak = peak.updated(x_adv, value, gradient)

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from robust_jax import _checks, losses
 from robust_jax._front import Mapper, on_the_host
 from robust_jax._outputs import are_strange, doubts
+from robust_jax._precision import length_in
 from robust_jax.attacks._apgd import apgd, apgd_targeted
 from robust_jax.attacks._fab import fab
 from robust_jax.attacks._square import check_images, square
@@ -211,7 +212,7 @@ def autoattack(
             if len(standing):
                 some = _take(rows, standing)
                 attempt = map_examples(_Attempt(member.attack, threat, _frozen(member.keywords)))
-                x_try = attempt(some, x.dtype.type(eps), ranks, _salt(salt))
+                x_try = attempt(some, np.asarray(length_in(eps, x.dtype)), ranks, _salt(salt))
                 fresh = classify({**some, "x": x_try}, _salt(f"check {salt}"))
                 holds, margin = fresh["right"], fresh["margin"]
                 state.strange[standing] |= are_strange(fresh["logits"])
@@ -488,16 +489,25 @@ def _typed(array: np.ndarray, dtype: Any) -> np.ndarray:
     return array.view(dtype) if array.dtype.kind == "V" else array
 
 
-def _result(state: _State, x, norm, warnings) -> AutoAttackResult:
-    share = 0.002  # of all examples: what the reference tolerates before it speaks up
-    names = list(state.robust_accuracy)
+def doubt_about_square(robust_accuracy: Mapping[str, float], share: float = 1.0) -> list[str]:
+    """A warning where Square breaks what attacks by gradients do not.
+
+    share: of all examples, the one that robust_accuracy is of.
+    """
+    tolerated = 0.002  # of all examples: what the reference tolerates before it speaks up
+    names = list(robust_accuracy)
     for before, name in zip(names[1:], names[2:], strict=False):
-        drop = state.robust_accuracy[before] - state.robust_accuracy[name]
-        if name == "square" and drop > share + 1e-9:
-            warnings.append(
+        drop = share * (robust_accuracy[before] - robust_accuracy[name])
+        if name == "square" and drop > tolerated + 1e-9:
+            return [
                 f"square lowered the robust accuracy of the others by {100 * drop:.1f} points: "
                 "their gradients may be masked; give it more queries"
-            )
+            ]
+    return []
+
+
+def _result(state: _State, x, norm, warnings) -> AutoAttackResult:
+    warnings = [*warnings, *doubt_about_square(state.robust_accuracy)]
     robust = state.broken_by == ""
     sizes = np.asarray(distances(jnp.asarray(x), jnp.asarray(state.x_adv), norm=norm))
     return AutoAttackResult(

@@ -79,7 +79,7 @@ def likeliest_wrong(
     There are min(num_targets, K-1) of them, or the ones of the given ranks.
     """
     is_label = jnp.arange(len(logits), dtype=label.dtype) == label
-    order = jnp.argsort(-jnp.where(is_label, -jnp.inf, logits))[: len(logits) - 1]
+    order = jnp.lexsort((-logits, is_label))[: len(logits) - 1]  # the label is last
     default = np.arange(2, 2 + min(num_targets, len(order)))
     if isinstance(ranks, Sequence) and not (ranks and 2 <= min(ranks) <= max(ranks) <= len(logits)):
         raise ValueError(

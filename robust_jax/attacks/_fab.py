@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from robust_jax import _checks
 from robust_jax._front import compiled
-from robust_jax._precision import wide, wide_dtype
+from robust_jax._precision import length_in, wide, wide_dtype
 from robust_jax.attacks._best import Best, likeliest_wrong, value_dtype
 from robust_jax.attacks._perturbations import tiny
 from robust_jax.attacks._success import succeeds
@@ -44,7 +44,7 @@ class _Settings(NamedTuple):
         _checks.shares(alpha_max=self.alpha_max, beta=self.beta)
         if not self.eta >= 1:
             raise ValueError(f"eta must be at least 1, not {self.eta!r}")
-        return self._replace(eps=jnp.asarray(self.eps, dtype))
+        return self._replace(eps=length_in(self.eps, dtype))
 
 
 @compiled
@@ -211,7 +211,8 @@ def _mixed(x_adv, x, value, gradient, settings: _Settings):
     """The next point, from both projections onto a linearised boundary."""
     norm = settings.norm
     assert norm.to_boundary is not None
-    gradient = jnp.nan_to_num(gradient)
+    # Where a gradient is infinite the linearised boundary is at x itself; the others lead away.
+    gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
     # The select keeps XLA's CPU backend from a slow way to add up products.
     change = jnp.where(gradient == 0, 0.0, gradient * (x - x_adv)).sum()
     value = value.astype(value_dtype(x))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from robust_jax import _checks
 from robust_jax._front import compiled
 from robust_jax.attacks._best import likeliest_wrong
-from robust_jax.attacks._perturbations import tiny
+from robust_jax.attacks._perturbations import finite, tiny
 from robust_jax.attacks._success import succeeds
 from robust_jax.attacks.norms import L0
 from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
@@ -135,5 +135,5 @@ def most_salient_pair(
 
 def _scaled(gradient):
     """The gradient with its largest entry at ±1, so that products do not underflow; NaN as 0."""
-    gradient = jnp.nan_to_num(gradient)
+    gradient = finite(gradient)
     return gradient / jnp.maximum(jnp.abs(gradient).max(), tiny(gradient.dtype))

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax._precision import wide
+from robust_jax._precision import length_in, wide
 from robust_jax.attacks._best import Best, Goal, likeliest_wrong, value_dtype
-from robust_jax.attacks._perturbations import tiny
+from robust_jax.attacks._perturbations import finite, tiny
 from robust_jax.attacks._success import succeeds
 from robust_jax.attacks.norms import L2, ThreatModel, threat_model
 from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
@@ -46,7 +46,7 @@ class _CarliniWagner(NamedTuple):
                 raise ValueError(f"{name} must be positive, not {value!r}")
         if not self.kappa >= 0:
             raise ValueError(f"kappa must not be negative, not {self.kappa!r}")
-        return self._replace(eps=jnp.asarray(self.eps, dtype))
+        return self._replace(eps=length_in(self.eps, dtype))
 
 
 class _DeepFool(NamedTuple):
@@ -66,7 +66,7 @@ class _DeepFool(NamedTuple):
             _checks.counts(num_targets=self.num_targets)
         if not self.overshoot >= 0:
             raise ValueError(f"overshoot must not be negative, not {self.overshoot!r}")
-        return self._replace(eps=jnp.asarray(self.eps, dtype))
+        return self._replace(eps=length_in(self.eps, dtype))
 
 
 @compiled
@@ -225,7 +225,7 @@ def _descend_one(judge, x, reference, settings: _CarliniWagner):
             distance = L2.size(x_adv - x)
             near = hit & (distance <= settings.eps)
             value = jnp.where(near, -distance, -jnp.inf).astype(dtype)
-            update, moments = _adam(jnp.nan_to_num(gradient), moments, time)
+            update, moments = _adam(finite(gradient, most=1e15), moments, time)
             w = w - settings.learning_rate * update
             return (w, moments, best.updated(x_adv, value, near), hit_any | hit), None
 
@@ -275,7 +275,7 @@ def _cross_one(logits_of, x, y, settings: _DeepFool):
         i, x_adv, _ = state
         logits, pull = jax.vjp(logits_of, x_adv)
         logits, (gradients,) = jax.lax.stop_gradient((logits, jax.vmap(pull)(towards)))
-        gradients = jnp.nan_to_num(gradients)
+        gradients = finite(gradients)
         rates = jax.vmap(norm.dual_size)(wide(gradients))
         gaps = (logits[y] - logits[targets]).astype(rates.dtype)
         distances = jnp.where(rates > 0, gaps / jnp.maximum(rates, tiny(rates.dtype)), jnp.inf)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
+from robust_jax._precision import length_in
 from robust_jax.attacks._best import Best, Goal
 from robust_jax.attacks._success import Criterion
 from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
@@ -109,7 +110,7 @@ def _worst_draw(
     _checks.known_lengths(eps=eps)
     _checks.counts(num_samples=num_samples)
     x, y = jnp.asarray(x), jnp.asarray(y)
-    eps = jnp.asarray(eps, x.dtype)
+    eps = length_in(eps, x.dtype)
 
     def attack_one(x, reference, key):
         def sample(best, number):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_jax._precision import wide_dtype
+from robust_jax._precision import wide, wide_dtype
 from robust_jax.types import Array, Length, Perturbation, Scalar
 
 
@@ -17,16 +17,32 @@ def tiny(dtype: Any) -> float:
     return max(1e-30, float(jnp.finfo(dtype).tiny))
 
 
+def finite(gradient: Perturbation, most: float = 1e30) -> Perturbation:
+    """The gradient with NaN as 0 and entries of at most 1e30, which can be summed and divided by.
+
+    The largest float will not do: a sum of two is infinite, and 1 over it is 0 in float32.
+    """
+    most = min(most, float(jnp.finfo(gradient.dtype).max))
+    return jnp.clip(jnp.where(jnp.isnan(gradient), 0, gradient), -most, most)
+
+
 def add(x: Perturbation, delta: Perturbation) -> Perturbation:
     """x + delta within [0,1], each pixel rounded towards x, so that no norm of the change grows.
 
     Rounded to the nearest, pixels near 1 would leave a linf ball of 1/255 by 7e-6 of its radius.
     """
-    moved = x + delta
+    moved = _rounded(x + delta)
     # The next number towards x: moved·eps is between one and two of the steps there.
     step = 0.6 * float(jnp.finfo(moved.dtype).eps)
     nearer = moved - moved * (step * jnp.sign(delta))
-    return jnp.clip(jnp.where(jnp.abs(moved - x) > jnp.abs(delta), nearer, moved), 0.0, 1.0)
+    too_far = jnp.abs(wide(moved) - wide(x)) > jnp.abs(wide(delta))
+    return jnp.clip(jnp.where(too_far, nearer, moved), 0.0, 1.0)
+
+
+def _rounded(x: Perturbation) -> Perturbation:
+    """x as its 16 bits hold it, where XLA would go on with the sum in float32."""
+    known = jnp.finfo(x.dtype)
+    return x if known.bits >= 32 else jax.lax.reduce_precision(x, known.nexp, known.nmant)
 
 
 def room_in(x: Perturbation, direction: Perturbation) -> Perturbation:

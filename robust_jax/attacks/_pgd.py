@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
-from robust_jax._precision import wide, wide_dtype
+from robust_jax._precision import length_in, wide, wide_dtype
 from robust_jax.attacks._best import Best, Goal
-from robust_jax.attacks._perturbations import tiny
+from robust_jax.attacks._perturbations import finite, tiny
 from robust_jax.attacks._success import Criterion
 from robust_jax.attacks.norms import L1, Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
@@ -262,7 +262,7 @@ def _climb(logits_fn, x, y, key, settings: _Settings, goal: Goal) -> Images:
         raise ValueError(f"momentum must be in [0, 1], not {settings.momentum!r}")
     x, y = jnp.asarray(x), jnp.asarray(y)
     settings = settings._replace(
-        eps=jnp.asarray(settings.eps, x.dtype),
+        eps=length_in(settings.eps, x.dtype),
         step_size=jnp.asarray(settings.step_size, wide_dtype(x.dtype)),
     )
 
@@ -287,7 +287,7 @@ def _climb_one(score, x, reference, key, settings: _Settings):
             (value, hit), gradient = jax.value_and_grad(score, has_aux=True)(x_adv, reference)
             best = best.updated(x_adv, value, hit)
             # NaN counts as 0; where all of it does, only momentum moves the point.
-            gradient = wide(jnp.nan_to_num(gradient))
+            gradient = wide(finite(gradient))
             gradient = gradient / jnp.maximum(L1.size(gradient), tiny(gradient.dtype))
             velocity = momentum * velocity + gradient
             move = norm.steepest_step(wide(x_adv), velocity, step_size)

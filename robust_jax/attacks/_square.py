@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
+from robust_jax._precision import length_in
 from robust_jax.attacks._best import Best, Goal
 from robust_jax.attacks._perturbations import add, tiny
 from robust_jax.attacks._success import Criterion
@@ -40,7 +41,7 @@ class _Settings(NamedTuple):
         _checks.counts(num_queries=self.num_queries, num_restarts=self.num_restarts)
         _checks.shares(p_init=self.p_init)
         check_images(shape)
-        return self._replace(eps=jnp.asarray(self.eps, dtype))
+        return self._replace(eps=length_in(self.eps, dtype))
 
 
 def check_images(shape: tuple[int, ...]) -> None:
