@@ -104,7 +104,8 @@ def carry_out(arguments: list[str]) -> str:
     if not processes.is_first():
         logging.set_verbosity(logging.ERROR)
     config = FLAGS.config
-    check_run = partial(experiment.check, schema=default.get_config())
+    trains = FLAGS.mode == "train"
+    check_run = partial(experiment.check, schema=default.get_config(), trains=trains)
     flag: Any = FLAGS["config"]
     typed = flag.override_values
     with stopping.watched():

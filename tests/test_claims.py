@@ -272,6 +272,9 @@ def test_intervals_of_numbers_that_are_never_negative_begin_at_zero(measure):
 def test_gaps_and_margins_may_be_negative():
     for measure in ("measurements.gaps.cross_entropy", "training.last.average_margin"):
         assert measures.bounds(measure) == (-np.inf, np.inf)
+    assert measures.bounds("measurements.generalisation.accuracy") == (-1, 1)
+    others = [name for of, names in measures.NUMBERS.items() if of != "gaps" for name in names]
+    assert not {*others} & {*measures.NUMBERS["gaps"]}
 
 
 def test_intervals_of_differences_of_accuracies_stay_between_minus_and_plus_one():

@@ -23,7 +23,7 @@ from robust_jax import losses
 from robust_jax.app import config as config_lib
 from robust_jax.app import entries, threat, training
 from robust_jax.app.evaluator import Attempt, Settings
-from robust_jax.app.experiment import build
+from robust_jax.app.experiment import build, check
 from robust_jax.app.surrogate import SHARED, surrogate_config
 from robust_jax.errors import UserError
 from robust_jax.train.validate import NOT_TRACKED
@@ -175,10 +175,17 @@ def test_mistake_is_told_in_one_line(case):
     fields, message = MISTAKES[case]
     config = changed(**fields)
     with pytest.raises(UserError, match=message) as error:
-        entries.check(config, default.get_config())
+        check(config, default.get_config())
         build(config)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
+
+
+def test_a_batch_that_devices_cannot_share_matters_where_it_is_trained_on():
+    config = changed(batch_size=12)
+    check(config, default.get_config(), trains=False)
+    with pytest.raises(UserError, match="12 examples cannot be shared by 8 device"):
+        check(config, default.get_config())
 
 
 def test_launch_tells_a_mistake_in_one_line_and_writes_nothing(launch, tmp_path):

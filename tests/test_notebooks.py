@@ -11,6 +11,7 @@ def test_without_a_run_a_notebook_says_what_to_do(path, monkeypatch, tmp_path):
     folders = [tmp_path / name for name in ("one", "other")]
     for folder in folders:
         folder.mkdir()
+    monkeypatch.chdir(path.parent)
     monkeypatch.setenv("ROBUST_JAX_RUN", str(folders[0]))
     monkeypatch.setenv("ROBUST_JAX_RUNS", " ".join(map(str, folders)))
     namespace = {}

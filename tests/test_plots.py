@@ -216,3 +216,22 @@ def test_a_sweep_is_drawn_with_what_it_chose():
     assert one.get_title() == "EntM" and one.get_xlabel() == "weight"
     np.testing.assert_allclose(other.lines[0].get_xydata(), [[0, 0.9]])
     np.testing.assert_allclose(other.lines[1].get_ydata(), 0.8)
+
+
+def test_one_radius_is_a_point_and_no_line_to_the_clean_accuracy():
+    def points(*radii):
+        return [{"eps": e, "mean": 0.9 - e, "low": 0.8 - e, "high": 1 - e} for e in (0.0, *radii)]
+
+    curves = {"at": {"linf": points(0.1, 0.2), "l2": points(0.5)}}
+    line, alone = study_plots.accuracy_by_arm(curves).axes
+    assert line.lines[0].get_linestyle() == "-" and line.collections
+    assert alone.lines[0].get_linestyle() == "None" and alone.lines[0].get_marker() == "o"
+    bars = [bar.get_xydata().tolist() for bar in alone.lines[1:]]
+    np.testing.assert_allclose(bars, [[[0, 80], [0, 100]], [[0.5, 30], [0.5, 50]]])
+
+
+def test_arms_without_a_finite_number_are_left_out():
+    nowhere = [np.nan, np.nan]
+    both = plots.distributions({"a": [1.0, 2.0], "b": nowhere}, xlabel="margin")
+    assert len(both.axes[0].patches) == 1
+    assert not plots.distributions({"a": nowhere}, xlabel="margin").axes[0].patches

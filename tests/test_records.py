@@ -3,7 +3,15 @@
 import numpy as np
 import pandas as pd
 
-from robust_jax.app.records import as_far_as, breaking_eps, fates, first_to_break, held, read
+from robust_jax.app.records import (
+    as_far_as,
+    breaking_eps,
+    disagreements,
+    fates,
+    first_to_break,
+    held,
+    read,
+)
 
 
 def test_the_smallest_eps_that_breaks_is_that_of_the_attack_that_got_there_first():
@@ -80,3 +88,12 @@ def test_what_an_attack_did_to_examples_that_it_did_not_see_before_is_left_out()
     assert found["correct"].all() and found["a@0.1/held"].tolist()[0]
     assert found["a@0.1/held"].isna().tolist() == found["a@0.1/margin"].isna().tolist()
     assert found["a@0.1/margin"].isna().tolist() == [False, True]
+
+
+def test_another_class_is_a_disagreement_however_many_there_are():
+    one = pd.DataFrame(
+        {"prediction": [150, 7], "margin": [1.000, 2.0], "pgd@0.1/distance": [0.1, 0]}
+    )
+    other = one.assign(prediction=[151, 7], margin=[1.005, 2.0])
+    assert disagreements(one, other) == {"prediction": 1}
+    assert disagreements(one, one.assign(margin=[1.1, 2.0])) == {"margin": 1}

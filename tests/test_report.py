@@ -88,6 +88,22 @@ def test_what_came_from_the_config_is_escaped(run):
     assert "&lt;script&gt;" in html
 
 
+@pytest.mark.parametrize(
+    ("mean", "error", "shown"),
+    [
+        (4.687, 0.19, "4.7 ± 0.2"),
+        (16.7128, 0.016, "16.71 ± 0.02"),
+        (1234.4, 4.4, "1,234 ± 4"),
+        (1234.4, 44.0, "1,230 ± 40"),
+        (6.2345e-5, 2e-7, "6.23e-05 ± 2e-07"),
+        (3.14159, 0.0, "3.14 ± 0"),
+        (3.14159, None, "3.14"),
+    ],
+)
+def test_a_mean_is_shown_to_the_digit_of_its_error(mean, error, shown):
+    assert report._with_error({"mean": mean, "standard_error": error}) == shown
+
+
 def test_the_page_and_the_table_hold_the_results(run):
     results, html = run
     text, plain = Page(html).text, report.table(results)
@@ -100,8 +116,8 @@ def test_the_page_and_the_table_hold_the_results(run):
             assert f"{100 * share:.1f}" in plain
         for norms in results[name]["jacobian"].values():
             for values in norms.values():
-                assert f"{values['mean']:.3g} ± {values['standard_error']:.1g}" in text
-                assert f"{values['mean']:.3g} ± {values['standard_error']:.1g}" in plain
+                assert report._with_error(values) in text
+                assert report._with_error(values) in plain
     assert "step 250" in text and "step 300" in text
 
 
@@ -440,7 +456,17 @@ def test_wilson_interval_against_published_values():
         assert wilson_interval(successes / count, count) == pytest.approx((low, high), abs=5e-5)
 
 
-@pytest.mark.parametrize("eps, text", [(0.1, "0.1"), (8 / 255, "8/255"), (1.0, "1"), (0.2, "0.2")])
+@pytest.mark.parametrize(
+    ("eps", "text"),
+    [
+        (0.1, "0.1"),
+        (8 / 255, "8/255"),
+        (0.0313725, "8/255"),
+        (1.0, "1"),
+        (0.2, "0.2"),
+        (0.0314, "0.0314"),
+    ],
+)
 def test_format_eps(eps, text):
     assert format_eps(eps) == text
 

@@ -36,6 +36,11 @@ def test_accuracy_against_eps_draws_each_attack_from_the_clean_accuracy():
     assert list(linf.lines[0].get_ydata()) == pytest.approx([95, 88.75, 87.5, 85])
     colors = [{line.get_label(): line.get_color() for line in ax.lines} for ax in (linf, l2)]
     assert colors[0]["pgd"] == colors[1]["pgd"] != colors[0]["fgsm"]
+    one = table[table["eps"] == EPS["linf"][0]]
+    (ax,) = check_labels(
+        plots.accuracy_against_eps(one, {"best": 0.95, "last": 0.9}, chance=0.1), 1
+    )
+    assert all(line.get_marker() != "None" for line in ax.lines if line.get_label() != "chance")
 
 
 def test_training_curves_draw_what_there_is():

@@ -1,5 +1,6 @@
 """Counts of operations against closed forms, the table of chips, a profile, memory, seconds."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -83,6 +84,8 @@ def test_a_training_step_counts_what_all_devices_do(method):
         ("NVIDIA L99", None),
         ("TPU v5 lite", 197e12),
         ("TPU v5p", 459e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
         ("TPU v6 lite", 918e12),
         ("cpu", None),
     ],
@@ -111,6 +114,10 @@ def test_training_says_how_fast_it_was_and_leaves_a_trace(tmp_path, monkeypatch)
     work = speed.flops(plan.train_step, plan.init(), plan.batches[0], plan.key)
     per_second = work / timings["step_milliseconds"] * 1000
     np.testing.assert_allclose(timings["share_of_peak"], per_second / 1e12 / jax.device_count())
+    # Elsewhere it is that of the machine that trained, and no step is traced for it.
+    monkeypatch.setattr(speed, "PEAKS", {jax.devices()[0].device_kind: 1e6})
+    elsewhere = dataclasses.replace(plan, train_step=lambda *_: 1 / 0)
+    assert loop.restore(elsewhere, tmp_path).timings == timings
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert b"PjRt" in trace.read_bytes() and b"$loop.py" not in trace.read_bytes()
     assert speed.memory_high_water() > 2**20

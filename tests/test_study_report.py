@@ -115,15 +115,21 @@ def test_a_test_is_described_with_what_it_tolerates(changes, said):
 
 
 def test_a_page_says_what_open_tests_take_and_what_numbers_rest_on():
-    assert report._takes(TEST) == " (takes 800 images or more)"
-    assert report._takes({**TEST, "verdict": "refuted"}) == ""
-    assert report._takes({**TEST, "widest": 0.0}) == ""
-    apart = {**TEST, "from_images": None, "mean": 0.01, "low": -0.02, "high": 0.04, "widest": 0.04}
+    few = {**TEST, "mean": 0.0, "low": -0.05, "high": 0.05, "smallest_effect": 0.02}
+    least = intervals.least_half_width(50)
+    alike = {**few, "low": -least, "high": least, "from_images": least}
+    assert report._takes({**few, "from_images": 0.1}) == " (takes 5,000 images or more)"
+    assert report._takes(alike) == " (takes 370 images or more)"
+    assert intervals.interval(np.zeros((3, 370))).high < 0.01 + 1e-4
+    assert report._takes({**few, "verdict": "refuted"}) == ""
+    assert report._takes({**few, "smallest_effect": 0.0}) == ""  # a tolerance
+    assert report._takes({**few, "low": 0.0, "high": 0.0, "from_images": 0.0}) == ""
+    apart = {**few, "from_images": None, "smallest_effect": 0.04}
     known = intervals.interval(values := [0.0, 0.01, 0.02], bounds=(-1, 1))
     ends = dict(zip(("mean", "low", "high"), known, strict=False))
     count = intervals.seeds_needed(0.04, known, len(values))
     assert report._takes({**apart, **ends, "values": values}) == f" (takes about {count} seeds)"
-    assert report._takes({**apart, **ends, "widest": 1e-4}) == " (takes over 1,000 seeds)"
+    assert report._takes({**apart, **ends, "smallest_effect": 1e-4}) == " (takes over 1,000 seeds)"
     assert report._counted([3, 3], [500, 500]) == "3 seeds × 500 images"
     assert (
         report._counted([3, 5, 0], [500, None, None]) == "3 or 5 seeds × 500 images, or seeds alone"
@@ -158,3 +164,12 @@ def test_pairs_are_drawn_in_the_unit_of_the_table(written):
             assert shown["values"] == pytest.approx(
                 {seed: unit * value for seed, value in entry["values"].items()}
             )
+
+
+def test_an_arm_of_which_a_seed_was_not_audited_is_marked():
+    names = {"a": "A", "b": "B", "c": "C", "d": "D"}
+    audits = {
+        "a": {"0": "pass", "1": None}, "b": {"0": "warn", "1": None},
+        "c": {"0": "pass", "1": "pass"}, "d": {},
+    }  # fmt: skip
+    assert report._arms({"arms": names, "audits": audits}) == ["A ‡", "B ⚠", "C", "D"]

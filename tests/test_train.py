@@ -1,11 +1,13 @@
 """Training: the same on any number of devices, resumed bit for bit, stopped where it must."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import re
 import shutil
 import signal
+import types
 
 import chex
 import jax
@@ -420,6 +422,44 @@ def test_seeds_trained_together_are_those_trained_alone(undisturbed, method, tmp
         np.testing.assert_allclose(list(line.values()), list(right.values()), rtol=2e-3, atol=1e-4)
     differs = jax.tree.map(lambda a, b: np.abs(a - b).max(), *(t.last.params for t in together))
     assert max(jax.tree.leaves(differs)) > 0.01
+
+
+def test_seeds_trained_together_stop_together_and_count_the_time_of_steps_alone(
+    tmp_path, monkeypatch
+):
+    """The signal comes in the validation of the second, after the first was asked to stop."""
+    clock, validations = [0.0], []
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def plan(seed):
+        plain = plan_of(seed)
+
+        def step(*arguments):
+            clock[0] += 1
+            return plain.vmapped_train_step(*arguments)
+
+        def validate(variables):
+            clock[0] += 1000
+            if seed == 0:
+                validations.append(clock[0])
+                if len(validations) == 2:
+                    signal.raise_signal(signal.SIGTERM)
+            return plain.validate(variables)
+
+        return dataclasses.replace(
+            plain, validate=validate, validate_first=True, vmapped_train_step=step
+        )
+
+    plans, folders = [plan(seed) for seed in (1, 0)], [tmp_path / "1", tmp_path / "0"]
+    with pytest.raises(SystemExit):
+        loop.train_seeds(plans, folders)
+    for folder in folders:
+        with contextlib.closing(Checkpoints(folder, jax.eval_shape(plans[0].init))) as checkpoints:
+            assert int(checkpoints.restore("last")[0].step) == 7  # at the next step, both
+    for trained in loop.train_seeds(plans, folders):
+        timings = trained.timings
+        assert timings["train_seconds"] == 10  # twelve steps, of which two compiled
+        assert timings["compile_seconds"] == 1 and timings["step_milliseconds"] == 1000
 
 
 def test_a_finished_seed_waits_for_no_other(undisturbed, tmp_path):

@@ -20,7 +20,6 @@ from robust_jax.app.evaluator import AttackGrid, AuditSettings
 from robust_jax.attacks import ATTACKS, never
 from robust_jax.attacks._autoattack import VERSIONS, ensemble_of
 from robust_jax.attacks.norms import NORMS
-from robust_jax.devices import parallel
 from robust_jax.errors import UserError
 from robust_jax.train.objectives import Adversary
 from robust_jax.train.regularizers import REGULARIZERS, Term
@@ -233,4 +232,3 @@ def check_numbers(config: ConfigDict) -> None:
         raise UserError(
             f"config.labeled_fraction is {config.labeled_fraction}; it must be in (0, 1]"
         )
-    guard("config.batch_size", parallel.check_batch_size, config.batch_size, config.batch_parts)

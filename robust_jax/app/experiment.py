@@ -32,14 +32,17 @@ class Experiment(Training):
     audit: AuditSettings | None
 
 
-def check(config: ConfigDict, schema: ConfigDict) -> None:
+def check(config: ConfigDict, schema: ConfigDict, *, trains: bool = True) -> None:
     """Checks all of a config that needs no data: fields, numbers, names and their keywords.
 
-    schema: the config that holds every field. Everything else in this package that takes a config
-    expects one that was checked here. Raises UserError, naming the field, the value and the
-    choices.
+    schema: the config that holds every field. trains: whether the devices that there are have to
+    share its batches. Everything else in this package that takes a config expects one that was
+    checked here. Raises UserError, naming the field, the value and the choices.
     """
     entries.check(config, schema)
+    if trains:
+        sizes = config.batch_size, config.batch_parts
+        guard("config.batch_size", parallel.check_batch_size, *sizes)
     full = threat.complete(config)
     training.named(full)
     _evaluation(full)

@@ -28,7 +28,7 @@ from robust_jax.types import LogitsFn
 Numbers = dict[str, float | np.ndarray]
 _BATCH_SIZE = 250
 # Networks of one layer after another, which margins by Lipschitz constants are for.
-_CHAINS = (models.Linear, models.MLP, models.CNN, models.LeNet5, models.MadryCNN, models.SmallCNN)
+CHAINS = (models.Linear, models.MLP, models.CNN, models.LeNet5, models.MadryCNN, models.SmallCNN)
 
 
 class Subject(NamedTuple):
@@ -138,8 +138,8 @@ def input_margins(
 
 def check_chain(model: type[nn.Module]) -> None:
     """Checks that margins by lipschitz hold for the model. Raises UserError otherwise."""
-    if not issubclass(model, _CHAINS):
-        chains = ", ".join(chain.__name__ for chain in _CHAINS)
+    if not issubclass(model, CHAINS):
+        chains = ", ".join(chain.__name__ for chain in CHAINS)
         raise UserError(f"margins by lipschitz are for {chains}, not for a {model.__name__}")
 
 

@@ -108,7 +108,7 @@ def as_far_as(records: pd.DataFrame, attacked: pd.DataFrame, names: Iterable[str
 def disagreements(stored: pd.DataFrame, fresh: pd.DataFrame) -> dict[str, int]:
     """In how many rows two tables differ, by column; numbers by more than 1 % plus 0.01.
 
-    Distances, which are small, by more than 1 % plus 1e-5.
+    Distances, which are small, by more than 1 % plus 1e-5, and whole numbers, as classes, at all.
 
     A column that one of them lacks differs in every row.
     """
@@ -118,7 +118,9 @@ def disagreements(stored: pd.DataFrame, fresh: pd.DataFrame) -> dict[str, int]:
             found[label] = len(stored)
             continue
         one, other = stored[label], fresh[label]
-        if pd.api.types.is_numeric_dtype(one) and pd.api.types.is_numeric_dtype(other):
+        if pd.api.types.is_integer_dtype(one) and pd.api.types.is_integer_dtype(other):
+            differs = one != other
+        elif pd.api.types.is_numeric_dtype(one) and pd.api.types.is_numeric_dtype(other):
             slack = 1e-5 if label.endswith("/distance") else 1e-2
             differs = ~np.isclose(
                 one.astype(float), other.astype(float), rtol=1e-2, atol=slack, equal_nan=True

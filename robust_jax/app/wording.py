@@ -7,9 +7,9 @@ from robust_jax.analysis.summaries import wilson_interval
 
 
 def format_eps(eps: float) -> str:
-    """0.1 as 0.1, and 0.0313725… as 8/255."""
+    """0.1 as 0.1, and 0.0313725… as 8/255, from six digits of it too."""
     levels = round(eps * 255)
-    is_fraction = levels and isclose(eps * 255, levels, rel_tol=1e-6) and len(f"{eps:g}") > 5
+    is_fraction = levels and isclose(eps * 255, levels, rel_tol=5e-6) and len(f"{eps:g}") > 5
     return f"{levels}/255" if is_fraction else f"{eps:g}"
 
 
@@ -54,5 +54,7 @@ def words(name: str) -> str:
 
 
 def number(x: float | None) -> str:
-    """Three digits, or what stands for a number that there is not."""
-    return "–" if x is None else f"{x:.3g}"
+    """Three digits, whole numbers with all of theirs, or what stands for a number there is not."""
+    if x is None:
+        return "–"
+    return f"{x:,}" if isinstance(x, int) else f"{x:.3g}"

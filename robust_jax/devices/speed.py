@@ -20,7 +20,10 @@ from robust_jax._network import programs_in
 # device.
 PEAKS: Mapping[str, float] = {
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA A100": 312e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,

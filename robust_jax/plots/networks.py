@@ -52,8 +52,8 @@ def distributions(values: Mapping[str, ArrayLike], *, xlabel: str) -> Figure:
         >>> [text.get_text() for text in figure.legends[0].get_texts()]
         ['standard: minimum 0.01, mean 0.015', 'adversarial: minimum 0.04, mean 0.06']
     """
-    shown = {arm: finite(v) for arm, v in values.items()}
-    every = np.concatenate(list(shown.values()))
+    shown = {arm: found for arm, v in values.items() if len(found := finite(v))}
+    every = np.concatenate([*shown.values(), *([] if shown else [[0.0]])])
     bins, is_log = bins_of(every)
     if is_log and (every < 0).any():
         bins, is_log = np.histogram_bin_edges(every, bins=num_bins(len(every))).tolist(), False
@@ -163,7 +163,8 @@ def by_layer(values: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]], *, yla
                 [np.quantile(finite(layers[name]), (0.25, 0.5, 0.75)) for name in here]
             ).T
             # Side by side, so that no bar hides another.
-            at = np.array([names.index(name) for name in here]) + 0.12 * (i - (len(arms) - 1) / 2)
+            apart = min(0.12, 0.8 / len(arms))
+            at = np.array([names.index(name) for name in here]) + apart * (i - (len(arms) - 1) / 2)
             ax.errorbar(
                 at,
                 middle,

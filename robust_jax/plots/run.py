@@ -94,8 +94,10 @@ def accuracy_against_eps(
                 is_part = ", first " in attack
                 if is_part:
                     style |= dict(mfc="white", ls=":")
-                elif len(rows) > 1:  # one radius is a point, from which no line leads to ε = 0
+                elif len(rows) > 1:
                     sizes, accuracy = [0, *sizes], [clean[checkpoint], *accuracy]
+                else:  # one radius is a point, from which no line leads to ε = 0
+                    style = {"marker": "D", "ms": 9, "mfc": "none", "mew": 2.5} | style
                 ax.plot(sizes, 100 * np.array(accuracy), label=label, **style)
 
         # The worst case lies under the attacks' thin lines, which often run along it.

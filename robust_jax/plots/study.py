@@ -37,7 +37,11 @@ def accuracy_by_arm(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
             curves.items(), cycle(ARM_COLORS), cycle(_MARKERS), strict=False
         ):
             points = by_norm.get(norm, [])
-            _line_with_band(ax, points, "eps", 100, color=color, marker=marker, label=arm)
+            style: dict[str, Any] = {"color": color, "marker": marker, "label": arm}
+            if len(points) > 2:
+                _line_with_band(ax, points, "eps", 100, **style)
+            else:  # from one radius no line leads to ε = 0
+                _points_with_bars(ax, points, "eps", 100, **style)
         ax.set(title=norm_symbol(norm), xlabel="ε", ylim=(-2, 102))
         ax.set_xlim(left=0)
     panels[0].set_ylabel("accuracy under the worst case, %")
@@ -206,3 +210,14 @@ def _line_with_band(
         alpha=0.15,
         lw=0,
     )
+
+
+def _points_with_bars(
+    ax: Axes, points: Sequence[Mapping[str, Any]], along: str, scale: float = 1, **style: Any
+) -> None:
+    """Means along a field of the points, with a bar where there is an interval."""
+    ax.plot([p[along] for p in points], [scale * p["mean"] for p in points], ms=4, ls="", **style)
+    for p in points:
+        if p["low"] is not None:
+            ends = [scale * p["low"], scale * p["high"]]
+            ax.plot([p[along]] * 2, ends, color=style["color"], lw=1.4)

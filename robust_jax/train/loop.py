@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,9 @@ def train_seeds(
     folder, checkpoints and logs, and resumes from there, alone or with the others.
     """
     with stopping.saving() as stop:
+        shared = _Shared(stop)
         runs = [
-            _train(plan, workdir, stop, shown=i == 0)
+            _train(plan, workdir, shared, shown=i == 0)
             for i, (plan, workdir) in enumerate(zip(plans, workdirs, strict=True))
         ]
         trained: dict[int, Trained | None] = {}
@@ -109,12 +110,44 @@ def train_seeds(
                 else:
                     results = plans[0].vmapped_train_step(states, batches, keys)
                 trace.step_done(results)
+                shared.step_done()
                 for i, result in zip(which, results, strict=True):
                     advance(i, result)
         finished = [trained[i] for i in range(len(plans))]
         if None in finished or stop.asked():
             sys.exit(stop.exit_code)
     return [one for one in finished if one is not None]
+
+
+class _Shared:
+    """What runs that take their steps together have in common: the clock, and when they stop."""
+
+    def __init__(self, stop: Stop):
+        self._stop, self._paused = stop, 0.0
+        self._asked: bool | None = None
+        self._agreed = False
+
+    def step_done(self) -> None:
+        self._asked, self._agreed = None, False
+
+    def asked(self, *, agree: bool) -> bool:
+        """As `Stop.asked`, with one answer for all runs in a step."""
+        if self._asked is None or (agree and not self._agreed):
+            self._asked, self._agreed = self._stop.asked(agree=agree), agree
+        return self._asked
+
+    def seconds(self) -> float:
+        """The time, which stands still in a pause of any of the runs."""
+        return time.perf_counter() - self._paused
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """For what is no step: a validation, a checkpoint."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
 
 
 def restore(plan: Plan, workdir: Path) -> Trained:
@@ -142,7 +175,7 @@ def _trained(plan: Plan, checkpoints: Checkpoints, last: TrainState, notes: Note
     best = checkpoints.restore("best")
     if best is None or best[1]["best_accuracy"] != notes["best_accuracy"]:
         raise UserError("the best checkpoint is gone; train in another --workdir")
-    return Trained(best=best[0], last=last, timings=_timings(plan, last, notes))
+    return Trained(best=best[0], last=last, timings=_timings(plan, notes))
 
 
 _NEW_RUN: Notes = {
@@ -158,13 +191,13 @@ _NEW_RUN: Notes = {
 _Steps = Generator[tuple[TrainState, Any], tuple[TrainState, Any], Any]
 
 
-def _train(plan: Plan, workdir: Path, stop: Stop, *, shown: bool) -> _Steps:
+def _train(plan: Plan, workdir: Path, shared: _Shared, *, shown: bool) -> _Steps:
     """Returns Trained, or None where it was asked to stop."""
     with _open(plan, workdir) as checkpoints:
         state, notes = checkpoints.restore("last") or (plan.init(), dict(_NEW_RUN))
         if int(state.step) < plan.total_steps:
             state, notes, stopped = yield from _run(
-                plan, workdir, checkpoints, state, notes, stop, shown
+                plan, workdir, checkpoints, state, notes, shared, shown
             )
             if stopped:
                 return None
@@ -177,7 +210,7 @@ def _run(
     checkpoints: Checkpoints,
     state: TrainState,
     notes: Notes,
-    stop: Stop,
+    shared: _Shared,
     shown: bool,
 ) -> _Steps:
     """Returns the last state, its notes and whether it was asked to stop there."""
@@ -191,7 +224,12 @@ def _run(
     timed_before = notes["steps_timed"]  # the first step of each start compiles: not timed
     pending: list[Any] = []  # sums on the device, not yet fetched
     fetched: list[Any] = list(notes["pending"])  # sums since the last log line
-    clock, stopped = time.perf_counter(), False
+    clock, stopped = shared.seconds(), False
+
+    def add_time():
+        nonlocal clock
+        now = shared.seconds()
+        notes["seconds"], clock = notes["seconds"] + now - clock, now
 
     def fetch():
         for offset, sums in enumerate(jax.device_get(pending)):
@@ -207,7 +245,8 @@ def _run(
         progress_bar(plan.total_steps, plan.description, "step", initial=start, shown=shown) as bar,
     ):
         if plan.validate_first and not start:
-            values = plan.validate(state.variables)
+            with shared.pause():
+                values = plan.validate(state.variables)
             writer.write(0, {f"validation/{name}": v for name, v in values.items()})
         batches = plan.batches.starting_at(start)
         for done in range(start + 1, plan.total_steps + 1):
@@ -216,8 +255,8 @@ def _run(
             bar.update()
             if done == start + 1:
                 fetch()
-                notes["compile_seconds"] = time.perf_counter() - clock
-                clock = time.perf_counter()
+                notes["compile_seconds"] = shared.seconds() - clock
+                clock = shared.seconds()
             last, is_best = done == plan.total_steps, False
             if done % plan.log_every == 0 or last:
                 fetch()
@@ -228,22 +267,24 @@ def _run(
                 bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
             if done % plan.validate_every == 0 or last:
                 fetch()
-                notes["seconds"], clock = _add_time(notes["seconds"], clock)
-                values = plan.validate(state.variables)
-                _check_finite("validation loss", values["cross_entropy"], done, workdir)
-                writer.write(done, {f"validation/{name}": v for name, v in values.items()})
-                is_best = values["robust_accuracy"] > notes["best_accuracy"]
-                if is_best:
-                    notes["best_accuracy"] = values["robust_accuracy"]
-                    checkpoints.save("best", state, {"best_accuracy": notes["best_accuracy"]})
-                clock = time.perf_counter()
-            stopped = stop.asked(agree=done % plan.log_every == 0 or last)
+                with shared.pause():
+                    values = plan.validate(state.variables)
+                    _check_finite("validation loss", values["cross_entropy"], done, workdir)
+                    writer.write(done, {f"validation/{name}": v for name, v in values.items()})
+                    is_best = values["robust_accuracy"] > notes["best_accuracy"]
+                    if is_best:
+                        notes["best_accuracy"] = values["robust_accuracy"]
+                        checkpoints.save("best", state, {"best_accuracy": notes["best_accuracy"]})
+            stopped = shared.asked(agree=done % plan.log_every == 0 or last)
             # After the best, so that at most one best is of steps that a resumed run takes again.
             if done % plan.checkpoint_every == 0 or is_best or last or stopped:
                 fetch()
-                notes["seconds"], clock = _add_time(notes["seconds"], clock)
+                add_time()
                 notes["steps_timed"] = timed_before + done - start - 1
-                checkpoints.save("last", state, {**notes, "pending": list(fetched)})
+                with shared.pause():
+                    if last:
+                        notes |= _share_of_peak(plan, state, notes)
+                    checkpoints.save("last", state, {**notes, "pending": list(fetched)})
             if stopped:
                 checkpoints.wait()
                 logging.warning(
@@ -263,26 +304,32 @@ def _check_finite(name: str, value: float, step: int, workdir: Path) -> None:
         )
 
 
-def _add_time(seconds: float, clock: float) -> tuple[float, float]:
-    now = time.perf_counter()
-    return seconds + now - clock, now
+def _timings(plan: Plan, notes: Notes) -> dict[str, float]:
+    """How fast the steps were, on the machine that trained.
 
-
-def _timings(plan: Plan, last: TrainState, notes: Notes) -> dict[str, float]:
-    """How fast the steps were; the share of the peak where the chip's is known."""
+    Of runs that took their steps together each counts its own examples alone.
+    """
     seconds, steps = max(notes["seconds"], 1e-9), max(notes["steps_timed"], 1)
-    timings = {
+    return {
         "compile_seconds": notes["compile_seconds"],
         "train_seconds": notes["seconds"],
         "step_milliseconds": 1000 * seconds / steps,
         "examples_per_second": notes["steps_timed"] * plan.batch_size / seconds,
+        **{name: notes[name] for name in _OF_PEAK if name in notes},
     }
-    if peak := speed.peak(jax.devices()[0].device_kind):
-        work = speed.flops(plan.train_step, last, plan.batches[0], plan.key)
-        per_second = work * steps / seconds
-        timings["teraflops_per_second"] = per_second / 1e12
-        timings["share_of_peak"] = per_second / (peak * jax.device_count())
-    return timings
+
+
+_OF_PEAK = ("teraflops_per_second", "share_of_peak")
+
+
+def _share_of_peak(plan: Plan, last: TrainState, notes: Notes) -> dict[str, float]:
+    """How near the steps came to the peak of this chip; nothing where that is not known."""
+    if not (peak := speed.peak(jax.devices()[0].device_kind)):
+        return {}
+    work = speed.flops(plan.train_step, last, plan.batches[0], plan.key)
+    per_second = work * max(notes["steps_timed"], 1) / max(notes["seconds"], 1e-9)
+    found = per_second / 1e12, per_second / (peak * jax.device_count())
+    return dict(zip(_OF_PEAK, found, strict=True))
 
 
 class _Trace:

@@ -20,7 +20,7 @@ class Average(struct.PyTreeNode):
 class TrainState(struct.PyTreeNode):
     """step counts updates; average is None unless the run keeps one.
 
-    The position in the data is step · batch size: see data.TrainBatches.
+    The position in the data is that of batch number `step`: see data.TrainBatches.
     """
 
     step: Int[Array, ""]

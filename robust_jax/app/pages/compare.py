@@ -82,7 +82,7 @@ def differences(compared: Mapping[str, Evidence]) -> pd.DataFrame:
     configs = {name: flatten(_completed(run.results["config"])) for name, run in compared.items()}
 
     def shown(value):
-        return number(value) if isinstance(value, float) else str(value)
+        return f"{value:g}" if isinstance(value, float) else str(value)
 
     differ = [
         f for f in fields if len({repr(config.get(f, "–")) for config in configs.values()}) > 1

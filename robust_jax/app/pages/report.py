@@ -3,7 +3,7 @@
 import json
 import textwrap
 from collections.abc import Mapping
-from math import isclose
+from math import floor, isclose, log10
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,6 +169,10 @@ def headline(results: Results) -> str:
     return text
 
 
+# The audit's checks of the outputs, which may fail without a masked gradient.
+_OF_OUTPUTS = {"outputs", "randomness", "batch"}
+
+
 def audit_sentence(results: Results) -> str:
     """What the audit says of the robust accuracies beside it, as a sentence."""
     audit = results["audit"]
@@ -181,7 +185,7 @@ def audit_sentence(results: Results) -> str:
     }
     if flagged["fail"]:
         text = f"Audit failed ({at}): {', '.join(flagged['fail'])}. Do not trust robust accuracies"
-        text += " here: gradients are masked."
+        text += " here." if set(flagged["fail"]) <= _OF_OUTPUTS else " here: gradients are masked."
     elif flagged["warn"]:
         text = f"Audit passed with warnings ({at}): {', '.join(flagged['warn'])}."
     else:
@@ -297,8 +301,13 @@ def _summary(results: Results) -> list[tuple[str, list[str]]]:
 
 def _with_error(found: Mapping[str, float | None]) -> str:
     """A mean ± its standard error, which one image does not have."""
-    error = found["standard_error"]
-    return number(found["mean"]) + ("" if error is None else f" ± {error:.1g}")
+    mean, error = found["mean"], found["standard_error"]
+    if error is None or mean is None:
+        return number(mean)
+    place = -floor(log10(error)) if error else 6
+    if place >= 6:  # to the digit of the error, unless that is a string of zeros
+        return f"{number(mean)} ± {error:.1g}"
+    return " ± ".join(f"{round(v, place):,.{max(place, 0)}f}" for v in (mean, error))
 
 
 # T makes networks equally sure of themselves: by it the logits' scale is taken out.

@@ -74,9 +74,14 @@ def interval(
         variance = max(of_images.var(ddof=1) - noise / num_seeds, 0.0)
         from_images = _quantile(num_images) * np.sqrt(variance / num_images)
         squared += from_images**2
-        least = max(from_images, -log((1 - LEVEL) / 2) / num_images if shares else 0.0)
+        least = max(from_images, least_half_width(num_images) if shares else 0.0)
     half = max(float(np.sqrt(squared)), least)
     return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), float(least))
+
+
+def least_half_width(num_images: int) -> float:
+    """That of a share where no image differs: the rule of three."""
+    return -log((1 - LEVEL) / 2) / num_images
 
 
 def as_wide_as(widest: float, known: Interval) -> Interval:

@@ -147,10 +147,13 @@ _BOUNDED: Mapping[str, tuple[float, float]] = {
 
 def bounds(measure: str) -> tuple[float, float]:
     """Between which numbers the measure lies."""
-    is_difference = " - " in measure or measure.startswith("measurements.gaps")
+    name = measure.rpartition(".")[2]
+    # Of the measurements, which a config labels as it likes, gaps alone have these names.
+    is_gap = measure.startswith("measurements.") and name in NUMBERS["gaps"]
+    is_difference = " - " in measure or is_gap
     if is_share(measure):
         return (-1.0, 1.0) if is_difference else (0.0, 1.0)
-    name = "" if is_difference else measure.rpartition(".")[2]
+    name = "" if is_difference else name
     known = (between for pattern, between in _BOUNDED.items() if fnmatch(name, pattern))
     return next(known, (-np.inf, np.inf))
 

@@ -14,7 +14,7 @@ from robust_jax.app.pages.figures import Arrays
 from robust_jax.app.pages.html import image, template
 from robust_jax.app.stored import Results
 from robust_jax.app.studies import measures
-from robust_jax.app.studies.intervals import Interval, seeds_needed
+from robust_jax.app.studies.intervals import Interval, least_half_width, seeds_needed
 from robust_jax.app.wording import format_eps, number, percent, words
 from robust_jax.files import write_atomically
 from robust_jax.plots import study as plots
@@ -239,7 +239,7 @@ _CAPTION = (
     "The mean over seeds, with its 95 % interval, which needs three seeds to mean anything; where "
     "a row names images, it is also for images that were not seen. An arm whose audit fails in any "
     "seed is marked †: its robust accuracies are not to be trusted; one that it warns of in any is "
-    "marked ⚠. ‡: not audited."
+    "marked ⚠. ‡: not audited, or not in every seed."
 )
 
 
@@ -381,15 +381,23 @@ def _size(size: float, test: Mapping[str, Any]) -> str:
 
 
 def _takes(test: Mapping[str, Any]) -> str:
-    """What an inconclusive test would take to have an interval as narrow as was asked."""
-    if "entries" in test or test["verdict"] != "inconclusive" or not test["widest"]:
+    """What an inconclusive test would take to have an interval as narrow as its smallest effect.
+
+    Nothing where that decides nothing: without such an effect, or where all numbers are the same.
+    """
+    if "entries" in test or test["verdict"] != "inconclusive":
         return ""
-    from_images = test["from_images"] or 0.0
-    if (excess := 2 * from_images / test["widest"]) > 1:
-        images = float(f"{test['images'] * excess**2:.2g}")
-        return f" (takes {images:,.0f} images or more)"
+    width, from_images = test["smallest_effect"], test["from_images"] or 0.0
+    if not width or test["high"] - test["low"] <= width:
+        return ""
+    if (excess := 2 * from_images / width) > 1:
+        # The width that no share is below falls with the number of images, others with its root.
+        images = test["images"]
+        is_least = from_images <= least_half_width(images) * (1 + 1e-6)
+        needed = float(f"{images * excess ** (1 if is_least else 2):.2g}")
+        return f" (takes {needed:,.0f} images or more)"
     known = Interval(test["mean"], test["low"], test["high"], from_images)
-    count = seeds_needed(test["widest"], known, len(test["values"]))
+    count = seeds_needed(width, known, len(test["values"]))
     return f" (takes {'over 1,000' if count is None else f'about {count}'} seeds)"
 
 
@@ -407,7 +415,7 @@ def _counted(num_seeds: Iterable[int], num_images: Iterable[int | None]) -> str:
 
 
 # By the verdicts of an arm's audits, the worst first.
-_MARKS = {"fail": " †", "warn": " ⚠", "pass": ""}
+_MARKS = {"fail": " †", "warn": " ⚠", None: " ‡", "pass": ""}
 
 
 def _arms(results: Results) -> list[str]:
@@ -415,8 +423,8 @@ def _arms(results: Results) -> list[str]:
     marked = []
     for arm, verdicts in results["audits"].items():
         found = set(verdicts.values())
-        mark = next((mark for verdict, mark in _MARKS.items() if verdict in found), " ‡")
-        marked.append(f"{results['arms'][arm]}{mark if found else ''}")
+        mark = next((mark for verdict, mark in _MARKS.items() if verdict in found), "")
+        marked.append(f"{results['arms'][arm]}{mark}")
     return marked
 
 
