@@ -135,7 +135,8 @@ def circular(layer: Layer) -> _Values:
         array([1.000, 0.707, 0.707, 0.000])
 
     Reference:
-        Sedghi, Gupta & Long 2019, arXiv 1805.10408.
+        Sedghi, Gupta & Long 2019, arXiv 1805.10408. Our choice for the singular values of layers
+        that arXiv 2011.07478 looks at.
     """
     if layer.kernel.ndim == 2:
         return _svd(layer.kernel)

@@ -163,6 +163,9 @@ def loss_along(
         >>> x, y, x_adv = jnp.array([[0.5]]), jnp.array([0]), jnp.array([[0.0]])
         >>> surface.loss_along(logits_fn, x, y, x_adv, steps=(0, 0.5, 1), loss=losses.margin_loss)
         Array([[-0.5 , -0.25,  0.  ]], dtype=float32)
+
+    Reference:
+        Our test of what arXiv 1911.06479 says of the interior of the ball.
     """
     shares = jnp.asarray(steps, x.dtype)
 
