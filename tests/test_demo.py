@@ -604,7 +604,8 @@ def test_the_page_on_reading_runs_runs_on_the_demo(demo, monkeypatch, tmp_path):
 # runs. What is audited twice is compiled once.
 FEWER = {
     "[:200]": "[:20]",
-    "[:80]": "[:20]",
+    "arange(200)": "arange(20)",
+    "arange(80)": "arange(20)",
     "[:50]": "[:10]",
     "num_steps=20": "num_steps=5",
     "num_queries=500": "num_queries=20",
