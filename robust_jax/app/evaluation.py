@@ -159,7 +159,7 @@ def evaluate(
         Settings(
             batch_size=batch_size,
             jacobian_chunk=batch_size,
-            jacobian_projections=0,  # the exact norm is there
+            jacobian_projections=16 if forwards else 0,
             spectral_iterations=20 if forwards else 0,
             num_images=0,
         ),
