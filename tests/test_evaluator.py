@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from robust_jax import data
-from robust_jax.app.evaluator import AttackGrid, Evaluator, Settings
+from robust_jax.app import evaluator
+from robust_jax.app.evaluator import AttackGrid, AuditSettings, Evaluator, Settings
 from robust_jax.app.records import column
 from robust_jax.attacks import _autoattack, autoattack, fgsm
 from robust_jax.devices import parallel
@@ -124,3 +125,12 @@ def test_what_square_breaks_is_a_share_of_all_that_were_attacked(monkeypatch):
         )
     ]
     assert warned == expected
+
+
+def test_the_audit_is_told_how_many_examples_are_in_memory_at_a_time(monkeypatch):
+    """Its float64 pass does not go through what maps the others."""
+    given = {}
+    monkeypatch.setattr(evaluator, "audit", lambda *_, **keywords: given.update(keywords))
+    settings = AuditSettings("linf", EPS, 4, 3, None)
+    evaluator_of({}, SETTINGS).audit(trained().args[0], settings, {})
+    assert given["batch_size"] == SETTINGS.batch_size

@@ -220,14 +220,21 @@ def test_a_sweep_is_drawn_with_what_it_chose():
 
 def test_one_radius_is_a_point_and_no_line_to_the_clean_accuracy():
     def points(*radii):
-        return [{"eps": e, "mean": 0.9 - e, "low": 0.8 - e, "high": 1 - e} for e in (0.0, *radii)]
+        ends = {e: (0.8 - e, 1 - e) for e in radii} | {0.0: (None, None)}
+        return [
+            {"eps": e, "mean": 0.9 - e, "low": low, "high": high}
+            for e, (low, high) in sorted(ends.items())
+        ]
 
     curves = {"at": {"linf": points(0.1, 0.2), "l2": points(0.5)}}
-    line, alone = study_plots.accuracy_by_arm(curves).axes
+    figure = study_plots.accuracy_by_arm(curves)
+    line, alone = figure.axes
     assert line.lines[0].get_linestyle() == "-" and line.collections
     assert alone.lines[0].get_linestyle() == "None" and alone.lines[0].get_marker() == "o"
-    bars = [bar.get_xydata().tolist() for bar in alone.lines[1:]]
-    np.testing.assert_allclose(bars, [[[0, 80], [0, 100]], [[0.5, 30], [0.5, 50]]])
+    (bars,) = alone.collections
+    drawn = [bar for bar in bars.get_segments() if len(bar)]  # none of what has no interval
+    np.testing.assert_allclose(drawn, [[[0.5, 30], [0.5, 50]]])
+    assert len(figure.legends[0].get_texts()) == 1
 
 
 def test_arms_without_a_finite_number_are_left_out():

@@ -176,6 +176,9 @@ def test_the_audit_stands_beside_the_numbers(run):
     ):
         assert report.audit_sentence({"audit": make_audit(**verdicts)}).startswith(start)
     assert report.audit_sentence({"audit": None}).startswith("Not audited")
+    for name, masked in (("batch", False), ("square", True)):
+        said = report.audit_sentence({"audit": make_audit(**{name: "fail"})})
+        assert "Do not trust" in said and ("gradients are masked" in said) == masked
 
 
 def test_what_breaks_each_image_first_is_counted_and_sums_to_all(run):

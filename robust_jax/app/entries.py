@@ -20,6 +20,7 @@ from robust_jax.app.evaluator import AttackGrid, AuditSettings
 from robust_jax.attacks import ATTACKS, never
 from robust_jax.attacks._autoattack import VERSIONS, ensemble_of
 from robust_jax.attacks.norms import NORMS
+from robust_jax.devices import parallel
 from robust_jax.errors import UserError
 from robust_jax.train.objectives import Adversary
 from robust_jax.train.regularizers import REGULARIZERS, Term
@@ -192,6 +193,11 @@ def check(config: ConfigDict, schema: ConfigDict) -> None:
     """Compares a config with the one that holds every field, and its numbers with their ranges."""
     config_lib.check_fields(config, schema)
     check_numbers(config)
+
+
+def check_batch_size(config: ConfigDict) -> None:
+    """Raises UserError where the devices that there are cannot share a batch to train on."""
+    guard("config.batch_size", parallel.check_batch_size, config.batch_size, config.batch_parts)
 
 
 def check_numbers(config: ConfigDict) -> None:

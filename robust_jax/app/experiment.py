@@ -41,8 +41,7 @@ def check(config: ConfigDict, schema: ConfigDict, *, trains: bool = True) -> Non
     """
     entries.check(config, schema)
     if trains:
-        sizes = config.batch_size, config.batch_parts
-        guard("config.batch_size", parallel.check_batch_size, *sizes)
+        entries.check_batch_size(config)
     full = threat.complete(config)
     training.named(full)
     _evaluation(full)

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from robust_jax.app import folder, training
-from robust_jax.app.config import guard
+from robust_jax.app import entries, folder, training
 from robust_jax.app.experiment import Experiment, transferred
 from robust_jax.app.folder import Mode
 from robust_jax.app.subject import load, subject_of
-from robust_jax.devices import parallel, processes
+from robust_jax.devices import processes
 from robust_jax.train.loop import train
 from robust_jax.train.validate import NOT_TRACKED
 from robust_jax.types import LogitsFn
@@ -60,8 +59,7 @@ def _undefended(experiment: Experiment, workdir: Path) -> LogitsFn:
     other, there = training.build(config), workdir / "surrogate"
     mode: Mode = "evaluate" if (there / "config.json").exists() else "train"
     if mode == "train":
-        sizes = config.batch_size, config.batch_parts
-        guard("config.batch_size", parallel.check_batch_size, *sizes)
+        entries.check_batch_size(config)
     processes.on_first(partial(folder.claim, there, config, mode))
     plan = dataclasses.replace(other.plan, description="train the surrogate")
     return subject_of(other, train(plan, there)).logits_fn

@@ -201,6 +201,7 @@ def autoattack(
         state = _load(Path(state_path), inputs, logits, x.dtype)
 
     passes = [p for name, c in ensemble.items() for p in _passes(name, c, num_classes)]
+    radius = np.asarray(length_in(eps, x.dtype))
     with progress_bar(
         len(passes), "autoattack", "pass", initial=state.passes_done, shown=progress
     ) as bar:
@@ -212,7 +213,7 @@ def autoattack(
             if len(standing):
                 some = _take(rows, standing)
                 attempt = map_examples(_Attempt(member.attack, threat, _frozen(member.keywords)))
-                x_try = attempt(some, np.asarray(length_in(eps, x.dtype)), ranks, _salt(salt))
+                x_try = attempt(some, radius, ranks, _salt(salt))
                 fresh = classify({**some, "x": x_try}, _salt(f"check {salt}"))
                 holds, margin = fresh["right"], fresh["margin"]
                 state.strange[standing] |= are_strange(fresh["logits"])

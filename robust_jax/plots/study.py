@@ -5,6 +5,7 @@ from itertools import cycle
 from textwrap import fill
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -216,8 +217,7 @@ def _points_with_bars(
     ax: Axes, points: Sequence[Mapping[str, Any]], along: str, scale: float = 1, **style: Any
 ) -> None:
     """Means along a field of the points, with a bar where there is an interval."""
-    ax.plot([p[along] for p in points], [scale * p["mean"] for p in points], ms=4, ls="", **style)
-    for p in points:
-        if p["low"] is not None:
-            ends = [scale * p["low"], scale * p["high"]]
-            ax.plot([p[along]] * 2, ends, color=style["color"], lw=1.4)
+    fields = (along, "mean", "low", "high")
+    at, *ends = np.array([[p[field] for field in fields] for p in points], float).reshape(-1, 4).T
+    middle, low, high = scale * np.array(ends)
+    ax.errorbar(at, middle, yerr=[middle - low, high - middle], ms=4, ls="", **style)

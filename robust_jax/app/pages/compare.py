@@ -81,14 +81,11 @@ def differences(compared: Mapping[str, Evidence]) -> pd.DataFrame:
     fields = sorted({field for config in given for field in config})
     configs = {name: flatten(_completed(run.results["config"])) for name, run in compared.items()}
 
-    def shown(value):
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
     differ = [
         f for f in fields if len({repr(config.get(f, "–")) for config in configs.values()}) > 1
     ]
     columns = {
-        name: {f: shown(config.get(f, "–")) for f in differ} for name, config in configs.items()
+        name: {f: str(config.get(f, "–")) for f in differ} for name, config in configs.items()
     }
     return _side_by_side(columns, "field")
 
