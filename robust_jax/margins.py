@@ -40,9 +40,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# How many τ away a boundary that does not exist is put: too far to pull. With 1e12 a sum of
-# exponentials is 0 where XLA multiplies and subtracts at once, and rounds only one of two maxima.
-_FAR = 1e4
+# The distance, in τ, that training assumes for a boundary that does not exist: too far to pull.
+_FAR = 1e12
 
 
 def linear(
@@ -229,7 +228,8 @@ def truncate(boundaries: Float[Array, "b n"], tau: Length) -> PerExample:
     """
     if isinstance(tau, int | float) and not tau > 0:
         raise ValueError(f"tau must be above 0, not {tau!r} (pixels are in [0,1])")
-    # What is nowhere stays put: infinities have no derivative.
+    # What is nowhere stays put: infinities have no derivative. Clipped after the division, for XLA
+    # may multiply and subtract at once, and then no number equals the rounded largest of them.
     scaled = jnp.clip(wide(boundaries) / tau, -_FAR, _FAR)
     return jax.nn.sigmoid(jax.nn.logsumexp(-scaled, -1)).astype(boundaries.dtype)
 

@@ -321,9 +321,11 @@ def test_an_infinite_gradient_is_followed(name, norm):
 
     def logits_fn(x):
         rooted = jnp.sqrt(x).sum(-1)
-        return jnp.stack([jnp.full(len(x), 0.9), rooted, -jnp.ones(len(x))], -1)
+        return jnp.stack([jnp.full(len(x), 0.52), rooted, -jnp.ones(len(x))], -1)
 
-    x, y = jnp.array([[0.0, 0.0, 0.25, 0.0]]), jnp.zeros(1, jnp.int32)
+    # FAB and Adam leave out what is infinite: nothing, where all of a gradient is.
+    images = [[0.0, 0.0, 0.25, 0.0], *([] if name in ("fab", "carlini_wagner") else [[0.0] * 4])]
+    x, y = jnp.array(images), jnp.zeros(len(images), jnp.int32)
     few = {"num_steps": 10} if "num_steps" in FEW.get(name, {}) else {}
     few |= {"random_start": False} if name == "pgd" else {}
     few |= {"num_searches": 5, "num_steps": 50} if name == "carlini_wagner" else {}

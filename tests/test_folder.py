@@ -370,6 +370,9 @@ def test_results_name_the_commit_of_the_checkout_that_made_them(tmp_path):
     git("commit", "--quiet", "-m", "a")
     clean = commit(code)
     assert re.fullmatch("[0-9a-f]{12}", clean)
+    other = tmp_path / "other.py"
+    other.write_text("1")
+    assert commit(other) == ""  # nobody knows which version of it that was
     code.write_text("2")
     assert commit(code) == f"{clean}-dirty"
     assert versions("jax").get("commit", "") == commit()

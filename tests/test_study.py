@@ -162,6 +162,10 @@ WRONG = {
     "tolerance in percent": ({"claims.a.tests.0.by": "10 %"}, "whose by is '10 %'; give a number"),
     "measurement": ({"base.measurements": {"outputz": {}}}, "outputz.name is 'outputz'; did you"),
     "loss of an arm": ({"arms.ls": {"loss": {"name": "smooth"}}}, "loss.name is 'smooth'; choices"),
+    "term of an arm": (
+        {"arms.ls": {"regularizers": {"entropi": {"weight": 1.0}}}},
+        "entropi.name is 'entropi'; did you mean entropy",
+    ),
     "attack of an arm": ({"arms.ls": {"attacks": {"pgd": {"nm": 1}}}}, "pgd.nm is not a keyword"),
     "model of an arm": ({"arms.ls": {"model": {"name": "lenet"}}}, "'lenet'; did you mean lenet5"),
     "margins of an arm": (

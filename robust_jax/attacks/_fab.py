@@ -212,7 +212,7 @@ def _mixed(x_adv, x, value, gradient, settings: _Settings):
     norm = settings.norm
     assert norm.to_boundary is not None
     # Where a gradient is infinite the linearised boundary is at x itself; the others lead away.
-    gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
+    gradient = jnp.nan_to_num(gradient, posinf=0.0, neginf=0.0)
     # The select keeps XLA's CPU backend from a slow way to add up products.
     change = jnp.where(gradient == 0, 0.0, gradient * (x - x_adv)).sum()
     value = value.astype(value_dtype(x))

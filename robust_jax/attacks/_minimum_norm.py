@@ -225,7 +225,9 @@ def _descend_one(judge, x, reference, settings: _CarliniWagner):
             distance = L2.size(x_adv - x)
             near = hit & (distance <= settings.eps)
             value = jnp.where(near, -distance, -jnp.inf).astype(dtype)
-            update, moments = _adam(finite(gradient, most=1e15), moments, time)
+            # An infinite entry, once squared, would stand in Adam's second moment for good.
+            gradient = jnp.nan_to_num(gradient, posinf=0.0, neginf=0.0)
+            update, moments = _adam(gradient, moments, time)
             w = w - settings.learning_rate * update
             return (w, moments, best.updated(x_adv, value, near), hit_any | hit), None
 

@@ -17,12 +17,12 @@ def tiny(dtype: Any) -> float:
     return max(1e-30, float(jnp.finfo(dtype).tiny))
 
 
-def finite(gradient: Perturbation, most: float = 1e30) -> Perturbation:
+def finite(gradient: Perturbation) -> Perturbation:
     """The gradient with NaN as 0 and entries of at most 1e30, which can be summed and divided by.
 
     The largest float will not do: a sum of two is infinite, and 1 over it is 0 in float32.
     """
-    most = min(most, float(jnp.finfo(gradient.dtype).max))
+    most = min(1e30, float(jnp.finfo(gradient.dtype).max))
     return jnp.clip(jnp.where(jnp.isnan(gradient), 0, gradient), -most, most)
 
 
