@@ -68,10 +68,11 @@ def get_config():
         "at": "AT",
         "at_one_step": "AT, one step",
         "vat": "VAT",
+        **{energy: f"{energy.replace('_', ' ')} (ours)" for energy in ENERGIES},
         "ce_few": "CE, few labels",
         "vat_few": "VAT, few labels",
-        "total_variation_few": "total variation, few labels",
-        "oscillation_few": "oscillation, few labels",
+        "total_variation_few": "total variation (ours), few labels",
+        "oscillation_few": "oscillation (ours), few labels",
     }
     config.scale = "small"
     config.seeds = (0, 1, 2)

@@ -78,7 +78,7 @@ def get_config():
         "at": "AT",
         "at_entm": "AT + EntM",
         "at_ls": "AT + LS",
-        "at_ls_matched": "AT + LS, matched",
+        "at_ls_matched": "AT + LS, matched (ours)",
     }
     config.scale = "small"
     config.seeds = (0, 1, 2)
