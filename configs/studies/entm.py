@@ -193,6 +193,7 @@ def get_config():
         ("‖J‖ logits", "PGD at {largest}"),
         ("‖J‖ logits", "AutoAttack at {largest} (ours)"),
     )
+    config.along_training = ("robust_accuracy",)  # on held-out images
 
     beyond = ("trained", "larger", "largest")
     config.claims = ConfigDict(

@@ -160,6 +160,7 @@ def get_config():
         ("silhouette (ours)", "AutoAttack at 0.1 (ours)"),
         ("median gap, training set (ours)", _label("pgd", 0.2, True)),
     )
+    config.along_training = ("robust_accuracy",)  # on held-out images; clean where AT is not
     config.published = published()
 
     config.claims = ConfigDict(
