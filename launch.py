@@ -23,7 +23,7 @@ from robust_jax.app import command_line
 from robust_jax.errors import CannotWrite, UserError
 
 FLAGS = flags.FLAGS
-# New attributes pass here and are refused, with the choices, by the config's own check.
+# New attributes pass here; the config's own check refuses them and names the choices.
 config_flags.DEFINE_config_file(
     "config",
     None,
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
 
 
 def carry_out(arguments: list[str]) -> str:
-    """Does what the flags say; returns what the first process has to tell people."""
+    """Does what the flags say; returns what the first process prints."""
     workdir = Path(FLAGS.workdir)
     if FLAGS.mode == "compare":
         from robust_jax.app.pages import compare
@@ -97,7 +97,7 @@ def carry_out(arguments: list[str]) -> str:
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/robust_jax/compiled")
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
-    # By default programs that compile within a second are not kept: a run has hundreds of those.
+    # By default JAX does not keep programs that compile within a second; a run has hundreds.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     processes.initialize(FLAGS.distributed)
     speed.keep_freed_memory()
@@ -125,18 +125,18 @@ def carry_out(arguments: list[str]) -> str:
 
 
 def _exit_at_once(line: str) -> None:
-    """Ends with the line: threads that still want to write would bury it under what they raise."""
+    """Prints the line and exits, before threads that still write bury it under their errors."""
     print(line, file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one line for whatever is wrong with the flags or the config file."""
+    """Parses as absl does, with one line for a mistake in the flags or the config file."""
     try:
         sys.argv[:] = command_line.completed(argv, Path(__file__).parent / "configs")
         rest = FLAGS(sys.argv)
         if FLAGS.config is not None:
-            FLAGS.config.keys()  # a config file that failed to load says so when it is first used
+            FLAGS.config.keys()  # a config file that failed to load raises on first use
         return rest
     except Exception as error:
         sys.exit(f"error: {command_line.mistake(error)}")

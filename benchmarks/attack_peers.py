@@ -3,7 +3,7 @@
 Each function below returns the attacks of one package by our names, as functions from
 (x [B,C,H,W], y [B], seed) to x_adv. Names with `nearest_` ask for the nearest misclassified point,
 the others for any within eps. What is not set here is the package's default. A package is imported
-where it is asked for, so that the others may be missing.
+only when it is used, so the others may be missing.
 """
 
 import sys
@@ -15,7 +15,7 @@ import torch
 
 Attacks = dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]]
 
-# Beyond any distance there is in the box: no point is too far to be accepted.
+# Larger than any distance in the box, so that no point is too far to be accepted.
 _FAR = 1e9
 
 
@@ -40,7 +40,7 @@ class Budget(NamedTuple):
 
 
 def from_reference(net: torch.nn.Module, budget: Budget, folder: str) -> Attacks:
-    """AutoAttack's own code (github.com/fra31/auto-attack), a checkout of which is in folder."""
+    """AutoAttack's own code (github.com/fra31/auto-attack), from the checkout in folder."""
     sys.path.insert(0, folder)
     import autoattack
     from autoattack.autopgd_base import APGDAttack, APGDAttack_targeted
@@ -107,7 +107,7 @@ def from_reference(net: torch.nn.Module, budget: Budget, folder: str) -> Attacks
 
 
 def from_torchattacks(net: torch.nn.Module, budget: Budget) -> Attacks:
-    """torchattacks, in linf and l2; `standard` is its members in turn: its own takes 10 steps."""
+    """torchattacks in linf and l2; `standard` is its members in turn, as its own takes 10 steps."""
     import torchattacks
 
     common = {"norm": budget.norm.capitalize(), "eps": budget.eps}
@@ -150,7 +150,7 @@ def from_torchattacks(net: torch.nn.Module, budget: Budget) -> Attacks:
 
 
 def from_foolbox(net: torch.nn.Module, budget: Budget) -> Attacks:
-    """Foolbox, in linf and l2, which has nothing of AutoAttack."""
+    """Foolbox in linf and l2; it has nothing of AutoAttack."""
     import foolbox
 
     model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")

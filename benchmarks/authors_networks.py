@@ -3,10 +3,10 @@
     python -m benchmarks.authors_networks --reference=../shared/reference --out=authors.json
 
 Their networks "plain", "constraint" and "regularised" (a CNN) and a linear one, as npz files (see
-`load`); nobody has published what AutoAttack leaves of them. Takes MNIST's first test images, in l2
-at each eps, PGD on cross-entropy (as published and as ours) and on the margin beside it, on fewer
-images, and the audit. A command that was stopped continues with the network and eps where it was.
-Hours on 2 CPU cores.
+`load`); nobody has published their accuracy under AutoAttack. Attacks MNIST's first test images in
+l2 at each eps; beside AutoAttack, fewer of them get the audit and PGD, on cross-entropy (as
+published, and ours) and on the margin. A command that was stopped continues at the network and eps
+where it was. Hours on 2 CPU cores.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from robust_jax.app.results import audit_to_json, device, versions
 from robust_jax.files import write_json
 from robust_jax.types import Images, Labels, LogitsFn
 
-# By their files' names, and the test accuracy in percent that the authors report.
+# By file name, the test accuracy in percent that the authors report.
 NETWORKS = {
     "mnist_cnn_plain": 99.14,
     "mnist_cnn_constraint": 99.29,
@@ -54,7 +54,7 @@ class Logits(NamedTuple):
 
 
 def load(path: Path) -> LogitsFn:
-    """A network of an npz file of LAYER/kernel (HWIO, or [in, out]) and LAYER/bias.
+    """A network from an npz file with LAYER/kernel (HWIO, or [in, out]) and LAYER/bias.
 
     The first dense layer's rows are those of a flattened [H,W,C].
     """
@@ -71,7 +71,7 @@ def load(path: Path) -> LogitsFn:
 
 def mnist(num_examples: int) -> tuple[np.ndarray, np.ndarray]:
     """The first test images, in [0,1], and their labels."""
-    # Streaming, for the training set is not needed.
+    # Streaming, since the training set is not needed.
     test = data.load("tfds:mnist", validation_size=1000, streaming=True).test
     images, labels = test.take(np.arange(min(num_examples, test.size)))
     return np.asarray(data.to_pixels(images)), labels
@@ -96,9 +96,9 @@ def published_pgd(
     num_steps: int,
     step_size: float,
 ) -> Images:
-    """The authors' PGD, advertorch's in l2: from a random image in the ball to the last point.
+    """The authors' PGD (advertorch's, in l2), from a random image in the ball to the last point.
 
-    Its steps shrink where a gradient is smaller than 1e-6, as where logits saturate.
+    Its steps shrink if a gradient is smaller than 1e-6, for instance when logits saturate.
     """
     l2 = attacks.NORMS["l2"]
 

@@ -3,11 +3,11 @@
     python -m benchmarks.autoattack --reference=../auto-attack [--nets=lenet,strided] [--norm=linf]
         [--num_examples=200] [--repeats=1]
 
-Four networks of PyTorch, adversarially trained for a minute on real data from TFDS, and the same
-weights in plain jax.lax. The standard AutoAttack of both sides takes turns; ours starts with
-nothing compiled (first) and runs again on other keys (second). --reference is a checkout of
-github.com/fra31/auto-attack. Prints a markdown table of medians; seconds are of the wall clock and,
-in brackets, of all cores together.
+Four PyTorch networks, adversarially trained for a minute on real data from TFDS, and the same
+weights in plain jax.lax. The standard AutoAttacks of both sides take turns; ours starts with
+nothing compiled (first) and runs again with other keys (second). --reference is a checkout of
+github.com/fra31/auto-attack. Prints a markdown table of medians; seconds are wall-clock time and,
+in brackets, CPU time of all cores.
 """
 
 import argparse
@@ -76,7 +76,7 @@ NETS = {
 
 
 def clocked(fn: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """What fn returns, and its seconds: of the wall, of the cores."""
+    """What fn returns, and its seconds of wall-clock and CPU time."""
     start, used = time.perf_counter(), sum(os.times()[:2])
     found = fn()
     return found, np.array([time.perf_counter() - start, sum(os.times()[:2]) - used])

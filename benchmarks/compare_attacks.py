@@ -7,11 +7,11 @@
         --out=runs/compare_resnet_l2 --reference=../auto-attack
 
 Needs the extras train and bench. lenet5: the best checkpoint of a finished run of
-configs/mnist_lenet5_at.py or the like. preact_resnet18: CIFAR-10, trained here for some minutes
-where --weights does not exist yet. --reference names a checkout of github.com/fra31/auto-attack,
+configs/mnist_lenet5_at.py or the like. preact_resnet18: CIFAR-10, trained here for a few minutes
+if --weights does not exist yet. --reference names a checkout of github.com/fra31/auto-attack,
 which is then one of the peers. Every batch measured is kept in --out and not measured again, so a
-long comparison may be stopped, and more attacks, peers and seeds added; times compare where both
-sides were measured in one call. docs/attack_comparison.md has our tables.
+long comparison may be stopped, and more attacks, peers and seeds added. Times are comparable only
+if both sides were measured in one call. docs/attack_comparison.md has our tables.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def lenet5(flags) -> tuple[nn.Module, Any, data.Dataset, torch.nn.Module]:
 
 
 def preact_resnet18(flags) -> tuple[nn.Module, Any, data.Dataset, torch.nn.Module]:
-    """The same, trained in PyTorch, which takes a part of our time on a CPU."""
+    """The same, trained in PyTorch, which takes a fraction of our time on a CPU."""
     dataset = data.load("tfds:cifar10", validation_size=1000)
     model = models.PreActResNet(num_classes=dataset.num_classes, mean=dataset.mean, std=dataset.std)
     net = torch_models.PreActResNet(model)
@@ -92,7 +92,7 @@ MODELS = {"lenet5": lenet5, "preact_resnet18": preact_resnet18}
 
 
 def our_side(logits_fn: Callable, budget: Budget) -> Side:
-    """robust_jax; AutoAttack's members by `autoattack`, which takes out what each has broken."""
+    """robust_jax; AutoAttack's members by `autoattack`, which drops what each has broken."""
     norm, eps, batch_size = budget.norm, budget.eps, budget.batch_size
     steps = {"num_steps": budget.num_steps}
     targeted = {**steps, "num_targets": budget.num_targets}
@@ -169,9 +169,9 @@ def measure(
 ) -> list[Outcome]:
     """One attack on the points by each side, a batch at a time, in turns.
 
-    A batch that the folder holds is taken from there. The networks see the points that they get
-    right. A point is broken where its side's network gets x_adv wrong, and x_adv is in the box and,
-    for an attack with a radius, within eps.
+    A batch that the folder holds is read from there. Each side attacks the points that its network
+    gets right. A point is broken if its side's network gets x_adv wrong, and x_adv is in the box
+    and, for an attack with a radius, within eps.
     """
     keys = jax.random.split(jax.random.key(seed), len(x))
     parts = []
@@ -210,7 +210,7 @@ def _measure_batch(side, attack, x, y, keys, seed, budget) -> Outcome:
 
 
 def bounded_row(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> list[str]:
-    """Robust accuracy and how many points one side alone breaks; an outcome for each seed."""
+    """Robust accuracy and how many points only one side breaks; an outcome for each seed."""
     broken, their_broken = (np.stack([o.broken for o in side]) for side in (ours, theirs))
     accuracy, their_accuracy = 100 * (1 - broken.mean(1)), 100 * (1 - their_broken.mean(1))
     return [
@@ -346,7 +346,7 @@ def main() -> None:
 
 
 def check_networks(logits_fn, net, x, y, flags) -> None:
-    """Prints how far the two networks' logits differ; ends where they are not one network."""
+    """Prints how far the two networks' logits differ; exits if they are not the same network."""
     batches = [slice(i, i + flags.batch_size) for i in range(0, len(x), flags.batch_size)]
     logits = np.concatenate([logits_fn(x[rows]) for rows in batches])
     theirs = np.concatenate([net(torch_models.to_torch(x[rows])).numpy() for rows in batches])
@@ -361,7 +361,7 @@ def check_networks(logits_fn, net, x, y, flags) -> None:
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder that of these settings; ends where it is that of others."""
+    """Claims the folder for these settings; exits if it belongs to others."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if path.exists() and (old := json.loads(path.read_text())) != settings:
@@ -403,7 +403,7 @@ def _is_nearest(attack: str) -> bool:
 
 
 def _over_seeds(values: np.ndarray, digits: int = 1) -> str:
-    """The mean, and the standard deviation where there are several seeds."""
+    """The mean, and the standard deviation if there are several seeds."""
     text = f"{np.mean(values):.{digits}f}"
     return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 

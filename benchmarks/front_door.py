@@ -2,9 +2,9 @@
 
     python -m benchmarks.front_door [--repeats=20] [--only=pgd,autoattack] [--nets=mlp,cnn]
 
-Few steps on small networks, so that the call shows beside the work. Each call has another batch,
+Few steps on small networks, so that the cost of the call itself shows. Each call has another batch,
 another key and a new function for the network, as in a user's loop: the first call compiles, the
-second should not. Beside it stands jax.jit of the same call with the weights as arguments; the
+second should not. It is compared with jax.jit of the same call with the weights as arguments; the
 two take turns. AutoAttack and the audit are loops on the host, which cannot be jitted.
 """
 
@@ -27,7 +27,7 @@ SHAPE, BATCH_SIZE = (14, 14, 1), 16
 
 
 class CNN(nn.Module):
-    """A small network of the shape of LeNet."""
+    """A small network shaped like LeNet."""
 
     @nn.compact
     def __call__(self, x):
@@ -38,7 +38,7 @@ class CNN(nn.Module):
 
 
 def mlp() -> tuple[Callable, list[jax.Array]]:
-    """A plain function of (weights, x), and weights."""
+    """A plain function of (weights, x), and its weights."""
     sizes = (int(np.prod(SHAPE)), 32, 10)
     keys = jax.random.split(jax.random.key(0), 2)
     weights = [
@@ -53,13 +53,13 @@ def mlp() -> tuple[Callable, list[jax.Array]]:
 
 
 def cnn() -> tuple[Callable, dict]:
-    """The same of a network in Flax, which Python traces at every call."""
+    """The same for a Flax network, which Python traces at every call."""
     model = CNN()
     return model.apply, model.init(jax.random.key(0), jnp.ones((1, *SHAPE)))
 
 
 def jitted_cnn() -> tuple[Callable, dict]:
-    """The same with jax.jit around its apply, whose trace JAX keeps."""
+    """The Flax network with jax.jit around its apply, whose trace JAX caches."""
     apply, variables = cnn()
     return jax.jit(apply), variables
 
@@ -81,7 +81,7 @@ def measure(name: str, net: str, repeats: int) -> str:
     count = iter(range(10**9))
 
     def plain():
-        # Another function at each call, as a lambda in a loop is.
+        # A new function at each call, like a lambda in a loop.
         arguments = inputs[next(count) % len(inputs)]
         return jax.block_until_ready(call(lambda x: apply(weights, x), *arguments))
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.growth [--repeats=5] [--only=steps,batch]
 
-One thing grows at a time: steps of PGD, batch, width of the network, classes (of exact Jacobians,
-and of the estimate by random projections), seeds trained in one program (n of them cost less than
-n times the first where that pays). Sizes take turns in one process; a row shows the median of each
-and, for each turn's ratio to the first size, the median. How it grows with devices:
+One thing grows at a time: steps of PGD, batch, width of the network, classes (for exact Jacobians
+and for the estimate by random projections), seeds trained in one program (which pays if n of them
+cost less than n times the first). Sizes take turns in one process; a row shows each size's median
+time and its median ratio to the first size in the same turn. For growth with devices see
 benchmarks.scaling and docs/scaling.md.
 """
 

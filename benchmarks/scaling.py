@@ -4,11 +4,12 @@
     python -m benchmarks.scaling --model=wide_resnet --dtype=bfloat16 --tpu=v5e:2x4
     python -m benchmarks.scaling --model=preact_resnet --tpu=v5e:2x2 --work=attacks
 
-First it compiles the step for 1, 2, 4 and 8 simulated CPU devices, runs nothing, and prints
-what the model says of one device (operations, bytes of all-reduce, bytes of the state) beside what
-the programs hold. Then it predicts step times. docs/scaling.md has the formulas. The second command
-asks a TPU's compiler instead, which comes with the tpu extra and needs no TPU: does the step fit?
-The third asks it about AutoAttack's members, one target or restart each, and exact Jacobian norms.
+The first command compiles the step for 1, 2, 4 and 8 simulated CPU devices, runs nothing, and
+prints what the model says of one device (operations, bytes of all-reduce, bytes of the state)
+beside what the programs hold. Then it predicts step times. docs/scaling.md has the formulas. The
+second one asks a TPU's compiler, which comes with the tpu extra and needs no TPU, whether the step
+fits. The third asks it about AutoAttack's members, one target or restart each, and exact Jacobian
+norms.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from robust_jax.train.step import make_train_step
 
 
 class Links(NamedTuple):
-    """Bytes a second that a device sends and receives at a time, and seconds a message takes."""
+    """Bytes a second that a device sends and receives at once, and the seconds a message takes."""
 
     bandwidth: float
     latency: float
@@ -51,7 +52,7 @@ class Work(NamedTuple):
 
 
 def allreduce_seconds(values: int, devices: int, links: Links) -> float:
-    """For a ring, each device sends 2 (n-1)/n of the array; the latency is that of a tree."""
+    """Seconds of a ring, where each device sends 2 (n-1)/n of the array, with a tree's latency."""
     if devices == 1:
         return 0.0
     sent = 2 * (devices - 1) / devices * 4 * values
@@ -154,7 +155,7 @@ def cost_model(flags) -> None:
 
 def chips_of(topology: str) -> Sequence[jax.Device]:
     """The chips of a TPU's topology, for its compiler alone."""
-    # It would look for the machine that holds the chips.
+    # Otherwise it would look for the machine that holds the chips.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         return topologies.get_topology_desc(topology, "tpu").devices
@@ -163,7 +164,7 @@ def chips_of(topology: str) -> Sequence[jax.Device]:
 
 
 def placed(tree, mesh: Mesh, *axes: str):
-    """The shapes on the mesh, divided by their first axis or not at all."""
+    """The shapes on the mesh, split along their first axis or not at all."""
     sharding = NamedSharding(mesh, PartitionSpec(*axes))
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 

@@ -5,12 +5,12 @@
     python -m benchmarks.speed --work=step --nets=preact_resnet18,wide_resnet28 --dtype=bfloat16
 
 Needs the extras train and bench. Both sides have the same weights and images; they take turns in
-one process, and a row shows the median time of each, the median and range of the ratios of turns to
-the fastest of PyTorch's, and the rate of our products beside that of a large matrix product.
+one process. A row shows the median time of each, the median and range over turns of the ratio to
+PyTorch's fastest, and the rate of our products as a share of that of a large matrix product.
 
 A step: PGD (linf) on 128 images, the gradient at the adversarials, SGD with momentum. PyTorch runs
-eagerly in both memory layouts, with autocast in bfloat16, and on a GPU by torch.compile as well,
-with and without CUDA graphs. A Jacobian: exact Frobenius norms with respect to the image, in
+eagerly in both memory layouts, with autocast in bfloat16, and on a GPU with torch.compile as
+well, with and without CUDA graphs. A Jacobian: exact Frobenius norms with respect to the image, in
 float32, PyTorch's by torch.func vmap(jacrev). AutoAttack's time is a column of
 benchmarks.compare_attacks. docs/performance.md has our tables.
 """

@@ -28,10 +28,10 @@ def images(shape: tuple[int, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TrainingStep:
-    """Adversarial training by PGD (linf) with SGD and momentum; a call makes a step and waits.
+    """Adversarial training by PGD (linf) with SGD and momentum; a call takes a step and waits.
 
-    It trains num_seeds networks in one program, as a study does. weights are those of the first at
-    the beginning.
+    It trains num_seeds networks in one program, as a study does. weights are the first network's at
+    initialisation.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TrainingStep:
         step = make_train_step(objective, tx)
         self._step = parallel.map_step(step if num_seeds == 1 else vmap_train_step(step), "pmap")
         states = tuple(
-            # As the step returns it, or its program would be compiled once more.
+            # Placed as the step returns it, or its program would be compiled again.
             jax.device_put(
                 init_state(model, tx, jax.random.key(i), shape, average=False),
                 parallel.replicated(),
@@ -86,7 +86,7 @@ class TrainingStep:
 
 
 def matrix_rate(dtype: str) -> float:
-    """FLOP/s of a large matrix product on the first device: what a step can be measured by."""
+    """FLOP/s of a large matrix product on the first device, to measure a step against."""
     size = 8192 if jax.default_backend() != "cpu" else 2048
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)  # constants are multiplied faster
     product = jax.jit(lambda a: a @ a)
@@ -95,7 +95,7 @@ def matrix_rate(dtype: str) -> float:
 
 
 def heading(columns: str) -> str:
-    """The first two lines of a markdown table, of columns with bars between them."""
+    """The first two lines of a markdown table; columns has bars between the names."""
     return f"| {columns} |\n|{' --- |' * (1 + columns.count('|'))}"
 
 
@@ -111,7 +111,7 @@ def compared(sides: Sides, seconds: np.ndarray, digits: int) -> str:
 
 
 def turns(sides: Sides, repeats: int) -> np.ndarray:
-    """Seconds [repeats, sides], the sides one after the other in each repeat, none compiling."""
+    """Seconds [repeats, sides]; the sides take turns in each repeat, after all have compiled."""
     for side in sides.values():
         side()
     seconds = np.zeros((repeats, len(sides)))

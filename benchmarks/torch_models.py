@@ -1,8 +1,7 @@
-"""LeNet-5, SmallCNN and PreActResNet in PyTorch, as robust_jax.models has them; weights both ways.
+"""LeNet-5, SmallCNN and PreActResNet in PyTorch, as robust_jax.models has them.
 
-And what PyTorch is timed at: PGD and Jacobians.
-
-Layers stand in lists that bear flax's names, `Conv.0` for Conv_0, so weights are copied by name.
+Weights convert both ways: layers are in lists with flax's names, `Conv.0` for Conv_0, so that
+weights are copied by name. PGD and Jacobians are here too, for timing PyTorch.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from robust_jax import data, models
 
-# What flax calls the arrays of a layer, and PyTorch; the axes of kernels, there and back.
+# Flax's and PyTorch's names for a layer's arrays, and the axes of kernels in both directions.
 _PARTS = {
     "kernel": "weight",
     "scale": "weight",
@@ -37,7 +36,7 @@ class _Classifier(nn.Module):
     def __init__(self, model: models.layers.Classifier):
         super().__init__()
         for name, values in (("mean", model.mean), ("std", model.std)):
-            # A buffer, so that it goes to a GPU with the rest; not part of the weights.
+            # A buffer, so that it moves to a GPU with the rest, but not one of the weights.
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, x):
@@ -135,7 +134,7 @@ def to_flax(net: nn.Module, template: Any) -> Any:
 def train(net: nn.Module, split: data.Split, num_steps: int) -> None:
     """Ordinary training: SGD on random batches, cropped and flipped, with a one-cycle rate.
 
-    A crop is the same for a batch and three quarters as high and wide, which takes half the time.
+    A batch shares one crop, three quarters as high and wide, which takes half the time.
     """
     height, width = (3 * size // 4 for size in split.images.shape[1:3])
     torch.manual_seed(0)
@@ -161,7 +160,7 @@ def train(net: nn.Module, split: data.Split, num_steps: int) -> None:
 
 
 def pgd(loss: Callable, x: torch.Tensor, *, eps: float, step_size: float, num_steps: int):
-    """Projected gradient ascent on loss(x) in linf within [0,1] from a random start: the points."""
+    """The points of projected gradient ascent on loss(x) in linf, in [0,1], from a random start."""
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     x_adv = x + torch.empty_like(x).uniform_(-eps, eps)
     x_adv = torch.minimum(torch.maximum(x_adv, low), high)
@@ -174,7 +173,7 @@ def pgd(loss: Callable, x: torch.Tensor, *, eps: float, step_size: float, num_st
 
 
 def jacobian_norms(net: nn.Module, x: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Exact Frobenius norms of the logits' Jacobians, so many images at a time: [B]."""
+    """Exact Frobenius norms [B] of the logits' Jacobians, chunk images at a time."""
     one = torch.func.jacrev(lambda image: net(image[None])[0])
     parts = [torch.func.vmap(one)(part) for part in x.split(chunk)]
     return torch.cat([part.flatten(1).norm(dim=1) for part in parts])

@@ -1,4 +1,4 @@
-"""Small PyTorch networks, layer after layer: trained, converted to JAX, attacked by theirs."""
+"""Small sequential PyTorch networks: training, conversion to JAX, and the authors' AutoAttack."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ def train(
 def converted(module: nn.Sequential, image_shape: tuple[int, ...]) -> Callable:
     """The same network in plain jax.lax, with the module's weights.
 
-    Convolutions, ReLU, max-pooling, a flatten and linear layers are known; raises TypeError for
+    Knows convolutions, ReLU, max-pooling, a flatten and linear layers; raises TypeError for
     others.
     """
     layers: list[Callable] = []
@@ -52,7 +52,7 @@ def converted(module: nn.Sequential, image_shape: tuple[int, ...]) -> Callable:
             layers.append(_convolution(kernel, jnp.asarray(layer.bias.numpy()), layer))
         elif isinstance(layer, nn.Linear):
             weight = layer.weight
-            if flat is not None and len(flat) == 3:  # reads C,H,W, and ours H,W,C
+            if flat is not None and len(flat) == 3:  # it reads C,H,W, and ours H,W,C
                 weight = weight.reshape(-1, *flat).permute(0, 2, 3, 1).reshape(weight.shape)
                 flat = None
             layers.append(_linear(jnp.asarray(weight.T.numpy()), jnp.asarray(layer.bias.numpy())))
@@ -97,7 +97,7 @@ def _pool(x):
 def authors_autoattack(
     module: nn.Module, x: np.ndarray, y: np.ndarray, *, eps: float, norm: str
 ) -> np.ndarray:
-    """Which points hold against the authors' standard AutoAttack, which must be importable: [N]."""
+    """Which points [N] withstand the authors' standard AutoAttack, which must be importable."""
     from autoattack import AutoAttack
 
     images, labels = to_torch(x), torch.tensor(y.astype(np.int64))

@@ -2,8 +2,8 @@
 
     python launch.py --config=configs/cifar10_cnn_average_margin.py --workdir=runs/average_margin
 
-The other arms as in mnist_cnn_average_margin.py. Hours on an accelerator. Its accuracy has not been
-measured yet.
+The other arms are as in mnist_cnn_average_margin.py. Hours on an accelerator. Its accuracy has not
+been measured yet.
 """
 
 from ml_collections import ConfigDict

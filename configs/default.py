@@ -17,20 +17,20 @@ def get_config() -> ConfigDict:
     # Data. digits (embedded, no download) | tfds:<name> | npz:<path> with x_train, y_train, x_test
     # and y_test. Outside the model pixels are in [0,1], and every eps is in those units.
     config.dataset = "digits"
-    config.data_dir = ""  # of TFDS; "" is TFDS's own default
-    config.test_split = "test"  # of TFDS: the name of the split that is measured
-    config.image_size = 0  # of TFDS: the side images are scaled and cut to; 0: as they are
-    config.streaming = False  # of TFDS: read while training, by Grain; else held in memory
+    config.data_dir = ""  # for TFDS; "" is its own default
+    config.test_split = "test"  # for TFDS: the split that is measured
+    config.image_size = 0  # for TFDS: the side images are scaled and cropped to; 0: as they are
+    config.streaming = False  # for TFDS: read while training, by Grain; else held in memory
     config.validation_size = 197  # examples split off the training set, drawn by seed
     config.train_size = 0  # how many of the others are trained on, drawn by seed; 0: all
     config.num_labeled = 0  # 0: all. Else a class-balanced subset keeps its labels
-    config.labeled_fraction = 0.5  # of each batch, where only num_labeled examples have labels
+    config.labeled_fraction = 0.5  # of each batch, if only num_labeled examples have labels
     config.augmentation = ConfigDict({"crop_padding": 0, "flip": False})  # on the device
 
     # Model: a name in robust_jax.models.MODELS and its keywords.
     config.model = ConfigDict({"name": "cnn"})
     config.normalize = True  # by the training pixels' mean and deviation, inside the model
-    config.dtype = "float32"  # or "bfloat16", of the computation; parameters are float32
+    config.dtype = "float32"  # or "bfloat16", for the computation; parameters are float32
 
     # The threat model: one norm and one radius in pixel units (0.03 or "8/255"). The adversary,
     # validation_attack, the audit, attacks, regularisers and measurements use them unless they set
@@ -82,8 +82,8 @@ def get_config() -> ConfigDict:
 
     # Optimisation. Durations are "20 epochs", "500 steps" or "1e6 examples".
     config.batch_size = 128  # over all devices
-    # Splits each device's share of the batch into this many pieces if it does not fit in memory.
-    # Slower; the same gradient, except that BatchNorm sees one piece at a time.
+    # Splits each device's share of the batch into this many pieces, for one that does not fit in
+    # memory. Slower; the same gradient, except that BatchNorm sees one piece at a time.
     config.batch_parts = 1
     config.duration = "40 epochs"
     config.optimizer = ConfigDict({"name": "adam"})  # sgd | adam | adamw and their keywords
@@ -99,20 +99,20 @@ def get_config() -> ConfigDict:
     config.validate_every = "2 epochs"
     config.checkpoint_every = "10 epochs"  # and after each new best one
     config.validation_attack = ConfigDict({"name": "pgd"})
-    # Also logs l2 margins of so many training examples, by each estimate, from before the first
-    # step. first_order: minimum_margin, average_margin, margin_q10, margin_q50 and margin_q90, from
-    # the label, and the same of distance, from the predicted class and unsigned. minimum_norm:
-    # …_margin_attack, by FAB, about 10·num_steps gradients an example. clever: …_distance_clever,
-    # at most 5, num_samples gradients of each class an example.
+    # Also logs l2 margins of this many training examples, by each estimate, starting before the
+    # first step. first_order: minimum_margin, average_margin, margin_q10, margin_q50 and
+    # margin_q90, from the label, and the same for distance, from the predicted class and unsigned.
+    # minimum_norm: …_margin_attack, by FAB, about 10·num_steps gradients per example. clever:
+    # …_distance_clever, at most 5, num_samples gradients of each class per example.
     config.track_margins = ConfigDict(
         {"first_order": 0, "minimum_norm": 0, "clever": 0, "num_steps": 100, "num_samples": 1024}
     )
 
     # Attacks on the best and the last checkpoint (see evaluation.last). The key labels the attack
-    # in tables, and names it if "name" is missing, one of robust_jax.attacks.ATTACKS; eps lists
-    # the radii in pixel units; loss is one of robust_jax.losses.ATTACK_LOSSES.
-    # num_examples: attack only the first (0, the default: all). surrogate: whose adversarials
-    # they are, the folder of a finished run, or "train" for the audit's undefended CNN.
+    # in tables; "name", by default the key, is one of robust_jax.attacks.ATTACKS; eps lists the
+    # radii in pixel units; loss is one of robust_jax.losses.ATTACK_LOSSES. num_examples: how many
+    # of the first are attacked (0, the default: all). surrogate: whose adversarials they are, the
+    # folder of a finished run, or "train" for the audit's undefended CNN.
     config.attacks = attack_grid(
         linf=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
         l2=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
@@ -121,7 +121,7 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict(
         {
             "num_examples": 0,  # how many of the first test examples; 0: all
-            "last": True,  # attack the last checkpoint, too, beside the best
+            "last": True,  # attack the last checkpoint too, not only the best
             "batch_size": 500,
             "jacobian_chunk": 128,  # examples whose exact Jacobians a device holds at a time
             "jacobian_projections": 16,  # of the estimated Frobenius norm
@@ -141,8 +141,8 @@ def get_config() -> ConfigDict:
         {
             "num_examples": 200,  # the first of the test set; 0: no audit
             "num_queries": 1000,  # of random search
-            # Whose adversarials are tried: "train" trains an undefended CNN; else the folder of a
-            # finished run on the same data, or "" for none.
+            # Whose adversarials are tried: "train" for an undefended CNN that is trained here, the
+            # folder of a finished run on the same data, or "" for none.
             "surrogate": "train",
         }
     )
@@ -181,7 +181,7 @@ def attack_grid(
 
 
 def cifar10_linf(config: ConfigDict) -> None:
-    """Makes CIFAR-10 a config's data, and linf 8/255 what it is trained, judged and audited at."""
+    """Sets CIFAR-10 as a config's data, and linf 8/255 for its training, attacks and audit."""
     config.dataset = "tfds:cifar10"
     config.validation_size = 1000
     config.augmentation = {"crop_padding": 4, "flip": True}

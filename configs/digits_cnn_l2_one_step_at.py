@@ -13,7 +13,7 @@ def get_config():
     config = default.get_config()
     config.threat = {"norm": "l2", "eps": 1.0}
     config.loss_on = "both"
-    # x + eps·g/‖g‖, cut to [0,1]: no random start.
+    # x + eps·g/‖g‖, clipped to [0,1], without a random start.
     config.adversary.num_steps = 1
     config.adversary.relative_step_size = 1.0
     config.adversary.random_start = False

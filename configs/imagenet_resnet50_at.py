@@ -2,10 +2,10 @@
 
     python launch.py --config=configs/imagenet_resnet50_at.py --workdir=runs/imagenet_at
 
-For many accelerators; the learning rate is that of a batch of 512 (docs/scaling.md has the rule).
-Images are scaled to 224 on the shorter side and cut to the middle; training crops them at random
-from a frame of 16 pixels. Published, of a similar recipe (Salman et al., arXiv 2007.08489): 64.0 %
-clean, 35.0 % AutoAttack at 4/255 on RobustBench's 5,000 images.
+For many accelerators; the learning rate is for a batch of 512 (docs/scaling.md has the rule).
+Images are scaled to 224 on the shorter side and cropped at the centre; training pads them by 16
+pixels and crops at random. Published, for a similar recipe (Salman et al., arXiv 2007.08489):
+64.0 % clean, 35.0 % under AutoAttack at 4/255 on RobustBench's 5,000 images.
 """
 
 from configs import default

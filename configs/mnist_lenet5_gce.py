@@ -5,8 +5,8 @@
 Adam 1e-3 with β = (0.9, 0.99), batch 64, 20 epochs, pixels in [0,1] without normalisation, the best
 epoch by clean accuracy. --config.loss.form=published takes the constants of the authors' code.
 Published at eps 0.2: FGSM 62.74 %, BIM 34.49 %, PGD 9.55 %, MIM 39.81 % (cross-entropy: 38.88,
-2.15, 1.58 and 2.29 %), following the loss of the training. Some minutes of training on 2 CPU cores,
-and longer for the attacks on the whole test set.
+2.15, 1.58 and 2.29 %), following the training loss. A few minutes of training on 2 CPU cores, and
+longer for the attacks on the whole test set.
 """
 
 from ml_collections import ConfigDict
@@ -52,6 +52,6 @@ def get_config():
         }
     )
     config.attacks.jsma = {"eps": (196, 392), "num_examples": 1000}  # a quarter and a half
-    config.attacks.carlini_wagner = {"eps": 28.0, "num_examples": 1000}  # no bound: ‖1‖
+    config.attacks.carlini_wagner = {"eps": 28.0, "num_examples": 1000}  # no bound: the l2 diameter
     config.attacks.autoattack = {"eps": (0.1, 0.2), "num_examples": 1000}
     return config

@@ -28,7 +28,7 @@ __all__ = [
     "plain_convolutions",
 ]
 
-# Where a public name lives that is no module of this package. Imported when it is first asked for,
+# Where the public names live that are not modules of this package. They are imported on first use,
 # so that reading a run's folder does not wait for JAX.
 _HOMES = {
     "Audit": "robust_jax._audit",

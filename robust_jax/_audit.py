@@ -1,8 +1,8 @@
-"""Is this robustness real? Checks for masked gradients, each with its verdict and evidence.
+"""Checks whether robustness is real or gradients are masked, each with a verdict and evidence.
 
-What they look for: arXiv 1802.00420, 1902.06705 (§5) and 2003.01690. Thresholds are our reading:
-most shares warn or fail only if the lower end of their 95 % interval is above a limit, so that the
-draw of the examples alone decides nothing.
+What they look for is described in arXiv 1802.00420, 1902.06705 (§5) and 2003.01690. Thresholds are
+our reading: most shares warn or fail only if the lower end of their 95 % interval is above a limit,
+so that sampling noise alone decides nothing.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 Grade = Literal["skipped", "pass", "warn", "fail"]  # from good to bad
 _FEW_STEPS, _MANY_STEPS, _RESTARTS, _DRAWS = 10, 50, 5, 10
-# How large a share of the audited points may break only under a weaker attack, by (warn, fail).
+# Limits (warn, fail) on the share of audited points that only a weaker attack breaks.
 _LEFT_OVER = (0.01, 0.05)
-# How far attacks that ought to be alike may differ in accuracy.
+# Limits (warn, fail) on how far attacks that ought to agree may differ in accuracy.
 _UNLIKE = (0.05, 0.15)
 CHECKS = (
     "outputs",
@@ -94,7 +94,7 @@ def audit(
     map_examples: MapExamples | None = None,
     progress: bool = True,
 ) -> Audit:
-    """Looks for reasons not to believe a robust accuracy measured by following gradients.
+    """Looks for reasons to distrust a robust accuracy measured by gradient-based attacks.
 
     A network passes if it has gradients to follow, if attacks get stronger with steps, radius and
     restarts and agree across losses, scales and precision, and if no point that survives them is
@@ -102,7 +102,7 @@ def audit(
 
     Args:
         logits_fn: The network, [B,...] in [0,1] -> [B,K].
-        x: Some hundred examples [N,...], pixels in [0,1]. Those classified correctly are audited.
+        x: A few hundred examples [N,...], pixels in [0,1]. Those classified correctly are audited.
         y: Their labels [N].
         key: One key, or one for each example [N].
         eps: The radius of the threat model, in pixel units.
@@ -165,7 +165,7 @@ def audit(
     all_logits = logits
     rows, logits = {name: array[right] for name, array in rows.items()}, logits[right]
 
-    def double_mapping() -> MapExamples:  # map_examples is of the network as it is
+    def double_mapping() -> MapExamples:  # map_examples has the network in its own type
         double = in_double(logits_fn, x.shape[1:])
         return with_keys(Mapper(double, batch_size, len(x)), keys)
 
@@ -199,7 +199,7 @@ def _checks_of(
 
 @dataclasses.dataclass(frozen=True)
 class _Attack:
-    """PGD for `map_examples`, on the loss with a given index, taken of logits times a scale."""
+    """PGD for `map_examples` on the loss of a given index, computed on logits times a scale."""
 
     losses: tuple[losses.Loss, ...]
     norm: Norm
@@ -207,7 +207,7 @@ class _Attack:
     num_restarts: int = 1
 
     def __call__(self, logits_fn, rows, eps, which, scale):
-        def value(loss, logits, labels):  # all of one type
+        def value(loss, logits, labels):  # switch needs branches of one type
             values = _checks.one_number_each(loss(logits, labels))
             return values.astype(wide_dtype(logits.dtype))
 
@@ -233,7 +233,7 @@ class _AttackInDouble:
 
 
 class _Lab:
-    """The audited points and what attacks that follow gradients leave of them."""
+    """The audited points, and which of them hold against each gradient-based attack."""
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ class _Lab:
         self._held["restarts"] = self._run(num_steps=_FEW_STEPS, num_restarts=_RESTARTS)
 
     def many_steps(self, loss: str, *, eps: float | None = None, scale: float = 1.0):
-        """Which points hold. One program for all losses, scales and radii: they are arguments."""
+        """Which points hold; one program serves all losses, scales and radii, as arguments."""
         which = list(self.losses).index(loss)
         return self._run(eps, which, scale, num_steps=_MANY_STEPS)
 
@@ -291,12 +291,12 @@ class _Lab:
         return float(self._held[name].mean())
 
     def standing(self) -> dict[str, np.ndarray]:
-        """The points that held against every attack that follows gradients."""
+        """The points that held against every gradient-based attack."""
         held = np.logical_and.reduce(list(self._held.values()))
         return {name: array[held] for name, array in self.rows.items()}
 
     def grade(self, share: float, limits: tuple[float, float]) -> Grade:
-        """The verdict on a share of the points, or on the difference of two, by its lower end."""
+        """The verdict on a share of points, or a difference of two, by its interval's lower end."""
         low, _ = wilson_interval(min(max(share, 0.0), 1.0), len(self.logits))
         return _grade(low, limits)
 
@@ -348,7 +348,7 @@ def _check_batch(logits_fn, x) -> Check:
 
 def _check_gradients(lab: _Lab) -> Check:
     found = lab.map_examples(_Trajectory(lab.norm))(lab.rows, lab.radius(lab.eps))
-    # Any step of an example's path counts: attacks start where gradients are, and get stuck later.
+    # Every step of a path counts, as attacks start where gradients exist and get stuck later.
     shares = {
         "zero": float((found["cross_entropy"] == 0).mean()),
         "zero_margin": float((found["margin"] == 0).mean()),
@@ -506,11 +506,11 @@ def _check_transfer(lab: _Lab, surrogates: Mapping[str, Network]) -> Check:
 
 @dataclasses.dataclass(frozen=True)
 class _Held:
-    """Which points hold against an attack on this network, or on one that is given."""
+    """Which points hold against an attack on this network or on a given surrogate."""
 
     attack: Callable
     norm: Norm
-    use: int  # of each point's key
+    use: int  # folded into each point's key
     settings: tuple[tuple[str, Any], ...]
 
     def __call__(self, logits_fn, rows, eps, surrogate=None):
@@ -520,7 +520,7 @@ class _Held:
 
 @dataclasses.dataclass(frozen=True)
 class _Trajectory:
-    """Largest entry of the gradients along PGD's path, [B,T] by loss, and if they are finite."""
+    """Largest gradient entry along PGD's path, [B,T] by loss, and whether gradients are finite."""
 
     norm: Norm
 
@@ -567,7 +567,7 @@ class _Noise:
 
 
 def _broken(lab: _Lab, held: Callable) -> tuple[float, int]:
-    """Share of audited points that survive gradients but not this, and how many survive them."""
+    """Share of audited points that survive gradients but not `held`, and how many survive."""
     rows = lab.standing()
     count = len(rows["y"])
     return (float((~held(rows)).sum()) / len(lab.logits) if count else 0.0), count
@@ -578,7 +578,7 @@ def _logits(logits_fn, rows):
 
 
 def _held(attack, logits_fn, rows, use, surrogate=None, **settings):
-    """Which points hold against an attack on the network, or on a surrogate; use: of their keys."""
+    """Which points hold against an attack on the network or a surrogate; use: see `_Held`."""
     attacked = logits_fn if surrogate is None else surrogate
     x_adv = attack(attacked, rows["x"], rows["y"], fold_each(rows["key"], use), **settings)
     return losses.correct(logits_fn(x_adv), rows["y"]).astype(bool)

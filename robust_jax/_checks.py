@@ -1,4 +1,7 @@
-"""Mistakes in a call, told in one line. Only types and shapes of traced values are checked."""
+"""Checks a call's arguments and explains mistakes in one line.
+
+Only the types and shapes of traced values are checked.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -30,7 +33,7 @@ def refuse_traces(*values: Any) -> None:
 
 
 def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.ndarray:
-    """x [B,...] as an array of JAX's precision.
+    """x [B,...] as an array in JAX's precision.
 
     Raises ValueError unless it is floating, in [0,1] and not empty.
 
@@ -39,7 +42,7 @@ def pixels(x: Any, name: str = "x", *, bounded: bool = True) -> jax.Array | np.n
     refuse_traces(x)
     if not isinstance(x, jax.Array):
         x = np.asarray(x)
-        x = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))  # of some file formats
+        x = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))  # as in some files
     floating(x, name)
     if x.ndim < 2 or x.size == 0:
         raise ValueError(
@@ -67,9 +70,9 @@ def floating(x: Any, name: str) -> None:
 
 
 def points(values: Any, x: Any, name: str) -> jax.Array | np.ndarray:
-    """As many points as examples x, as an array of JAX's precision.
+    """The values as an array in JAX's precision, one point for each example of x.
 
-    Raises ValueError unless they are floating and of the shape of x.
+    Raises ValueError unless they are floating and have the shape of x.
     """
     values = values if isinstance(values, jax.Array) else np.asarray(values)
     floating(values, name)
@@ -82,7 +85,7 @@ def points(values: Any, x: Any, name: str) -> jax.Array | np.ndarray:
 
 
 def same_classes(name: str, count: int, other: str, num_classes: int) -> None:
-    """Raises ValueError where a surrogate has other classes than the network."""
+    """Raises ValueError unless a surrogate has as many classes as the network."""
     if count != num_classes:
         raise ValueError(
             f"{name} has {count} classes and {other} {num_classes}; its labels must mean the same"
@@ -90,7 +93,7 @@ def same_classes(name: str, count: int, other: str, num_classes: int) -> None:
 
 
 def one_number_each(values: Any) -> jax.Array:
-    """The values of a loss. Raises ValueError unless there is one an example, [B]."""
+    """The values of a loss. Raises ValueError unless there is one per example, [B]."""
     if jnp.ndim(values) != 1:
         raise ValueError(
             f"loss returns the shape {list(jnp.shape(values))}; it must return one number an "
@@ -114,12 +117,12 @@ def one_row_each(y: Any, x: Any, name: str = "y") -> jax.Array | np.ndarray:
 
 
 def looks_like_labels(y: Any) -> bool:
-    """Whether y is one whole number an example."""
+    """Whether y holds one integer per example."""
     return bool(y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer))
 
 
 def type_of_labels(y: Any, name: str = "y", num_classes: int | None = None) -> None:
-    """Raises ValueError unless y is [B] and whole numbers."""
+    """Raises ValueError unless y is [B] and holds integers."""
     if y.ndim > 1:
         is_column = y.shape[1:] == (1,)  # as Keras loads CIFAR-10
         advice = f"not a column: {name}[:, 0]" if is_column else f"not one-hot: {name}.argmax(-1)"
@@ -141,7 +144,7 @@ def labels(y: Any, num_classes: int, name: str = "y") -> None:
 
 
 def key(key: Any, count: int) -> jax.Array:
-    """A threefry key [] or keys [B]. Raises ValueError for anything that is no key."""
+    """A threefry key [] or keys [B]. Raises ValueError for anything that is not a key."""
     if isinstance(key, jax.Array | np.ndarray):
         is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         words = jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
@@ -158,7 +161,7 @@ def key(key: Any, count: int) -> jax.Array:
 
 
 def length(name: str, value: Any, *, infinite: bool = False) -> None:
-    """Raises ValueError for a radius or a step that is no number, negative or infinite."""
+    """Raises ValueError for a radius or a step that is negative, infinite or not a number."""
     refuse_traces(value)
     one_number(name, value)
     if value is None:
@@ -177,7 +180,7 @@ def one_number(name: str, value: Any) -> None:
 
 
 def known_lengths(*, infinite: bool = False, **values: Any) -> None:
-    """The same for several values; None and arrays, which may be traced, are not checked."""
+    """Like `length` for several values; skips None and arrays, which may be traced."""
     for name, value in values.items():
         if value is None or isinstance(value, ARRAYS):
             continue
@@ -207,7 +210,7 @@ def shares(**values: Any) -> None:
 def network(
     fn: Callable, x: Any, name: str = "logits_fn", *, key: jax.Array | None = None
 ) -> Network:
-    """fn as a network of examples like x; what usually keeps a function from being traced, told."""
+    """fn as a network of examples like x; explains the usual reasons why tracing fails."""
     if not callable(fn):
         raise ValueError(f"{name} is {_short(fn)}; give a function from x [B,...] to logits [B,K]")
     if any(base.__module__.startswith("torch.") for base in type(fn).__mro__):
@@ -253,7 +256,7 @@ def network(
         raise
 
 
-# Errors of Flax NNX, linen and Haiku, which may not be installed: changed state, a missing key.
+# Errors for changed state or a missing key in Flax NNX, linen and Haiku, which may be absent.
 _IN_TRAINING = (
     "TraceContextError",
     "ModifyScopeVariableError",
@@ -295,7 +298,7 @@ def output(network: Network, name: str = "logits_fn") -> jax.ShapeDtypeStruct:
 
 
 def one_row_an_example(network: Network, name: str) -> None:
-    """Raises ValueError unless it returns [B,K]."""
+    """Raises ValueError unless the network returns [B,K]."""
     shape = output(network, name).shape
     if len(shape) != 2:
         raise ValueError(
@@ -305,7 +308,7 @@ def one_row_an_example(network: Network, name: str) -> None:
 
 
 def num_classes(network: Network, name: str = "logits_fn") -> int:
-    """K of a network with logits [B,K]. Raises ValueError where it has anything else."""
+    """K of a network with logits [B,K]. Raises ValueError if it returns anything else."""
     out = output(network, name)
     if len(out.shape) != 2 or out.shape[0] != 1:
         is_of_one = len(out.shape) == 1 and out.shape[0] > 1
@@ -332,7 +335,7 @@ def _short(value: Any) -> str:
 
 
 def _ends(values: jax.Array | np.ndarray) -> tuple[Any, Any]:
-    """Minimum and maximum, NaN where there is one."""
+    """Minimum and maximum, both NaN if any value is."""
     if isinstance(values, np.ndarray):
         return values.min(), values.max()
     low, high, has_nan = jax.device_get(_ends_on_device(values))
@@ -341,5 +344,5 @@ def _ends(values: jax.Array | np.ndarray) -> tuple[Any, Any]:
 
 @jax.jit
 def _ends_on_device(values):
-    """Minimum, maximum and whether there is a NaN, which XLA's minimum may pass over."""
+    """Minimum, maximum and whether there is a NaN, which XLA's minimum may ignore."""
     return values.min(), values.max(), jnp.isnan(values).any()

@@ -2,12 +2,12 @@
 
 XLA's CPU backend computes the two gradients of a convolution many times slower than the convolution
 itself, above all inside `lax.scan`, where every attack runs. The convolution itself is slow with
-few channels, and at 3×3 with many takes three times the multiplications it needs. On the CPU all
-three have formulas of their own here; other platforms lower to `lax.conv_general_dilated` and its
-derivatives.
+few channels, and a 3×3 one with many takes three times the multiplications it needs. On the CPU
+this module computes all three by its own formulas; other platforms lower to
+`lax.conv_general_dilated` and its derivatives.
 
 The convolution and its two gradients are three views of one trilinear form, so each is bilinear
-and each transposes into the other two. Being primitives, not a custom_vjp, they take part in every
+and each transposes into the other two. As primitives, unlike a custom_vjp, they support every
 transformation to any order: jvp, vjp, vmap, jacfwd, jacrev, scan, remat.
 """
 
@@ -28,7 +28,7 @@ from robust_jax._winograd import winograd_conv
 
 Padding = Literal["SAME", "VALID"] | Sequence[types.Pair]
 IMPLEMENTATIONS = ("auto", "plain")
-# YNNPACK takes longer than Eigen from this many input channels on (docs/performance.md).
+# YNNPACK is slower than Eigen with this many input channels or more (docs/performance.md).
 _YNNPACK_IS_SLOW_FROM = 128 if jax.__version_info__ >= (0, 11) else 16
 
 
@@ -42,7 +42,7 @@ class Geometry(NamedTuple):
 
     @property
     def output(self) -> tuple[int, ...]:
-        """Height and width of the convolution."""
+        """Height and width of the result."""
         axes = zip(self.strides, self.padding, self.image, self.kernel, strict=True)
         return tuple((size + sum(pad) - k) // stride + 1 for stride, pad, size, k in axes)
 
@@ -94,26 +94,26 @@ def _plain_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
 
 
 def _widen(*arrays: Array) -> list[Array]:
-    """In float32 at least: not every bfloat16 product accumulated in float32 runs on the CPU."""
-    # numpy's promotion, as JAX may have been told to allow none.
+    """The arrays in at least float32, as some bfloat16 products summed in float32 fail on CPUs."""
+    # numpy's promotion, since JAX may be configured to allow none.
     return [array.astype(np.promote_types(array.dtype, np.float32)) for array in arrays]
 
 
 def _cpu_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     channels, outputs = k.shape[2:]
-    # A convolution of few channels fills no vector, unless there are many outputs.
+    # With few channels and few outputs a convolution does not fill the vector units.
     if outputs < 32 and channels <= 8:
         return _banded_conv(x, k, geometry=geometry)
     return _wide_conv(x, k, geometry=geometry)
 
 
 def _wide_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
-    """The convolution by Winograd's filtering where that pays, else by XLA's."""
+    """The convolution by Winograd's filtering where that pays, and by XLA elsewhere."""
     is_3x3 = geometry.kernel == (3, 3) and geometry.strides == (1, 1)
     rows, columns = geometry.output
     tiles = len(x) * -(-rows // 4) * -(-columns // 2)
-    # Few tiles would not pay for the kernel's transform, nor would tiles mostly beyond the image;
-    # bfloat16 has no digits to spare.
+    # Few tiles, or tiles mostly outside the image, would not pay for the kernel's transform, and
+    # bfloat16 has no precision to spare.
     full = 2 * len(x) * rows * columns >= 8 * tiles
     if is_3x3 and min(k.shape[2:]) >= 32 and tiles >= 256 and full and x.dtype.itemsize >= 4:
         return winograd_conv(x, k, geometry.padding)
@@ -121,10 +121,10 @@ def _wide_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
 
 
 def _tall_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
-    """The convolution with zeros below the image, until its result is higher than the image.
+    """The convolution with zeros added below the image until the result is taller than it.
 
     XLA leaves such a convolution to Eigen. Any other with 16 or more channels goes to YNNPACK,
-    which takes up to six times as long in JAX 0.10, and up to 2.5 times in 0.11 if there are many.
+    which takes up to six times as long in JAX 0.10, and up to 2.5 times in 0.11 with many channels.
     """
     if k.shape[2] > 4 and (missing := -k.shape[2] % 8):  # Eigen reads eight channels at a time
         zero = jnp.zeros((), x.dtype)
@@ -149,7 +149,7 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
     if channels <= 8:
         return _banded_input_gradient(g, k, geometry=geometry)
     if strides == (1, 1) and window != (1, 1):
-        # A convolution of g with the kernel turned round.
+        # A convolution of g with the flipped kernel.
         kernel = jnp.flip(k, (0, 1)).swapaxes(2, 3)
         around = tuple(
             (size - 1 - low, pixels - g_pixels + low)
@@ -160,8 +160,8 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
         return _wide_conv(g, kernel, geometry=Geometry(strides, around, g.shape[1:3], window))
     if channels < 64 and min(window) > max(strides):
         return _gradient_by_phases(g, k, geometry=geometry)
-    # A convolution over the dilated g would mostly multiply zeros: one product per tap, each added
-    # to the pixels that the tap reads.
+    # A convolution over the dilated g would mostly multiply zeros, so there is one product per tap,
+    # which is added to the pixels that the tap reads.
     wide_g, wide_k = _widen(g, k)
     zero = jnp.zeros((), wide_g.dtype)
     x = zero
@@ -174,10 +174,10 @@ def _cpu_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
 def _gradient_of_few(g: Array, k: Array, *, geometry: Geometry) -> Array:
     """The image's gradient by one product for all taps, each added to the pixels that it reads.
 
-    Pixels go last, as the few channels of the image fill no vector.
+    Pixels go last, since the image's few channels do not fill the vector units.
     """
     wide_g, wide_k = (array.reshape(-1, k.shape[3]) for array in _widen(g, k))
-    # Not k @ g.T, for which XLA would transpose g, the larger of the two.
+    # For k @ g.T, XLA would transpose g, the larger of the two.
     parts = (wide_g @ wide_k.T).T.reshape(*k.shape[:3], *g.shape[:3])
     zero = jnp.zeros((), parts.dtype)
     x = zero
@@ -188,10 +188,10 @@ def _gradient_of_few(g: Array, k: Array, *, geometry: Geometry) -> Array:
 
 
 def _gradient_by_phases(g: Array, k: Array, *, geometry: Geometry) -> Array:
-    """The image's gradient of a strided convolution, as one of g at stride 1.
+    """The image's gradient of a strided convolution, by a convolution of g at stride 1.
 
-    The pixels of one phase, every stride-th from some first, are read by every stride-th tap. All
-    phases are computed at once, as channels, and then put between one another.
+    The pixels of one phase, every stride-th from some start, are read by every stride-th tap. All
+    phases are computed at once, as channels, and then interleaved.
     """
     (down, right), ((top, _), (left, _)), (image, width), window = geometry
     batch, height, out_width, outputs = g.shape
@@ -249,10 +249,10 @@ def _cpu_kernel_gradient(x: Array, g: Array, *, geometry: Geometry) -> Array:
 
 
 def _conv_over_examples(x: Array, g: Array, *, geometry: Geometry) -> Array:
-    """The kernel's gradient as a convolution of x with g: examples are its channels.
+    """The kernel's gradient as a convolution of x with g, with examples as channels.
 
-    Zeros below g make it higher than x, as in `_tall_conv`. Columns of zeros are there before, or
-    XLA would find g the larger of the two, take it for the image, and turn to its slow path.
+    Zeros below g make it taller than x, as in `_tall_conv`. x gets its columns of zeros first, or
+    XLA would find g the larger of the two, take it for the image, and use its slow path.
     """
     _, ((above, _), columns), (image, _), (rows, _) = geometry
     wide_x, wide_g = _widen(x, g)
@@ -267,16 +267,16 @@ def _conv_over_examples(x: Array, g: Array, *, geometry: Geometry) -> Array:
 
 
 def _banded_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
-    """The convolution as a product of what a few pixels of an output line read with a band matrix.
+    """The convolution as products of a band matrix with what a few pixels of an output line read.
 
-    The band matrix turns that into those pixels; for four of them and a 3×3 kernel, half of it is
-    zeros. Still, with few channels this is several times faster than a convolution, which then
+    The band matrix maps what they read to the pixels; for four of them and a 3×3 kernel, half of it
+    is zeros. With few channels this is still several times faster than a convolution, which then
     leaves the vector units of a CPU mostly idle.
     """
     (down, right), (padding, (left, _)), (_, width), (rows, columns) = geometry
     height, out_width = geometry.output
     wide_x, wide_k = _widen(x, k)
-    # More pixels are fewer, longer rows, of more zeros.
+    # With more pixels the product has fewer, longer rows with more zeros.
     pixels = 4 if rows * (columns + 3 * right) * k.shape[2] < 200 else 2
     band = _band(wide_k, right, pixels)
     reach, step = band.shape[1], pixels * right
@@ -285,7 +285,7 @@ def _banded_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
     wide_x = lax.pad(wide_x, jnp.zeros((), wide_x.dtype), [*margins, (0, 0, 0)])
 
     def read(start):
-        # Stacked as they are: as one long line, XLA's loop would divide to find each number.
+        # Stacked, since for one long line XLA's loop would divide to find each number.
         tile = lax.slice_in_dim(wide_x, start, start + reach, axis=2)
         last = (height - 1) * down + 1
         lines = [lax.slice_in_dim(tile, i, i + last, down, axis=1) for i in range(rows)]
@@ -299,7 +299,7 @@ def _banded_conv(x: Array, k: Array, *, geometry: Geometry) -> Array:
 
 
 def _banded_input_gradient(g: Array, k: Array, *, geometry: Geometry) -> Array:
-    """The image's gradient by the band of four pixels: what each tile reads gets its product."""
+    """The image's gradient by the band of four pixels; each tile's product goes where it reads."""
     (down, right), ((top, _), (left, _)), (image, width), (rows, _) = geometry
     batch, height, out_width, outputs = g.shape
     channels = k.shape[2]
@@ -348,7 +348,7 @@ def _define(
     cpu: Callable[..., Array],
     batch_axes: tuple[types.Pair, types.Pair],
 ) -> None:
-    """All of a primitive's rules; batch_axes is explained in _batch."""
+    """Registers all of a primitive's rules; batch_axes is explained in `_batch`."""
 
     def abstract(a, b, *, geometry):
         if a.dtype != b.dtype:
@@ -364,13 +364,13 @@ def _define(
 
 
 def _batch(primitive, plain, batch_axes, operands, dims, *, geometry):
-    """vmap. A batch of one operand is merged into the operand's axis that the result keeps.
+    """The rule for vmap, which merges a batch of one operand into an axis that the result keeps.
 
-    That axis, and where it is found in the result, is batch_axes' entry for the operand: the
-    examples of x or g stay examples, the output channels of a kernel stay output channels.
+    For each operand, batch_axes has that axis and its place in the result. In the convolution, the
+    examples of x stay examples, and the output channels of the kernel stay output channels.
     """
     if None not in dims:
-        # No axis is left to merge into: a grouped convolution, which lax knows how to write.
+        # No axis is left to merge into: this is a grouped convolution, for which lax has a rule.
         return jax.vmap(partial(plain, geometry=geometry), dims)(*operands), 0
     side = dims.index(None) ^ 1
     axis, out_axis = batch_axes[side]
@@ -427,8 +427,8 @@ def max_pool2d(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b v u c
     rows, columns = height // window, width // window
     if rows == 0 or columns == 0:
         raise ValueError(f"pool window {window}x{window} does not fit the image {height}x{width}")
-    # By maxima of pairs, whose gradient takes a third of the time of that of a maximum over an
-    # axis, and of whole lines first, which fill the vector units.
+    # Maxima of pairs, because their gradient takes a third of the time of a maximum's over an axis.
+    # Whole lines come first, because they fill the vector units.
     lines = x[:, : rows * window, : columns * window].reshape(batch, rows, window, -1)
     line = reduce(jnp.maximum, (lines[:, :, i] for i in range(window)))
     line = line.reshape(batch, rows, columns, window, channels)
@@ -443,14 +443,14 @@ def global_avg_pool2d(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
     return x.mean(axis=(1, 2))
 
 
-# The same for networks of others.
+# The same operations in the caller's own networks.
 
 
 def replacement(eqn: JaxprEqn) -> Callable[..., Array] | None:
-    """What computes an equation's convolution or pooling fast on a CPU; None where nothing does.
+    """A function that computes an equation's convolution or pooling fast on a CPU, or None.
 
-    Equal to it up to rounding, with the same derivatives. Dilated, grouped and one-dimensional
-    convolutions, overlapping and padded pooling stay as they are.
+    Its results are equal up to rounding, with the same derivatives. Dilated, grouped and
+    one-dimensional convolutions and overlapping or padded pooling stay as they are.
     """
     if eqn.primitive is lax.conv_general_dilated_p:
         return _replaced_convolution(eqn)
@@ -475,7 +475,7 @@ def _replaced_convolution(eqn: JaxprEqn) -> Callable[..., Array] | None:
         return None
 
     def convolve(x, k):
-        # A specification names, in this order, the axes of examples, channels and space.
+        # A specification lists the axes of examples, channels and space, in this order.
         x = x.transpose(lhs[0], *lhs[2:], lhs[1])
         k = k.transpose(*rhs[2:], rhs[1], rhs[0])
         y = conv2d(x, k, strides=params["window_strides"], padding=padding)
@@ -494,7 +494,7 @@ def _replaced_pooling(eqn: JaxprEqn) -> Callable[..., Array] | None:
         return None
 
     def pool(x):
-        for axis in reversed(axes):  # so that of equal maxima the first in the window is taken
+        for axis in reversed(axes):  # so that the first of equal maxima in the window is taken
             x = _largest_of_tiles(x, axis, window[axis])
         return x
 
@@ -506,5 +506,5 @@ def _largest_of_tiles(x: Array, axis: int, size: int) -> Array:
     x = lax.slice_in_dim(x, 0, count * size, axis=axis)
     x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
     parts = (lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(size))
-    # Of NaN too, which is not greater than anything.
+    # NaN compares greater than nothing, so it is kept explicitly.
     return reduce(lambda one, other: jnp.where((other > one) | jnp.isnan(other), other, one), parts)

@@ -1,4 +1,4 @@
-"""A network in float64, to see what its float32 loses."""
+"""A network in float64, to see what float32 loses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +16,10 @@ class NotInDouble(Exception):
 
 
 def in_double(logits_fn: Callable, shape: tuple[int, ...]) -> Network:
-    """logits_fn of float64 examples of a shape, computed in float64; call it with x64 enabled.
+    """logits_fn computed in float64, for float64 examples of a shape; call it with x64 enabled.
 
-    A function that follows the type of its input is taken as it is. Any other is traced, and the
-    weights and types in its program are replaced by wider ones. Raises NotInDouble where neither is
+    A function that follows the type of its input is used as it is. Any other is traced, and the
+    weights and types in its program are replaced by wider ones. Raises NotInDouble if neither is
     possible.
     """
     single = as_network(logits_fn, shape, jnp.float32)
@@ -29,7 +29,7 @@ def in_double(logits_fn: Callable, shape: tuple[int, ...]) -> Network:
         network = as_network(logits_fn, shape, jnp.float64)
         if network.program.outputs.dtype == jnp.float64:
             return network
-    except Exception:  # it ran in float32: weights that lax, or another framework, does not promote
+    except Exception:  # lax or another framework does not promote its float32 weights
         pass
     arrays = tuple(map(_wide, single.arrays))
     closed = single.program.closed(arrays)

@@ -1,8 +1,9 @@
 """The front door: what every public call of the library goes through.
 
 A call from Python is checked, then runs as one program that is compiled once for its shapes and
-settings: networks, radii and everything with a row an example are arguments of it. A call with
-traced values (within the caller's jit, grad, vmap, scan or shard_map) is the plain function.
+settings. Networks, radii and everything with one row per example are arguments of the program. A
+call with traced values (within the caller's jit, grad, vmap, scan or shard_map) runs the plain
+function.
 """
 
 import inspect
@@ -31,7 +32,7 @@ from robust_jax.devices.parallel import (
 )
 from robust_jax.keys import example_keys
 
-# What parameters are, by their names.
+# The kinds of parameters, by name.
 _NETWORKS = ("logits_fn", "fn", "features_fn", "surrogate")
 _POINTS = ("x_adv", "x_moved", "direction")
 _ROWS = ("x", "y", "targets", "key", *_POINTS)
@@ -41,7 +42,7 @@ _DYNAMIC = {*_NETWORKS, *_ROWS, *_LENGTHS}
 
 
 def compiled(fn: Callable) -> Callable:
-    """The public form of fn(logits_fn, x, …): compiled, or within a trace fn itself."""
+    """The public form of fn(logits_fn, x, …): compiled, or fn itself within a trace."""
     signature = inspect.signature(fn)
     defaults = {name: p.default for name, p in signature.parameters.items()}
     needed = {n for n, p in signature.parameters.items() if NoneType not in get_args(p.annotation)}
@@ -52,7 +53,7 @@ def compiled(fn: Callable) -> Callable:
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})
-        # numpy's whole numbers have a dtype, which those of Python do not.
+        # numpy's integers have a dtype, unlike Python's.
         given = {n: int(v) if isinstance(v, np.integer) else v for n, v in given.items()}
         if _checks.is_traced(given):
             return _within_a_trace(fn, given)
@@ -64,7 +65,7 @@ def compiled(fn: Callable) -> Callable:
                 return _within_a_trace(fn, {**given, **rows})
             return _run(fn, values)
 
-    # Which tests look for; mypy knows no attributes of a function.
+    # Tests look for this attribute.
     call.is_compiled = True  # type: ignore[attr-defined]  # functions have no typed attributes
     return call
 
@@ -72,16 +73,16 @@ def compiled(fn: Callable) -> Callable:
 def _checked(
     given: Mapping[str, Any], defaults: Mapping[str, Any], needed: Collection[str]
 ) -> dict[str, Any]:
-    """The arguments with networks traced, and arrays for everything that has one row an example.
+    """The arguments, with networks traced and everything with one row per example as arrays.
 
     needed: those that must not be None.
     """
-    # Settings are static, so a number in an array has to be one of Python's.
+    # Settings are static, so a number in an array has to become a Python number.
     values = {
         n: v.item() if isinstance(v, _checks.ARRAYS) and n not in _DYNAMIC and not v.ndim else v
         for n, v in given.items()
     }
-    # A Jacobian is asked for anywhere; labels and radii are of images in [0,1].
+    # A Jacobian may be taken at any point; labels and radii are for images in [0,1].
     name = _examples(values)
     takes_images = "y" in values or "logits_fn" in values
     x = values[name] = _checks.pixels(values[name], name, bounded=takes_images)
@@ -113,12 +114,13 @@ def _checked(
         is_of_any_kind = name == "y" and values.get("criterion") is not None
         if not is_of_any_kind or _checks.looks_like_labels(values[name]):
             _checks.labels(values[name], next(iter(num_classes.values())), name)
-            # 8 bits do not hold every class.
+            # 8 bits may not hold every class.
             values[name] = values[name].astype(np.int32, copy=False)
     for name in _LENGTHS:
         if name in values and (values[name] is not None or defaults.get(name) is not None):
             _checks.length(name, values[name], infinite=defaults.get(name) == np.inf)
-            kept = jax.dtypes.canonicalize_dtype(wide_dtype(x.dtype))  # a number of pixels too
+            # 16 bits may not hold an l0 radius, which is a number of pixels.
+            kept = jax.dtypes.canonicalize_dtype(wide_dtype(x.dtype))
             values[name] = jnp.asarray(values[name], kept)
     return values
 
@@ -136,7 +138,7 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
     for name in _LABELS:
         if given.get(name) is not None:
             given[name] = y = _checks.one_row_each(given[name], x, name)
-            if given.keys().isdisjoint(("loss", "criterion")):  # theirs need not be labels
+            if given.keys().isdisjoint(("loss", "criterion")):  # whose y need not be labels
                 _checks.type_of_labels(y, name)
             if _checks.looks_like_labels(y):
                 given[name] = y.astype(np.int32)
@@ -145,7 +147,7 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
     if not has_explicit_axes(x):
         with _told() as is_outermost:
             return _on_whole_batches(fn, given) if is_outermost else fn(**given)
-    # vmap wants everything divided alike, which keys and labels need not be.
+    # vmap needs all arrays sharded alike, which keys and labels may not be.
     leaves, structure = jax.tree.flatten(dict(given), is_leaf=lambda leaf: leaf is None)
     arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
 
@@ -159,10 +161,10 @@ def _within_a_trace(fn: Callable, given: Mapping[str, Any]) -> Any:
 
 
 def _on_whole_batches(fn: Callable, given: Mapping[str, Any]) -> Any:
-    """fn(**given); with networks that take whole batches if vmap has no rule for one of them."""
+    """fn(**given), with networks called on whole batches if vmap has no rule for one of them."""
     try:
         return fn(**given)
-    except (NotImplementedError, ValueError) as error:  # what vmap says where it has no rule
+    except (NotImplementedError, ValueError) as error:  # what vmap raises if it has no rule
         has_no_rule = _NO_RULE in str(error) or "vmap_method" in str(error)
         if not has_no_rule or given.get("eot_samples"):  # a network that takes a key as well
             raise
@@ -177,7 +179,7 @@ _within_a_call: ContextVar[bool] = ContextVar("within_a_call", default=False)
 def _told() -> Iterator[bool]:
     """Replaces JAX's errors during tracing with an explanation of their cause.
 
-    Yields whether this is the caller's own call, and not one function of this package calling
+    Yields whether this is the caller's own call, rather than one function of this package calling
     another.
     """
     is_outermost = not _within_a_call.get()
@@ -225,7 +227,7 @@ def on_the_host(fn: Callable) -> Callable:
 
 
 def _examples(values: Mapping[str, Any]) -> str:
-    """The name of the examples that a call is about."""
+    """The name of the argument that holds a call's examples."""
     return "x" if "x" in values else "x_adv"
 
 
@@ -262,7 +264,7 @@ def _keys(key, count):
 
 
 class _Setting:
-    """Static values as a key of the kept programs: see `comparable`."""
+    """Static values as a key of the program cache; see `comparable`."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -280,7 +282,7 @@ class _Setting:
 def _program(fn: Callable, static: _Setting, programs: tuple, placement: Placement) -> Callable:
     """fn as a program of (rows, rest), one for each structure of its networks.
 
-    A jax.jit for each, so that what is dropped from this cache is dropped by JAX as well.
+    Each has its own jax.jit, so that JAX also drops what is dropped from this cache.
     """
 
     def run(rows, rest):
@@ -290,10 +292,10 @@ def _program(fn: Callable, static: _Setting, programs: tuple, placement: Placeme
 
 
 class Mapper:
-    """fn(logits_fn, rows, *scalars) over rows, batch by batch, as numpy arrays.
+    """Maps fn(logits_fn, rows, *scalars) over rows, batch by batch, to numpy arrays.
 
-    fn is kept by value: two that are equal are one program. A batch that does not fit into memory
-    is halved, with a warning.
+    fn is compared by value, so equal functions share one program. A batch that does not fit into
+    memory is halved, with a warning.
     """
 
     def __init__(self, network: Network, batch_size: int, most: int):
@@ -307,7 +309,7 @@ class Mapper:
         return lambda rows, *scalars: self.on_rows(fn, self._most, *counted(rows), *scalars)
 
     def on_rows(self, fn: Callable, most: int, count: int, take: Callable, *scalars: Any) -> Any:
-        """The same of the rows that take(i) gives, i among 0 … count-1, of at most `most`."""
+        """The same for the rows that take(i) gives, i among 0 … count-1, at most `most` of them."""
         while True:
             try:
                 return self._mapped(fn, most, count, take, scalars)
@@ -328,7 +330,7 @@ class Mapper:
         scalars = where.replicated(scalars)  # another network may be among them
         with _told():
             if where.mesh is None and _may_run_in_threads(self._network):
-                # Arrays of JAX and compiled here: the caller's modes do not hold in other threads.
+                # JAX arrays, compiled here, since the caller's modes do not hold in other threads.
                 rows = [jax.tree.map(jnp.asarray, take(i)) for i, _ in sizes]
                 placed, scalars = jax.tree.map(jnp.asarray, (self._placed, scalars))
                 compiled = program.lower(placed, rows[0], scalars).compile()
@@ -343,14 +345,14 @@ class Mapper:
 
 
 def _may_run_in_threads(network: Network) -> bool:
-    """Whether its program is for a CPU and needs no Python, nor checks of JAX that do."""
+    """Whether the program is for a CPU and neither it nor any JAX debug mode needs Python."""
     modes = ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs")
     needs_python = network.program.outside or any(map(_is_set, modes))
     return jax.default_backend() == "cpu" and not needs_python
 
 
 def _is_set(mode: str) -> bool:
-    """Whether the caller has set a mode of JAX, also for this thread alone."""
+    """Whether the caller has set a JAX mode, even for this thread alone."""
     return getattr(jax.config, mode)  # JAX declares them at run time, where mypy does not see them
 
 

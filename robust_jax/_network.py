@@ -1,8 +1,8 @@
 """A function of examples as a pytree: the arrays it closes over are leaves, the rest is static.
 
-jax.jit compiles such a network once, however often the function is written down again and
-whatever its weights are. The function is traced at every call, which costs milliseconds; two
-traces that do the same, by the description below, are one program.
+jax.jit compiles such a network once, however often the function is defined again and whatever its
+weights are. The function is traced at every call, which costs milliseconds. Two traces that do the
+same, by their description (`_described`), share one program.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ from jax.extend import core
 from robust_jax._convolution import replacement
 from robust_jax.devices.parallel import off_any_mesh
 
-# Programs kept to be recognised again; an older one is compiled again when it comes back.
+# How many programs are kept for reuse; an older one is compiled again when it comes back.
 MOST_PROGRAMS = 256
 _LIBRARY = os.path.dirname(jax.__file__) + os.sep
-# What JAX wraps around a caller's derivative is in this file of it.
+# The file of JAX with the functions that it wraps around a caller's derivative.
 _WRAPPERS = os.path.join(_LIBRARY, "_src", "custom_derivatives.py")
 _OURS = core.DebugInfo("robust_jax", "robust_jax", None, None)
 _JITS = ("jit", "pjit")
 _REMATS = ("checkpoint", "remat2")
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
-_PLACED = ("fwd_jaxpr_thunk", "call_jaxpr")  # the parameters of such a call that know their place
+_PLACED = ("fwd_jaxpr_thunk", "call_jaxpr")  # parameters of such a call that know their source
 
 
 class Program:
-    """What a network computes of a batch, of one as a rule, without the arrays it closes over."""
+    """What a network computes for a batch, usually of one, without the arrays it closes over."""
 
     def __init__(self, closed: core.ClosedJaxpr, outputs: Any, fn: Callable, is_plain: bool):
         self._jaxpr, self._dtype = closed.jaxpr, closed.in_avals[0].dtype
@@ -48,7 +48,7 @@ class Program:
 
     @property
     def outside(self) -> str | None:
-        """A primitive in it that leaves JAX, pure_callback for example."""
+        """A primitive in it that leaves JAX, such as pure_callback."""
         return _outside(self._jaxpr)
 
     def closed(self, arrays: Sequence[jax.Array]) -> core.ClosedJaxpr:
@@ -109,7 +109,7 @@ def as_network(
 ) -> Network:
     """fn, [B,...] -> arrays [B,...], traced for a batch of examples of a shape and dtype.
 
-    key: One such as fn takes as well, where it does. Raises whatever fn raises.
+    key: A key like the one that fn takes, if it takes one. Raises whatever fn raises.
     """
     if isinstance(fn, Network):
         return fn
@@ -119,12 +119,12 @@ def as_network(
         inputs.append(jax.ShapeDtypeStruct((), key.dtype))
 
     def traced():
-        # Not of fn itself: JAX would remember the trace, though what fn refers to may have changed.
+        # JAX would cache the trace of fn itself, though what fn refers to may have changed.
         return jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*inputs)
 
     closed, outputs = traced()
     if any(map(_keeps_arrays, closed.jaxpr.eqns)):
-        # A jitted function keeps what it closes over to itself.
+        # A jitted function hides the arrays it closes over.
         closed = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(*inputs)
     program = Program(closed, outputs, fn, isinstance(fn, _Plain))
     known = _known(program)
@@ -139,7 +139,7 @@ def _tracers(closed: core.ClosedJaxpr) -> set[int]:
 
 
 def has_forward_mode(fn: Callable, x: Any) -> bool:
-    """Whether fn has a derivative forwards; not where jax.custom_vjp gives the one backwards."""
+    """Whether fn has a forward-mode derivative, which a function with jax.custom_vjp lacks."""
     jaxpr = jax.make_jaxpr(partial(jax.jvp, fn))((x,), (x,)).jaxpr
     return all(eqn.primitive.name != "custom_lin" for eqn in _all_equations(jaxpr))
 
@@ -155,8 +155,8 @@ class _Plain:
 def plain_convolutions(logits_fn: Callable) -> Callable:
     """logits_fn with its convolutions and poolings computed by XLA on a CPU too.
 
-    On a CPU this package otherwise computes them in its own ways, which are several times faster
-    there, above all for gradients, and equal up to rounding. Elsewhere this changes nothing.
+    On a CPU this package otherwise computes them by its own formulas, which are several times
+    faster there, above all for gradients, and equal up to rounding. Elsewhere this changes nothing.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K].
@@ -176,7 +176,7 @@ def plain_convolutions(logits_fn: Callable) -> Callable:
 
 @lru_cache(MOST_PROGRAMS)
 def _known(program: Program) -> Program:
-    """The first of the programs that are equal to it: those compare fast afterwards."""
+    """The first program that is equal to it, as identical objects compare fast afterwards."""
     return program
 
 
@@ -186,7 +186,7 @@ def _can_be_lifted(closed: core.ClosedJaxpr) -> bool:
         return True
     try:
         jax.eval_shape(jax.vmap(core.jaxpr_as_fun(closed)), batch)
-    except (NotImplementedError, ValueError):  # what vmap says where it has no rule
+    except (NotImplementedError, ValueError):  # what vmap raises if it has no rule
         return False
     return True
 
@@ -202,10 +202,10 @@ _OUTSIDE = ("call_exported", "pure_callback", "io_callback", "ffi_call", "call_t
 
 
 def on_the_whole_batch(fn: Callable) -> Callable:
-    """fn where vmap has no rule for it: the examples of a vmap are one batch of it."""
+    """fn for which vmap has no rule, called with the examples of a vmap as one batch."""
 
     def merged(fn, *batched):
-        """fn of arrays [N,1,...] at once, as [N,1,...]."""
+        """fn on arrays [N,1,...] as one batch, returned as [N,1,...]."""
         out = fn(*(a.reshape(-1, *a.shape[2:]) for a in batched))
         return jax.tree.map(lambda a: a.reshape(*batched[0].shape[:2], *a.shape[1:]), out)
 
@@ -218,7 +218,7 @@ def on_the_whole_batch(fn: Callable) -> Callable:
                 a if b else jnp.broadcast_to(a, (size, *a.shape))
                 for a, b in zip(args, is_batched, strict=True)
             ]
-            out = merged(call, *whole)  # within another vmap perhaps
+            out = merged(call, *whole)  # perhaps within another vmap
             return out, jax.tree.map(lambda _: True, out)
 
         return call
@@ -247,7 +247,7 @@ def on_the_whole_batch(fn: Callable) -> Callable:
 
 
 def _keeps_arrays(eqn: core.JaxprEqn) -> bool:
-    """Whether a jitted call in it keeps arrays to itself that `_inlined` takes out."""
+    """Whether a jitted call in it hides arrays that `_inlined` takes out."""
     name, params = eqn.primitive.name, eqn.params
     if name in _JITS:
         return bool(params["jaxpr"].consts) or any(map(_keeps_arrays, params["jaxpr"].jaxpr.eqns))
@@ -279,9 +279,9 @@ def programs_in(params: Iterable[Any]) -> Iterator[core.Jaxpr]:
 def interpret(
     jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], rule: Callable
 ) -> list[Any]:
-    """The program's results, equation by equation; those of a jitted call are a part of it.
+    """The program's results, evaluated equation by equation, with jitted calls inlined.
 
-    rule(eqn, inputs) gives an equation's results, or None for those that it stands for.
+    rule(eqn, inputs) gives an equation's results, or None to evaluate the equation as it is.
     """
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
@@ -304,7 +304,7 @@ def interpret(
 
 
 def _inlined(jaxpr: core.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
-    """The program's results with every jitted call a part of it, also in loops and branches."""
+    """The program's results with every jitted call inlined, also in loops and branches."""
     return interpret(jaxpr, consts, args, _written_again)
 
 
@@ -343,7 +343,7 @@ def _written_again(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any] |
 
 
 def _as_written(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> None:
-    """Each equation stands for itself."""
+    """Leaves every equation as it is."""
 
 
 def _fast_on_a_cpu(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
@@ -354,7 +354,7 @@ def _fast_on_a_cpu(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any] | Non
 def variables_and_function(
     jaxpr: core.Jaxpr, eqn: core.JaxprEqn
 ) -> tuple[list[core.Var], Callable]:
-    """The variables that an equation of the program reads, and a function of them: its results."""
+    """The variables that an equation reads, and a function that maps them to its results."""
     variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
     alone = jaxpr.replace(
         constvars=[], invars=variables, outvars=_kept(eqn), eqns=[eqn], debug_info=_OURS
@@ -369,8 +369,8 @@ def _kept(eqn: core.JaxprEqn) -> list[core.Var]:
 def _described(jaxpr: core.Jaxpr, rules: bool = True) -> tuple:
     """The program as nested tuples that are equal for programs that do the same.
 
-    rules: with the derivatives that functions in it bring; not those of these derivatives, as
-    nothing behind the front door is differentiated twice.
+    rules: whether to include the custom derivatives of functions in it. The derivatives' own ones
+    are left out, as nothing behind the front door is differentiated twice.
     """
     numbers: dict[Any, int] = {}
 
@@ -396,7 +396,7 @@ def _described(jaxpr: core.Jaxpr, rules: bool = True) -> tuple:
 
 
 class _Itself:
-    """A value that is equal to nothing but the same object."""
+    """A value that is equal only to the same object."""
 
     def __init__(self, value: Any):
         self._value = value
@@ -411,7 +411,7 @@ class _Itself:
 def comparable(value: Any, rules: bool = True) -> Any:
     """A parameter of a primitive, a constant or a setting, as something to compare.
 
-    Numbers are equal if they are of one type; records and partials if what they hold is.
+    Numbers are equal only if their types are, records and partials if their contents are.
     """
     if isinstance(value, core.ClosedJaxpr):
         return _described(value.jaxpr, rules), tuple(comparable(one, rules) for one in value.consts)
@@ -429,7 +429,7 @@ def comparable(value: Any, rules: bool = True) -> Any:
         )
     if isinstance(value, np.ndarray | np.generic):
         return value.shape, value.dtype, value.tobytes()
-    if isinstance(value, jax.Array):  # inside the body of a loop: weights in it stay constants
+    if isinstance(value, jax.Array):  # weights in a loop's body, which stay constants
         return _Itself(value)
     if isinstance(value, bool | int | float | complex):  # 1 == 1.0 == True, and 0.0 == -0.0
         return type(value), repr(value)
@@ -441,18 +441,18 @@ def comparable(value: Any, rules: bool = True) -> Any:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether it is of a dataclass that compares its fields."""
+    """Whether it is an instance of a dataclass that compares its fields."""
     is_instance = dataclasses.is_dataclass(value) and not isinstance(value, type)
     return is_instance and type(value).__eq__ is not object.__eq__
 
 
 def jax_function_of(eqn: core.JaxprEqn) -> str:
-    """The name of a function of JAX that brings a derivative of its own; "" for any other."""
+    """The name of a JAX function that has a custom derivative; "" for any other."""
     name, _, place = _place(eqn).partition(" at ")
     rule = _source(eqn.params.get("jvp_jaxpr_fun")).partition(" at ")[2]
     if not place.startswith(_LIBRARY) or place.startswith(_WRAPPERS):
         return ""
-    if rule.startswith(_WRAPPERS):  # a rule by defjvps, JAX's own or a caller's for its function
+    if rule.startswith(_WRAPPERS):  # a rule by defjvps, JAX's own or a caller's
         wraps_another = any(_place(inner) == _place(eqn) for inner in eqn.params["call_jaxpr"].eqns)
         is_of_jax = isinstance(getattr(jax.nn, name, None), jax.custom_jvp) and not wraps_another
     else:
@@ -470,15 +470,15 @@ def _source(fn: Any) -> str:
 
 
 def _rule(jaxpr: core.Jaxpr, eqn: core.JaxprEqn) -> Any:
-    """The derivative that a function brings of its own, as something to compare.
+    """A function's custom derivative, as something to compare.
 
-    Its object is another at every trace. Those of JAX follow from the function's place in JAX's
-    source; any other is traced.
+    It is a new object at every trace. JAX's own derivatives follow from the function's place in
+    JAX's source; any other is traced.
     """
     if jax_function_of(eqn):
         return _place(eqn)
     variables, fn = variables_and_function(jaxpr, eqn)
-    # What the function closes over comes first and has no derivative by such a rule.
+    # What the function closes over comes first, and such a rule gives it no derivative.
     arguments = eqn.invars[eqn.params["num_consts"] :]
     moved = [i for i, var in enumerate(variables) if any(var is one for one in arguments)]
 
@@ -492,7 +492,7 @@ def _rule(jaxpr: core.Jaxpr, eqn: core.JaxprEqn) -> Any:
 
     try:
         return comparable(jax.make_jaxpr(derivative)(*(var.aval for var in variables)), False)
-    except Exception:  # a derivative that cannot be taken is like no other
+    except Exception:  # a derivative that cannot be taken equals no other
         return _Itself(eqn)
 
 

@@ -1,4 +1,4 @@
-"""What the outputs of a network give away: probabilities, randomness, a look at the whole batch."""
+"""What a network's outputs reveal: probabilities, randomness, dependence on the whole batch."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float
 
 from robust_jax._network import Network, as_network
 
-# Examples of which more is asked than their logits.
+# How many examples the checks use that call the network again.
 FEW = 16
-# How much of their size logits may change where an example is alone in its batch.
+# How much logits may change, relative to their size, when an example is alone in its batch.
 MOST_CHANGE = 1e-2
 
 
@@ -27,16 +27,16 @@ def are_probabilities(logits: Float[np.ndarray, "n k"]) -> bool:
 def is_random(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) -> bool:
     """Whether two calls on the same examples differ.
 
-    Each call is traced for itself: what Python draws at random is part of the trace.
+    Each call has its own trace, since what Python draws at random is part of the trace.
     """
     one, two = (_logits(_traced(logits_fn, x, len(x)), x) for _ in range(2))
     return bool((_change(one, two).max(-1) > 1e-4).any())
 
 
 def change_with_the_batch(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) -> float:
-    """How much of the logits' size changes where each example is alone in its batch.
+    """The relative change of the logits when each example is alone in its batch.
 
-    A single one is put beside its negative.
+    A single example shares the batch with its negative.
     """
     x = x if len(x) > 1 else np.concatenate([x, 1 - x])
     together = _logits(_traced(logits_fn, x, len(x)), x)
@@ -45,7 +45,7 @@ def change_with_the_batch(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) ->
 
 
 def doubts(logits_fn, x, logits, is_randomised: bool = False) -> list[str]:
-    """Reasons to doubt whatever is found, that the outputs themselves give."""
+    """Warnings about the outputs that cast doubt on any result."""
     warnings = []
     if strange := int(are_strange(logits).sum()):
         warnings.append(
@@ -79,7 +79,7 @@ def are_strange(logits: Float[np.ndarray, "n k"]) -> Bool[np.ndarray, " n"]:
 
 
 def _change(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """The difference over the largest of the logits: 0 for the same infinities, inf for others."""
+    """The difference over the largest logit; 0 for equal infinities or NaNs, inf for others."""
     finite = np.isfinite(one) & np.isfinite(two)
     size = np.abs(np.where(finite, one, 0)).max() + 1e-30
     same = (one == two) | (np.isnan(one) & np.isnan(two))

@@ -1,4 +1,4 @@
-"""What half precision is too coarse for: sums over classes, pixels and examples."""
+"""Types for what half precision is too coarse for: sums over classes, pixels and examples."""
 
 from typing import Any, overload
 
@@ -10,7 +10,7 @@ from robust_jax.types import Array, Length, Scalar
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """The dtype, or float32 where it has 16 bits."""
+    """The dtype, or float32 if it has 16 bits."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
@@ -19,12 +19,12 @@ def wide(x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]: ...
 @overload
 def wide(x: Float[Array, "..."]) -> Float[Array, "..."]: ...
 def wide(x):
-    """x in float32 where it has 16 bits, else as it is."""
+    """x in float32 if it has 16 bits, else as it is."""
     return x.astype(wide_dtype(x.dtype))
 
 
 def length_in(eps: Length, dtype: Any) -> Scalar:
-    """eps as examples of a dtype have it: in 16 bits rounded down, or the ball would be larger."""
+    """eps in the examples' dtype, rounded down in 16 bits so that the ball does not grow."""
     found = jnp.asarray(eps, dtype)
     if jnp.finfo(dtype).bits >= 32:
         return found

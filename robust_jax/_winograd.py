@@ -16,8 +16,9 @@ def winograd_conv(
 ) -> Float[Array, "b v u o"]:
     """The 3×3 convolution with a third of the multiplications, in tiles of 4×2 pixels.
 
-    F(4,3) down the image of F(2,3) across it, of matrix products over channels (arXiv 1509.09308).
-    Larger tiles are no faster on a CPU and less exact. padding: above and below, left and right.
+    Nests F(4,3) down the image, F(2,3) across it and matrix products over channels (arXiv
+    1509.09308). Larger tiles are no faster on a CPU and less exact. padding: above and below, left
+    and right.
     """
     rows, columns = padding
     across = partial(
@@ -27,7 +28,7 @@ def winograd_conv(
 
 
 class _Filtering(NamedTuple):
-    """F(m,3): a filter of 3 taps over m + 2 pixels gives m results, by as many products as pixels.
+    """F(m,3): a filter of 3 taps over m + 2 pixels gives m results, with one product per pixel.
 
     They are results @ ((data @ pixels) * (taps @ filter)).
     """
@@ -72,7 +73,7 @@ def _filtered(
     axis: int,
     padding: Pair,
 ) -> Array:
-    """The convolution along one axis of x; inner does what is left of it, for each product."""
+    """The convolution along one axis of x; inner computes the rest of it for each product."""
     m, size = len(filtering.results), x.shape[axis]
     length = size + sum(padding) - 2
     tiles = -(-length // m)

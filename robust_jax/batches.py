@@ -1,4 +1,4 @@
-"""Many examples through a compiled function: even batches, results in their order."""
+"""Runs many examples through a compiled function in even batches, with results in order."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,15 +12,15 @@ from jaxtyping import Int
 
 # Arrays with one row per example.
 Rows = Mapping[str, np.ndarray]
-# map_examples(fn) -> run(rows, *scalars) -> what fn(logits_fn, rows, *scalars) returns of each
-# batch (arrays [B,…]), for all the rows. Scalars may change without another compilation.
+# map_examples(fn) -> run(rows, *scalars) -> what fn(logits_fn, rows, *scalars) returns for each
+# batch (arrays [B,…]), joined over all rows. Scalars may change without recompiling.
 MapExamples = Callable[[Callable], Callable]
 # lift(fn) -> run(variables, most, count, take, *scalars): the same for any variables of a network
-# and any source of rows, take(i) giving those numbered i among count, of at most `most`. Equal
-# functions are one program.
+# and any source of rows. take(i) gives rows i of count, which is at most `most`. Equal functions
+# share one program.
 Lift = Callable[..., Callable]
 
-# On a CPU a row costs about the same in any batch of this size or more, and no less above _LARGEST.
+# On a CPU a row costs about the same in batches of _SMALLEST or more, and no less above _LARGEST.
 _SMALLEST, _LARGEST = 16, 64
 
 
@@ -30,11 +30,11 @@ def rows_of_batches(
     """The rows 0 … count-1 in batches of one size, each with its number of real rows.
 
     The last batch is padded with copies. The size is set by the largest number of rows that can
-    occur, `most` (by default count), so that passes over the examples that an attack has left share
+    occur, `most` (by default count), so that passes over the examples that survive an attack share
     one program. On a CPU it is a twelfth of `most`, within bounds, so that there is little padding
-    and all cores have work. On an accelerator it matters more to have few batches: the size is as
-    large as allowed, or half of that where half suffices. It is at most batch_size, but rounded up
-    to a multiple of multiple_of, the number of devices.
+    and all cores have work. On an accelerator few batches matter more, so the size is as large as
+    allowed, or half of that if half suffices. It is at most batch_size, but rounded up to a
+    multiple of multiple_of, the number of devices.
     """
     most = count if most is None else most
     on_cpu = jax.default_backend() == "cpu"
@@ -48,7 +48,7 @@ def rows_of_batches(
 
 
 def side_by_side(run: Callable, parts: Sequence, max_workers: int) -> list:
-    """What run returns of each part, on one thread a core, at most max_workers.
+    """What run returns for each part, on one thread per core, at most max_workers.
 
     For a CPU, where XLA makes poor use of several cores for an operation on few examples.
     """
@@ -60,9 +60,9 @@ def side_by_side(run: Callable, parts: Sequence, max_workers: int) -> list:
 
 
 def in_chunks(fn_one: Callable, args: Any, chunk_size: int | None):
-    """fn_one lifted over the examples of args (an array, or several of one length).
+    """fn_one mapped over the examples of args (an array, or several of one length).
 
-    chunk_size bounds how many are in memory at a time: the rest waits, in the same program.
+    chunk_size bounds how many are in memory at a time; one program runs the chunks in turn.
     """
     num_examples = jax.tree.leaves(args)[0].shape[0]
     if chunk_size is None or chunk_size >= num_examples:
@@ -71,13 +71,13 @@ def in_chunks(fn_one: Callable, args: Any, chunk_size: int | None):
 
 
 def counted(rows: Rows) -> tuple[int, Callable]:
-    """The number of rows, and take(i), which gives those numbered i."""
+    """The number of rows, and take(i), which gives rows i."""
     count = len(next(iter(rows.values())))
     return count, lambda i: {name: array[i] for name, array in rows.items()}
 
 
 def bound(lift: Lift, variables: Any, most: int) -> MapExamples:
-    """The mapping of a network with its variables, for evaluations of at most `most` rows."""
+    """The mapping for a network with its variables, for evaluations of at most `most` rows."""
 
     def map_examples(fn):
         run = lift(fn)
@@ -96,7 +96,7 @@ def joined(parts: list[Any], counts: list[int]) -> Any:
 
 
 def on_one_device(logits_fn: Callable, batch_size: int) -> MapExamples:
-    """The mapping of any logits_fn: jax.jit on the default device, batch by batch."""
+    """The mapping for any logits_fn: jax.jit on the default device, batch by batch."""
 
     def map_examples(fn):
         compiled = jax.jit(partial(fn, logits_fn))

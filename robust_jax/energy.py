@@ -5,17 +5,18 @@ Re-thinking model robustness from stability, Machine Learning 111(7), 2489-2513,
 doi 10.1007/s10994-022-06186-9: there the energy is said to describe the total variation of the loss
 in a small neighbourhood. We worked from the abstracts of both: these are our readings.
 
-- `total_variation` takes the successor at its word, and `path` is its square along the way to the
-  worst point. `oscillation` is between the two ends of the loss, `mean_square` over random points.
-- Adversarial training minimises max ℓ(x+r), an upper bound of √`rise`. The rise is a lower bound of
-  `path` and of `oscillation`, for each example; not of `mean_square`, which averages what
+- `total_variation` takes the successor literally, and `path` is its square along the path to the
+  worst point. `oscillation` compares the extremes of the loss, and `mean_square` averages over
+  random points.
+- Adversarial training minimises max ℓ(x+r), an upper bound of √`rise`. For each example the rise is
+  a lower bound of `path` and of `oscillation`, but not of `mean_square`, which averages what
   adversarial training maximises.
 
 The neighbourhood is the eps-ball cut to [0,1]. ℓ is the cross-entropy with labels y [B], in nats;
 with y=None it is label-free, KL(p(x) ‖ p) from the prediction at x itself, which is held fixed, as
-in VAT (arXiv 1704.03976). VAT's term is that KL at one r of length eps, not cut to [0,1]; where x +
-r is in the box, it is at most √`rise` (label-free), if the attack finds the maximum. All are
-differentiable in the network's parameters at the points they look at.
+in VAT (arXiv 1704.03976). VAT's term is that KL at one r of length eps, not cut to [0,1]; if x + r
+is in the box and the attack finds the maximum, it is at most √`rise` (label-free). All are
+differentiable in the network's parameters at the points where they evaluate the loss.
 """
 
 from collections.abc import Callable
@@ -52,8 +53,8 @@ def mean_square(
 ) -> PerExample:
     """E (ℓ(x+r) - ℓ(x))², r uniform in the ball and moved into the box (our reading).
 
-    Costs num_samples + 1 forward passes of the whole batch, one at a time; its gradient keeps the
-    activations of all.
+    Costs num_samples + 1 forward passes of the whole batch, one at a time; its gradient keeps all
+    their activations.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K], each example on its own.
@@ -62,7 +63,7 @@ def mean_square(
         key: One key, folded with each example's place in the batch, or a key per example [B].
         eps: The radius of the ball, in pixel units.
         norm: The norm of the ball.
-        num_samples: How many r the mean is taken over.
+        num_samples: The number of samples r in the mean.
 
     Returns:
         [B], in nats².
@@ -99,11 +100,11 @@ def oscillation(
     num_steps: int = 10,
     step_size: Length | None = None,
 ) -> PerExample:
-    """(max ℓ(x+r) - min ℓ(x+r))², each end the best that PGD and x offer (our reading).
+    """(max ℓ(x+r) - min ℓ(x+r))², each the best found by PGD or at x (our reading).
 
     x is among the points, so this is never below (max ℓ(x+r) - ℓ(x))², the `rise`. Costs two
-    attacks of num_steps, or one if label-free (KL is least at x), each a forward and a backward
-    pass a step, and a forward pass for each end and x; the whole batch at once.
+    attacks of num_steps, or one if label-free (KL is least at x), each with a forward and a
+    backward pass per step, and a forward pass for each end and x, on the whole batch at once.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K], each example on its own.
@@ -112,7 +113,7 @@ def oscillation(
         key: One key, folded with each example's place in the batch, or a key per example [B].
         eps: The radius of the ball, in pixel units.
         norm: The norm of the ball.
-        num_steps: Gradients of an attack.
+        num_steps: Gradient steps of an attack.
         step_size: The step of an attack, in pixel units; 2.5·eps/num_steps by default.
 
     Returns:
@@ -167,7 +168,7 @@ def rise(
         key: One key, folded with each example's place in the batch, or a key per example [B].
         eps: The radius of the ball, in pixel units.
         norm: The norm of the ball.
-        num_steps: Gradients of an attack.
+        num_steps: Gradient steps of an attack.
         step_size: The step of an attack, in pixel units; 2.5·eps/num_steps by default.
 
     Returns:
@@ -202,11 +203,11 @@ def total_variation(
     num_samples: int = 1,
     squared: bool = False,
 ) -> PerExample:
-    """E ‖∇ℓ(x+r)‖, r uniform in the ball and moved into the box, of the dual norm (our reading).
+    """E ‖∇ℓ(x+r)‖ in the dual norm, r uniform in the ball and moved into the box (our reading).
 
-    Times eps it bounds, to first order, how much the loss moves in a step of that length. Costs
-    a forward and a backward pass of the whole batch for each sample, one at a time; its gradient
-    keeps the activations of all.
+    Multiplied by eps, it bounds to first order how much the loss moves in a step of that length.
+    Costs a forward and a backward pass of the whole batch for each sample, one at a time; its
+    gradient keeps all their activations.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K], each example on its own.
@@ -215,7 +216,7 @@ def total_variation(
         key: One key, folded with each example's place in the batch, or a key per example [B].
         eps: The radius of the ball, in pixel units.
         norm: The norm of the ball.
-        num_samples: How many r the mean is taken over.
+        num_samples: The number of samples r in the mean.
         squared: Whether the norm is squared before the mean.
 
     Returns:
@@ -238,7 +239,7 @@ def total_variation(
     def summed(x):
         logits = logits_fn(x)
         if y is not None:
-            # Exact where the label's probability is rounded to 1, and its slope to 0.
+            # Exact even where the label's probability would round to 1, and its slope to 0.
             logits -= jnp.take_along_axis(logits, jnp.asarray(y)[:, None], axis=-1)
         return loss(logits, reference).sum()
 
@@ -265,9 +266,9 @@ def path(
 ) -> PerExample:
     """n · Σ_i (ℓ(x + r·i/n) - ℓ(x + r·(i-1)/n))², to the point x + r that PGD finds (our reading).
 
-    For n = num_pieces = 1 it is `rise` where PGD raises the loss at all, and for any n at least
+    For n = num_pieces = 1 it is `rise` if PGD raises the loss at all, and for any n it is at least
     that (Cauchy-Schwarz). Doubling n never lowers it; the limit is ∫₀¹ (∇ℓ(x+tr)·r)² dt, the
-    squared variation of the loss on the way. So it also sees what lies between x and the worst
+    squared variation of the loss along the path. So it also sees what lies between x and the worst
     point. Costs an attack of num_steps and n + 1 forward passes.
 
     Args:
@@ -277,9 +278,9 @@ def path(
         key: One key, folded with each example's place in the batch, or a key per example [B].
         eps: The radius of the ball, in pixel units.
         norm: The norm of the ball.
-        num_steps: Gradients of an attack.
+        num_steps: Gradient steps of an attack.
         step_size: The step of an attack, in pixel units; 2.5·eps/num_steps by default.
-        num_pieces: Into how many pieces the way is cut.
+        num_pieces: The number of pieces that the path is cut into.
 
     Returns:
         [B], in nats².
@@ -324,7 +325,7 @@ def _ends(
     signs: tuple[float, ...],
     **settings,
 ) -> Float[Array, "n b"]:
-    """ℓ at x itself, and where PGD ends that follows ℓ times each sign."""
+    """ℓ at x itself and at the last point of PGD on ℓ times each sign."""
     loss, reference = _loss_around(logits_fn, x, y)
     ends = [
         _end(logits_fn, x, key, loss, reference, salt, sign, **settings)
@@ -343,14 +344,14 @@ def _end(
     sign: float = 1.0,
     **settings,
 ) -> Images:
-    """Where PGD ends that follows the loss times a sign."""
+    """Returns the last point of PGD on the loss times a sign."""
     found = pgd(
         logits_fn,
         x,
         reference,
         fold_each(example_keys(key, x.shape[0]), salt),
         loss=lambda logits, reference: sign * loss(logits, reference),
-        # The loss alone counts: at its least, where nothing is misclassified, as well.
+        # Only the loss counts, even at its minimum, where nothing is misclassified.
         criterion=never,
         **settings,
     )

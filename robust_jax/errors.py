@@ -1,15 +1,15 @@
 """What this package raises for a mistake that its user can fix.
 
-Everything here is a ValueError. launch.py prints a UserError in one line. A wrong argument of a
-library function raises ValueError itself.
+Everything here is a ValueError. launch.py prints a UserError in one line. A wrong argument to a
+library function raises a plain ValueError.
 """
 
 
 class UserError(ValueError):
-    """A mistake in a config, a file or a flag; the message, one line, says what to do about it."""
+    """A mistake in a config, a file or a flag; the one-line message says what to do about it."""
 
     def __init__(self, message: str):
-        # What it quotes may have lines of its own, as a ConfigDict does.
+        # What it quotes may span several lines, as a ConfigDict does.
         super().__init__(" ".join(part.strip() for part in message.splitlines()).strip())
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the process may be killed; and unreadable ones."""
+"""Atomic writes, so that a killed process leaves no partial file; errors of unreadable npz."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-# What numpy.load raises, without unpickling, of an npz file that is damaged or something else;
-# NotImplementedError and RuntimeError are zipfile's, of a compression or a flag it does not know.
+# What numpy.load raises, without unpickling, for a file that is damaged or not an npz file.
+# NotImplementedError and RuntimeError come from zipfile, for an unknown compression or flag.
 UNREADABLE_NPZ = (
     OSError,
     EOFError,
@@ -46,5 +46,5 @@ def save_arrays(path: Path, **arrays: np.ndarray | str | int) -> Path:
 
 
 def _pending(path: Path) -> Path:
-    """A name for this process alone; others may write the same file of a shared folder."""
+    """A name for this process alone, as others may write the same file in a shared folder."""
     return path.with_name(f"{path.name}.{os.getpid()}.pending")

@@ -45,10 +45,10 @@ class Estimate(NamedTuple):
 
 
 def probabilities(logits_fn: LogitsFn) -> LogitsFn:
-    """The softmax of a network, to take Jacobians of.
+    """The softmax of a network, for taking its Jacobians.
 
-    Its Jacobians are exact however confident the network is. Those of jax.nn.softmax are not where
-    the largest probability is rounded to 1: that row of the Jacobian would be 0.
+    Its Jacobians are exact however confident the network is. Those of jax.nn.softmax are not: where
+    the largest probability is rounded to 1, its row would be 0.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K].
@@ -75,8 +75,8 @@ def probabilities(logits_fn: LogitsFn) -> LogitsFn:
 def jacobian(fn: LogitsFn, x: Images, *, chunk_size: int | None = None) -> Float[Array, "b k ..."]:
     """The exact Jacobian of each example.
 
-    Costs a forward and K backward passes an example, or as many forward-mode passes as it has pixel
-    values where those are fewer than the outputs; all those of chunk_size examples at once.
+    Costs a forward and K backward passes per example, or one forward-mode pass per pixel value if
+    there are fewer of them than outputs. All passes of chunk_size examples run at once.
 
     Args:
         fn: [B,...] -> [B,K].
@@ -104,7 +104,7 @@ def jacobian(fn: LogitsFn, x: Images, *, chunk_size: int | None = None) -> Float
 def frobenius_norm(fn: LogitsFn, x: Images, *, chunk_size: int | None = None) -> PerExample:
     """Exact Frobenius norm ‖J‖_F.
 
-    Costs a `jacobian` an example; at most chunk_size of them are held at a time.
+    Costs a `jacobian` per example; at most chunk_size of them are held at a time.
 
     Args:
         fn: [B,...] -> [B,K].
@@ -124,8 +124,8 @@ def frobenius_norm(fn: LogitsFn, x: Images, *, chunk_size: int | None = None) ->
         Array([5.], dtype=float32)
 
     Reference:
-        Jin et al. 2020, arXiv 2011.13538, claims that entropy maximisation shrinks ‖∇f‖; that this
-        norm, of logits or of probabilities, is meant is our reading.
+        Jin et al. 2020, arXiv 2011.13538, claims that entropy maximisation shrinks ‖∇f‖; our
+        reading is that this norm, of logits or of probabilities, is meant.
     """
 
     def norm_one(one):
@@ -140,8 +140,8 @@ def singular_values(
 ) -> Float[Array, "b n"]:
     """All singular values of J, largest first.
 
-    Their squares sum to ‖J‖_F², and the first is the spectral norm, exactly. Costs a `jacobian` and
-    its SVD an example; at most chunk_size of them are held at a time.
+    Their squares sum to ‖J‖_F², and the first is exactly the spectral norm. Costs a `jacobian` and
+    its SVD per example; at most chunk_size of them are held at a time.
 
     Args:
         fn: [B,...] -> [B,K].
@@ -174,15 +174,15 @@ def squared_frobenius_samples(
 ) -> Float[Array, "b n"]:
     """Unbiased samples ‖Jv‖² of ‖J‖_F², v ~ N(0, I).
 
-    Differentiable in the network's parameters, so it serves as a regulariser too. Costs
-    num_projections forward-mode passes (jax.jvp) of the whole batch, one at a time; its gradient
-    keeps the activations of all.
+    Differentiable in the network's parameters, so they also serve as a regulariser. Costs
+    num_projections forward-mode passes (jax.jvp) of the whole batch, one at a time; the gradient
+    keeps all their activations.
 
     Args:
         fn: [B,...] -> [B,K].
         x: [B,...].
         key: One key, folded with each example's place in the batch, or a key per example [B].
-        num_projections: How many samples of each example.
+        num_projections: The number of samples per example.
 
     Returns:
         [B,num_projections].
@@ -223,7 +223,7 @@ def frobenius_norm_estimate(
     """‖J‖_F from random projections, with its standard error.
 
     E‖Jv‖² = ‖J‖_F² for v ~ N(0, I). The error of the square is carried to the norm by the delta
-    method. Costs num_projections forward-mode passes an example, chunk_size examples at a time.
+    method. Costs num_projections forward-mode passes per example, chunk_size examples at a time.
 
     Args:
         fn: [B,...] -> [B,K].
@@ -278,13 +278,13 @@ def spectral_norm(
     """The largest singular value of J by power iteration on JᵀJ.
 
     A lower bound that converges from below: each iteration shrinks its error by (σ₂/σ₁)⁴. Costs
-    num_iterations forward-mode and backward passes an example, chunk_size examples at a time.
+    num_iterations forward-mode and backward passes per example, chunk_size examples at a time.
 
     Args:
         fn: [B,...] -> [B,K].
         x: [B,...].
-        key: One key, folded with each example's place in the batch, or a key per example [B]; where
-            the iteration starts.
+        key: One key, folded with each example's place in the batch, or a key per example [B]; it
+            draws the starting point.
         num_iterations: Steps of the power iteration.
         chunk_size: How many examples are in memory at a time; None: all.
 
@@ -301,8 +301,8 @@ def spectral_norm(
         Array([6.], dtype=float32)
 
     Reference:
-        Jin et al. 2020, arXiv 2011.13538, claims that entropy maximisation shrinks ‖∇f‖; that this
-        norm, of logits or of probabilities, is meant is our reading.
+        Jin et al. 2020, arXiv 2011.13538, claims that entropy maximisation shrinks ‖∇f‖; our
+        reading is that this norm, of logits or of probabilities, is meant.
     """
     _checks.counts(num_iterations=num_iterations)
 
@@ -335,7 +335,7 @@ def relative_slope(
     norm: Norm = "l2",
     chunk_size: int | None = None,
 ) -> PerExample:
-    """max_{j≠y} ‖∇_x (z_y - z_j)‖_q over the size of z_y - z_j: no scale of the logits changes it.
+    """max_{j≠y} ‖∇_x (z_y - z_j)‖_q / |z_y - z_j|, which does not depend on the logits' scale.
 
     q is dual to the norm. For a correctly classified example it is the inverse of the first-order
     margin, so it does not shrink merely because the logits do. Multiplying the logits by a constant
@@ -376,7 +376,7 @@ def relative_slope(
         gaps = jnp.abs(logits[label] - logits)
         ratios = slopes / jnp.where(gaps > 0, gaps, 1)
         ratios = jnp.where((gaps == 0) & (slopes > 0), jnp.inf, ratios)
-        # The label's own slope is 0 but for rounding.
+        # The label's own slope is 0 up to rounding.
         return jnp.where(jnp.arange(len(gaps), dtype=label.dtype) == label, 0, ratios).max()
 
     return in_chunks(slope_one, (x, jnp.asarray(y)), chunk_size)
@@ -396,7 +396,7 @@ def _euclidean(v: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 def _unit(v: Float[Array, "..."]) -> Float[Array, "..."]:
-    """v over its norm, of its own dtype; 0 where v is."""
+    """v over its norm, in v's dtype; 0 if v is 0."""
     scaled, _ = _scaled(v)
     return (scaled / jnp.maximum(jnp.sqrt((scaled**2).sum()), 1)).astype(v.dtype)
 

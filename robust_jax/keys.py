@@ -22,9 +22,9 @@ def example_keys(key: KeyOrKeys, num_examples: int) -> Key[Array, " b"]:
 def drawn_one_by_one(key: KeyOrKeys) -> KeyOrKeys:
     """The same key for JAX's default generator, whose draws under vmap are those of each key alone.
 
-    Those of "rbg" depend on the neighbours.
+    Under vmap, draws of "rbg" depend on the neighbouring keys.
     """
-    if jnp.shape(jax.random.key_data(key))[-1] == 2:  # words: it is threefry already
+    if jnp.shape(jax.random.key_data(key))[-1] == 2:  # two words: it is already threefry
         return key
     return jax.random.wrap_key_data(jax.random.key_data(key)[..., :2], impl="threefry2x32")
 
@@ -35,18 +35,18 @@ def fold_in_each(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b
 
 
 def fold_each(keys: Key[Array, " b"], data: int | Integer[Array, ""]) -> Key[Array, " b"]:
-    """Each example's key folded with the same number: one for every use of randomness."""
+    """Each example's key folded with the same number, one for each use of randomness."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 
 def with_keys(map_examples: MapExamples, keys: Key[Array, " b"]) -> MapExamples:
-    """The mapping where rows["key"] holds the data of keys like these: fn gets the keys."""
+    """The mapping that gives fn keys like these, made from the key data in rows["key"]."""
     return lambda fn: map_examples(_WithKeys(fn, jax.random.key_impl(keys)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _WithKeys:
-    """fn(logits_fn, rows, *scalars); equal ones are one program."""
+    """fn(logits_fn, rows, *scalars), given keys; equal instances share one program."""
 
     fn: Callable
     impl: Any

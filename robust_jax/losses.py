@@ -2,8 +2,8 @@
 
 Nothing here reduces over the batch: the caller does, with (sum, count) pairs. Values and gradients
 stay finite for logits of ±1e4 in float32, since all is computed in log space except the form of
-guided complement entropy that follows its authors' code, epsilons and all. Logits of 16 bits are
-computed in float32, which is what comes back.
+guided complement entropy that follows its authors' code, epsilons and all. 16-bit logits are
+computed and returned in float32.
 """
 
 import math
@@ -53,7 +53,7 @@ def cross_entropy(logits: Logits, labels: Labels, *, label_smoothing: float = 0.
     """Cross-entropy against (1-γ)·onehot + γ/K, with γ = label_smoothing.
 
     In float32 the value, and its derivative by the label's logit, are 0 where that logit is more
-    than about 17 above the others, as in other libraries: follow `margin_loss` there.
+    than about 17 above the others, as in other libraries; use `margin_loss` there.
 
     Args:
         logits: [B,K].
@@ -78,7 +78,7 @@ def cross_entropy(logits: Logits, labels: Labels, *, label_smoothing: float = 0.
     _check_share("label_smoothing", label_smoothing, half_open=True)
     log_p = _log_softmax(logits)
     log_p_label = _at(log_p, labels)
-    if label_smoothing == 0:  # a class at -inf counts for nothing then
+    if label_smoothing == 0:  # where a class at -inf contributes nothing
         return -log_p_label
     return -(1 - label_smoothing) * log_p_label - label_smoothing * log_p.mean(-1)
 
@@ -381,7 +381,7 @@ def confidence(logits: Logits, labels: Labels) -> PerExample:
         Array([0.2], dtype=float32)
 
     Reference:
-        The confidence of arXiv 2011.07478, whose mean is measured.
+        The confidence of arXiv 2011.07478, which measures its mean.
     """
     return jnp.exp(_at(_log_softmax(logits), labels))
 
@@ -391,7 +391,7 @@ def correct(logits: Logits, labels: Labels) -> PerExample:
 
     Args:
         logits: [B,K]. An example with NaN, +inf or a label at -inf counts as wrong. Another class
-            at -inf is one that the network rules out.
+            at -inf counts as ruled out by the network.
         labels: [B].
 
     Returns:
@@ -449,12 +449,12 @@ def _log_softmax(logits: Logits) -> Logits:
 
 
 def _mean_over(log_p: Logits, values: Logits) -> PerExample:
-    """Σ_k p_k v_k, in which a class of probability 0 counts for nothing."""
+    """Σ_k p_k v_k, to which a class of probability 0 contributes nothing."""
     return (jnp.exp(log_p) * jnp.where(log_p > -jnp.inf, values, 0)).sum(-1)
 
 
 def _indices(labels: Labels) -> Labels:
-    """Labels that hold any class: those of 8 bits end at 255."""
+    """The labels in a type that holds any class, as 8-bit ones end at 255."""
     _checks.type_of_labels(labels, "labels")
     return labels.astype(jnp.int32)
 

@@ -40,7 +40,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# The distance, in τ, that training assumes for a boundary that does not exist: too far to pull.
+# The distance, in τ, assumed for a boundary that does not exist: too far to have a gradient.
 _FAR = 1e12
 
 
@@ -54,9 +54,9 @@ def linear(
 ) -> Float[np.ndarray, " b"]:
     """Margins of the classifier argmax(weights·x + bias), min_{j≠y} (z_y - z_j) / ‖w_y - w_j‖_q.
 
-    q is dual to the norm; the walls of [0,1] are not looked at. Exact where x is classified
-    correctly, and for two classes; otherwise it is the distance to the furthest boundary in between
-    alone, which is at most the margin's magnitude. Costs B·K·D multiplications and holds K²
+    q is dual to the norm; the bounds of [0,1] are ignored. It is exact where x is classified
+    correctly and for two classes. Otherwise it is the distance to the furthest single boundary in
+    between, which is at most the margin's magnitude. Costs B·K·D multiplications and holds K²
     differences of D weights.
 
     Args:
@@ -80,7 +80,7 @@ def linear(
         array([0.2])
 
     Reference:
-        From the label, with a sign, it is ours; its size from the predicted class is the margin of
+        The signed margin from the label is ours; its size from the predicted class is the margin of
         Wu & Yu 2019, arXiv 1907.11780.
     """
     rows, flat = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (weights, x))
@@ -159,7 +159,7 @@ def boundary_distances(
         num_boundaries: n; None for all K-1.
 
     Returns:
-        [B,n], in pixel units, the classes in falling order of their logits. ±inf where the gradient
+        [B,n], in pixel units, classes in descending order of their logits. ±inf where the gradient
         vanishes, inf for a class that the network rules out (a logit of -inf).
 
     Raises:
@@ -174,7 +174,7 @@ def boundary_distances(
         Array([[0.2]], dtype=float32)
 
     Reference:
-        Ours; what the regulariser `input_margin` is made of.
+        Ours; the regulariser `input_margin` is built on them.
     """
     threat = threat_model(norm)
     x, y = jnp.asarray(x), jnp.asarray(y)
@@ -200,17 +200,17 @@ def boundary_distances(
 def truncate(boundaries: Float[Array, "b n"], tau: Length) -> PerExample:
     """ψ(m/τ), with ψ(u) = 1/(1 + e^u) and m the smooth minimum of the distances to boundaries.
 
-    m = -τ log Σ_j exp(-m_j/τ) is below the least distance by τ log n at most. ψ falls strictly, and
-    flattens out on both sides: neither a safe example nor a hopeless one pulls. Ours: the
+    m = -τ log Σ_j exp(-m_j/τ) is below the least distance by at most τ log n. ψ is strictly
+    decreasing and flat at both ends, so neither a safe example nor a hopeless one pulls. Ours: the
     regulariser of arXiv 1907.11780 is the ramp of output margins (`train.regularizers`).
 
-    Cross-entropy + λψ is Fisher-consistent where the gradients of all differences of logits have
-    the same norm, and not in general: with class probabilities .393, .364, .243, norms .64 (first
+    Cross-entropy + λψ is Fisher-consistent if the gradients of all differences of logits have the
+    same norm, but not in general: with class probabilities .393, .364, .243, norms .64 (first
     and second class), 1.8 and .61, τ = 1 and λ = 20 the minimiser prefers the second class. A hard
     minimum fails even with equal norms: its kink where two classes tie holds the minimiser there.
 
     Args:
-        boundaries: [B,n], in pixel units, infinite ones among them (see `boundary_distances`).
+        boundaries: [B,n], in pixel units, possibly infinite (see `boundary_distances`).
         tau: In pixel units.
 
     Returns:
@@ -228,8 +228,9 @@ def truncate(boundaries: Float[Array, "b n"], tau: Length) -> PerExample:
     """
     if isinstance(tau, int | float) and not tau > 0:
         raise ValueError(f"tau must be above 0, not {tau!r} (pixels are in [0,1])")
-    # What is nowhere stays put: infinities have no derivative. Clipped after the division, for XLA
-    # may multiply and subtract at once, and then no number equals the rounded largest of them.
+    # Infinite distances are clipped, since infinities have no derivative. The clip comes after the
+    # division because XLA may fuse multiply and subtract, and then no entry equals the rounded
+    # maximum.
     scaled = jnp.clip(wide(boundaries) / tau, -_FAR, _FAR)
     return jax.nn.sigmoid(jax.nn.logsumexp(-scaled, -1)).astype(boundaries.dtype)
 
@@ -245,11 +246,11 @@ def minimum_norm(
     attack: Callable = fab,
     chunk_size: int | None = None,
 ) -> PerExample:
-    """Margins as far as a minimum-norm attack finds them: an upper bound of their magnitude.
+    """Margins that a minimum-norm attack finds: an upper bound of their magnitude.
 
-    Where x is misclassified it attacks the two logits "any other" and "the label", to reach the
-    label. Costs two attacks an example, one of them on two classes. The points found are constants,
-    so its derivative by the network's parameters is 0.
+    Where x is misclassified, it attacks a network of two logits, "any other" and "the label", to
+    reach the label. Costs two attacks per example, one of them on two classes. The points found are
+    constants, so the derivative in the network's parameters is 0.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K].
@@ -314,10 +315,10 @@ def clever(
     """Distances from the predicted class, with Lipschitz constants from sampled gradients.
 
     min_{j≠c} min(eps, (z_c - z_j) / max_r ‖∇_x (z_c - z_j)(x + r)‖_q), r uniform in the ball, not
-    cut to [0,1], and c the class predicted at x. An estimate: with enough samples a lower bound,
-    exact for a linear network. CLEVER proper fits an extreme-value distribution to the gradients;
-    this is what arXiv 1907.11780 measures, in l2 with eps 5 and 51,200 samples. Costs a forward and
-    K backward passes a sample.
+    cut to [0,1], and c the class predicted at x. The estimate is exact for a linear network, and a
+    lower bound with enough samples. CLEVER proper fits an extreme-value distribution to the
+    gradients; this is what arXiv 1907.11780 measures, in l2 with eps 5 and 51,200 samples. Costs a
+    forward and K backward passes per sample.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K].
@@ -325,7 +326,7 @@ def clever(
         key: One key, or one for each example [B].
         norm: A name or a record.
         eps: The radius of the ball, in pixel units, and the largest distance returned.
-        num_samples: How many r the largest gradient is taken over.
+        num_samples: The number of samples r that the largest gradient is taken over.
         chunk_size: How many examples are in memory at a time; None for all.
 
     Returns:
@@ -384,17 +385,17 @@ def lipschitz(
     min_{j≠y} (z_y - z_j) / (‖w_y - w_j‖_q · L), w the rows of the last layer, L the product of the
     others' norms over the least std (exact where there is no other layer). Either all norms are in
     the threat norm, if `spectra.operator_norm` supports it, or all are in l2 and the distance is
-    converted by ‖δ‖_2 ≤ l2_radius·‖δ‖ (l2_radius is √D in linf): whichever guarantees more. It
-    holds for a chain of layers with nothing in between but maps of Lipschitz constant at most 1:
-    ReLU, maxima or means of disjoint tiles, flattening. Costs two `spectra.operator_norm` per layer
-    for all examples together.
+    converted by ‖δ‖_2 ≤ l2_radius·‖δ‖ (l2_radius is √D in linf), whichever guarantees more. It
+    holds for a chain of layers with only maps of Lipschitz constant at most 1 in between: ReLU,
+    maxima or means of disjoint tiles, flattening. Costs two `spectra.operator_norm` per layer for
+    all examples together.
 
     Args:
         logits: [B,K].
         y: Labels [B].
         layers: As `spectra.layers` lists them.
         norm: A name or a record.
-        std: What the network divides its input by, one number a channel.
+        std: What the network divides its input by, one number per channel.
 
     Returns:
         [B], float64, in pixel units.

@@ -10,7 +10,7 @@ from robust_jax.devices import processes
 def progress_bar(
     total: int, description: str, unit: str, *, initial: int = 0, shown: bool = True
 ) -> tqdm:
-    """A bar with an estimate of what is left, in the first process; a log gets few lines of it."""
+    """A bar with the estimated time left, in the first process only; a log gets few lines of it."""
     return tqdm(
         total=total,
         initial=initial,

@@ -26,19 +26,19 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# What a caller may pass; what is returned is a JAX array.
+# What a caller may pass; functions return JAX arrays.
 Array = jax.Array | np.ndarray
 
-# Images [B,H,W,C] as a rule; whatever does not say so takes examples of any shape.
+# Usually images [B,H,W,C]; what does not say so takes examples of any shape.
 Images = Float[Array, "b ..."]
 Labels = Integer[Array, " b"]
 Logits = Float[Array, "b k"]
 PerExample = Float[Array, " b"]
 # A network with its parameters bound, in evaluation mode.
 LogitsFn = Callable[[Images], Logits]
-# Labels [B] as a rule; logits [B,K] for a loss that compares two outputs, such as losses.kl.
+# Usually labels [B]; logits [B,K] for a loss that compares two outputs, such as losses.kl.
 Reference = Labels | Logits
-# Within an attack: an example or what is added to it, of any shape, and a number.
+# Within an attack: an example or its perturbation, of any shape, and a number.
 Perturbation = Float[jax.Array, "..."]
 Scalar = Float[jax.Array, ""]
 # A radius, in units of a norm.

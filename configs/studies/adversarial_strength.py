@@ -3,7 +3,7 @@
     python launch.py --config=configs/studies/adversarial_strength.py --workdir=runs/strength
 
 Adversarial training of a LeNet-5 on 3,000 images of Fashion-MNIST, few enough that there is a
-generalisation gap, at four strengths. smoke: digits, seconds. small: 30 epochs, 3 seeds, an hour of
+generalisation gap, at four strengths. smoke: digits, seconds. small: 30 epochs, 3 seeds, an hour on
 2 CPU cores. medium: 5,000 images, 120 epochs, PGD-10, 5 seeds, hours. full: CIFAR-10,
 PreActResNet-18, up to 12/255, an accelerator.
 """
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs.studies.common import CIFAR10_LINF, PUBLISHED_AT, SMOKE, attacks, base_config
 
-STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # of the eps called trained
+STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # in units of the eps called trained
 ARMS = ("eps_0", "eps_half", "eps_1", "eps_1_half")
 
 
@@ -84,7 +84,7 @@ def get_config():
             "base": {
                 "train_size": 5000,
                 "adversary": {"num_steps": 10},
-                # Held-out accuracy under PGD has stopped rising by the 80th.
+                # Held-out accuracy under PGD has stopped rising by the 80th epoch.
                 "duration": "120 epochs",
                 "validate_every": "120 epochs",
                 "attacks": attacks((0.05, 0.1, 0.15), 1000),
@@ -211,7 +211,7 @@ def get_config():
                 "text": "The generalisation gap falls with it, of accuracy and of cross-entropy.",
                 "tests": [
                     {**falls("measurements.gaps.accuracy"), "smallest_effect": 0.01},
-                    # Training less test: below zero where there is a gap.
+                    # Training minus test, so negative if there is a gap.
                     {
                         **falls("measurements.gaps.cross_entropy", "rises"),
                         "smallest_effect": 0.05,  # nats

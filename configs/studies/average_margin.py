@@ -5,7 +5,7 @@
 Three networks (linear, MLP, CNN) by three objectives: plain cross-entropy, "constraint" (orthogonal
 weights) and "regularised" (that and the ramp of output margins), the authors' recipe; beside them
 the input-space regulariser, ours. smoke: digits, seconds. small: 3 seeds, one epoch of the CNN, an
-hour of 2 CPU cores. medium: 5 seeds, 3 epochs of it (regularised 15), hours. full: 200 epochs
+hour on 2 CPU cores. medium: 5 seeds, 3 epochs of it (regularised 15), hours. full: 200 epochs
 (linear 1,000), an accelerator.
 """
 
@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from configs.studies.common import QUICK, SMOKE, above, base_config, below
 
 NETWORKS = {"linear": 5.0, "mlp": 5.0, "cnn": 40.0}  # and their τ, in units of the logits
-# At small the sweep took the largest of three weights: from there on.
+# At scale small the sweep chose the largest of three weights, so this one starts there.
 WIDER = {"cnn_input_margin": {"sweep": {"values": (3.0, 10.0, 30.0)}}}
-SIZES = {"mlp": 1.0, "cnn": 2.0}  # at which each was attacked
+SIZES = {"mlp": 1.0, "cnn": 2.0}  # the eps at which each was attacked
 
 
 def get_config():
@@ -300,7 +300,7 @@ def arms():
 
 
 def longer(regularised=1, **epochs):
-    """How long each network trains, and the regularised arms so many times as long."""
+    """How long each network trains; the regularised arms train that many times as long."""
     found = {}
     for name in arms():
         network, _, objective = name.partition("_")
@@ -314,7 +314,7 @@ def longer(regularised=1, **epochs):
 
 
 def along(*margins):
-    """The least and the mean of each margin, as validations log them."""
+    """The minimum and the average of each margin, as validations log them."""
     return tuple(f"{of}_{margin}" for margin in margins for of in ("minimum", "average"))
 
 
@@ -332,7 +332,7 @@ def tracked(num_first_order, num_others, num_samples):
 def attacks(
     num_steps, step_size, *, num_examples, autoattack, sizes=(0.5, 1.0, 1.5, 2.0), smoke=False
 ):
-    """PGD as published and on the margin, and AutoAttack on fewer images at the whole sizes."""
+    """PGD as published and on the margin, and AutoAttack on fewer images at whole sizes only."""
     published = {
         "name": "pgd",
         "eps": sizes,
@@ -366,12 +366,12 @@ def measurements(num_examples, num_attacked):
 
 
 def average_margins(network):
-    """From the predicted class, exact, for the linear network; two estimates for the others."""
+    """Exact, from the predicted class, for the linear network; two estimates for the others."""
     if network == "linear":
         return ("training.last.average_distance",)
     return ("training.last.average_distance_clever", "measurements.margins_attack.mean")
 
 
 def change(number):
-    """A validation's number at the end less that at initialisation."""
+    """A validation's number at the end minus that at initialisation."""
     return f"training.last.{number} - training.first.{number}"

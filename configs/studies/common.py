@@ -23,7 +23,7 @@ CIFAR10_LINF = {
     "threat": {"eps": 8 / 255},
 }
 
-# Shows that it runs, and nothing else.
+# Only shows that it runs.
 QUICK = {
     "version": ("apgd_ce", "square"),
     "overrides": {"apgd_ce": {"num_steps": 4}, "square": {"num_queries": 20}},
@@ -43,7 +43,7 @@ SMOKE = {
 
 
 def base_config():
-    """The defaults, with what every study measures: its best networks, audited."""
+    """The defaults, changed to evaluate and audit only a study's best networks."""
     config = default.get_config()
     config.validation_size = 1000
     config.evaluation.last = False  # claims are about the best

@@ -4,7 +4,7 @@
 
 Four energies against adversarial training in l2, by PGD and by one step, and VAT, supervised and
 with few labels (our readings of the paper, which was withdrawn). smoke: digits, seconds. small: one
-epoch, 3 seeds, an hour of 2 CPU cores. medium: 5 epochs, 5 seeds, hours. full: 20 epochs, 5 seeds.
+epoch, 3 seeds, an hour on 2 CPU cores. medium: 5 epochs, 5 seeds, hours. full: 20 epochs, 5 seeds.
 cifar10 and svhn: the papers' other data, PreActResNet-18, an accelerator.
 """
 
@@ -18,8 +18,8 @@ BOUNDED = ("oscillation", "path")
 ENERGIES = ("total_variation", *BOUNDED, "mean_square")
 # Those that look at the interior of the ball.
 INTERIOR = ("total_variation", "path", "mean_square")
-# At small, weights at an end of a list were best, and other ones after five epochs. So these lists
-# are long.
+# At scale small, weights at an end of a list were best, and after five epochs others were, so these
+# lists are long.
 WIDER = {
     arm: {"sweep": {"values": weights}}
     for arm, weights in {
@@ -272,7 +272,7 @@ def get_config():
 
 
 def gaps(arms, plain):
-    """That training less test accuracy is below the plain arm's, and of cross-entropy above."""
+    """Tests that training minus test accuracy is below the plain arm's, cross-entropy's above."""
     return [
         test
         for arm in arms
@@ -305,7 +305,7 @@ def _swept(name, weights, **keywords):
 
 
 def radii(eps):
-    """The trained one, a larger one, and the interior of the ball."""
+    """The trained radius, a larger one, and some inside the ball."""
     shares = {"quarter": 0.25, "half": 0.5, "three_quarters": 0.75, "trained": 1.0, "larger": 1.5}
     return {name: share * eps for name, share in shares.items()}
 
@@ -324,7 +324,7 @@ def measurements(num_examples):
 
 
 def on_colour_images(dataset, few_labels):
-    """CIFAR-10 or SVHN at l2 0.5, as an accelerator does it."""
+    """CIFAR-10 or SVHN at l2 0.5, for an accelerator."""
     eps = 0.5
     return {
         "seeds": (0, 1, 2),

@@ -3,7 +3,7 @@
     python launch.py --config=configs/studies/entm.py --workdir=runs/entm --config.scale=small
 
 Entropy maximisation (EntM) and label smoothing (LS), alone and with adversarial training (AT), on
-Fashion-MNIST with LeNet-5. smoke: digits, seconds. small: 2 epochs, 3 seeds, an hour of 2 CPU
+Fashion-MNIST with LeNet-5. smoke: digits, seconds. small: 2 epochs, 3 seeds, an hour on 2 CPU
 cores. medium: 20 epochs, PGD-10, 5 seeds, hours. full: CIFAR-10, PreActResNet-18, 8/255, an
 accelerator.
 """
@@ -27,7 +27,7 @@ ENTM = {
 }
 SMOOTHED = {"loss": {"name": "cross_entropy", "label_smoothing": 0.2}}
 LS = {**SMOOTHED, "sweep": {"field": "loss.label_smoothing", "values": (0.1, 0.2, 0.4)}}
-# After 2 epochs (scale small) each took its largest value, after 20 a smaller one beside AT.
+# After 2 epochs (scale small) each sweep chose its largest value; after 20, a smaller one with AT.
 WIDER = {
     arm: {"sweep": {"values": values}}
     for arm, values in {
@@ -294,7 +294,7 @@ def get_config():
 def _attacks(eps, num_examples, smoke=False):
     """FGSM and PGD, AutoAttack on the first num_examples, and PGD transferred, at every eps.
 
-    smoke: PGD is then on the network itself, for a surrogate trains longer than all the rest.
+    smoke: PGD then attacks the network itself, since a surrogate trains longer than all the rest.
     """
     how = {"num_steps": 4} if smoke else {"num_steps": 20, "surrogate": "train"}
     return {

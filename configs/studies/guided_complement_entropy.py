@@ -3,10 +3,10 @@
     python launch.py --config=configs/studies/guided_complement_entropy.py --workdir=runs/gce \
         --config.scale=small
 
-The authors' table whole, following cross-entropy and following the loss of the training, for the
+The authors' whole table, with attacks that follow cross-entropy and the training loss, for the
 exact loss and for that of the authors' code, and AutoAttack, which nobody has published. smoke:
-digits, seconds. small: the authors' 20 epochs (adversarial arms: 3, of twice the batch), 3 seeds,
-an hour and a half of 2 CPU cores. medium: 5 seeds, AutoAttack on 1,000 images, adversarial arms
+digits, seconds. small: the authors' 20 epochs (adversarial arms: 3, at twice the batch), 3 seeds,
+an hour and a half on 2 CPU cores. medium: 5 seeds, AutoAttack on 1,000 images, adversarial arms
 10 epochs, hours. full: 20 epochs of every arm, the whole test set (JSMA and C&W: 1,000).
 """
 
@@ -16,7 +16,7 @@ from configs.studies.common import QUICK, SMOKE, above, base_config, below
 
 EXACT = {"name": "guided_complement_entropy", "alpha": 1 / 3, "form": "exact"}
 PUBLISHED = {**EXACT, "form": "published"}
-# What an attack follows on a network that was trained with it.
+# The loss that an attack follows if the network was trained with it.
 ATTACK_LOSSES = {
     "gce": "guided_complement_entropy",
     "gce_published": "guided_complement_entropy_published",
@@ -105,7 +105,7 @@ def get_config():
     config.scales = {
         "smoke": {
             "seeds": (0, 1),
-            # A network that compiles quickly: there are many attacks.
+            # A network that compiles quickly, since there are many attacks.
             "base": {
                 **SMOKE,
                 "model": {"name": "mlp", "hidden": (16,)},
@@ -160,7 +160,7 @@ def get_config():
         ("silhouette (ours)", "AutoAttack at 0.1 (ours)"),
         ("median gap, training set (ours)", _label("pgd", 0.2, True)),
     )
-    config.along_training = ("robust_accuracy",)  # on held-out images; clean where AT is not
+    config.along_training = ("robust_accuracy",)  # on held-out images; clean without AT
     config.published = published()
 
     config.claims = ConfigDict(
@@ -258,16 +258,16 @@ def get_config():
 
 
 def longer(arm, duration):
-    """Adversarial training for so long; its best network is that of the highest robust accuracy."""
+    """Adversarial training for a duration; its best network has the highest robust accuracy."""
     if arm not in ("at", "gce_at"):
         return {}
     return {"duration": duration, "validation_attack": {"name": "pgd"}}
 
 
 def attacks(arm, num_examples, num_slow, smoke=False):
-    """The table's attacks, following cross-entropy and, "own", the loss of the arm's training.
+    """The table's attacks, following cross-entropy and, as "own", the arm's training loss.
 
-    num_examples: that AutoAttack sees; num_slow: that JSMA and C&W see.
+    num_examples: how many AutoAttack sees; num_slow: how many JSMA and C&W see.
     """
     own = ATTACK_LOSSES.get(arm.removesuffix("_at"), "cross_entropy")
     steps = {"num_steps": 4} if smoke else {"num_steps": 40, "step_size": 0.01}
@@ -285,9 +285,9 @@ def attacks(arm, num_examples, num_slow, smoke=False):
     return {
         **family,
         "pgd_gce": {"name": "pgd", "eps": 0.2, "loss": "guided_complement_entropy", **steps},
-        # A quarter and a half of 784 pixels, on digits all there are.
+        # A quarter and a half of 784 pixels; on digits, all there are.
         "jsma": {"eps": (196, 392), "num_examples": num_slow},
-        "carlini_wagner": {"eps": 28.0, "num_examples": num_slow, **searches},  # no bound: ‖1‖
+        "carlini_wagner": {"eps": 28.0, "num_examples": num_slow, **searches},  # the box's diameter
         "autoattack": {
             "eps": SIZES,
             "num_examples": num_examples,

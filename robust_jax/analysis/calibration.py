@@ -1,6 +1,7 @@
 """Confidence, entropy and calibration, from logits or from the columns of an evaluation's records.
 
-numpy arrays in and out, one row an example. Each costs a pass over its rows; no network is called.
+numpy arrays in and out, one row per example. All but `temperature` cost one pass over the rows.
+None calls a network.
 """
 
 from typing import NamedTuple
@@ -23,13 +24,13 @@ def __dir__() -> list[str]:
     return __all__
 
 
-TEMPERATURES = 1e-4, 1e4  # between which one is looked for
+TEMPERATURES = 1e-4, 1e4  # the interval that is searched
 
 
 class Reliability(NamedTuple):
-    """Bins of top probability: edges [n+1]; of each bin the examples, mean and accuracy [n].
+    """Bins of top probability: edges [n+1]; examples, mean and accuracy of each bin [n].
 
-    Mean top probability and accuracy are NaN where a bin is empty.
+    Mean top probability and accuracy of an empty bin are NaN.
     """
 
     edges: np.ndarray
@@ -49,7 +50,7 @@ def outcomes(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> dict
         Arrays [B]: correct; top_probability, max_k p_k; confidence, p_y; entropy in nats.
 
     Raises:
-        ValueError: y holds no labels of the classes, [B].
+        ValueError: y does not hold labels of the classes, [B].
 
     Example:
         >>> import numpy as np
@@ -60,10 +61,10 @@ def outcomes(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> dict
     """
     logits = np.asarray(logits, np.float64)
     y = _labels(y, logits.shape[-1])
-    with np.errstate(invalid="ignore"):  # of a logit of infinity nothing is known
+    with np.errstate(invalid="ignore"):  # an infinite logit leaves p unknown
         log_p = scipy.special.log_softmax(logits, -1)
     p = np.exp(log_p)
-    known = (logits < np.inf).all(-1) & (logits.max(-1) > -np.inf)  # and not NaN
+    known = (logits < np.inf).all(-1) & (logits.max(-1) > -np.inf)  # False for NaN too
     return {
         "correct": (logits.argmax(-1) == y) & known,
         "top_probability": p.max(-1),
@@ -83,10 +84,10 @@ def reliability(
         num_bins: How many bins.
 
     Returns:
-        The bins' edges, and of each bin how many examples, mean top probability and accuracy.
+        The bins' edges, and the number of examples, mean top probability and accuracy of each bin.
 
     Raises:
-        ValueError: num_bins is below 1, or a probability outside [0,1].
+        ValueError: num_bins is below 1, or a probability is outside [0,1].
 
     Example:
         >>> from robust_jax.analysis import calibration
@@ -111,10 +112,10 @@ def reliability(
 
 
 def expected_calibration_error(curve: Reliability) -> float:
-    """Σ of a bin's share · `|accuracy - confidence|`.
+    """Σ over the bins of the bin's share · `|accuracy - confidence|`.
 
     Args:
-        curve: Of `reliability`.
+        curve: As `reliability` returns it.
 
     Returns:
         In [0,1].
@@ -135,8 +136,8 @@ def expected_calibration_error(curve: Reliability) -> float:
 def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> float:
     """The T above 0 at which softmax(logits / T) has the least cross-entropy.
 
-    To compare networks whose logits differ in scale: divided by their temperatures they are equally
-    sure of themselves. Costs 60 passes over the logits.
+    Makes networks whose logits differ in scale comparable: divided by their temperatures, they are
+    equally sure of themselves. Costs 60 passes over the logits.
 
     Args:
         logits: [B,K], of examples that the network was not trained on.
@@ -147,7 +148,7 @@ def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> f
         enough, and the largest for logits that are worse than chance.
 
     Raises:
-        ValueError: A logit is not finite, or y holds no labels of the classes, [B].
+        ValueError: A logit is not finite, or y does not hold labels of the classes, [B].
 
     Example:
         >>> import numpy as np
@@ -165,14 +166,14 @@ def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> f
         raise ValueError("logits must be finite to have a temperature")
     z = z - z.max(-1, keepdims=True)
     of_label = z[np.arange(len(z)), y]
-    if (of_label == 0).all() and (z < 0).any():  # below, the slope would underflow on the way
+    if (of_label == 0).all() and (z < 0).any():  # the slope below would underflow
         return TEMPERATURES[0]
 
     def slope(inverse):
         p = np.exp(inverse * z)
         return ((p * z).sum(-1) / p.sum(-1) - of_label).mean()
 
-    # Cross-entropy is convex in 1/T: where its slope changes sign, found by bisection.
+    # Cross-entropy is convex in 1/T, so bisection finds where its slope changes sign.
     low, high = np.log(TEMPERATURES)
     for _ in range(60):
         middle = (low + high) / 2
@@ -181,7 +182,7 @@ def temperature(logits: Float[np.ndarray, "b k"], y: Int[np.ndarray, " b"]) -> f
 
 
 def _labels(y: ArrayLike, num_classes: int) -> np.ndarray:
-    from robust_jax import _checks  # which imports JAX, and the report's page does without
+    from robust_jax import _checks  # imports JAX, which the report's page does without
 
     labels = np.asarray(y)
     _checks.labels(labels, num_classes)

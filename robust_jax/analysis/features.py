@@ -1,7 +1,7 @@
 """What a change of the image does to each layer of a network.
 
-A features_fn maps examples [B,...] to a dict of arrays [B,...], one a layer, each example on its
-own. `captured` makes one of a linen network; for any other write one.
+A features_fn maps examples [B,...] to a dict of arrays [B,...], one per layer, each example on
+its own. `captured` makes one from a linen network; for any other, write your own.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,8 +38,8 @@ def captured(model: Any, variables: Any, *, every_module: bool = False) -> Featu
     """The features_fn of a linen network: what it sows as "intermediates", then its logits.
 
     The networks of `models` sow their hidden layers after the activation, and "features", the
-    input of the last layer. Something sown several times is numbered. A call costs one forward pass
-    and holds every layer's values of the whole batch.
+    input of the last layer. Values sown several times are numbered. A call costs one forward pass
+    and holds every layer's values for the whole batch.
 
     Args:
         model: The linen network.
@@ -117,7 +117,7 @@ def change(
     """
     x = jnp.asarray(x)
     changes = _change(features_fn, x, x_moved, relative=relative, chunk_size=chunk_size)
-    layers: list[str] = []  # in their order, which a program's outputs do not keep
+    layers: list[str] = []  # in their own order, which a program's outputs lose
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     jax.eval_shape(lambda x: layers.extend(features_fn(x)), one)
     return {name: changes[name] for name in layers}
@@ -140,7 +140,7 @@ def _change(
 def point_at_distance(x: Images, key: KeyOrKeys, *, eps: Length, norm: Norm = "linf") -> Images:
     """A random point at distance eps from each x, clipped to [0,1].
 
-    The random counterpart of an adversarial point, at the cost of the draw: no network is called.
+    The random counterpart of an adversarial point. Costs only the draw; no network is called.
 
     Args:
         x: Examples [B,...], pixels in [0,1].

@@ -1,4 +1,4 @@
-"""How the classes lie in a network's latent space: latents [N,D] (or [N,…]) and labels [N] in.
+"""How the classes lie in a network's latent space, from latents [N,D] or [N,…] and labels [N].
 
 Latents are a layer's values, such as "features" of `features.captured`; those of a whole data set
 are gathered batch by batch with `batches.on_one_device`.
@@ -24,7 +24,7 @@ _Labels = Int[np.ndarray, " n"]
 
 
 def projection(latents: _Latents) -> Float[np.ndarray, "n 2"]:
-    """The latents on their first two principal axes, to look at: no distance is stretched.
+    """The latents on their first two principal axes, for plots; no distance is stretched.
 
     Costs an SVD of [N,D].
 
@@ -40,24 +40,24 @@ def projection(latents: _Latents) -> Float[np.ndarray, "n 2"]:
         >>> latent.projection(np.eye(4)[:, :3]).shape
         (4, 2)
     """
-    from sklearn.decomposition import PCA  # seconds that most runs can do without
+    from sklearn.decomposition import PCA  # takes seconds, and most runs do without
 
     return PCA(2, svd_solver="full").fit_transform(_flat(latents))
 
 
 def tsne(latents: _Latents, *, perplexity: float = 30.0, seed: int = 0) -> Float[np.ndarray, "n 2"]:
-    """The latents in the plane by t-SNE, to look at, as the paper's figure shows them.
+    """The latents in the plane by t-SNE, for plots like the paper's figure.
 
     Neighbours stay neighbours; distances between clusters and their sizes mean nothing. Costs
     seconds for a thousand examples.
 
     Args:
         latents: [N,...].
-        perplexity: About how many neighbours each has; a third of N at most.
-        seed: Of scikit-learn's random draws, which start from the principal axes.
+        perplexity: About how many neighbours each has; at most a third of N.
+        seed: The seed of scikit-learn's draws; the start is the principal axes.
 
     Returns:
-        [N,2]; zeros where all examples have the same latents.
+        [N,2]; zeros if all examples have the same latents.
 
     Example:
         >>> import numpy as np
@@ -71,7 +71,7 @@ def tsne(latents: _Latents, *, perplexity: float = 30.0, seed: int = 0) -> Float
     from sklearn.manifold import TSNE
 
     latents = _flat(latents)
-    if not np.ptp(latents, axis=0).any():  # scikit-learn's start would divide by their spread
+    if not np.ptp(latents, axis=0).any():  # scikit-learn would divide by their spread
         return np.zeros((len(latents), 2), np.float32)
     most = min(perplexity, (len(latents) - 1) / 3)
     return TSNE(perplexity=most, init="pca", random_state=seed).fit_transform(latents)
@@ -80,16 +80,16 @@ def tsne(latents: _Latents, *, perplexity: float = 30.0, seed: int = 0) -> Float
 def silhouette(latents: _Latents, labels: _Labels) -> float:
     """Mean silhouette: higher where classes are tighter and further apart.
 
-    (b - a) / max(a, b), a the mean l2 distance to the others of one's class, b to those of the
-    nearest other class. Costs N² distances in D dimensions, of which scikit-learn holds 1 GiB at a
-    time.
+    (b - a) / max(a, b), a the mean l2 distance to the others of the same class, b to those of
+    the nearest other class. Costs N² distances in D dimensions, of which scikit-learn holds 1 GiB
+    at a time.
 
     Args:
         latents: [N,...].
         labels: [N].
 
     Returns:
-        In [-1, 1]; NaN where there is one class alone, or no two examples of a class.
+        In [-1, 1]; NaN if there is only one class, or no two examples of a class.
 
     Example:
         >>> import numpy as np
@@ -98,7 +98,7 @@ def silhouette(latents: _Latents, labels: _Labels) -> float:
         0.889
 
     Reference:
-        Rousseeuw 1987. As a measure of what arXiv 1903.09799 shows by t-SNE it is ours.
+        Rousseeuw 1987. As a measure of what arXiv 1903.09799 shows by t-SNE, it is ours.
     """
     from sklearn.metrics import silhouette_score
 
@@ -108,17 +108,17 @@ def silhouette(latents: _Latents, labels: _Labels) -> float:
 
 
 def distance_ratio(latents: _Latents, labels: _Labels) -> float:
-    """Mean l2 distance to one's class centre over that between two centres: lower is tighter.
+    """Mean l2 distance to a class's own centre over that between two centres: lower is tighter.
 
-    Our reading of intra- over inter-class distance. Invariant to scale. Costs N distances and, of K
-    classes, K² between centres.
+    Our reading of intra- over inter-class distance. Invariant to scale. Costs N distances and, for
+    K classes, K² between centres.
 
     Args:
         latents: [N,...].
         labels: [N].
 
     Returns:
-        At least 0; NaN where there is one class alone, or one centre of all.
+        At least 0; NaN if there is only one class, or all centres are the same.
 
     Example:
         >>> import numpy as np

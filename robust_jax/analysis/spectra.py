@@ -1,8 +1,8 @@
 """Singular values of a network's linear maps: dense layers, and convolutions as operators.
 
-Everything is float64 on the host. A convolution's zero padding has no spectrum in closed form, so
-there are two: `circular` is exact for circular padding, for images of any size; `exact` is that of
-the layer as it stands, for small ones. For a dense layer both are the same.
+Everything is float64 on the host. The spectrum of a convolution with zero padding has no closed
+form, so there are two functions: `circular` is exact for circular padding, for images of any size;
+`exact` takes the layer as it stands, for small images. For a dense layer both are the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,7 +59,7 @@ def layers(
         model: A linen network of nn.Dense and `models.layers.Conv`.
         variables: Its variables.
         image_shape: [H,W,C] of one example.
-        fold_norms: Whether a BatchNorm right behind a layer is taken into it.
+        fold_norms: Whether a BatchNorm right after a layer is folded into it.
 
     Returns:
         A `Layer` for each.
@@ -84,7 +84,7 @@ def layers(
     params = flatten_dict(variables["params"], sep="/")
     statistics = flatten_dict(variables.get("batch_stats", {}), sep="/")
     found: dict[str, Layer] = {}
-    made: list[tuple[Any, str]] = []  # outputs, and the layers that they are of
+    made: list[tuple[Any, str]] = []  # outputs, and the layers they come from
 
     def record(call, args, keywords, context):
         module, name = context.module, "/".join(context.module.path)
@@ -117,7 +117,7 @@ def circular(layer: Layer) -> _Values:
     """Singular values of the convolution with circular padding.
 
     Each frequency maps to itself, by the kernel's Fourier transform there, [I,O]; with strides
-    (s,t) the s·t frequencies that become one map to it together, by a block [s·t·I,O]. An image
+    (s,t), the s·t frequencies that alias to one map to it together, by a block [s·t·I,O]. An image
     whose sides the strides do not divide is treated as the next larger one that they do. Costs
     H·W/(2·s·t) SVDs of such blocks, all in memory at once: a few times 16·H·W·I·O bytes.
 
@@ -151,7 +151,7 @@ def circular(layer: Layer) -> _Values:
     )
     blocks = transfer.reshape(s, rows, t, columns, inputs, outputs).transpose(1, 3, 0, 2, 4, 5)
     blocks = blocks.reshape(rows, columns, s * t * inputs, outputs) / np.sqrt(s * t)
-    # A real kernel has the same singular values at opposite frequencies: half of them will do.
+    # A real kernel has the same singular values at opposite frequencies, so half of them will do.
     half = np.linalg.svd(blocks[:, : columns // 2 + 1], compute_uv=False)
     both = np.concatenate([half, half[:, 1 : (columns + 1) // 2]], axis=1)
     return np.sort(both, axis=None)[::-1]
@@ -202,7 +202,7 @@ def matrix(layer: Layer) -> Float[np.ndarray, "m n"]:
     height, width = ((size + sum(pad) - taps) // stride + 1 for size, stride, pad, taps in axes)
     full = np.zeros((height, width, outputs, *layer.image, inputs))
     for tap in np.ndindex(*window):
-        at = []  # by axis: the outputs that the tap serves, and what they read through it
+        at = []  # by axis: the outputs that the tap serves, and the inputs they read through it
         for i, (size, stride, (before, _), _), count in zip(
             tap, axes, (height, width), strict=True
         ):
@@ -217,10 +217,10 @@ def matrix(layer: Layer) -> Float[np.ndarray, "m n"]:
 def operator_norm(layer: Layer, norm: Norm) -> float:
     """An upper bound of the layer's largest gain, ‖Wx‖ / ‖x‖, both measured in the norm.
 
-    Exact for a dense layer. For a convolution it is, in l2, the norm with circular padding on an
-    image so large that nothing wraps around, of which the layer is a part; in linf and l1, the norm
-    on an image without borders or strides. Costs a `circular` of that image in l2, else one sum
-    over the kernel.
+    Exact for a dense layer. For a convolution in l2, it is the norm with circular padding on an
+    image so large that nothing wraps around, of which the layer is a part; in linf and l1, it is
+    the norm on an image without borders or strides. Costs a `circular` of that image in l2, else
+    one sum over the kernel.
 
     Args:
         layer: A convolution, or a dense layer.
@@ -230,7 +230,7 @@ def operator_norm(layer: Layer, norm: Norm) -> float:
         At least 0.
 
     Raises:
-        ValueError: The norm has no gain there.
+        ValueError: The norm is not in `GAINS`.
 
     Example:
         >>> import numpy as np
@@ -255,13 +255,13 @@ def _l2_gain(layer: Layer) -> float:
 
 
 def _linf_gain(layer: Layer) -> float:
-    """The most that an output channel receives, in absolute values."""
+    """The largest sum of absolute weights into an output channel."""
     *taps, _, _ = range(layer.kernel.ndim)
     return np.abs(layer.kernel).sum((*taps, -2)).max()
 
 
 def _l1_gain(layer: Layer) -> float:
-    """The most that an input channel sends out, in absolute values."""
+    """The largest sum of absolute weights out of an input channel."""
     *taps, _, _ = range(layer.kernel.ndim)
     return np.abs(layer.kernel).sum((*taps, -1)).max()
 

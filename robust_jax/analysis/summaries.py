@@ -1,4 +1,4 @@
-"""Many measurements as a few numbers, by a sort or a pass over them: no network is called."""
+"""Many measurements as a few numbers, by a sort or a pass over them; no network is called."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -27,7 +27,7 @@ def summary(
         quantiles: Which ones, in [0,1].
 
     Returns:
-        By name, a quantile as "q5"; "not_finite" is how many were left out.
+        By name, quantiles as "q5"; "not_finite" is how many were left out.
 
     Raises:
         ValueError: No value is finite.
@@ -54,7 +54,7 @@ def summary(
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's score interval, of 95 %, of a share of some independent examples.
+    """Wilson's 95 % score interval for a share of some independent examples.
 
     Args:
         share: In [0,1].

@@ -26,9 +26,9 @@ def __dir__() -> list[str]:
 
 @compiled
 def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:
-    """A random direction at right angles to x_adv - x and as long in l2.
+    """A random direction orthogonal to x_adv - x and of the same l2 norm.
 
-    Costs the draw alone: no network is called.
+    Costs only the draw; no network is called.
 
     Args:
         x: Examples [B,...].
@@ -39,7 +39,7 @@ def random_direction(x: Images, x_adv: Images, key: KeyOrKeys) -> Images:
         [B,...], in pixel units.
 
     Raises:
-        ValueError: x_adv has not the shape of x, or one of them holds no floats.
+        ValueError: x_adv does not have the shape of x, or one of them does not hold floats.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -75,8 +75,8 @@ def loss_surface(
 ) -> Float[Array, "b n m"]:
     """loss(x + a·(x_adv - x) + b·direction) for each a and b.
 
-    x is at (0, 0) and x_adv at (1, 0). The plane is not cut at the walls of [0,1]. Costs n·m
-    forward passes an example.
+    x is at (0, 0) and x_adv at (1, 0). The plane is not clipped to [0,1]. Costs n·m forward
+    passes per example.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K].
@@ -93,8 +93,8 @@ def loss_surface(
         [B,n,m], in units of the loss.
 
     Raises:
-        ValueError: x holds no pixels in [0,1], y no labels of the network's classes, x_adv or
-            direction has not the shape of x, or logits_fn does not return logits [B,K].
+        ValueError: x is not in [0,1], y does not hold labels of the network's classes, x_adv or
+            direction does not have the shape of x, or logits_fn does not return logits [B,K].
 
     Example:
         >>> import jax.numpy as jnp
@@ -136,16 +136,16 @@ def loss_along(
     loss: losses.Loss = losses.cross_entropy,
     chunk_size: int | None = None,
 ) -> Float[Array, "b n"]:
-    """The loss on the straight way from each x to where it was moved: what lies inside a ball.
+    """The loss on the straight line from each x to x_moved: what lies inside a ball.
 
-    Costs n forward passes an example.
+    Costs n forward passes per example.
 
     Args:
         logits_fn: The network, [B,...] -> [B,K].
         x: Examples [B,...], pixels in [0,1].
         y: Labels [B].
         x_moved: As many points [B,...], such as adversarial ones.
-        steps: How far to go, n shares of the way: 0 is x, 1 is x_moved.
+        steps: How far to go, as n shares of the way: 0 is x, 1 is x_moved.
         loss: loss(logits, y) -> [B].
         chunk_size: How many examples are in memory at a time, with n points each; None for all.
 
@@ -165,7 +165,7 @@ def loss_along(
         Array([[-0.5 , -0.25,  0.  ]], dtype=float32)
 
     Reference:
-        Our test of what arXiv 1911.06479 says of the interior of the ball.
+        Our test of what arXiv 1911.06479 says about the interior of the ball.
     """
     shares = jnp.asarray(steps, x.dtype)
 

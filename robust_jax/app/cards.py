@@ -8,13 +8,13 @@ from robust_jax.app.wording import format_eps
 
 
 def card(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The card of the best checkpoint under AutoAttack, at the threat model's radius if it ran
-    there; None where AutoAttack did not run.
+    """The card of the best checkpoint under AutoAttack; None if AutoAttack did not run.
 
-    Accuracies are in percent, both of the images that AutoAttack saw. RobustBench leaves link,
-    authors and venue to people. Whether a network that was not trained here had additional data,
-    and how often it runs for a prediction, are left to them too. `unreliable` is the audit's
-    verdict "fail", None without one; `footnote` says what a reader must know.
+    It is for the threat model's radius if AutoAttack ran there. Accuracies are in percent, both on
+    the images that AutoAttack saw. RobustBench leaves link, authors and venue to people. For a
+    network that was not trained here, they also fill in additional data and the number of forward
+    passes. `unreliable` says whether the audit's verdict is "fail", None without an audit;
+    `footnote` says what a reader must know.
     """
     runs = [entry for entry in results["attacks"] if entry["attack"] == "autoattack"]
     if not runs:

@@ -12,16 +12,15 @@ _HELP = ("help", "h", "?", "helpshort", "helpfull")
 
 
 def completed(argv: list[str], configs: Path) -> list[str]:
-    """The arguments, with --config where the folder has it and fractions as numbers.
+    """The arguments, with the folder's config if none is given, and fractions as numbers.
 
-    configs: the folder of the configs that can be named. Raises UserError where something is
-    missing.
+    configs: the folder of the configs to choose from. Raises UserError if something is missing.
     """
     return with_fractions(with_stored_config(argv, configs))
 
 
 def with_stored_config(argv: list[str], configs: Path) -> list[str]:
-    """The arguments, with --config where the folder has it: that of its run or study."""
+    """Adds --config, that of the run or study in --workdir, if none is given."""
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     given.add_argument("--workdir", "-workdir")
     given.add_argument("--config", "-config")
@@ -45,7 +44,7 @@ def with_stored_config(argv: list[str], configs: Path) -> list[str]:
 
 
 def with_fractions(argv: list[str]) -> list[str]:
-    """The arguments with 8/255 as a number in every --config.….eps, and in tables of entries."""
+    """Turns fractions such as 8/255 into numbers, in --config.….eps and in tables of entries."""
 
     def decimal(match):
         if float(match[2]) == 0:

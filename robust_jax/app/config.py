@@ -1,4 +1,4 @@
-"""Reading a config: unknown fields, names, keywords and durations, all refused before compilation.
+"""Reads a config; refuses unknown fields, names, keywords and durations before compilation.
 
 A config is an ml_collections.ConfigDict with the fields of configs/default.py. An entry
 {"name": …, **keywords} names a function or class in a table and the keywords it is called with.
@@ -24,7 +24,7 @@ from robust_jax.errors import UserError
 
 Name = TypeVar("Name", bound=str)
 
-# Tables that a config fills freely: any key, each value an entry that whoever uses it checks.
+# Tables that a config fills freely: any key, each value an entry that is checked where it is used.
 TABLES = ("regularizers", "attacks", "measurements")
 # With more choices than this, only the one that was probably meant is named.
 _MANY = 30
@@ -38,7 +38,7 @@ def check_fields(config: ConfigDict, schema: ConfigDict) -> None:
     _check_section(config, schema, "config")
 
 
-# What a section may leave out: without it, the audit follows config.threat.
+# Fields that a section may leave out; the audit then follows config.threat.
 _MAY_BE_MISSING = {"config.audit": ("norm", "eps")}
 
 
@@ -73,7 +73,7 @@ def bind(
     reserved: Iterable[str] = (),
     named: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> partial:
-    """The function an entry names, with its keywords bound; `reserved` ones are not the user's.
+    """The function an entry names, with its keywords bound; `reserved` ones are refused.
 
     A keyword in `named` is itself a name, looked up in the table given for it. Raises UserError,
     naming the field, the value and the choices, for an unknown name, an unknown or missing keyword,
@@ -84,7 +84,7 @@ def bind(
             f'{path} must be an entry like {{"name": …}}, not {_short(entry)}; '
             f"names: {', '.join(choices)}"
         )
-    from robust_jax.attacks.norms import NORMS, Norm  # brings JAX, for which no report has to wait
+    from robust_jax.attacks.norms import NORMS, Norm  # imports JAX, which reports need not wait for
 
     name = choose(choices, entry["name"], f"{path}.name")
     keywords = {key: _plain(value) for key, value in entry.items() if key != "name"}
@@ -127,14 +127,14 @@ def _keyword_parameters(fn: Callable, reserved: frozenset[str]) -> dict[str, Any
 
 
 def choose(choices: Iterable[Name], name: Any, path: str) -> Name:
-    """The name, where it is one of the choices; UserError with the choices otherwise."""
+    """Returns the name if it is one of the choices; else raises UserError with the choices."""
     if name not in list(choices):
         raise UserError(f"{path} is {name!r}; {_choices(name, choices)}")
     return name
 
 
 def check_type(value: Any, expected: Any, path: str) -> Any:
-    """The value (a list as a tuple), where it is of the expected type; UserError otherwise."""
+    """Returns the value (a list as a tuple) if it has the expected type; else raises UserError."""
     if isinstance(value, list):
         value = tuple(value)
     try:
@@ -150,7 +150,7 @@ def check_type(value: Any, expected: Any, path: str) -> Any:
 
 
 def guard(path: str, fn: Callable, *args: Any, **kwargs: Any) -> Any:
-    """fn(*args, **kwargs), what it raises turned into a UserError that names the config field."""
+    """Calls fn(*args, **kwargs); turns its errors into a UserError that names the config field."""
     try:
         return fn(*args, **kwargs)
     except UserError:
@@ -162,7 +162,7 @@ def guard(path: str, fn: Callable, *args: Any, **kwargs: Any) -> Any:
 def num_steps(duration: str, path: str, *, batch_size: int, num_examples: int) -> int:
     """A duration such as "20 epochs", "500 steps" or "1e6 examples" in steps, rounded up.
 
-    Raises UserError where it is not one positive number with one unit.
+    Raises UserError if it is not one positive number with one unit.
     """
     match = re.fullmatch(r"\s*([0-9.eE+]+)\s*(step|epoch|example)s?\s*", str(duration))
     try:
@@ -182,7 +182,7 @@ def num_steps(duration: str, path: str, *, batch_size: int, num_examples: int) -
 def differences(one: Mapping, other: Mapping, *, ignore: Iterable[str] = ()) -> list[str]:
     """The fields in which two configs differ, each as "field: old → new".
 
-    ignore: fields and sections, with dots.
+    ignore: dotted paths of fields and sections.
     """
     ours, theirs, ignore = flatten(one), flatten(other), tuple(ignore)
     return [
@@ -193,7 +193,7 @@ def differences(one: Mapping, other: Mapping, *, ignore: Iterable[str] = ()) -> 
 
 
 def is_within(field: str, paths: Iterable[str]) -> bool:
-    """Whether a dotted field is one of the fields and sections, or in one."""
+    """Whether a dotted field is one of the paths, or lies within one."""
     return any(f"{field}.".startswith(f"{path}.") for path in paths)
 
 
@@ -234,7 +234,7 @@ def _describe(expected: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
-        # A config can hold no record and no array.
+        # A config cannot hold a record or an array.
         held = [a for a in args if not (dataclasses.is_dataclass(a) or hasattr(a, "array_type"))]
         return " or ".join(map(_describe, held))
     names = {
@@ -253,14 +253,14 @@ def _short(value: Any) -> str:
 
 
 def get_field(config: ConfigDict, path: str) -> Any:
-    """What is at a dotted path; None where nothing is."""
+    """The value at a dotted path; None if there is none."""
     for field in path.split("."):
         config = config.get(field) if isinstance(config, ConfigDict) else None
     return config
 
 
 def set_field(config: ConfigDict, path: str, value: Any) -> None:
-    """Sets what is at a dotted path, and makes the sections on the way."""
+    """Sets the value at a dotted path, and creates the sections on the way."""
     *sections, field = path.split(".")
     for section in sections:
         if not isinstance(config.get(section), ConfigDict):

@@ -1,4 +1,4 @@
-"""What a config says, checked and bound to what it names: adversary, terms, attacks, audit.
+"""A config's entries, checked and bound to what they name: adversary, terms, attacks, audit.
 
 Nothing here loads data or traces a program; every mistake is a UserError that names the field.
 """
@@ -25,7 +25,7 @@ from robust_jax.errors import UserError
 from robust_jax.train.objectives import Adversary
 from robust_jax.train.regularizers import REGULARIZERS, Term
 
-# AutoAttack is a loop on the host.
+# AutoAttack is a loop on the host, which no step can contain.
 ATTACKS_IN_A_STEP = {name: attack for name, attack in ATTACKS.items() if name != "autoattack"}
 NOT_FOR_CONFIGS = ("targets", "criterion")
 _SET_BY_THE_EVALUATION = (
@@ -36,9 +36,9 @@ _SET_BY_THE_EVALUATION = (
     "state_path",
     "progress",
 )
-# The loss of an adversary that leaves the clean logits, not the label, as in TRADES.
+# The loss of an adversary that moves away from the clean logits, not the label, as in TRADES.
 _AGAINST_CLEAN_LOGITS = {"kl": losses.kl}
-_FROM_X = ("fgsm", "bim", "mim")  # pgd has a random start, unless it is told otherwise
+_FROM_X = ("fgsm", "bim", "mim")  # pgd has a random start by default
 
 
 def attack_of_a_step(
@@ -92,7 +92,7 @@ def term(name: str, entry: ConfigDict, loss_on: str) -> Term:
 
 
 def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:
-    """An attack of the final evaluation; its label names it where the entry does not."""
+    """An attack of the final evaluation; the label is its name unless the entry gives one."""
     path = f"config.attacks.{label}"
     if not isinstance(entry, ConfigDict):
         raise UserError(
@@ -125,10 +125,10 @@ def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:
         overrides = (attack.keywords.get("overrides") or {}).values()
         if version == "rand" or any("eot_samples" in own for own in overrides):
             raise UserError(f"{path}: rand is for randomised networks, which a config cannot name")
-        # It is a loop on the host, which checks its arguments before it begins.
+        # A loop on the host is not traced beforehand, so its arguments are checked here.
         guard(path, ensemble_of, **attack.keywords)
         members = tuple(VERSIONS.get(version, ()) if isinstance(version, str) else version)
-    norm = inspect.signature(attack).parameters["norm"].default  # the entry's or its own
+    norm = inspect.signature(attack).parameters["norm"].default  # the entry's, or the default
     surrogate = config_lib.check_type(entry.get("surrogate", ""), str, f"{path}.surrogate")
     if surrogate and members:
         raise UserError(f"{path}.surrogate: autoattack is not transferred; name another attack")
@@ -170,7 +170,7 @@ def _relative_step_size(
 
 
 def audit_settings(config: ConfigDict) -> AuditSettings | None:
-    """None where no example is to be audited."""
+    """The settings of the audit; None if no example is audited."""
     settings = config.audit
     if not settings.num_examples:
         return None
@@ -190,13 +190,13 @@ def audit_settings(config: ConfigDict) -> AuditSettings | None:
 
 
 def check(config: ConfigDict, schema: ConfigDict) -> None:
-    """Compares a config with the one that holds every field, and its numbers with their ranges."""
+    """Checks a config's fields against the schema, and its numbers against their ranges."""
     config_lib.check_fields(config, schema)
     check_numbers(config)
 
 
 def check_batch_size(config: ConfigDict) -> None:
-    """Raises UserError where the devices that there are cannot share a batch to train on."""
+    """Raises UserError if the available devices cannot share a training batch."""
     guard("config.batch_size", parallel.check_batch_size, config.batch_size, config.batch_parts)
 
 

@@ -1,4 +1,4 @@
-"""One call for the whole verdict on a network of any framework."""
+"""One call that gives the whole verdict on a network of any framework."""
 
 import dataclasses
 import hashlib
@@ -33,18 +33,18 @@ from robust_jax.errors import UserError
 from robust_jax.losses import Loss
 from robust_jax.types import LogitsFn
 
-_LEFT = {"unfinished", "records", "report.html", "card.json"}  # before results.json
-_RECOGNISED_BY = 8  # examples, by their margins
+_LEFT = {"unfinished", "records", "report.html", "card.json"}  # may exist without results.json
+_RECOGNISED_BY = 8  # examples whose margins identify a network
 
 
 class Evaluation(NamedTuple):
-    """What was found of a network on N examples.
+    """What an evaluation found on N examples.
 
     clean_accuracy and robust_accuracy: shares of the N, the second under AutoAttack at the first
     radius; summary["attacks"] has every radius. records: a row for each example, with its margins,
-    Jacobian norms and what became of it. summary: the means of the records, as results.json holds
-    them. audit: None where no example is classified correctly. card: RobustBench's fields.
-    warnings: reasons to doubt the numbers, in sentences.
+    Jacobian norms and fate. summary: the means of the records, as results.json holds them. audit:
+    None if none was asked for, or no example is classified correctly. card: RobustBench's fields.
+    warnings: reasons to doubt the numbers, as sentences.
     """
 
     clean_accuracy: float
@@ -83,11 +83,11 @@ def evaluate(
         logits_fn: The network, [B,H,W,C] in [0,1] -> [B,K].
         x: The examples [N,H,W,C], pixels in [0,1].
         y: Their labels [N].
-        key: One key; each example draws from it and its place in x.
-        eps: The radius of the threat model, in pixel units; or several, of which the first is the
-            headline's and the audit's. A larger one is tried on what held at the smaller ones.
-        norm: Its norm, a name or a record.
-        version: AutoAttack's, or the names of its members.
+        key: One key; an example's randomness depends on it and on the place in x.
+        eps: The radius of the threat model, in pixel units, or several. The headline and the audit
+            use the first. A larger one is tried only on what held at the smaller ones.
+        norm: The threat model's norm, a name or a record.
+        version: AutoAttack's version, or the names of its members.
         overrides: Keywords for members of AutoAttack by name.
         training_loss: The loss that the network was trained with, for the audit.
         surrogates: Other networks for the same task, for the audit. Give an undefended one.
@@ -95,10 +95,10 @@ def evaluate(
         num_queries: The budget of the audit's random search.
         batch_size: How many examples are in memory at a time.
         folder: Where to save records/best.csv, card.json, results.json and report.html. Repeat a
-            call that was stopped to continue where it left off.
+            stopped call to continue where it left off.
         name: What the model is called in the card and on the page.
         dataset: What the data are called there.
-        progress: Whether bars show how far it has come.
+        progress: Whether to show progress bars.
 
     Returns:
         The numbers, the records of each example, the audit and the card.
@@ -149,7 +149,7 @@ def evaluate(
     run = partial(autoattack, norm=norm, version=version, overrides=overrides, progress=progress)
     grid = AttackGrid("autoattack", run, threat.name, radii, members=tuple(members))
     mapper = Mapper(network, batch_size, len(x))
-    # AutoAttack sees those that are right alone.
+    # On all examples: AutoAttack sees only those that are classified correctly.
     warnings = doubts(logits_fn, x, mapper(_logits)({"x": x}))
     evaluator = Evaluator(
         lambda _: logits_fn,
@@ -220,12 +220,12 @@ def _check_settings(radii, version, num_audited, num_queries, batch_size, folder
 def _claim(folder: Path, name: str, digest: str, logits_fn: LogitsFn, x, y) -> None:
     """Checks that the folder holds nothing, or this evaluation, finished or not.
 
-    Another network of the same name has other margins.
+    Margins tell it from another network's evaluation under the same name.
     """
     found = stored.holds(folder)
     names = {path.name for path in folder.iterdir()} if found == "other files" else set()
     whole = {name for name in names if not name.endswith(".pending")}
-    begun = "unfinished" in names and whole <= _LEFT  # one stopped while it wrote, too
+    begun = "unfinished" in names and whole <= _LEFT  # even if stopped while it wrote
     if found == "an evaluation":
         old = stored.results(folder)
         is_same = old.get("evaluated") == digest and old["model"]["name"] == name
@@ -243,7 +243,7 @@ def _claim(folder: Path, name: str, digest: str, logits_fn: LogitsFn, x, y) -> N
 
 
 def _has_forward_mode(network: Network, x: np.ndarray) -> bool:
-    """Raises ValueError for a network that has no derivative at all."""
+    """Whether the network has forward mode; raises ValueError if it has no derivative at all."""
     image = jnp.asarray(x[:1])
     try:
         jax.eval_shape(jax.grad(lambda image: network(image).sum().astype(jnp.float32)), image)
@@ -259,7 +259,7 @@ def _digest(
     x: np.ndarray, y: np.ndarray, key: jax.Array, threat: ThreatModel, *settings: Any
 ) -> str:
     """Names what is evaluated, apart from the network."""
-    # Two records of one name may be two norms.
+    # Two norms may have the same name, so their values count as well.
     about = (threat.name, *values_of_norm(threat, x[0]), *settings)
     found = hashlib.sha256(repr(about).encode())
     for array in (x, y, jax.random.key_data(key)):
@@ -281,7 +281,7 @@ class _InputMargin:
 
 
 def _lift(mapper: Mapper) -> Lift:
-    """Functions of the mapper's network, as an Evaluator takes them."""
+    """Lifts functions of the mapper's network, as an Evaluator expects."""
 
     def lift(fn):
         return lambda _, *rows_and_scalars: mapper.on_rows(fn, *rows_and_scalars)

@@ -1,6 +1,6 @@
 """Attacks × eps and Jacobian norms on a test set: one record per example, and their summary.
 
-Anything drawn at random follows (seed, attack, example): never the batch or the device.
+Random draws depend on (seed, attack, example), never on the batch or the device.
 """
 
 import copy
@@ -37,9 +37,9 @@ from robust_jax.types import LogitsFn
 class AttackGrid(NamedTuple):
     """attack(logits_fn, x, y, keys, eps=…) -> x_adv, its kind by name, its norm and its radii.
 
-    num_examples: how many of the split's first examples are attacked; None for all. members: of
-    AutoAttack, in their order, whose result is an AutoAttackResult; others have none. surrogate:
-    the folder of the run whose network is attacked instead, or "train"; "" for none.
+    num_examples: how many of the split's first examples are attacked; None for all. members:
+    AutoAttack's, in their order; it returns an AutoAttackResult. Other attacks have none.
+    surrogate: the folder of the run whose network is attacked instead, or "train"; "" for none.
     """
 
     kind: str
@@ -75,7 +75,7 @@ class AuditSettings(NamedTuple):
 
 
 class Evaluator:
-    """Compiled measurements of a network on a split; its variables are arguments.
+    """Compiled measurements of a network on a split; the network's variables are arguments.
 
     logits_fn(variables) is the network for what runs on one device; lift maps functions of the
     network over all devices; warn receives warnings; shown: whether to show progress bars.
@@ -100,13 +100,13 @@ class Evaluator:
         self._key_impl = jax.random.key_impl(key)
 
     def with_grids(self, grids: Mapping[str, AttackGrid]) -> "Evaluator":
-        """The same with other attacks."""
+        """A copy with other attacks."""
         other = copy.copy(self)
         other._grids = grids
         return other
 
     def temperature(self, variables: Any, held_out: data.Split) -> float:
-        """The temperature at which cross-entropy on held-out images is least."""
+        """The temperature that minimises cross-entropy on held-out images."""
         rows = data.rows_of(held_out, np.arange(held_out.size))
         logits = self._lift(_logits)(variables, held_out.size, *rows, self._key_data)
         return calibration.temperature(logits, held_out.labels)
@@ -119,12 +119,12 @@ class Evaluator:
         *,
         without: Collection[str] = (),
     ) -> pd.DataFrame:
-        """One row per example of the split: measures, and for each attack and eps if it held.
+        """One row per example of the split: measures, and whether it held for each attack and eps.
 
         An example broken at an eps stays broken, with the same adversarial, at every larger eps
         (the balls are nested), so an attack sees only the examples that still stand. unfinished: a
-        folder in which each pass leaves what it found, and AutoAttack what it has done, to resume
-        from there. without: attacks to leave out.
+        folder in which each pass saves its results, and AutoAttack its state, to resume from.
+        without: attacks to leave out.
         """
         count = len(self._split.labels)
         index = np.arange(count)
@@ -177,7 +177,7 @@ class Evaluator:
         return pd.DataFrame({"index": index, "label": self._split.labels, **columns})
 
     def audit(self, variables: Any, settings: AuditSettings, surrogates: Mapping) -> Audit | None:
-        """The audit on the split's first examples; None, with a warning, if none is right."""
+        """The audit on the split's first examples; None, with a warning, if none is correct."""
         images, labels = self._split.take(
             np.arange(len(self._split.labels))[: settings.num_examples]
         )
@@ -206,7 +206,7 @@ class Evaluator:
         return self._on(variables, fn, size, np.arange(size))
 
     def _on(self, variables: Any, fn: Callable, most: int, index: np.ndarray, *scalars: Any) -> Any:
-        """The same with scalars on the examples of the index, at most `most` of them."""
+        """Like `on_all`, with scalars, on the examples of the index, at most `most` of them."""
         rows = data.rows_of(self._split, index)
         return self._lift(fn)(variables, most, *rows, self._key_data, *scalars)
 
@@ -237,10 +237,10 @@ class Evaluator:
         )
         try:
             result = attack()
-        except UnusableState as error:  # on other devices a borderline example may fall otherwise
+        except UnusableState as error:  # a borderline example may differ on other devices
             self._warn(f"{error}; starting over")
             result = attack(state_path=None)
-        # It saw those alone that stood at smaller radii, and speaks of a share of them.
+        # AutoAttack saw only what held at smaller radii: restate its doubt as a share of all.
         of_these = doubt_about_square(result.robust_accuracy)
         share = len(standing) / self._num_attacked(self._grids[name])
         of_all = doubt_about_square(result.robust_accuracy, share)
@@ -256,7 +256,7 @@ class Evaluator:
     def images(
         self, variables: Any, name: str, eps: float, index: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """The first of the examples that an attack breaks, clean and attacked; {} for none."""
+        """The first examples that an attack breaks, clean and attacked; {} if there are none."""
         index = index[: 4 * self._settings.num_images]
         if not len(index):
             return {}
@@ -280,7 +280,7 @@ class Evaluator:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What is measured of each example, by column: outputs, losses and norms of the Jacobian."""
+    """Measures each example, by column: outputs, losses and norms of the Jacobian."""
 
     settings: Settings
     key_impl: Any = None
@@ -339,7 +339,7 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """An attack, and what became of each example; equal ones are one program."""
+    """An attack and its outcome for each example; equal ones share one program."""
 
     attack: Callable
     norm: str
@@ -367,7 +367,7 @@ def _attack_keys(key: jax.Array, name: str, index) -> jax.Array:
 
 
 def hexadecimal(keys: jax.Array) -> list[str]:
-    """The words of each key's data; `attacks` take jax.random.wrap_key_data of them."""
+    """Each key's data in hexadecimal; `attacks` take jax.random.wrap_key_data of the words."""
     return ["".join(f"{word:08x}" for word in words) for words in jax.random.key_data(keys)]
 
 
@@ -381,9 +381,9 @@ def _logits(logits_fn, batch, key_data):
 
 
 class _Unfinished:
-    """What a stopped evaluation of the same network found, by its logits, and what this one does.
+    """What a stopped evaluation of the same network saved, and what this one saves.
 
-    path: None to leave nothing.
+    Logits identify the network. path: None to save nothing.
     """
 
     def __init__(self, path: Path | None, logits: Callable[[], np.ndarray]):
@@ -391,7 +391,7 @@ class _Unfinished:
         self._logits = np.empty(0) if path is None else logits()
 
     def columns(self) -> dict[str, Any]:
-        """The columns found; none where they cannot be read or are of another network."""
+        """The saved columns; none if they cannot be read or belong to another network."""
         if self._path is None or not self._path.exists():
             return {}
         try:
@@ -412,7 +412,7 @@ class _Unfinished:
         return columns
 
     def save(self, columns: dict[str, Any]) -> None:
-        """Leaves the columns for the next call."""
+        """Saves the columns for the next call."""
         if self._path is None or not processes.is_first():
             return
         arrays = {

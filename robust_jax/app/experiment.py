@@ -1,4 +1,4 @@
-"""From a config to the pieces of a run, with every mistake refused before anything is compiled."""
+"""Builds the pieces of a run from a config, and refuses every mistake before compilation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from robust_jax.types import LogitsFn
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Training):
-    """What trains, and what measures it then."""
+    """What trains a network and what measures it afterwards."""
 
     grids: dict[str, AttackGrid]
     evaluator: Evaluator
@@ -33,9 +33,9 @@ class Experiment(Training):
 
 
 def check(config: ConfigDict, schema: ConfigDict, *, trains: bool = True) -> None:
-    """Checks all of a config that needs no data: fields, numbers, names and their keywords.
+    """Checks what needs no data in a config: fields, numbers, names and their keywords.
 
-    schema: the config that holds every field. trains: whether the devices that there are have to
+    schema: the config that holds every field. trains: whether the available devices have to
     share its batches. Everything else in this package that takes a config expects one that was
     checked here. Raises UserError, naming the field, the value and the choices.
     """
@@ -60,7 +60,7 @@ def _evaluation(
 
 
 def build(config: ConfigDict) -> Experiment:
-    """Builds what a checked config composes; loads the data, compiles nothing.
+    """Builds what a checked config describes; loads the data, compiles nothing.
 
     Raises UserError, naming the field, the value and the choices.
     """
@@ -75,7 +75,7 @@ def build(config: ConfigDict) -> Experiment:
         training.check_radius(full.attacks[name], path, run.dataset)
         if not grid.members:
             training.try_attack(path, grid.attack, run.dataset, eps=grid.eps[0])
-        # One that is to be trained has a place when the run has one: see `surrogate.bound`.
+        # A surrogate to be trained needs the run's folder, so `surrogate.bound` adds it later.
         if grid.surrogate and grid.surrogate != "train":
             other = surrogate_of(grid.surrogate, f"{path}.surrogate", run.dataset)
             grids[name] = transferred(grid, other)
@@ -98,7 +98,7 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def _measurement(label: str, entry: ConfigDict, model: type[nn.Module]) -> Callable:
-    """What else is measured; its label names it where the entry does not."""
+    """A measurement; the label is its name unless the entry gives one."""
     path = f"config.measurements.{label}"
     if not isinstance(entry, ConfigDict):
         raise UserError(f'{path} must be an entry like {{"num_examples": 500}}, not {entry!r}')
@@ -118,7 +118,7 @@ def _measurement(label: str, entry: ConfigDict, model: type[nn.Module]) -> Calla
 
 
 def surrogate_of(folder: str, path: str, dataset: data.Dataset) -> LogitsFn:
-    """The network of another run. Raises UserError where its images or classes are others."""
+    """The network of another run. Raises UserError if its images or classes differ."""
     found = subject.load(folder)
     other = (found.dataset.image_shape, found.dataset.num_classes)
     if other != (dataset.image_shape, dataset.num_classes):
@@ -130,5 +130,5 @@ def surrogate_of(folder: str, path: str, dataset: data.Dataset) -> LogitsFn:
 
 
 def transferred(grid: AttackGrid, surrogate: LogitsFn) -> AttackGrid:
-    """The attack on another network."""
+    """The attack, made on another network and transferred."""
     return grid._replace(attack=partial(transfer, surrogate=surrogate, attack=grid.attack))

@@ -25,7 +25,8 @@ from robust_jax.files import save_arrays, write_json
 Mode = Literal["train", "evaluate", "measure", "audit", "verify", "report"]
 # The folder of attacks that are not finished yet.
 _UNFINISHED = "unfinished"
-# What may change in a run that goes on, or that its study finds finished: no number depends on it.
+# Fields that may change in a resumed run, or one that its study finds finished: no number depends
+# on them.
 _OF_NO_NUMBER = (
     "checkpoint_every",
     "data_dir",
@@ -33,15 +34,16 @@ _OF_NO_NUMBER = (
     "evaluation.batch_size",
     "evaluation.jacobian_chunk",
 )
-# What every mode but training may change as well: no training depends on it.
+# Fields that every mode but training may change as well: training does not depend on them.
 _OF_EVALUATION = ("attacks", "evaluation", "measurements", "audit")
 _OF_NO_TRAINING = ("threat", *_OF_EVALUATION)
 
 
 def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
-    """Makes workdir this run's, or checks that it is.
+    """Claims workdir for this run, or checks that it holds the run.
 
-    Raises UserError where it holds a run whose config differs, with every field, or anything else.
+    Raises UserError if it holds anything else, or a run of another config, with every field that
+    differs.
     """
     if (found := stored.holds(workdir)) != "a run":
         _claim_new(workdir, found, stored.RUN, config, mode)
@@ -59,10 +61,10 @@ def claim(workdir: Path, config: ConfigDict, mode: Mode) -> None:
 
 
 def _differences(workdir: Path, config: ConfigDict, mode: Mode) -> list[str]:
-    """The fields that differ and must not, in this mode.
+    """The fields that differ but must not in this mode.
 
     Fields that follow the threat model may also be written out. Once a run is trained, a new threat
-    model is no difference in them: it was trained against the old one.
+    model does not count as a difference in them, since training was against the old one.
     """
     old = stored.config_of(workdir)
     assert old is not None
@@ -77,11 +79,11 @@ def _differences(workdir: Path, config: ConfigDict, mode: Mode) -> list[str]:
 
 
 def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:
-    """Makes workdir this study's, or checks that it holds it, whatever runs are in it."""
+    """Claims workdir for this study, or checks that it holds the study, whatever its runs are."""
     found = stored.holds(workdir)
     if found == "a study" and (old := stored.config_of(workdir)) and old.paper != config.paper:
         raise UserError(f"{workdir} holds another study, {old.title!r}; take another --workdir")
-    own = {*config.arms, stored.STUDY}  # of an older study, or of one that another process begins
+    own = {*config.arms, stored.STUDY}  # of an older study, or one that another process starts
     if found == "other files" and own.issuperset(
         path.name for path in workdir.iterdir() if path.suffix != ".pending"
     ):
@@ -91,7 +93,7 @@ def claim_study(workdir: Path, config: ConfigDict, mode: Mode) -> None:
 
 
 def check_trained_as(workdir: Path, config: ConfigDict) -> ConfigDict:
-    """The config of a finished run, of its study's threat model and trained as the study says.
+    """Checks a finished run's threat model and training against its study; returns its config.
 
     Raises UserError otherwise.
     """
@@ -106,7 +108,7 @@ def check_trained_as(workdir: Path, config: ConfigDict) -> ConfigDict:
     return old
 
 
-# What a mode takes of the config, beside where the data are and how devices share them.
+# What a mode takes from the config, besides where the data are and how devices share them.
 _HEEDED: Mapping[Mode, tuple[str, ...]] = {
     "measure": ("measurements",),
     "audit": ("audit",),
@@ -116,7 +118,7 @@ _HEEDED: Mapping[Mode, tuple[str, ...]] = {
 
 
 def check_heeded(workdir: Path, config: ConfigDict, typed: Iterable[str], mode: Mode) -> None:
-    """Checks what is typed for a finished run, and that a config file has its threat model.
+    """Checks the typed fields and the threat model of a config against a finished run.
 
     Raises UserError for what the mode would ignore.
     """
@@ -130,7 +132,7 @@ def check_heeded(workdir: Path, config: ConfigDict, typed: Iterable[str], mode: 
         for field in {*was, *asked}:
             if config_lib.is_within(field, (path,)) and was.get(field) != asked.get(field):
                 raise UserError(f"--mode={mode} ignores config.{path}; use --mode=evaluate")
-    # What is measured or audited follows it.
+    # Measurements and the audit follow the threat model.
     if _HEEDED[mode] and threat.complete(old).threat != threat.complete(config).threat:
         raise UserError(f"--mode={mode} ignores config.threat; use --mode=evaluate")
 
@@ -181,7 +183,7 @@ class Earlier(NamedTuple):
 
 
 def earlier(workdir: Path) -> Earlier:
-    """What there is, where results.json says that it is whole; nothing otherwise."""
+    """What the folder holds if results.json marks it as complete; else nothing."""
     if not stored.is_finished(workdir):
         return Earlier({}, {}, {}, None)
     results = stored.results(workdir)
@@ -190,7 +192,7 @@ def earlier(workdir: Path) -> Earlier:
 
 
 def unfinished(workdir: Path, config: ConfigDict, name: str, step: int) -> Path:
-    """Where the attacks on a checkpoint leave what they have done: a folder for each evaluation."""
+    """The folder, one per evaluation, in which attacks on a checkpoint save their state."""
     tree = config_lib.flatten(config_lib.to_json(config))
     others = (*_OF_NO_NUMBER, "measurements", "audit")
     kept = {k: v for k, v in tree.items() if not config_lib.is_within(k, others)}
@@ -228,13 +230,16 @@ def write_evaluation(
 
 
 def write_arrays(workdir: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Those of the measurements."""
+    """Writes the arrays of the measurements."""
     save_arrays(workdir / "measurements.npz", **arrays)
 
 
 def write(workdir: Path, results: dict[str, Any]) -> None:
-    """The card, a run's config.json, results.json and the report, without which a run is whole."""
-    (workdir / "report.html").unlink(missing_ok=True)  # an older one would pass for that of these
+    """Writes the card, a run's config.json, results.json and the report.
+
+    The report comes last, since a run is whole without it.
+    """
+    (workdir / "report.html").unlink(missing_ok=True)  # an old one would pass for that of these
     if card := cards.card(results):
         write_json(workdir / "card.json", card)
     if (workdir / stored.RUN).exists():
@@ -244,5 +249,5 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
 
 
 def write_report(workdir: Path, results: dict[str, Any]) -> None:
-    """report.html alone."""
+    """Writes only report.html."""
     logging.info("report: %s", report.write(workdir, results))

@@ -1,4 +1,4 @@
-"""What the papers measure of a trained network, by name in a config.
+"""What the papers measure in a trained network, by name in a config.
 
 Each is `measurement(subject, *, keywords) -> Numbers` on the first num_examples of a split, or on
 all for 0, at most _BATCH_SIZE of them in memory at a time.
@@ -27,7 +27,7 @@ from robust_jax.types import LogitsFn
 # training images differ between seeds.
 Numbers = dict[str, float | np.ndarray]
 _BATCH_SIZE = 250
-# Networks of one layer after another, which margins by Lipschitz constants are for.
+# Networks of one layer after another, for which margins by Lipschitz constants hold.
 CHAINS = (models.Linear, models.MLP, models.CNN, models.LeNet5, models.MadryCNN, models.SmallCNN)
 
 
@@ -49,9 +49,9 @@ def outputs(
 ) -> Numbers:
     """Output margins z_y - max_j z_j, gaps, confidence p_y, entropy and calibration error.
 
-    Margins and confidence are those of arXiv 2011.07478, the rest is ours. The gap is z_y less the
-    mean of the wrong logits; 1 - p_y is computed without cancellation, and an example is saturated
-    whose p_y is 1 in float32, where cross-entropy has no gradient left.
+    Margins and confidence are those of arXiv 2011.07478, the rest is ours. The gap is z_y minus the
+    mean of the wrong logits, and 1 - p_y is computed without cancellation. An example is saturated
+    if its p_y is 1 in float32, where cross-entropy has no gradient left.
     Arrays: output_margin, gap, confidence [N]. Costs a forward pass an example.
     """
     x, y = _examples(getattr(subject.dataset, split), num_examples)
@@ -95,12 +95,12 @@ def input_margins(
 ) -> Numbers:
     """Margins in the input space, by one of four estimates.
 
-    clever as in arXiv 1907.11780, from the predicted class, unsigned and at most radius: K backward
-    passes for each of num_samples points. Ours, from the label: first_order, exact for a linear
-    network where it is right, K backward passes an example; minimum_norm, an upper bound, two
-    attacks (FAB) of num_steps; lipschitz, a lower bound for a network of one layer after another, a
-    forward pass and the layers' norms. Array: input_margin [N], pixel units. Raises UserError where
-    lipschitz does not hold for the model.
+    clever follows arXiv 1907.11780: from the predicted class, unsigned and at most radius. It costs
+    K backward passes for each of num_samples points. The others are ours, from the label.
+    first_order is exact where a linear network is right, and costs K backward passes an example.
+    minimum_norm is an upper bound and costs two attacks (FAB) of num_steps. lipschitz is a lower
+    bound for a network of one layer after another, and costs a forward pass and the layers' norms.
+    Array: input_margin [N], pixel units. Raises UserError if lipschitz does not hold for the model.
     """
     x, y = _examples(getattr(subject.dataset, split), num_examples)
     if estimate == "lipschitz":
@@ -130,7 +130,7 @@ def input_margins(
             subject, lambda fn, rows: margins.first_order(fn, rows["x"], rows["y"], norm=norm), x, y
         )
     found = np.asarray(found)
-    if not np.isfinite(found).any():  # such as those of a network that collapsed
+    if not np.isfinite(found).any():  # as for a collapsed network
         return {"count": 0, "not_finite": len(found)}
     of_images = {"of_images/mean": found} if split == "test" else {}
     return {**summary(found), "input_margin": found, **of_images}
@@ -144,12 +144,13 @@ def check_chain(model: type[nn.Module]) -> None:
 
 
 def layer_spectra(subject: Subject) -> Numbers:
-    """How far each layer's singular values spread: standard deviation, maximum, and std/mean.
+    """The spread of each layer's singular values: standard deviation, maximum and std/mean.
 
-    relative_spread is std/mean with BatchNorm's scale folded into its layer, which no scale of the
-    weights changes (ours; arXiv 2011.07478 has the standard deviation). Dense layers are measured,
-    and convolutions with circular padding (arXiv 1805.10408). Arrays: singular_values/LAYER, norms
-    not folded, at most _SHOWN of each. Costs two SVDs of the layers, on the host.
+    relative_spread is std/mean with BatchNorm's scale folded into its layer, so no scale of the
+    weights changes it (ours; arXiv 2011.07478 has the standard deviation). Dense layers are
+    measured, and convolutions with circular padding (arXiv 1805.10408). Arrays:
+    singular_values/LAYER, norms not folded, at most _SHOWN of each. Costs two SVDs of the layers,
+    on the host.
     """
     plain, folded = (
         {
@@ -181,10 +182,10 @@ def feature_change(
 ) -> Numbers:
     """‖h(x+δ) - h(x)‖ / ‖δ‖ of each layer, for random and adversarial δ (arXiv 2011.07478).
 
-    relative_… is over ‖h(x)‖ too, and adversarial_over_random the one mean over the other, 1 where
-    a layer is smooth alike in all directions: both ours, free of the layer's scale. On test images.
-    Arrays: change_random/LAYER, change_adversarial/LAYER and the same with relative_ [N]. Costs PGD
-    and eight forward passes an example.
+    relative_… is also divided by ‖h(x)‖. adversarial_over_random is the ratio of the two means, 1
+    if a layer is equally smooth in all directions. Both are ours and free of the layer's scale. On
+    test images. Arrays: change_random/LAYER, change_adversarial/LAYER and the same with relative_
+    [N]. Costs PGD and eight forward passes an example.
     """
     x, y = _examples(subject.dataset.test, num_examples)
     key = jax.random.fold_in(subject.key, 0)
@@ -203,25 +204,25 @@ def feature_change(
         }
 
     changes = _on_examples(subject, measure, x, y)
-    # A compiled program gives dicts back in the order of their keys.
+    # A compiled program sorts dicts by key; this call keeps the order of the layers.
     of_one = features_fn(jnp.asarray(x[:1]))
     layers = [
         layer
         for layer in of_one
-        if layer != "features"  # where it is a layer that has a name, it counts once
+        if layer != "features"  # a layer that also has a name counts once
         or not any(np.array_equal(of_one[layer], h) for n, h in of_one.items() if n != layer)
     ]
     found = {f"{kind}/{layer}": changes[kind][layer] for kind in changes for layer in layers}
     for layer in layers:
         adversarial, random = (changes[kind][layer] for kind in ("adversarial", "random"))
-        random = np.where(np.isnan(adversarial), np.nan, random)  # both of the same images
+        random = np.where(np.isnan(adversarial), np.nan, random)  # both from the same images
         ratio = np.nanmean(adversarial) / np.nanmean(random)
-        # The ratio of the means, and how each image moves it to first order.
+        # The ratio of the means, plus each image's first-order effect on it.
         found[f"adversarial_over_random/{layer}"] = ratio + (
             adversarial - ratio * random
         ) / np.nanmean(random)
     return {
-        # An image that did not move has no number, and then there is no interval for images.
+        # An image that did not move is NaN, and then there is no interval over images.
         **_means(mean=np.nanmean, **found),
         **{
             f"{prefix}change_{kind}/{layer}": changes[f"{prefix}{kind}"][layer]
@@ -263,7 +264,7 @@ def loss_energy(
 ) -> Numbers:
     """The energies of the loss on test images, and the term of adversarial training, `rise`.
 
-    Ours, after arXiv 1911.06479 (withdrawn; see `robust_jax.energy`). label_free: of
+    Ours, after arXiv 1911.06479 (withdrawn; see `robust_jax.energy`). label_free: takes
     KL(p(x) ‖ p(x+r)) instead of the cross-entropy. Costs num_samples forward passes and twice as
     many gradients, and four ascents of num_steps an example (three if label_free).
     """
@@ -332,8 +333,8 @@ def interior(
 def gaps(subject: Subject, *, num_examples: int = 1000) -> Numbers:
     """Generalisation gaps: accuracy and cross-entropy on training images minus on test images.
 
-    That of accuracy as in arXiv 2011.07478; that of cross-entropy is ours. A test image's
-    gap is to the mean over training images. Costs a forward pass an example.
+    The accuracy gap follows arXiv 2011.07478; the cross-entropy gap is ours. A test image's gap is
+    to the mean over training images. Costs a forward pass an example.
     """
 
     def measure(fn, rows):
@@ -353,7 +354,7 @@ def jacobian_spectrum(
 ) -> Numbers:
     """Mean singular values of the Jacobian on test images, the largest first (ours).
 
-    arXiv 2011.13538 has norms alone. Costs K backward passes and an SVD of [K,D] an example.
+    arXiv 2011.13538 has only norms. Costs K backward passes and an SVD of [K,D] an example.
     """
     x, y = _examples(subject.dataset.test, num_examples)
 
@@ -378,7 +379,7 @@ MEASUREMENTS: Mapping[str, Callable[..., Numbers]] = {
     "jacobian_spectrum": jacobian_spectrum,
 }
 
-# The numbers of each, or patterns of their names: what a study may ask for.
+# The numbers of each measurement, by name or pattern, that a study may ask for.
 _SUMMARY = ("count", "not_finite", "minimum", "mean", "standard_deviation", "maximum", "q*")
 NUMBERS: Mapping[str, tuple[str, ...]] = {
     "outputs": (
@@ -416,7 +417,7 @@ NUMBERS: Mapping[str, tuple[str, ...]] = {
 
 
 def _means(*, of_images: bool = True, mean: Callable = np.mean, **values: Any) -> Numbers:
-    """The mean of each [N] and, if wanted, what it is the mean of."""
+    """The mean of each [N] and, if of_images, the values that it is the mean of."""
     found = {name: np.asarray(v, np.float32) for name, v in values.items()}
     kept = {f"of_images/{name}": v for name, v in found.items()} if of_images else {}
     return {**{name: float(mean(v, dtype=np.float64)) for name, v in found.items()}, **kept}
@@ -425,7 +426,7 @@ def _means(*, of_images: bool = True, mean: Callable = np.mean, **values: Any) -
 def _examples(
     split: data.Split | data.Streamed, num_examples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first labelled examples of a split; 0: all."""
+    """The first labelled examples of a split; all of them for 0."""
     images, labels = split.take(split.labeled[: num_examples or None])
     return np.asarray(data.to_pixels(images)), labels
 

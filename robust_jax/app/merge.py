@@ -1,7 +1,7 @@
-"""What an evaluation adds to a finished run: nothing that was found before is lost.
+"""Adds an evaluation to a finished run without losing earlier results.
 
 The folder's config becomes that of all its evaluations: what trained it, every attack and
-measurement that it was ever asked for, and the newest of the rest.
+measurement that was ever asked for, and the newest of the rest.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,15 +21,15 @@ from robust_jax.errors import UserError
 
 
 def merged(old: ConfigDict, new: ConfigDict, mode: Mode) -> ConfigDict:
-    """The config of a finished run, with what the mode adds or changes of it.
+    """The config of a finished run, with what the mode adds or changes.
 
-    Raises UserError where an attack would replace another one of its label.
+    Raises UserError if an entry would replace a different one under its label.
     """
     result = ConfigDict(old)
     for field in ("data_dir", "parallel"):
         result[field] = new[field]
     if mode == "evaluate":
-        if result.threat != new.threat:  # but it was trained against the old one
+        if result.threat != new.threat:  # training was against the old one
             trained = threat.complete(old)
             for field in ("adversary", "validation_attack", "regularizers"):
                 result[field] = trained[field]
@@ -44,7 +44,7 @@ def merged(old: ConfigDict, new: ConfigDict, mode: Mode) -> ConfigDict:
         was, asked = threat.complete(old).measurements, threat.complete(new).measurements
         for label in set(was) & set(asked):
             _check_same("config.measurements", label, was[label], asked[label])
-        # Of another threat model, the old ones keep the radii that they had.
+        # Under another threat model the old ones keep their radii.
         earlier = was if result.threat != old.threat else old.measurements
         result.measurements = ConfigDict({**earlier, **new.measurements})
     if mode == "audit" or (mode == "evaluate" and new.audit.num_examples):
@@ -53,9 +53,9 @@ def merged(old: ConfigDict, new: ConfigDict, mode: Mode) -> ConfigDict:
 
 
 def check_alike(old: ConfigDict, new: ConfigDict, where: Path) -> None:
-    """Checks that attacks and measurements of a run are those of its study under the same label.
+    """Checks that a run's attacks and measurements match its study's under the same label.
 
-    Attacks may have other radii and numbers of examples. Raises UserError otherwise.
+    Attacks may differ in radii and number of examples. Raises UserError for other differences.
     """
     one, other = threat.complete(old), threat.complete(new)
     for label in set(one.attacks) & set(other.attacks):
@@ -67,7 +67,7 @@ def check_alike(old: ConfigDict, new: ConfigDict, where: Path) -> None:
 
 
 def with_kept(fresh: pd.DataFrame, old: pd.DataFrame, labels: Iterable[str]) -> pd.DataFrame:
-    """The records with the columns of attacks of an earlier evaluation, by example."""
+    """The fresh records with the columns of an earlier evaluation's attacks, by example."""
     labels = tuple(f"{label}@" for label in labels)
     columns = [name for name in old.columns if name.startswith(labels)] if labels else []
     return fresh.join(old.set_index("index")[columns], on="index")
@@ -118,7 +118,7 @@ def _check_same(path: str, label: str, was: Mapping[str, Any], asked: Mapping[st
 
 
 def _larger(was: int, asked: int, path: str) -> int:
-    """How many examples: as many as there were, at least; 0 stands for all."""
+    """The larger number of examples; 0 stands for all."""
     if was != asked and (not was or (asked and asked < was)):
         logging.info("%s.num_examples stays %s, as before", path, was or "all")
         return was
@@ -128,6 +128,6 @@ def _larger(was: int, asked: int, path: str) -> int:
 def arrays(
     old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray], labels: Iterable[str]
 ) -> dict[str, np.ndarray]:
-    """The arrays of all measurements, those under the labels from the new ones alone."""
+    """The arrays of all measurements; those under the labels are only the new ones."""
     replaced = set(labels)
     return {**{k: v for k, v in old.items() if k.partition("/")[0] not in replaced}, **new}

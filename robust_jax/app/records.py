@@ -2,7 +2,7 @@
 
 For an attack named `name` at a radius eps there are the columns name@eps/held (boolean),
 name@eps/distance (float, pixel units; NaN where the example held), name@eps/margin (float, the
-output margin at what the attack returned) and, of AutoAttack, name@eps/broken_by (the member).
+output margin at what the attack returned) and, for AutoAttack, name@eps/broken_by (the member).
 All are missing where the example was not attacked. `key` is the example's PRNG key in hexadecimal.
 """
 
@@ -17,7 +17,7 @@ What = Literal["held", "distance", "margin", "broken_by"]
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The table as it was written, with the types of its columns."""
+    """Reads the table with the column types that it was written with."""
     records = pd.read_csv(path, dtype={"key": str})
     return records.astype({c: "boolean" for c in records.columns if c.endswith("/held")})
 
@@ -33,7 +33,7 @@ def held(records: pd.DataFrame, name: str, eps: float) -> pd.Series:
 
 
 def worst_case(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Series:
-    """Whether each example, right to begin with, held against all of the named attacks up to eps.
+    """Whether each example is correct and held against all of the named attacks up to eps.
 
     The balls are nested, so what broke an example at a smaller radius breaks it at eps.
     """
@@ -44,7 +44,7 @@ def worst_case(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Se
 
 
 def fates(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.Series:
-    """What became of each example: "misclassified", "broken" or "held", as `worst_case` has it."""
+    """The fate of each example under `worst_case`: "misclassified", "broken" or "held"."""
     held_all = worst_case(records, names, eps)
     fate = np.where(held_all, "held", np.where(records["correct"], "broken", "misclassified"))
     return pd.Series(fate, index=records.index, name="fate")
@@ -62,11 +62,11 @@ def breaking_eps(records: pd.DataFrame, names: Iterable[str]) -> pd.Series:
 
 
 def first_to_break(records: pd.DataFrame, names: Iterable[str], eps: float) -> pd.DataFrame:
-    """For each example the smallest radius up to eps at which an attack broke it, and by what.
+    """The smallest radius up to eps at which an attack broke each example, and which attack did.
 
     Columns: eps (0 where it was misclassified, inf where it held), by (the attack, "several
     attacks" where more than one broke it there, "misclassified" or "none") and distance, the
-    smallest that one of them found.
+    smallest that any of them found.
     """
     correct = records["correct"].astype(bool)
     found = pd.DataFrame(
@@ -91,12 +91,12 @@ def first_to_break(records: pd.DataFrame, names: Iterable[str], eps: float) -> p
 
 
 def broke(records: pd.DataFrame, name: str, eps: float) -> pd.Series:
-    """Which examples the attack broke, of those that it attacked."""
+    """Whether the attack broke each example; False where it did not attack."""
     return (~held(records, name, eps)).fillna(False).astype(bool)
 
 
 def as_far_as(records: pd.DataFrame, attacked: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
-    """The records without what the named attacks did to examples unseen by them in `attacked`."""
+    """Drops the named attacks' results on examples that they did not see in `attacked`."""
     records, starts = records.copy(), tuple(f"{name}@" for name in names)
     for label in records.columns:
         held = f"{label.rpartition('/')[0]}/held"
@@ -106,11 +106,11 @@ def as_far_as(records: pd.DataFrame, attacked: pd.DataFrame, names: Iterable[str
 
 
 def disagreements(stored: pd.DataFrame, fresh: pd.DataFrame) -> dict[str, int]:
-    """In how many rows two tables differ, by column; numbers by more than 1 % plus 0.01.
+    """The number of rows in which two tables differ, by column.
 
-    Distances, which are small, by more than 1 % plus 1e-5, and whole numbers, as classes, at all.
-
-    A column that one of them lacks differs in every row.
+    Numbers differ by more than 1 % plus 0.01, distances, which are small, by more than 1 % plus
+    1e-5, and whole numbers, such as classes, by anything. A column that one table lacks differs in
+    every row.
     """
     found = {}
     for label in stored.columns.union(fresh.columns, sort=False):

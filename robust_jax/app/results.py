@@ -31,10 +31,11 @@ def compose(
     temperatures: Mapping[str, float] = MappingProxyType({}),
     kept: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What the records of best and, where it was evaluated, last add up to, and of what they are.
+    """Summarises the records of best and, if evaluated, last, and says what they are about.
 
-    about: config, data, model, threat and the like, as results.json has them. temperatures: of
-    each, on images held out. kept: the attacks whose results are those of an earlier evaluation.
+    about: config, data, model, threat and the like, as results.json has them. temperatures: each
+    checkpoint's, on held-out images. kept: the attacks whose results come from an earlier
+    evaluation.
     """
     summaries = {
         name: {
@@ -47,16 +48,16 @@ def compose(
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of this package, with its commit where that is known, Python and packages."""
+    """The versions of this package, with its commit if known, of Python and of the packages."""
     own = {"robust_jax": __version__} | ({"commit": found} if (found := commit()) else {})
     others = {name: metadata.version(name) for name in packages}
     return {**own, "python": platform.python_version(), **others}
 
 
 def commit(file: Path = Path(__file__)) -> str:
-    """The commit of the git checkout that holds the file, with "-dirty" where files were changed.
+    """The commit of the git checkout that holds the file, with "-dirty" if files were changed.
 
-    Empty where there is no git, or where it does not follow the file, as in an installed package.
+    Empty if there is no git, or if it does not track the file, as in an installed package.
     """
 
     def git(*arguments: str) -> str:
@@ -71,9 +72,9 @@ def commit(file: Path = Path(__file__)) -> str:
 
 
 def device() -> dict[str, Any]:
-    """What computed it."""
+    """The devices that computed the results."""
     first = jax.devices()[0]
-    # None is JAX's default: on a GPU it multiplies in TF32.
+    # None is JAX's default, which multiplies in TF32 on a GPU.
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # declared at run time
     return {
         "platform": first.platform,
@@ -96,10 +97,10 @@ def audit_to_json(audit: Audit) -> dict[str, Any]:
 
 
 def validations(workdir: Path) -> dict[str, dict[str, float]]:
-    """What the first, the last and the best checkpoint's validation found."""
+    """The metrics of the first, the best and the last validation."""
     metrics = stored.metrics(workdir).dropna(subset=["validation/cross_entropy"])
     columns = [name for name in metrics if name.startswith("validation/")]
-    # As chosen: the earlier on a tie, and never the untrained network, whose margins are tracked.
+    # As in training: the earlier on a tie, never the untrained network, logged for its margins.
     trained = metrics["validation/robust_accuracy"].where(metrics["step"] > 0, -np.inf)
     best = int(trained.argmax())
     return {
@@ -120,9 +121,9 @@ def summarize(
 ) -> dict[str, Any]:
     """The means over a table of records: clean, attacks[] and jacobian, as results.json has them.
 
-    The worst case of a norm at an eps is over every attack in that norm with a radius up to eps, at
-    the radii and on the examples of the attacks that saw the most examples. Where an attack saw
-    fewer, there is also a worst case on those, where all attacks can be compared.
+    The worst case of a norm at an eps is over every attack in that norm with a radius up to eps. It
+    is given at the radii and on the examples of the attacks that saw the most. If an attack saw
+    fewer, there is also a worst case on those, on which all attacks can be compared.
     kept: the attacks of an earlier evaluation.
     temperature: what the logits are divided by for jacobian.matched, so that networks are equally
     confident.
@@ -179,7 +180,7 @@ def summarize(
         "temperature": temperature,
         **(
             {"relative_slope": _statistics(records["relative_slope"])}
-            if "relative_slope" in records  # not of an older version
+            if "relative_slope" in records  # older versions lack it
             else {}
         ),
     }
@@ -202,14 +203,14 @@ def _members(records: pd.DataFrame, name: str, grid: AttackGrid, eps: float) -> 
 
 
 def _statistics(values: pd.Series) -> dict[str, float | None]:
-    """None where a value is infinite."""
+    """Mean, median and standard error; None for what is not finite."""
     error = math.inf if np.isinf(values).any() else values.sem()  # pandas warns of inf - inf
     found = {"mean": values.mean(), "median": values.median(), "standard_error": error}
     return {name: float(v) if np.isfinite(v) else None for name, v in found.items()}
 
 
 def _matched(records: pd.DataFrame, temperature: float) -> dict[str, dict[str, float | None]]:
-    """Norms of the Jacobian of logits / temperature; None where no temperature is the best."""
+    """Norms of the Jacobian of logits / temperature; None if the temperature is at a limit."""
     low, high = TEMPERATURES
     divisor = temperature if 1.001 * low < temperature < high / 1.001 else np.nan
     return {

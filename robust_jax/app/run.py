@@ -43,10 +43,10 @@ class Finished(NamedTuple):
 def execute(config: ConfigDict, workdir: Path, mode: Mode, *, profile: bool = False) -> str:
     """Trains (or continues, or says that the run is finished), evaluates and writes the report.
 
-    Once a run is finished, mode "evaluate" does all but training again, and adds what the config
-    asks for now to what there is; "measure" takes config.measurements alone; "audit" looks again
-    for masked gradients; "verify" attacks again from the checkpoint and compares what it finds with
-    the records; "report" writes the page again.
+    Once a run is finished, mode "evaluate" repeats all but training and adds what the config now
+    asks for; "measure" takes only config.measurements; "audit" looks for masked gradients again;
+    "verify" repeats the attacks from the checkpoint and compares with the records; "report" writes
+    the page again.
 
     Args:
         config: A checked config.
@@ -58,7 +58,7 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode, *, profile: bool = Fa
         What to print.
 
     Raises:
-        UserError: The config is mistaken, workdir holds something else or a run of another config,
+        UserError: The config is invalid, workdir holds something else or a run of another config,
             or "verify" finds something else.
     """
     workdir = workdir.absolute()
@@ -67,7 +67,7 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode, *, profile: bool = Fa
         results = _results(workdir, mode)
         processes.on_first(partial(folder.write_report, workdir, results))
         return f"report: {workdir / 'report.html'}"
-    experiment = processes.on_all(partial(build, config))  # mistakes are told before the claim
+    experiment = processes.on_all(partial(build, config))  # reports mistakes before the claim
     processes.on_first(partial(folder.claim, workdir, config, mode))
     with contextlib.nullcontext() if mode == "verify" else folder.locked(workdir):
         if mode == "train":
@@ -82,10 +82,10 @@ def execute(config: ConfigDict, workdir: Path, mode: Mode, *, profile: bool = Fa
 
 
 def train_together(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> None:
-    """Trains runs that differ in their seed alone in one program.
+    """Trains runs that differ only in their seed in one program.
 
-    `execute` then has the rest to do, and all of it for networks of a million parameters and more:
-    each of those fills the device by itself.
+    `execute` then does the rest. Networks of a million parameters or more are left to it entirely,
+    since each fills the device by itself.
     """
     experiments = processes.on_all(lambda: [build(config) for config in configs])
     size = num_parameters(jax.eval_shape(experiments[0].plan.init).params)
@@ -157,9 +157,9 @@ def _results(workdir: Path, mode: Mode) -> dict[str, Any]:
 
 
 def _evaluate(run: Finished) -> str:
-    """Measures the checkpoints and writes all but what training wrote; results.json last.
+    """Measures the checkpoints and writes everything that training did not write.
 
-    Keeps the earlier results of what the folder's config has and this call does not ask for.
+    Keeps earlier results that the folder's config has and this call does not ask for.
     """
     start = time.perf_counter()
     run = run._replace(experiment=surrogate.bound(run.experiment, run.workdir))
@@ -274,7 +274,7 @@ def _measured(
 
 
 def _audited(run: Finished) -> dict[str, Any] | None:
-    """The audit of the best checkpoint as results.json has it; None where none is wanted."""
+    """The audit of the best checkpoint as results.json has it; None if there is none to make."""
     settings = run.experiment.audit
     if settings is None:
         return None
@@ -289,7 +289,8 @@ def _audited(run: Finished) -> dict[str, Any] | None:
 def _images(run: Finished, records: pd.DataFrame) -> dict[str, np.ndarray]:
     """The image grid: the last attack in the threat model's norm, at its eps; else the last of all.
 
-    AutoAttack has no batch to look at: none for it alone. The images are the first that it breaks.
+    AutoAttack is not run on one batch, so alone it gives no grid. The images are the first that the
+    attack breaks.
     """
     grids = {name: grid for name, grid in run.experiment.grids.items() if not grid.members}
     if not grids:

@@ -20,7 +20,7 @@ from robust_jax.files import write_json
 RUN, STUDY = "config.json", "study.json"
 Holds = Literal["nothing", "a run", "a study", "an evaluation", "other files"]
 Results = Mapping[str, Any]
-# The version of results.json, which goes up where older readers would misread it. A file without
+# The version of results.json, which goes up when older readers would misread it. A file without
 # one has version 0, which reads like 1.
 SCHEMA = 1
 
@@ -53,12 +53,12 @@ def holds(workdir: Path) -> Holds:
     results = workdir / "results.json"
     if not results.exists():
         return "other files"
-    # Studies had no config of their own once.
+    # Studies once had no config of their own.
     return "a study" if "claims" in _read(results) else "an evaluation"
 
 
 def no_run(workdir: Path) -> UserError:
-    """That the folder holds no run, and what to do."""
+    """The error that the folder holds no run, with what to do."""
     return UserError(
         f"{workdir} holds {holds(workdir)} and no run; train one with launch.py (`make demo` "
         "does), or name the folder of a finished one"
@@ -74,7 +74,7 @@ def config_of(workdir: Path) -> ConfigDict | None:
 
 
 def from_json(tree: dict[str, Any]) -> ConfigDict:
-    """A config as it was before it was JSON: with tuples, and a study's arms in their order."""
+    """Restores a config from JSON, with tuples and with a study's arms in their order."""
     config = ConfigDict(_with_tuples(tree))
     for field in {"arms", "claims"} & set(tree):
         config[field] = ConfigDict(_with_tuples(tree[field]), sort_keys=False)
@@ -82,7 +82,7 @@ def from_json(tree: dict[str, Any]) -> ConfigDict:
 
 
 def get_config(workdir: str) -> ConfigDict:
-    """For --config=…/stored.py:WORKDIR, as launch.py writes it where --config is missing."""
+    """The config for --config=…/stored.py:WORKDIR, which launch.py adds if --config is missing."""
     config = config_of(Path(workdir))
     if config is None:
         raise UserError(f"{workdir} holds {holds(Path(workdir))}")
@@ -90,14 +90,14 @@ def get_config(workdir: str) -> ConfigDict:
 
 
 def is_finished(workdir: Path) -> bool:
-    """Whether a run has its results, which it writes last but for its page."""
+    """Whether a run has its results, which it writes last except for its page."""
     return (workdir / "results.json").exists()
 
 
 def results(workdir: Path | str) -> dict[str, Any]:
-    """What results.json holds, of a run or of a study.
+    """Reads the results.json of a run or a study.
 
-    Raises OSError where it is not finished, UserError where another version wrote it.
+    Raises OSError if it is not finished, UserError if a newer version wrote it.
     """
     found = json.loads((Path(workdir) / "results.json").read_text())
     if found.get("schema", 0) > SCHEMA:
@@ -109,12 +109,12 @@ def results(workdir: Path | str) -> dict[str, Any]:
 
 
 def is_ours(results: Results) -> bool:
-    """Whether it was trained here; `robust_jax.evaluate` takes networks of any origin."""
+    """Whether the network was trained here; `robust_jax.evaluate` takes networks of any origin."""
     return "title" not in results
 
 
 def write_results(workdir: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, which says that all the rest is there, and the version of its schema."""
+    """Writes results.json, which marks the folder as complete, with the version of its schema."""
     write_json(workdir / "results.json", {**results, "schema": SCHEMA})
 
 
@@ -130,15 +130,15 @@ def load(workdir: Path | str) -> Run:
 
 
 def metrics(workdir: Path) -> pd.DataFrame:
-    """A row per line of metrics.jsonl; none where nothing was trained, as `evaluate` leaves it."""
+    """A row per line of metrics.jsonl; none if nothing was trained, as in `evaluate`."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    # A value that was not finite is null there.
+    # The file has null for a value that was not finite.
     return pd.DataFrame([json.loads(line) for line in lines]).astype(float)
 
 
 def measured(workdir: Path | str) -> dict[str, np.ndarray]:
-    """The arrays of a run's measurements, as "measurement/array"; none where it took none."""
+    """The arrays of a run's measurements, as "measurement/array"; none if it took none."""
     return _arrays(Path(workdir) / "measurements.npz") or {}
 
 
@@ -186,7 +186,7 @@ def _from_0_1_0(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_estimates(value: Any) -> Any:
-    """A config, or a study's, that tracked margins by one estimate, with a section for all."""
+    """Replaces the one margin estimate of an older config, or a study's, by a section for all."""
     if not isinstance(value, dict):
         return value
     value = {key: _with_estimates(entry) for key, entry in value.items()}

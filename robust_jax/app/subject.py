@@ -1,4 +1,4 @@
-"""A finished run's network, ready to be looked at."""
+"""The network of a finished run, ready to be measured."""
 
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ At = Literal["best", "last", "initialisation"]
 
 
 def load(workdir: Path | str, at: At = "best") -> Subject:
-    """A finished run's network, with its data: the best, the last, or as it was initialised.
+    """Loads a finished run's network and data: its best, last or initial state.
 
-    Raises UserError where workdir holds none, and for another `at`.
+    Raises UserError if workdir holds no run, or if `at` is none of these.
     """
     choose(get_args(At), at, "at")
     workdir = Path(workdir).absolute()
@@ -31,7 +31,7 @@ def load(workdir: Path | str, at: At = "best") -> Subject:
 
 
 def subject_of(run: Training, trained: Trained, at: At = "best") -> Subject:
-    """The network of a run that was trained: its best or last state, or where it began."""
+    """The network of a trained run: its best, last or initial state."""
     state = run.plan.init() if at == "initialisation" else getattr(trained, at)
     variables = parallel.on_this_device(state.variables)
     return Subject(

@@ -1,4 +1,4 @@
-"""The networks that adversarials are transferred from: another run's, or one trained for it."""
+"""The networks that adversarials are transferred from: another run's, or one trained for this."""
 
 import dataclasses
 from functools import partial
@@ -15,7 +15,7 @@ from robust_jax.train.loop import train
 from robust_jax.train.validate import NOT_TRACKED
 from robust_jax.types import LogitsFn
 
-# What describes the data and the machine, and how many examples fit on it.
+# The run's fields that a surrogate shares: data, machine and how many examples fit on it.
 SHARED = (
     "dataset",
     "data_dir",
@@ -43,7 +43,7 @@ def networks(experiment: Experiment, workdir: Path) -> dict[str, LogitsFn]:
 
 
 def bound(experiment: Experiment, workdir: Path) -> Experiment:
-    """The experiment with the undefended CNN trained that its attacks name as their surrogate."""
+    """Trains the undefended CNN if attacks name it as their surrogate, and binds it to them."""
     asking = {name: grid for name, grid in experiment.grids.items() if grid.surrogate == "train"}
     if not asking:
         return experiment
@@ -54,7 +54,7 @@ def bound(experiment: Experiment, workdir: Path) -> Experiment:
 
 
 def _undefended(experiment: Experiment, workdir: Path) -> LogitsFn:
-    """Trained in a run of its own, of which a notebook may load the network."""
+    """Trains the undefended CNN in a run of its own, whose network a notebook may load."""
     config = surrogate_config(experiment.config)
     other, there = training.build(config), workdir / "surrogate"
     mode: Mode = "evaluate" if (there / "config.json").exists() else "train"

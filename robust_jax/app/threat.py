@@ -1,6 +1,6 @@
-"""One threat model in a config, which all that takes a norm and a radius follows.
+"""The threat model of a config, which everything that takes a norm and a radius follows.
 
-An adversary, an attack, a regulariser, a measurement or the audit may be given its own. A radius
+An adversary, an attack, a regulariser, a measurement or the audit may have its own. A radius
 is a number in pixel units or a fraction, as in "8/255"; an attack's relative_step_size is its step
 in units of its radius.
 """
@@ -23,7 +23,7 @@ from robust_jax.train.regularizers import REGULARIZERS
 
 
 def radius(value: Any, path: str) -> Any:
-    """A radius as a number, several as a tuple. Raises UserError for what is not one."""
+    """A radius as a number, several as a tuple. Raises UserError for other strings."""
     if isinstance(value, list | tuple):
         return tuple(radius(one, path) for one in value)
     if isinstance(value, str):
@@ -39,12 +39,12 @@ def radius(value: Any, path: str) -> Any:
 
 
 def radii(eps: float | tuple[float, ...]) -> tuple[float, ...]:
-    """An attack's radii, of which an entry may name one or several."""
+    """An attack's radii as a tuple; an entry may give one or several."""
     return eps if isinstance(eps, tuple) else (eps,)
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-    """The config in which everything has a norm and a radius: its own or the threat model's."""
+    """The config with a norm and a radius for everything: its own or the threat model's."""
     norm = choose(NORMS, config.threat.norm, "config.threat.norm")
     eps = radius(config.threat.eps, "config.threat.eps")
     result = ConfigDict(config)
@@ -69,7 +69,7 @@ def complete(config: ConfigDict) -> ConfigDict:
 def _followed(
     entry: Any, label: str, choices: Mapping[str, Callable], norm: str, eps: float, path: str
 ) -> Any:
-    """The entry with a norm and an eps where its function takes them; a mistaken one as it is."""
+    """The entry with a norm and an eps if its function takes them; unchanged if it is invalid."""
     name = entry.get("name", label) if isinstance(entry, ConfigDict) else None
     fn = choices.get(name) if isinstance(name, str) else None
     if fn is None:
@@ -77,7 +77,7 @@ def _followed(
     result, parameters = dict(entry), keyword_parameters(fn)
     if "eps" in result:
         result["eps"] = radius(result["eps"], f"{path}.eps")
-    # A measurement that takes no radius, as margins do, has a norm of its own.
+    # A measurement that takes no radius, such as margins, has a norm of its own.
     needed = {"norm"} if choices is REGULARIZERS else {"norm", "eps"}
     if not needed <= set(parameters):
         return ConfigDict(result)

@@ -1,4 +1,4 @@
-"""What trains: from a config to its data, its network and the plan of its training loop."""
+"""Builds what a config trains: its data, its network and the plan of its training loop."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ _MODEL_FIELDS_SET_HERE = ("num_classes", "mean", "std", "dtype", "axis_name", "d
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A checked config, its data, its network and how that is trained."""
+    """A checked config, its data, its network and the plan that trains it."""
 
     config: ConfigDict
     dataset: data.Dataset
@@ -47,7 +47,7 @@ class Training:
 
 
 class Named(NamedTuple):
-    """What a config names for its training, with the keywords bound."""
+    """Everything that a config names for its training, with the keywords bound."""
 
     method: parallel.Method
     make_model: Callable[..., nn.Module]
@@ -165,7 +165,7 @@ def build(config: ConfigDict) -> Training:
 
     def init():
         state = init_state(model, tx, init_key, dataset.image_shape, average=config.ema_decay > 0)
-        # As the step returns it, or its program would be compiled once more for the second step.
+        # Placed as the step returns it; otherwise the second step would compile its program again.
         return jax.device_put(state, parallel.replicated())
 
     tracked = Tracked(**config.track_margins)
@@ -203,7 +203,7 @@ def build(config: ConfigDict) -> Training:
     )
     uses_adversary = "adversarial" in halves_needed(config.loss_on, terms)
     if uses_adversary:
-        norm = config.adversary.get("norm", "l0")  # that of JSMA, which names none
+        norm = config.adversary.get("norm", "l0")  # of JSMA, which takes no norm
         trained = threat_in_words(norm, config.adversary.eps)
         judged = threat_in_words(config.threat.norm, config.threat.eps)
         if trained != judged:
@@ -258,14 +258,14 @@ def check_radius(entry: Mapping[str, Any], path: str, dataset: data.Dataset) -> 
             )
 
 
-# The attacks that passed, with the shapes: the runs of a study have the same ones.
+# The attacks that passed, with the shapes, since the runs of a study share them.
 _tried: set[tuple] = set()
 
 
 def try_attack(path: str, attack: Callable, dataset: data.Dataset, reference=None, **keywords):
-    """Traces an attack on the data's shapes and a linear network, which is where it checks itself.
+    """Traces an attack on the data's shapes and a linear network, to run the attack's own checks.
 
-    reference: what stands for the labels.
+    reference: what replaces the labels.
     """
     shapes = (dataset.image_shape, dataset.num_classes, reference)
     this = (comparable(attack), comparable(keywords), *shapes)

@@ -1,4 +1,4 @@
-"""Whether a finished run's records and table are what its checkpoints give."""
+"""Checks that a finished run's records and table follow from its checkpoints."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,10 @@ from robust_jax.train.loop import Trained
 def compare(
     experiment: Experiment, trained: Trained, workdir: Path, results: dict[str, Any]
 ) -> str:
-    """Attacks again, with the same keys, and compares with the records and the table of results.
+    """Repeats the attacks with the same keys and compares with the records and results.
 
-    Returns what it came to, in a line. Raises UserError with the differences, where an example's
-    fate is another, or the records do not add up to the table.
+    Returns the outcome, in a line. Raises UserError with the differences, if an example's records
+    differ or the records do not add up to the table.
     """
     saved, wrong = stored.load(workdir).records, []
     kept = {attack["name"] for attack in results["attacks"] if attack.get("earlier")}
@@ -31,9 +31,9 @@ def compare(
             fresh = saved["best"]
         else:
             fresh = experiment.evaluator.records(state.variables, f"verify {name}")
-            if len(fresh) == len(saved[name]):  # kept attacks may have seen fewer
+            if len(fresh) == len(saved[name]):  # kept attacks may have seen fewer examples
                 fresh = records.as_far_as(fresh, saved[name], kept)
-        if "relative_slope" not in saved[name]:  # of an older version
+        if "relative_slope" not in saved[name]:  # an older version wrote it
             fresh = fresh.drop(columns="relative_slope", errors="ignore")
         found = records.disagreements(saved[name], fresh)
         logging.info("%s: %d columns agree", name, len(saved[name].columns) - len(found))

@@ -7,19 +7,19 @@ from robust_jax.analysis.summaries import wilson_interval
 
 
 def format_eps(eps: float) -> str:
-    """0.1 as 0.1, and 0.0313725… as 8/255, from six digits of it too."""
+    """Writes 0.1 as 0.1, and 0.0313725… as 8/255, even if rounded to six digits."""
     levels = round(eps * 255)
     is_fraction = levels and isclose(eps * 255, levels, rel_tol=5e-6) and len(f"{eps:g}") > 5
     return f"{levels}/255" if is_fraction else f"{eps:g}"
 
 
 def threat_in_words(norm: str, eps: float, between: str = "") -> str:
-    """ℓ∞ ε = 0.1, or with words between the two."""
+    """Writes ℓ∞ ε = 0.1, or puts words between the two."""
     return f"{plots.norm_symbol(norm)} {between}ε = {format_eps(eps)}"
 
 
 def percent(share: float) -> str:
-    """0.634 as 63.4."""
+    """Writes 0.634 as 63.4."""
     return f"{100 * share:.1f}"
 
 
@@ -47,14 +47,14 @@ _ABBREVIATIONS = (
 
 
 def words(name: str) -> str:
-    """guided_complement_entropy as words, pgd as PGD."""
+    """Writes guided_complement_entropy as words, and pgd as PGD."""
     if name in _ABBREVIATIONS:
         return name.upper()
     return name.replace("_", " ").replace("cross entropy", "cross-entropy")
 
 
 def number(x: float | None) -> str:
-    """Three digits, whole numbers with all of theirs, or what stands for a number there is not."""
+    """Writes three digits, whole numbers in full, and a dash for a missing number."""
     if x is None:
         return "–"
     return f"{x:,}" if isinstance(x, int) else f"{x:.3g}"

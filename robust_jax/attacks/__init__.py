@@ -25,8 +25,8 @@ from robust_jax.attacks._transfer import transfer
 from robust_jax.attacks.norms import NORMS, Norm, ThreatModel
 from robust_jax.types import LogitsFn
 
-# All are called attack(logits_fn, x, y, key, *, eps, norm, ...) and return points like x, except
-# AutoAttack, a loop on the host, which returns a record.
+# All are called as attack(logits_fn, x, y, key, *, eps, norm, ...) and return points like x. Only
+# AutoAttack, a loop on the host, returns a record.
 ATTACKS: Mapping[str, Callable] = {
     "fgsm": fgsm,
     "bim": bim,

@@ -1,6 +1,6 @@
 """Auto-PGD: projected gradient ascent with momentum that picks its own step sizes.
 
-Written for one example and lifted over the batch by jax.vmap, once. Source: arXiv 2003.01690.
+Written for one example and lifted over the batch by a single jax.vmap. Source: arXiv 2003.01690.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from robust_jax.attacks.norms import Norm, ThreatModel, threat_model
 from robust_jax.keys import example_keys
 from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn, Reference, Scalar
 
-# How much of a step goes where the gradient points; the rest repeats the step before.
+# The share of a step that follows the gradient; the rest repeats the previous step.
 _GRADIENT_SHARE = 0.75
 
 
@@ -61,22 +61,22 @@ def apgd(
 ) -> Images:
     """Auto-PGD on any loss within the eps-ball and [0,1].
 
-    The step size starts at 2·eps. At a check it is halved, and the search goes back to the point of
-    largest loss, if at most a share rho of the steps raised the loss or if the largest loss has not
-    changed since a check that did not halve it. In l1, where steps are sparse, the search first
-    goes through the balls of 3·eps and 2·eps, with two more evaluations, and rho is not used.
+    The step size starts at 2·eps. A check halves it, and returns the search to the point of largest
+    loss, if at most a share rho of the steps raised the loss, or if the last check did not halve it
+    and the largest loss has not changed since. In l1, where steps are sparse, the search first runs
+    in the balls of 3·eps and 2·eps, which takes two more evaluations, and rho is not used.
 
     Args:
         logits_fn, x, y, key, eps, norm, loss, targets, criterion: As in `pgd`.
         num_steps: Gradient steps for each restart.
-        num_restarts: Runs, of which the best point counts.
+        num_restarts: How many runs; the best point of all of them is returned.
         rho: The share of steps that have to raise the loss, in (0,1].
-        eot_samples: For a randomised network, logits_fn(x, key), how many draws the loss and its
+        eot_samples: How many draws of a randomised network, logits_fn(x, key), the loss and its
             gradient are averaged over; None for logits_fn(x).
 
     Returns:
-        [B,...]: the best point visited, where success (in more than half of the draws, if there are
-        any) counts before the loss.
+        [B,...]: the best point visited: success (in more than half of the draws, if there are any)
+        counts first, then the loss.
 
     Raises:
         ValueError: eps is negative, num_steps, num_restarts or eot_samples below 1, rho outside
@@ -128,19 +128,18 @@ def apgd_targeted(
 ) -> Images:
     """Auto-PGD towards the likeliest wrong classes, one run each (APGD-T).
 
-    The loss is `losses.targeted_dlr`, or with fewer than four classes, where that does not exist,
-    `losses.targeted_margin`.
+    The loss is `losses.targeted_dlr`, or `losses.targeted_margin` with fewer than four classes, for
+    which the former is not defined.
 
     Args:
         logits_fn, x, key, eps, norm, num_steps, rho, eot_samples: As in `apgd`.
         y: Labels [B].
-        num_targets: How many classes other than y, by largest clean logit; all of them if there
-            are fewer.
-        ranks: Aim at the classes of these ranks instead, 2 being the likeliest wrong class.
+        num_targets: How many wrong classes to aim at, those of largest clean logit; all of them
+            if there are fewer.
+        ranks: The ranks of the classes to aim at instead; 2 is the likeliest wrong class.
 
     Returns:
-        [B,...]: the best point visited, where being misclassified as any class counts before the
-        loss.
+        [B,...]: the best point visited: misclassification as any class counts first, then the loss.
 
     Raises:
         ValueError: As `apgd` does, and for num_targets below 1.
@@ -168,7 +167,7 @@ def apgd_targeted(
         return loss(logits, labels, targets), misclassified(logits, labels)
 
     def attack_one(x, y, key):
-        # Ranks, which the keys of the runs are folded with, begin at 2.
+        # 0 is free: the keys of the runs are folded with ranks, which start at 2.
         clean = outputs(x, jax.random.fold_in(key, 0)).mean(0)
         runs = likeliest_wrong(clean, y, num_targets, ranks)
         return _climb_one(outputs, score, x, y, runs, key, settings)
@@ -189,10 +188,10 @@ def checked_steps(num_steps: int) -> list[int]:
 
 
 def radii(num_steps: int) -> list[tuple[int, bool, bool]]:
-    """For each evaluation in l1: the radius in eps, whether its ball is new, whether to check.
+    """The radius in eps of each evaluation in l1, whether its ball is new, whether to check.
 
-    The radii are 3, 2 and 1 for 30, 30 and 40 % of the steps; each ball is entered at the best
-    point of the one before, which is evaluated again, and checked every 25th part of its steps.
+    The radii are 3, 2 and 1 for 30, 30 and 40 % of the steps. Each ball is entered at the best
+    point of the previous one, which is evaluated again, and has a check every 1/25 of its steps.
     """
     evaluations = []
     wider = 3 * num_steps // 10
@@ -205,7 +204,7 @@ def radii(num_steps: int) -> list[tuple[int, bool, bool]]:
 
 
 class _Peak(NamedTuple):
-    """The point of largest loss in this run, where the search goes back to."""
+    """The point of largest loss in this run, to which the search returns."""
 
     x: Float[Array, "..."]
     value: Float[Array, ""]
@@ -217,9 +216,9 @@ class _Peak(NamedTuple):
 
 
 def _outputs(logits_fn, eot_samples) -> Callable:
-    """outputs(x, key) -> [S,K], the logits of one example, in a row for each draw of a network.
+    """Returns outputs(x, key) -> [S,K], the logits of one example, one row per network draw.
 
-    One row for a network that draws nothing.
+    A deterministic network gives one row.
     """
     if eot_samples is None:
         return lambda x, key: logits_fn(x[None])
@@ -232,7 +231,7 @@ def _outputs(logits_fn, eot_samples) -> Callable:
 def _climb_one(outputs, score, x, reference, runs, key, settings: _Settings):
     """The best point [...] of all runs for one example x [...].
 
-    runs: of each a target and the number that its key is folded with, [R] and [R].
+    runs: the target of each run, [R], and the number that its key is folded with, [R].
     score(logits [S,K], reference, target) -> (values [S], hits [S]).
     """
     climb = _climb if settings.norm.dense_steps else _climb_sparsely
@@ -260,7 +259,8 @@ class _State(NamedTuple):
     step_size: Float[Array, ""]
     found: Best
     peak: _Peak
-    # Since the last check: steps that raised the loss, whether it halved, its largest loss.
+    # The steps since the last check that raised the loss, whether that check halved the step
+    # size, and the largest loss at that check.
     num_raised: Int[Array, ""]
     halved: Bool[Array, ""]
     checked_value: Float[Array, ""]
@@ -274,7 +274,7 @@ def _climb(measure, x, found, start_key, key, settings: _Settings) -> Best:
     checked_at = checked_steps(num_steps)
     period = np.zeros(num_steps, np.int32)
     period[np.array(checked_at) - 1] = np.diff([0, *checked_at])
-    # Up to this many steps that raised the loss are too few.
+    # A check halves the step size if no more than this many steps raised the loss.
     too_few = np.floor(rho * period).astype(np.int32)
 
     def inside(x_adv):
@@ -323,7 +323,7 @@ def _climb(measure, x, found, start_key, key, settings: _Settings) -> Best:
         halved=jnp.asarray(True),
         checked_value=peak.value,
     )
-    # Numbers, not keys, which jax_debug_key_reuse counts as used twice where a scan takes them.
+    # Numbers instead of keys, since jax_debug_key_reuse counts the keys of a scan as used twice.
     schedule = np.arange(num_steps), jnp.asarray(gradient_share, x.dtype), period > 0, too_few
     state, _ = jax.lax.scan(step, state, schedule)
     return state.found
@@ -335,17 +335,17 @@ class _SparseState(NamedTuple):
     step_size: Float[Array, ""]
     found: Best
     peak: _Peak
-    # At the last check, pixels in which the peak differed from x.
+    # How many pixels of the peak differed from the example, at the last check or new ball.
     num_changed: Int[Array, ""]
 
 
 def _climb_sparsely(measure, x, found, start_key, key, settings: _Settings) -> Best:
-    """One run through larger balls, by steps on fewer and fewer pixels; see `_climb`.
+    """One run that starts in larger balls and moves fewer and fewer pixels; see `_climb`.
 
-    A step moves two thirds as many pixels as the peak has changed, evenly (rounded down, so that
-    two become one; in the reference two stay two). At a check where the peak has become
-    sparser, the search goes back to it and to the longest step, the radius; at others the step is
-    divided by 1.5, down to a tenth of the radius (arXiv 2103.01208, alg. 1).
+    A step moves, by equal amounts, two thirds as many pixels as the peak has changed (rounded down,
+    so that two become one; in the reference two stay two). If a check finds the peak sparser, the
+    search returns to it and to the longest step, the radius. Otherwise the check divides the step
+    by 1.5, down to a tenth of the radius (arXiv 2103.01208, alg. 1).
     """
     norm, eps, num_steps, _ = settings
 
@@ -385,7 +385,7 @@ def _climb_sparsely(measure, x, found, start_key, key, settings: _Settings) -> B
 
 
 def _even_step(gradient, num_pixels) -> Float[Array, "..."]:
-    """The signs of the pixels of largest gradient, that many or one (and ties), of l1 norm 1."""
+    """The signs of the num_pixels (at least one, and ties) largest gradients, of l1 norm 1."""
     slope = jnp.abs(gradient)
     wanted = jnp.maximum(num_pixels, 1)
     least = largest_where(lambda t: (slope >= t).sum(dtype=jnp.int32) >= wanted, slope)

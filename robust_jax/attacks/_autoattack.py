@@ -1,4 +1,4 @@
-"""AutoAttack: an ensemble of attacks without parameters to tune, each on what still stands.
+"""AutoAttack: an ensemble of parameter-free attacks, each on the examples still standing.
 
 A loop on the host over compiled attacks. Source: arXiv 2003.01690.
 """
@@ -37,7 +37,7 @@ from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 
 class Member(NamedTuple):
-    """An attack of the ensemble, and what it is called with."""
+    """An attack of the ensemble and its keywords."""
 
     attack: Callable
     keywords: Mapping[str, Any] = {}
@@ -63,11 +63,11 @@ VERSIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "rand": {"apgd_ce": {"eot_samples": 20}, "apgd_dlr": {"eot_samples": 20}},
 }
-# Of these passes are made; what else an attack is given it checks itself.
+# AutoAttack splits these into passes, so it checks them; an attack checks its other keywords.
 _COUNTS = ("num_targets", "num_restarts")
-# The field of a threat model that an attack cannot do without.
+# The field of a threat model that an attack needs.
 _NEEDED = {"fab": "to_boundary", "fab_t": "to_boundary", "square": "patches"}
-# Keywords that are AutoAttack's own to give.
+# Keywords that AutoAttack sets itself, so overrides may not.
 _RESERVED = ("eps", "norm", "ranks", "targets", "criterion")
 
 
@@ -77,9 +77,9 @@ class AutoAttackResult(NamedTuple):
     x_adv [N,...]: the adversarial, or x itself where none was found or needed. robust [N].
     broken_by [N]: the attack that broke the example, "clean" where it was misclassified to begin
     with, "" where it is robust. distance [N]: the norm of x_adv - x in pixel units, 0 for "clean",
-    NaN where robust. margin [N]: the output margin at x_adv, or where robust the smallest that an
-    attack left. robust_accuracy: the share of all N that stands after "clean" and each attack in
-    turn. warnings: reasons to doubt the result, in sentences.
+    NaN where robust. margin [N]: the output margin at x_adv; where robust, the smallest that an
+    attack left. robust_accuracy: the share of all N still standing after "clean" and after each
+    attack in turn. warnings: reasons to doubt the result, in sentences.
     """
 
     x_adv: Float[np.ndarray, "n ..."]
@@ -109,15 +109,15 @@ def autoattack(
 ) -> AutoAttackResult:
     """Robust accuracy by AutoAttack, an upper bound on the true one.
 
-    Attacks run in turn on the correctly classified examples that no other has broken, from the
-    clean image, class by class and restart by restart; a fresh forward pass checks what they find.
-    An example's randomness depends only on (key, its place in x, the attack's name), so the result
+    Each attack in turn runs on the correctly classified examples that none has broken yet, from the
+    clean image, one class or restart at a time. A fresh forward pass checks what it finds. An
+    example's randomness depends only on (key, its place in x, the attack's name), so the result
     does not depend on batch_size.
 
     Args:
         logits_fn: The network, [B,...] in [0,1] -> [B,K]; with version="rand", for randomised
             networks, logits_fn(x, key) with one key for a batch of one.
-        x: Examples [N,...], pixels in [0,1]: images [N,H,W,C] wherever Square takes part.
+        x: Examples [N,...], pixels in [0,1]: images [N,H,W,C] if Square takes part.
         y: Labels [N].
         key: One key, or one for each example [N].
         eps: The radius of the ball, in pixel units.
@@ -127,17 +127,17 @@ def autoattack(
         batch_size: How many examples are attacked at a time.
         overrides: Keywords for attacks by name, as in {"square": {"num_queries": 1000}}.
         state_path: An .npz file written after each pass, from which a run with the same arguments
-            (apart from batch_size) continues.
+            (apart from batch_size) resumes.
         map_examples: How batches reach the devices; by default all local devices share each batch.
         progress: Whether to show a progress bar.
 
     Returns:
-        For each example the adversarial, what broke it and how far away it is; the share that
-        stands after each attack; warnings.
+        For each example the adversarial, what broke it and how far away it is; the share still
+        standing after each attack; warnings.
 
     Raises:
-        ValueError: Names are unknown, shapes wrong or pixels outside [0,1]; or x is not [N,H,W,C]
-            where Square takes part: name the others then.
+        ValueError: Names are unknown, shapes wrong or pixels outside [0,1], or Square takes part
+            and x is not [N,H,W,C]; `version` can name the other attacks.
         UnusableState: The file at state_path belongs to other inputs.
 
     Example:
@@ -237,9 +237,9 @@ def autoattack(
 
 
 class _State(NamedTuple):
-    """How far a run has come; robust_accuracy holds the attacks begun, in their order.
+    """The progress of a run; robust_accuracy holds the attacks started so far, in order.
 
-    strange: which points attacks led to logits that are NaN or infinite.
+    strange: the examples for which an attack found logits that are NaN or +inf.
     """
 
     x_adv: np.ndarray
@@ -251,7 +251,7 @@ class _State(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """One attack with one target rank or restart; the broken drop out between passes."""
+    """One attack with one target rank or restart; broken examples drop out between passes."""
 
     name: str
     member: Member
@@ -337,7 +337,7 @@ def _passes(name: str, member: Member, num_classes: int) -> list[_Pass]:
         return [_Pass(name, member, None, name)]
     once = Member(member.attack, {**member.keywords, "num_restarts": 1})
     passes = [_Pass(name, once, None, name)]
-    if member.attack is fab:  # whose first run starts at the clean image
+    if member.attack is fab:  # its first run starts at the clean image
         once = Member(fab, {**once.keywords, "random_start": True})
     restarts = range(1, keywords["num_restarts"])
     return passes + [_Pass(name, once, None, f"{name} {i}") for i in restarts]
@@ -345,7 +345,7 @@ def _passes(name: str, member: Member, num_classes: int) -> list[_Pass]:
 
 @dataclasses.dataclass(frozen=True)
 class _Attempt:
-    """An attack as `map_examples` takes it; equal ones are one program."""
+    """An attack in the form that `map_examples` takes; equal instances compile to one program."""
 
     attack: Callable
     norm: ThreatModel
@@ -389,7 +389,7 @@ class _Classify:
 
 
 def _salt(name: str) -> np.uint32:
-    """What an example's key is folded with for the use of that name."""
+    """The number that is folded into an example's key for the named use."""
     return np.uint32(zlib.crc32(name.encode()))
 
 
@@ -400,10 +400,10 @@ def _is_flat(logits_fn, rows):
 
 
 def _fingerprint(rows, eps, norm: ThreatModel, ensemble, num_classes: int) -> str:
-    """What a saved state must have been made with to be of use; the network's logits aside."""
+    """A hash of what a saved state must share with this run, apart from the network's logits."""
     keywords = {name: dict(sorted(member.keywords.items())) for name, member in ensemble.items()}
     given = [float(eps), norm.name, rows["x"].shape, written(keywords)]
-    # Two records of one name may be two norms, and two functions of one name two losses.
+    # A name does not identify a norm or a loss, so some of their values are hashed too.
     given += values_of_norm(norm, rows["x"][0])
     given += values_of_losses(keywords, num_classes)
     digest = hashlib.sha256(json.dumps(given, default=str, sort_keys=True).encode())
@@ -413,7 +413,7 @@ def _fingerprint(rows, eps, norm: ThreatModel, ensemble, num_classes: int) -> st
 
 
 def values_of_norm(norm: ThreatModel, image: np.ndarray) -> list[str]:
-    """What its sizes are of a point like the image."""
+    """The size and dual size that the norm gives a perturbation made from the image."""
     step = jnp.asarray(image, jnp.float32) - 0.25
     return [f"{size(step):.4g}" for size in (norm.size, norm.dual_size)]
 
@@ -421,7 +421,7 @@ def values_of_norm(norm: ThreatModel, image: np.ndarray) -> list[str]:
 def values_of_losses(
     keywords: Mapping[str, Mapping[str, Any]], num_classes: int
 ) -> list[list[str]]:
-    """What the losses among the keywords of each attack are at logits that are always the same."""
+    """The values, at fixed logits, of the losses among the keywords of each attack."""
     random = np.random.default_rng(0).normal(size=(num_classes, num_classes))
     logits, labels = jnp.asarray(3 * random, jnp.float32), jnp.arange(num_classes)
     found = (one["loss"](logits, labels) for one in keywords.values() if "loss" in one)
@@ -429,12 +429,12 @@ def values_of_losses(
 
 
 def is_autoattack(attack: Callable) -> bool:
-    """Whether it is `autoattack`, or that with some arguments."""
+    """Whether the attack is `autoattack`, or a partial of it."""
     return attack is autoattack or getattr(attack, "func", None) is autoattack
 
 
 def written(value: Any) -> Any:
-    """Keywords as JSON has them, alike in every process: functions by their names."""
+    """Keywords in a JSON form that is the same in every process; functions become their names."""
     if isinstance(value, Mapping):
         return {key: written(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -486,16 +486,16 @@ def _load(path: Path, inputs: str, logits: np.ndarray, dtype: np.dtype) -> _Stat
 
 
 def _typed(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """The array where numpy reads a type that it does not know, such as bfloat16, as mere bytes."""
+    """Restores the dtype of an array that numpy read as raw bytes, as it does bfloat16."""
     return array.view(dtype) if array.dtype.kind == "V" else array
 
 
 def doubt_about_square(robust_accuracy: Mapping[str, float], share: float = 1.0) -> list[str]:
-    """A warning where Square breaks what attacks by gradients do not.
+    """A warning if Square breaks examples that gradient attacks do not.
 
-    share: of all examples, the one that robust_accuracy is of.
+    share: the share of all examples that robust_accuracy covers.
     """
-    tolerated = 0.002  # of all examples: what the reference tolerates before it speaks up
+    tolerated = 0.002  # of all examples; the reference warns above this
     names = list(robust_accuracy)
     for before, name in zip(names[1:], names[2:], strict=False):
         drop = share * (robust_accuracy[before] - robust_accuracy[name])

@@ -24,7 +24,7 @@ class Best(NamedTuple):
 
     @classmethod
     def nothing(cls, x) -> "Best":
-        """x itself, worse than anything that will be met."""
+        """x itself, ranked below any point visited later."""
         return cls(x, jnp.asarray(-jnp.inf, value_dtype(x)), jnp.asarray(False))
 
     def updated(self, x, value, hit) -> "Best":
@@ -33,14 +33,14 @@ class Best(NamedTuple):
 
 
 def value_dtype(x):
-    """The dtype in which losses at points like x are compared: float32 at least."""
+    """The dtype in which losses at points like x are compared, at least float32."""
     return wide_dtype(x.dtype)
 
 
 class Goal(NamedTuple):
-    """What an attack raises and when it has succeeded, both of logits and a reference.
+    """What an attack maximises and when it has succeeded, given logits and a reference.
 
-    The reference is y, or the targets where there are any; the loss towards those is lowered.
+    The reference is y, or the targets if there are any; the loss towards targets is minimised.
     """
 
     loss: Callable
@@ -74,9 +74,9 @@ def likeliest_wrong(
     num_targets: int,
     ranks: Sequence[int] | Int[Array, " r"] | None = None,
 ) -> tuple[Int[Array, " r"], Int[Array, " r"]]:
-    """The wrong classes by falling logit, [K], [] -> ([R], [R]), and their ranks, from 2 on.
+    """The wrong classes by decreasing logit, and their ranks from 2 on: [K], [] -> ([R], [R]).
 
-    There are min(num_targets, K-1) of them, or the ones of the given ranks.
+    There are min(num_targets, K-1) of them, or those of the given ranks.
     """
     is_label = jnp.arange(len(logits), dtype=label.dtype) == label
     order = jnp.lexsort((-logits, is_label))[: len(logits) - 1]  # the label is last

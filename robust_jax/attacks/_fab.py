@@ -1,6 +1,6 @@
 """Fast adaptive boundary attack (FAB): the misclassified point nearest to x.
 
-Written for one example and lifted over the batch by jax.vmap, once. Source: arXiv 1907.02044.
+Written for one example and lifted over the batch by a single jax.vmap. Source: arXiv 1907.02044.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,28 +68,29 @@ def fab(
 ) -> Images:
     """The nearest misclassified point in [0,1] that is no farther than eps.
 
-    Every step projects the current point and x onto the linearised decision boundary within the
-    box, oversteps both by eta, and mixes them, x's share being at most alpha_max. A misclassified
-    point is kept if it is the nearest so far, and drawn back to a share beta of its way from x.
+    Each step projects the current point and x onto the linearised decision boundary within the
+    box, stretches both moves by eta and mixes the results, with a share of at most alpha_max for x.
+    A misclassified point is kept if it is the nearest so far; the next step starts from a share
+    beta of the way to it from x.
 
     Args:
         logits_fn, x, key, norm: As in `pgd`.
         y: Labels [B].
         eps: The largest distance, in pixel units.
-        num_steps: For each target and restart, with one gradient each, or K without targets.
-        num_targets: FAB-T aims at that many likeliest wrong classes in turn, all of them where
+        num_steps: Steps for each target and restart, of one gradient each, or K without targets.
+        num_targets: How many of the likeliest wrong classes FAB-T aims at in turn; all of them if
             there are fewer. None is the original attack, which steps to the nearest of all
             boundaries.
-        ranks: Aim at the classes of these ranks instead, 2 being the likeliest wrong class.
-        num_restarts: Runs towards each target: the first starts at x, the others at random, half as
-            far away as eps or the nearest point so far.
-        random_start: Whether the first one starts at random too.
+        ranks: The ranks of the classes to aim at instead; 2 is the likeliest wrong class.
+        num_restarts: Runs towards each target. The first starts at x, the others at a random point
+            half as far away as eps or as the nearest point so far.
+        random_start: Whether the first run starts at a random point too.
         alpha_max, eta, beta: See above.
-        targets: Classes [B] to reach instead of leaving y, whatever num_targets and ranks are.
+        targets: Classes [B] to reach instead of leaving y; num_targets and ranks are then ignored.
 
     Returns:
         [B,...]: x itself where nothing was found. `attacks.is_adversarial` and `attacks.distances`
-        say where something was, and how far away. Derivatives by x and weights are 0.
+        give success and distance. Derivatives with respect to x and weights are 0.
 
     Raises:
         ValueError: eps is negative, a count below 1, alpha_max or beta outside (0,1], eta below 1,
@@ -107,7 +108,7 @@ def fab(
     Reference:
         Croce & Hein 2020, arXiv 1907.02044.
     """
-    # No derivative goes backwards through the search.
+    # No gradient flows back through the search.
     x, y = jax.lax.stop_gradient(jnp.asarray(x)), jnp.asarray(y)
     threat = threat_model(norm, needs="to_boundary")
     settings = _Settings(
@@ -165,7 +166,7 @@ def _search_one(logits_of, x, y, key, own_target, settings: _Settings):
     if own_target is not None:
         aims, at = own_target[None], jnp.zeros(1, jnp.int32)
     elif num_targets is None:
-        aims, at = y[None], jnp.zeros(1, jnp.int32)  # not looked at
+        aims, at = y[None], jnp.zeros(1, jnp.int32)  # unused
     else:
         aims, at = likeliest_wrong(logits, y, num_targets, ranks)
     runs = (
@@ -182,12 +183,12 @@ def _search_one(logits_of, x, y, key, own_target, settings: _Settings):
 def _boundaries(logits_of, y, own_target, settings: _Settings) -> Callable:
     """boundary_to(target, x_adv): z_t - z_y and its gradient, for the target or the nearest class.
 
-    With a target of its own, which has to win, the other class is the likeliest there.
+    If the caller gives targets, which have to win, z_y is the largest other logit instead.
     """
 
     def to_target(target, x_adv):
         def gap(x_adv):
-            logits = logits_of(x_adv)  # once: two gradients are two backward passes
+            logits = logits_of(x_adv)  # called once, for a single backward pass
             is_target = jnp.arange(len(logits), dtype=target.dtype) == target
             others = jnp.where(is_target, -jnp.inf, logits)
             return logits[target] - (logits[y] if own_target is None else others.max())
@@ -211,9 +212,9 @@ def _mixed(x_adv, x, value, gradient, settings: _Settings):
     """The next point, from both projections onto a linearised boundary."""
     norm = settings.norm
     assert norm.to_boundary is not None
-    # Where a gradient is infinite the linearised boundary is at x itself; the others lead away.
+    # An infinite entry would put the linearised boundary at x itself; the others lead away.
     gradient = jnp.nan_to_num(gradient, posinf=0.0, neginf=0.0)
-    # The select keeps XLA's CPU backend from a slow way to add up products.
+    # The select keeps XLA's CPU backend from summing the products in a slow way.
     change = jnp.where(gradient == 0, 0.0, gradient * (x - x_adv)).sum()
     value = value.astype(value_dtype(x))
     on = norm.to_boundary(x_adv, value, gradient)

@@ -1,6 +1,6 @@
-"""The Jacobian-based saliency map attack: a few pixel values, changed as far as they go.
+"""The Jacobian-based saliency map attack, which changes a few pixel values as far as they go.
 
-Written for one example and lifted over the batch by jax.vmap, once. Source: arXiv 1511.07528.
+Written for one example and lifted over the batch by a single jax.vmap. Source: arXiv 1511.07528.
 """
 
 from typing import Literal
@@ -33,30 +33,29 @@ def jsma(
     theta: float = 1.0,
     targets: Labels | None = None,
 ) -> Images:
-    """Changes the most salient pair of pixel values, again and again.
+    """Repeatedly changes the most salient pair of pixel values.
 
-    Each step takes the pairs that raise the target's logit and lower the sum of the others, and
-    moves the one with the largest product of the two by theta, within [0,1]. The search ends when
-    the target is reached, no pair is left, or the next would change more than eps entries in all;
-    with theta=±1 an odd eps is as good as the even one below. A step looks at all pairs of n pixel
-    values, 16,384 at a time for each example, beside one pass through the network and two
-    gradients.
+    Of the pairs that raise the target's logit and lower the sum of the others, each step moves the
+    one with the largest product of the two effects by theta, within [0,1]. The search ends when the
+    target is reached, no pair is left, or the next would change more than eps entries in all; with
+    theta=±1 an odd eps is equivalent to eps - 1. A step takes one pass through the network and two
+    gradients, and looks at all pairs of n pixel values, 16,384 at a time for each example.
 
     Args:
         logits_fn, x: As in `pgd`.
         y: Labels [B].
-        key: Nothing is drawn.
+        key: Unused, since nothing is drawn.
         eps: How many entries of an example may change.
         norm: "l0".
         theta: The change, in pixel units, in [-1,1] and not 0. Below 0, pixels darken.
-        targets: Classes [B] to reach. None is the likeliest wrong class of each, and any wrong
-            class will do.
+        targets: Classes [B] to reach. None aims at each example's likeliest wrong class and
+            accepts any wrong class.
 
     Returns:
-        [B,...], where the search ended. Derivatives by x and weights are 0.
+        [B,...]: the points where the search ended. Derivatives with respect to x and weights are 0.
 
     Raises:
-        ValueError: eps is negative, theta 0 or outside [-1,1], or the norm another.
+        ValueError: eps is negative, theta 0 or outside [-1,1], or the norm not l0.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -75,7 +74,7 @@ def jsma(
         raise ValueError(f"theta must be in [-1, 1] and not 0, not {theta!r}")
     if norm != L0.name and norm is not L0:
         raise ValueError(f"norm must be l0, not {norm!r}")
-    # No derivative goes backwards through the search.
+    # No gradient flows back through the search.
     x, y = jax.lax.stop_gradient(jnp.asarray(x)), jnp.asarray(y)
     towards = 1.0 if theta > 0 else -1.0
 
@@ -90,7 +89,7 @@ def jsma(
             logits, pull = jax.vjp(logits_of, x_adv)
             onto = jax.nn.one_hot(aim[None], len(logits), dtype=logits.dtype)[0]
             gain, cost = (_scaled(towards * pull(along)[0].ravel()) for along in (onto, 1 - onto))
-            # In 16 bits a small theta may move nothing, wherever the pixel is.
+            # In 16 bits a small theta may be lost in rounding, even inside the box.
             free = (jnp.clip(x_adv + jnp.asarray(theta, x.dtype), 0, 1) != x_adv).ravel()
             changed = (x_adv != x).ravel()
             pair, found = most_salient_pair(gain, cost, free, changed, eps)
@@ -112,10 +111,10 @@ def most_salient_pair(
     changed: Bool[Array, " p"],
     budget: Length,
 ) -> tuple[Int[Array, " 2"], Bool[Array, ""]]:
-    """The pair (i, j) with the largest -(gain_i + gain_j)·(cost_i + cost_j), and if there is one.
+    """The pair (i, j) with the largest -(gain_i + gain_j)·(cost_i + cost_j), and if one exists.
 
-    Only pairs of two free features count, with a gain above and a cost below 0, which leave no
-    more than `budget` features changed.
+    A pair counts only if both features are free, its gain is above 0 and its cost below 0, and it
+    leaves no more than `budget` features changed.
     """
     features = jnp.arange(len(gain))
     gain = jnp.where(free, gain, -jnp.inf)

@@ -1,7 +1,7 @@
-"""Attacks that look for the nearest misclassified point: Carlini and Wagner's in l2, DeepFool.
+"""Attacks that look for the nearest misclassified point: Carlini-Wagner in l2 and DeepFool.
 
-Both are written for one example, lifted over the batch by jax.vmap once, and draw nothing: the key
-is taken so that all attacks are called alike.
+Both are written for one example and lifted over the batch by a single jax.vmap. They draw nothing,
+and take a key only so that all attacks are called alike.
 """
 
 from typing import Literal, NamedTuple
@@ -18,12 +18,12 @@ from robust_jax.attacks._success import succeeds
 from robust_jax.attacks.norms import L2, ThreatModel, threat_model
 from robust_jax.types import Images, KeyOrKeys, Labels, Length, LogitsFn
 
-# By how much tanh reaches beyond the box, so that pixels at 0 or 1, or on their way there, are not
-# at its ends, where hardly any gradient is left to move them.
+# How far tanh reaches beyond the box. This keeps pixels at or near 0 and 1 away from its ends,
+# where hardly any gradient is left to move them.
 _MARGIN = 0.1
-# What DeepFool steps beyond a linearised boundary in any case, in pixel units, and no less than the
-# dtype resolves: its overshoot is a share of the step, which may be lost in rounding, and then the
-# point would stay where it is.
+# How far DeepFool always steps beyond a linearised boundary, in pixel units, or the resolution of
+# the dtype if that is larger. The overshoot is only a share of the step: rounding may remove it,
+# and then the point would not move.
 _NUDGE = 1e-5
 
 
@@ -87,16 +87,16 @@ def carlini_wagner(
 ) -> Images:
     """The nearest misclassified point in [0,1] that is no farther than eps in l2.
 
-    Adam minimises ‖x_adv - x‖² + c·max(z_y - max_{j≠y} z_j, -kappa) over w, x_adv being tanh(w)
-    rescaled to the box, from x itself and for num_searches values of c: ten times the last until
-    one succeeds, then halfway between failure and success. Our reading: tanh reaches a tenth beyond
-    the box and x_adv is clipped to it, its gradient as if it were not, so that pixels at 0 and 1
-    move too.
+    Adam minimises ‖x_adv - x‖² + c·max(z_y - max_{j≠y} z_j, -kappa) over w, where x_adv is tanh(w)
+    rescaled to the box, starting at x for each of num_searches values of c. Each c is ten times the
+    last until one succeeds, then halfway between failure and success. Our reading: tanh reaches a
+    tenth beyond the box and x_adv is clipped to the box with a straight-through gradient, so that
+    pixels at 0 and 1 move too.
 
     Args:
         logits_fn, x: As in `pgd`.
         y: Labels [B].
-        key: Nothing is drawn.
+        key: Unused, since nothing is drawn.
         eps: The largest distance, in pixel units.
         norm: "l2".
         num_steps: Gradients for each c.
@@ -108,11 +108,11 @@ def carlini_wagner(
 
     Returns:
         [B,...]: x itself where nothing was found. `attacks.is_adversarial` and `attacks.distances`
-        say where something was, and how far away.
+        give success and distance.
 
     Raises:
         ValueError: eps or kappa is negative, a count below 1, learning_rate or initial_c not
-            positive, or the norm another.
+            positive, or the norm not l2.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -135,7 +135,7 @@ def carlini_wagner(
     goal = Goal(losses.margin_loss, targets)
 
     def judge(x_adv, reference):
-        """By how much x_adv is classified as it should be, and whether that is enough."""
+        """The margin by which x_adv meets the goal, and whether it is large enough."""
         excess, hit = goal.at(logits_fn, x_adv, reference)
         return excess, hit & (excess >= kappa)
 
@@ -158,27 +158,28 @@ def deepfool(
     num_targets: int | None = 9,
     overshoot: float = 0.02,
 ) -> Images:
-    """A near misclassified point in [0,1] that is no farther than eps.
+    """A nearby misclassified point in [0,1] that is no farther than eps.
 
-    Every step goes to the nearest of the linearised decision boundaries and a share overshoot
-    beyond, is clipped to the box, and repeated until the label is lost.
+    Each step goes to the nearest linearised decision boundary and a share overshoot beyond it, and
+    is clipped to the box. Steps repeat until the label is lost.
 
     Args:
         logits_fn, x: As in `pgd`.
         y: Labels [B].
-        key: Nothing is drawn.
+        key: Unused, since nothing is drawn.
         eps: The largest distance, in pixel units.
-        norm: "linf", "l2" or a record with `dense_steps`: in l1 a step would be a single pixel's.
-        num_steps: At most, each as many gradients as targets.
-        num_targets: How many of the likeliest wrong classes; None for all of them.
+        norm: "linf", "l2" or a record with `dense_steps`; in l1 a step would move a single pixel.
+        num_steps: The most steps to take, each of one gradient per target.
+        num_targets: How many of the likeliest wrong classes to consider; None for all of them.
         overshoot: See above.
 
     Returns:
         [B,...]: x itself where nothing was found. `attacks.is_adversarial` and `attacks.distances`
-        say where something was, and how far away. Derivatives by x and weights are 0.
+        give success and distance. Derivatives with respect to x and weights are 0.
 
     Raises:
-        ValueError: eps or overshoot is negative, a count below 1, or the norm another.
+        ValueError: eps or overshoot is negative, a count below 1, or the norm unknown or without
+            `dense_steps`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -192,7 +193,7 @@ def deepfool(
     Reference:
         Moosavi-Dezfooli et al. 2016, arXiv 1511.04599.
     """
-    # No derivative goes backwards through the search.
+    # No gradient flows back through the search.
     x, y = jax.lax.stop_gradient(jnp.asarray(x)), jnp.asarray(y)
     threat = threat_model(norm, needs="dense_steps")
     settings = _DeepFool(threat, eps, num_steps, num_targets, overshoot).checked(x.dtype)
@@ -225,7 +226,7 @@ def _descend_one(judge, x, reference, settings: _CarliniWagner):
             distance = L2.size(x_adv - x)
             near = hit & (distance <= settings.eps)
             value = jnp.where(near, -distance, -jnp.inf).astype(dtype)
-            # An infinite entry, once squared, would stand in Adam's second moment for good.
+            # An infinite entry would make Adam's second moment infinite for good.
             gradient = jnp.nan_to_num(gradient, posinf=0.0, neginf=0.0)
             update, moments = _adam(gradient, moments, time)
             w = w - settings.learning_rate * update
@@ -249,7 +250,7 @@ def _descend_one(judge, x, reference, settings: _CarliniWagner):
 
 
 def _adam(gradient, moments, time):
-    """Adam's step for a learning rate of 1, and its moments, at times from 1 on (arXiv 1412.6980).
+    """Adam's step for a learning rate of 1, and its moments; times start at 1 (arXiv 1412.6980).
 
     Written here because optax's fails under jax_numpy_dtype_promotion=strict.
     """
@@ -282,9 +283,9 @@ def _cross_one(logits_of, x, y, settings: _DeepFool):
         gaps = (logits[y] - logits[targets]).astype(rates.dtype)
         distances = jnp.where(rates > 0, gaps / jnp.maximum(rates, tiny(rates.dtype)), jnp.inf)
         nearest = jnp.argmin(distances)
-        # Finite, so that it is nothing along a gradient of zero.
         nudge = max(_NUDGE, float(jnp.finfo(x.dtype).eps))
         length = (1 + overshoot) * (distances[nearest] + nudge)
+        # A finite length, so that a gradient of zero moves nothing.
         length = jnp.nan_to_num(length.astype(x.dtype))
         x_adv = jnp.clip(x_adv + length * norm.steepest(gradients[nearest]), 0.0, 1.0)
         return i + 1, x_adv, succeeds(logits_of(x_adv), y)

@@ -29,13 +29,13 @@ def multi_targeted(
 ) -> Images:
     """PGD on z_t - z_y for each wrong class t in turn.
 
-    Costs num_targets · num_restarts · num_steps gradients an example.
+    Costs num_targets · num_restarts · num_steps gradients per example.
 
     Args:
         logits_fn, x, key, eps, norm, num_steps, step_size: As in `pgd`.
         y: Labels [B].
-        num_targets: How many of the likeliest wrong classes; None for all of them.
-        num_restarts: Runs towards each.
+        num_targets: How many of the likeliest wrong classes to aim at; None for all of them.
+        num_restarts: Runs towards each class.
 
     Returns:
         [B,...]: the best point of all runs: misclassification as any class counts first, then the

@@ -1,6 +1,6 @@
 """Noise of a given size: the baselines that any attack has to beat.
 
-Each is written for one example and lifted over the batch by jax.vmap, once.
+Each is written for one example and lifted over the batch by a single jax.vmap.
 """
 
 from collections.abc import Callable
@@ -73,16 +73,16 @@ def gaussian_noise(
 ) -> Images:
     """The worst of num_samples draws of Gaussian noise whose typical norm is eps.
 
-    The deviation of each of n pixels is eps/√n in l2; in l1 that for which the norm has the mean
-    eps, in linf that for which the largest of n draws has the median eps. What is
-    drawn beyond the ball is projected onto it, then moved into [0,1].
+    The standard deviation of each of n pixels is eps/√n in l2. In l1 it is such that the norm has
+    the mean eps, in linf such that the norm, the largest of n draws, has the median eps. Draws are
+    projected onto the ball, then moved into [0,1].
 
     Args:
         logits_fn, x, y, key, eps, norm, loss, criterion: As in `pgd`.
         num_samples: How many draws.
 
     Returns:
-        [B,...], as `uniform_noise` does.
+        [B,...], as in `uniform_noise`.
 
     Raises:
         ValueError: As `uniform_noise` does.

@@ -13,14 +13,15 @@ from robust_jax.types import Array, Length, Perturbation, Scalar
 
 
 def tiny(dtype: Any) -> float:
-    """What keeps a division by a vanishing norm finite: far below the norms that a dtype holds."""
+    """A floor that keeps division by a vanishing norm finite, far below the norms a dtype holds."""
     return max(1e-30, float(jnp.finfo(dtype).tiny))
 
 
 def finite(gradient: Perturbation) -> Perturbation:
-    """The gradient with NaN as 0 and entries of at most 1e30, which can be summed and divided by.
+    """The gradient with NaN as 0 and entries of at most 1e30 (or what the dtype holds).
 
-    The largest float will not do: a sum of two is infinite, and 1 over it is 0 in float32.
+    In float32 these are safe to sum and to divide by; with the largest float, the sum of two would
+    be infinite and the inverse 0.
     """
     most = min(1e30, float(jnp.finfo(gradient.dtype).max))
     return jnp.clip(jnp.where(jnp.isnan(gradient), 0, gradient), -most, most)
@@ -29,10 +30,10 @@ def finite(gradient: Perturbation) -> Perturbation:
 def add(x: Perturbation, delta: Perturbation) -> Perturbation:
     """x + delta within [0,1], each pixel rounded towards x, so that no norm of the change grows.
 
-    Rounded to the nearest, pixels near 1 would leave a linf ball of 1/255 by 7e-6 of its radius.
+    Rounding to nearest would take pixels near 1 out of a linf ball of 1/255 by 7e-6 of its radius.
     """
     moved = _rounded(x + delta)
-    # The next number towards x: moved·eps is between one and two of the steps there.
+    # The next float towards x: moved·eps is between one and two ulps.
     step = 0.6 * float(jnp.finfo(moved.dtype).eps)
     nearer = moved - moved * (step * jnp.sign(delta))
     too_far = jnp.abs(wide(moved) - wide(x)) > jnp.abs(wide(delta))
@@ -40,7 +41,7 @@ def add(x: Perturbation, delta: Perturbation) -> Perturbation:
 
 
 def _rounded(x: Perturbation) -> Perturbation:
-    """x as its 16 bits hold it, where XLA would go on with the sum in float32."""
+    """x rounded to its 16 bits, since XLA would otherwise keep the sum in float32."""
     known = jnp.finfo(x.dtype)
     return x if known.bits >= 32 else jax.lax.reduce_precision(x, known.nexp, known.nmant)
 
@@ -51,7 +52,7 @@ def room_in(x: Perturbation, direction: Perturbation) -> Perturbation:
 
 
 def summing(fn: Callable) -> Callable:
-    """fn computed in float32 at least, as it sums over pixels; the last argument has the dtype."""
+    """fn, which sums over pixels, in at least float32; the result has the last argument's dtype."""
 
     @wraps(fn)
     def call(*args, **keywords):
@@ -63,7 +64,7 @@ def summing(fn: Callable) -> Callable:
 
 @summing
 def fill(amount: Length, priority: Perturbation, room: Perturbation) -> Perturbation:
-    """The amount handed out in order of falling priority, to each pixel as much as it has room."""
+    """The amount handed out in order of decreasing priority, to each pixel up to its room."""
     threshold = largest_where(lambda t: jnp.where(priority >= t, room, 0).sum() >= amount, room)
     first = priority > threshold
     rest = amount - jnp.where(first, room, 0).sum()
@@ -73,9 +74,9 @@ def fill(amount: Length, priority: Perturbation, room: Perturbation) -> Perturba
 
 
 def largest_where(holds: Callable[[Scalar], Array], like: Array) -> Scalar:
-    """The largest number for which holds is true, as for all smaller ones; 0 if there is none.
+    """The largest number up to which holds is true; 0 if there is none.
 
-    It is found bit by bit, with one pass over the pixels for each bit: a sort takes several times
+    The search goes bit by bit, with one pass over the pixels for each: a sort takes several times
     as long. like: an array of the number's type. Negative numbers are not considered.
     """
     width = 8 * like.dtype.itemsize

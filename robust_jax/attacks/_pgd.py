@@ -1,6 +1,6 @@
 """Projected gradient attacks: PGD and its special cases FGSM, BIM and MIM.
 
-Each is written for one example and lifted over the batch by jax.vmap, once.
+Each is written for one example and lifted over the batch by a single jax.vmap.
 """
 
 from collections.abc import Callable
@@ -56,29 +56,29 @@ def pgd(
     """Projected gradient ascent on the loss within the eps-ball and [0,1].
 
     Args:
-        logits_fn: The network, [B,...] -> [B,K], each example on its own.
+        logits_fn: The network, [B,...] -> [B,K], independent for each example.
         x: Examples [B,...], pixels in [0,1].
         y: Labels [B], or whatever `loss` compares logits with, [B,...].
         key: One key, folded with each example's place in the batch, or a key per example [B]. The
             same example with the same key gives the same result in any batch.
         eps: The radius of the ball, in pixel units.
-        norm: A name ("linf", "l2", "l1") or a `norms.ThreatModel`. In l1 a step goes to the pixels
-            of largest gradient, as far as their walls.
+        norm: A name ("linf", "l2", "l1") or a `norms.ThreatModel`. In l1 a step moves the pixels
+            of largest gradient, each at most to 0 or 1.
         num_steps: Gradients for each restart.
         step_size: In pixel units; 2.5·eps/num_steps by default.
-        num_restarts: Runs, of which the best point counts.
-        random_start: Whether a run starts at a random point of the ball, not at x.
+        num_restarts: How many runs; the best point of all of them is returned.
+        random_start: Whether a run starts at a random point of the ball instead of x.
         momentum: How much of the last step's direction is kept, in [0,1].
-        keep_best: Whether the best point visited is returned, or the last one, as adversarial
-            training does, which saves a forward pass.
-        loss: loss(logits, y) -> [B], which is raised.
-        targets: Classes [B] to reach instead of leaving y: the loss towards them is lowered.
-        criterion: criterion(logits, y) -> [B], what counts as success; y is the targets where there
-            are any. By default being misclassified, or classified as the target;
+        keep_best: Whether to return the best point visited. The last one, as in adversarial
+            training, saves a forward pass.
+        loss: loss(logits, y) -> [B], to be maximised.
+        targets: Classes [B] to reach instead of leaving y: the loss towards them is minimised.
+        criterion: criterion(logits, y) -> [B], what counts as success; y is the targets if there
+            are any. The default is misclassification, or classification as the target; use
             `attacks.never` for a loss that compares outputs, such as losses.kl.
 
     Returns:
-        [B,...]: the best point visited, where success counts before the loss, so the result is
+        [B,...]: the best point visited: success counts first, then the loss. With keep_best it is
         never worse than the start.
 
     Raises:
@@ -134,7 +134,7 @@ def fgsm(
 
     Args:
         logits_fn, x, y, eps, norm, loss, targets, criterion: As in `pgd`.
-        key: Nothing is drawn.
+        key: Unused, since nothing is drawn.
 
     Returns:
         [B,...]: the better of x and the point one step away.
@@ -176,12 +176,12 @@ def bim(
 
     Args:
         logits_fn, x, y, eps, norm, loss, targets, criterion: As in `pgd`.
-        key: Nothing is drawn.
+        key: Unused, since nothing is drawn.
         num_steps: How many gradients.
         step_size: In pixel units; eps/num_steps by default.
 
     Returns:
-        [B,...]: the best point visited, x among them.
+        [B,...]: the best point visited, including x.
 
     Raises:
         ValueError: As `pgd` does.
@@ -222,13 +222,13 @@ def mim(
 
     Args:
         logits_fn, x, y, eps, norm, loss, targets, criterion: As in `pgd`.
-        key: Nothing is drawn.
+        key: Unused, since nothing is drawn.
         num_steps: How many gradients.
         step_size: In pixel units; eps/num_steps by default.
         momentum: How much of the sum is kept at a step, in [0,1].
 
     Returns:
-        [B,...]: the best point visited, x among them.
+        [B,...]: the best point visited, including x.
 
     Raises:
         ValueError: As `pgd` does.
@@ -286,7 +286,7 @@ def _climb_one(score, x, reference, key, settings: _Settings):
             x_adv, velocity, best = carry
             (value, hit), gradient = jax.value_and_grad(score, has_aux=True)(x_adv, reference)
             best = best.updated(x_adv, value, hit)
-            # NaN counts as 0; where all of it does, only momentum moves the point.
+            # NaN counts as 0; if every entry is NaN, only momentum moves the point.
             gradient = wide(finite(gradient))
             gradient = gradient / jnp.maximum(L1.size(gradient), tiny(gradient.dtype))
             velocity = momentum * velocity + gradient
@@ -300,7 +300,7 @@ def _climb_one(score, x, reference, key, settings: _Settings):
             return best._replace(x=x_adv), None
         return best.updated(x_adv, *score(x_adv, reference)), None
 
-    # As data, for the keys of a scan count as used twice by jax_debug_key_reuse.
+    # Key data, since jax_debug_key_reuse counts the keys of a scan as used twice.
     keys = jax.random.key_data(jax.random.split(key, num_restarts))
     best, _ = jax.lax.scan(run, Best.nothing(x), keys)
     return best.x

@@ -1,4 +1,4 @@
-"""An attack with what it found beside the points: which succeeded, and how far they are."""
+"""Runs an attack and reports which points succeeded and how far away they are."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from robust_jax.types import Images, KeyOrKeys, Labels, LogitsFn
 
 
 class Outcome(NamedTuple):
-    """What an attack found of B examples at one radius, or at each of E radii.
+    """What an attack found for B examples at one radius, or at each of E radii.
 
     x_adv: The points, [B,...] or [E,B,...]; x itself where a minimum-norm attack's point is beyond
     the radius. success: Whether they are misclassified, or classified as their targets, [B] or
@@ -41,25 +41,25 @@ def run(
     targets: Labels | None = None,
     **keywords: Any,
 ) -> Outcome:
-    """An attack at one radius or several, with a mask of success and the distances.
+    """Runs an attack at one radius or several and returns points, success and distances.
 
     A minimum-norm attack (fab, carlini_wagner, deepfool) runs once, without a bound, for all radii;
-    any other once for each.
+    any other attack runs once for each.
 
     Args:
-        attack: One of ATTACKS except autoattack, or a function called like them.
+        attack: One of ATTACKS except autoattack, or a function that is called alike.
         logits_fn: The network, [B,...] -> [B,K].
         x, y, key: As in `pgd`.
         eps: The radius in pixel units, or several.
-        norm: A name or a record; None for the attack's own (`transfer` has none).
-        targets: As in `pgd`, for attacks that have them.
+        norm: A name or a record; None for the attack's default (`transfer` has none).
+        targets: As in `pgd`, for attacks that take them.
         keywords: The attack's other arguments.
 
     Returns:
-        An `Outcome`; with several radii its arrays have an axis for them in front.
+        An `Outcome`; with several radii its arrays have a leading axis for them.
 
     Raises:
-        ValueError: As the attack does; or eps holds no radius, or there is no norm.
+        ValueError: As the attack does, or eps is empty, or there is no norm.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,6 +1,6 @@
-"""Square attack: random search with square patches that asks for the network's outputs alone.
+"""Square attack: random search with square patches that uses only the network's outputs.
 
-Written for one example and lifted over the batch by jax.vmap, once. Source: arXiv 1912.00049.
+Written for one example and lifted over the batch by a single jax.vmap. Source: arXiv 1912.00049.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class _Settings(NamedTuple):
 
 
 def check_images(shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless examples have the shape (H, W, C), in which patches can be drawn."""
+    """Raises ValueError unless examples have the shape (H, W, C), which patches need."""
     if len(shape) != 3:
         raise ValueError(
             f"Square draws patches on images [B,H,W,C], and x is {['B', *shape]}".replace("'", "")
@@ -70,7 +70,7 @@ def square(
     targets: Labels | None = None,
     criterion: Criterion | None = None,
 ) -> Images:
-    """Random search for a misclassified point, by patches at random places.
+    """Random search for a misclassified point with patches at random places.
 
     The network is only evaluated, never differentiated. l1 works like l2, but with steeper hills
     and with a projection instead of a rescaling.
@@ -79,14 +79,14 @@ def square(
         logits_fn, y, key, eps, norm, targets, criterion: As in `pgd`.
         x: Images [B,H,W,C], pixels in [0,1].
         num_queries: Evaluations of the network for each example and restart.
-        num_restarts: Searches; later ones are for examples that earlier ones did not break.
+        num_restarts: Searches; later ones run only for examples that earlier ones did not break.
         p_init: The share of the image that the first patches cover, in (0,1]. It is halved after
             queries 10, 50, 200, … as in AutoAttack, whatever num_queries is.
-        loss: loss(logits, y) -> [B], which is raised.
+        loss: loss(logits, y) -> [B], to be maximised.
 
     Returns:
-        [B,H,W,C]: the first point that succeeds, where the search for that example ends, or the
-        point of largest loss. Derivatives by x and weights are 0.
+        [B,H,W,C]: the first point that succeeds, which ends the search for that example, or else
+        the point of largest loss. Derivatives with respect to x and weights are 0.
 
     Raises:
         ValueError: eps is negative, num_queries or num_restarts below 1, p_init outside (0,1], the
@@ -106,7 +106,7 @@ def square(
     Reference:
         Andriushchenko et al. 2020, arXiv 1912.00049; in l1 Croce & Hein 2021, arXiv 2103.01208.
     """
-    # No derivative goes backwards through the search.
+    # No gradient flows back through the search.
     x, y = jax.lax.stop_gradient(jnp.asarray(x)), jnp.asarray(y)
     threat = threat_model(norm, needs="patches")
     settings = _Settings(threat, eps, num_queries, num_restarts, p_init)
@@ -131,7 +131,7 @@ def square(
                 return i + 1, best.updated(*judged(x_adv))
 
             drawn = judged(start(jax.random.fold_in(restart_key, 0), x))
-            first = Best.nothing(x).updated(*drawn)  # whose value is not NaN
+            first = Best.nothing(x).updated(*drawn)  # keeps out NaN values, which nothing beats
             _, best = jax.lax.while_loop(standing, query, (jnp.asarray(1, jnp.int32), first))
             return found.updated(*best), None
 
@@ -156,7 +156,7 @@ def patch_sides(
 def _moves(shape, settings: _Settings) -> tuple[Callable, Callable]:
     """start(key, x) and propose(key, x, best, i) -> x_adv, the i-th change of the best point."""
     patches = settings.norm.patches
-    assert patches is not None  # as the settings are checked
+    assert patches is not None  # `square` has checked it
     sides = patch_sides(shape, settings.p_init, settings.num_queries, patches)
     if isinstance(patches, Flat):
         return partial(_stripes, settings), partial(_paint, settings, jnp.asarray(sides))
@@ -168,12 +168,12 @@ def _moves(shape, settings: _Settings) -> tuple[Callable, Callable]:
 
 
 def _stripes(settings: _Settings, key, x):
-    """Vertical stripes, one pixel wide, at the rim, a sign for each column and channel."""
+    """Vertical stripes, one pixel wide, at the rim, with a sign per column and channel."""
     return _to_the_rim(settings, x, _signs(key, (1, *x.shape[1:]), x.dtype))
 
 
 def _paint(settings: _Settings, sides, key, x, best, i):
-    """The best point with a square repainted at the rim of the ball, a sign for each channel."""
+    """The best point with a square repainted at the rim of the ball, with a sign per channel."""
     place_key, sign_key = jax.random.split(key)
     window = _window(place_key, sides[i], x.shape)
     signs = _signs(sign_key, (1, 1, x.shape[2]), x.dtype)
@@ -203,7 +203,7 @@ def _hills(settings: _Settings, patches: Hills, key, x):
 
 
 def _move_mass(settings: _Settings, patches: Hills, tables, key, x, best, i):
-    """The best point with the mass of a second window, and what is left of eps, moved to a first.
+    """The best point with a second window's mass, and what is left of eps, moved into a first.
 
     In the first window a hill of random sign is added to the direction already there.
     """
@@ -231,14 +231,14 @@ def _move_mass(settings: _Settings, patches: Hills, tables, key, x, best, i):
     signs = _signs(sign_key, (1, 1, x.shape[2]), x.dtype)
     new = hill * signs + inside / (norm_per_channel(inside) + least)
     new = new / (norm_per_channel(new) + least) * root(mass**order + unused)
-    if not patches.fills_ball:  # too much, as in the reference, for the projection to take off
+    if not patches.fills_ball:  # too large, as in the reference; the projection shrinks it
         new = new * x.shape[2]
     delta = jnp.where(here, new, jnp.where(there, 0.0, delta))
     return _brought_inside(settings, patches, x, delta)
 
 
 def _brought_inside(settings: _Settings, patches: Hills, x, delta):
-    """x + delta with delta scaled to norm eps, or shrunk to it if it is larger."""
+    """x + delta with delta scaled to norm eps, or without `fills_ball` shrunk if it is larger."""
     norm, eps = settings.norm, settings.eps
     if patches.fills_ball:
         delta = delta * (eps / (norm.size(delta) + max(1e-12, tiny(x.dtype))))

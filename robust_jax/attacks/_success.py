@@ -18,7 +18,7 @@ Criterion = Callable[[Logits, Array], Bool[Array, " b"]]
 
 
 def misclassified(logits: Logits, y: Labels) -> Bool[Array, " b"]:
-    """Whether another class than the label wins: the criterion of an attack without targets.
+    """Whether a class other than the label wins: the criterion of an untargeted attack.
 
     Args:
         logits: [B,K].
@@ -28,7 +28,7 @@ def misclassified(logits: Logits, y: Labels) -> Bool[Array, " b"]:
         [B]. Logits with NaN, +inf or the label at -inf count as misclassified.
 
     Raises:
-        ValueError: y holds no labels.
+        ValueError: y does not hold labels.
 
     Example:
         >>> import jax.numpy as jnp
@@ -41,17 +41,17 @@ def misclassified(logits: Logits, y: Labels) -> Bool[Array, " b"]:
 
 
 def classified_as(logits: Logits, targets: Labels) -> Bool[Array, " b"]:
-    """Whether the target wins: the criterion of an attack with targets.
+    """Whether the target wins: the criterion of a targeted attack.
 
     Args:
         logits: [B,K].
         targets: Classes [B].
 
     Returns:
-        [B]. Logits with NaN, +inf or the target at -inf reach none.
+        [B]. Logits with NaN, +inf or the target at -inf reach no target.
 
     Raises:
-        ValueError: targets holds no labels.
+        ValueError: targets does not hold labels.
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,7 +71,7 @@ def never(logits: Logits, reference: Array) -> Bool[Array, " b"]:
         reference: What the loss compares them with, [B,...].
 
     Returns:
-        [B], False.
+        [B], all False.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -102,8 +102,8 @@ def is_adversarial(
         [B]. Logits with NaN, +inf or the class at -inf count as misclassified, and reach no target.
 
     Raises:
-        ValueError: x_adv holds no pixels in [0,1], y or targets no labels of the network's classes,
-            or logits_fn does not return logits [B,K].
+        ValueError: x_adv does not hold pixels in [0,1], y or targets do not hold labels of the
+            network's classes, or logits_fn does not return logits [B,K].
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -126,13 +126,13 @@ def distances(x: Images, x_adv: Images, *, norm: str | Measure = "linf") -> PerE
     Args:
         x: Examples [B,...].
         x_adv: As many points [B,...].
-        norm: The name of a norm (or "l0", how many entries differ), or a record.
+        norm: The name of a norm, "l0" (how many entries differ), or a record.
 
     Returns:
-        [B], of 16-bit points in float32.
+        [B], in float32 for 16-bit points.
 
     Raises:
-        ValueError: The norm has no such name, the shapes differ, or pixels are no floats.
+        ValueError: The norm is unknown, the shapes differ, or pixels are not floats.
 
     Example:
         >>> import jax.numpy as jnp

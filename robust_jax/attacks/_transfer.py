@@ -23,14 +23,14 @@ def transfer(
     eps: Length,
     **keywords,
 ) -> Images:
-    """The adversarials of a surrogate network, to be shown to this one.
+    """Adversarials made on a surrogate network, to be tried on this one.
 
     Args:
-        logits_fn: The network, [B,...] -> [B,K], which is only evaluated, on x.
+        logits_fn: The network, [B,...] -> [B,K]; it is only evaluated, at x.
         x, y, key, eps: As in `pgd`.
         surrogate: The network that is attacked instead.
-        attack: One of ATTACKS except autoattack, or called like them.
-        keywords: Its other keywords: norm, num_steps and so on.
+        attack: One of ATTACKS except autoattack, or a function that is called alike.
+        keywords: The attack's other keywords: norm, num_steps and so on.
 
     Returns:
         [B,...]: x itself where logits_fn is already wrong (or, with targets, already at the

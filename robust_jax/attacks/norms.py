@@ -1,7 +1,7 @@
-"""Threat models: for each norm one record of all that attacks and measurements take from it.
+"""Threat models: one record per norm, with all that attacks and measurements need from it.
 
 Everything is for one example of any shape, in pixel units ([0,1]). A new norm is a `ThreatModel`:
-give the record itself wherever a `norm` is asked for, or add it to `NORMS` to call it by its name.
+pass the record itself wherever a `norm` is expected, or add it to `NORMS` to refer to it by name.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# A gradient of a smaller dual norm counts as none.
+# A gradient with a smaller dual norm counts as zero.
 _FLAT = 1e-12
 
 
@@ -58,14 +58,14 @@ class Measure:
 
 
 class Hills(NamedTuple):
-    """Square's patches where a norm adds up over pixels: hills that take mass from one another.
+    """Square's patches for norms that sum over pixels: hills that take mass from one another.
 
     Attributes:
         order: The exponent in Σ|δ|^order.
         least_side: The side of the smallest patch, in pixels.
         decay: The k-th of the nested rectangles that make up a hill adds 1/(k+1)^decay.
         fills_ball: Whether a perturbation is scaled to the radius; otherwise it is made too large,
-            and the projection takes the excess off every pixel.
+            and the projection takes the excess from every pixel.
     """
 
     order: int
@@ -76,7 +76,7 @@ class Hills(NamedTuple):
 
 @dataclass(frozen=True)
 class Flat:
-    """Square's patches where a norm bounds each pixel by itself: they go as far as that allows."""
+    """Square's patches for norms that bound each pixel separately: they reach that bound."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -95,14 +95,14 @@ class ThreatModel(Measure):
         gaussian_size: The norm that n draws from N(0, 1) typically have.
         l2_radius: The largest l2 norm of a perturbation of n entries and norm 1.
         step: step(gradient, length, room), the best change within the room and of norm `length`.
-            None for length·steepest, whatever the room.
+            None for length·steepest, which ignores the room.
         to_boundary: to_boundary(x, value, gradient), the smallest δ with value + gradient·δ = 0 and
             x + δ in [0,1], or the closest to it; see `boundary_step`. FAB needs it.
-        dense_steps: Whether the best steps move many pixels. Where not, APGD takes the schedule of
-            l1 (arXiv 2103.01208). DeepFool needs it: its steps would end at a wall.
+        dense_steps: Whether the best steps move many pixels. If not, APGD takes the schedule of
+            l1 (arXiv 2103.01208). DeepFool needs it: otherwise its steps would end at a wall.
         patches: What Square paints. Square needs it.
-        autoattack: What AutoAttack changes in this norm, by the name of an attack: keywords. Its
-            versions "plus" and "rand" do not.
+        autoattack: The keywords that AutoAttack changes in this norm, by the name of the attack.
+            Its versions "plus" and "rand" ignore them.
     """
 
     dual_size: Callable[[Perturbation], Scalar]
@@ -119,13 +119,13 @@ class ThreatModel(Measure):
     autoattack: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def slope(self, gradient: Perturbation) -> Scalar:
-        """The dual size of a gradient; where it vanishes 0, with a derivative of 0.
+        """The dual size of a gradient; where it vanishes, the value and its derivative are 0.
 
         Args:
             gradient: The gradient of a function at one example, [...].
 
         Returns:
-            [], per pixel unit of the norm, in float32 at least: in float16 it may be infinite.
+            [], per pixel unit of the norm, in at least float32, as it may overflow float16.
 
         Example:
             >>> import jax.numpy as jnp
@@ -135,7 +135,7 @@ class ThreatModel(Measure):
         """
         gradient = wide(gradient)
         steep = self.dual_size(jax.lax.stop_gradient(gradient)) > _FLAT
-        # Never of a gradient of 0, where the norm in l2 has no derivative.
+        # The inner where avoids a gradient of 0, at which the l2 norm has no derivative.
         return jnp.where(steep, self.dual_size(jnp.where(steep, gradient, 1)), 0)
 
     def project_to_ball_and_box(
@@ -170,11 +170,11 @@ class ThreatModel(Measure):
     ) -> Perturbation:
         """The change of x of norm `length` with the largest inner product with the gradient.
 
-        It stays within [0,1] if the record has a `step`, as that of l1 does. Otherwise it may not.
+        It stays within [0,1] if the record has a `step`, as l1 does, and may leave otherwise.
 
         Args:
             x: The example, [...], pixels in [0,1].
-            gradient: The gradient of what should rise, [...].
+            gradient: The gradient of the function to raise, [...].
             length: In pixel units.
 
         Returns:
@@ -197,7 +197,7 @@ class ThreatModel(Measure):
 
         Args:
             key: One key.
-            like: An array of the shape [...] and dtype wanted.
+            like: An array of the desired shape [...] and dtype.
             eps: The norm, in pixel units.
 
         Returns:
@@ -244,14 +244,14 @@ def threat_model(norm: Norm, *, needs: str = "name") -> ThreatModel:
     """The record of a norm.
 
     Args:
-        norm: The name of one of NORMS, or a record, which comes back as it is.
+        norm: The name of one of NORMS, or a record, which is returned as it is.
         needs: A field that the record must have, such as "to_boundary" or "patches".
 
     Returns:
         The record.
 
     Raises:
-        ValueError: The norm is unknown, or lacks what is needed.
+        ValueError: The norm is unknown, or lacks the field.
 
     Example:
         >>> from robust_jax import norms
@@ -272,13 +272,13 @@ def measure(norm: str | Measure) -> Measure:
     """The record to measure perturbations by.
 
     Args:
-        norm: The name of one of NORMS, or "l0", which JSMA is bounded in, or a record.
+        norm: The name of one of NORMS, "l0" (the bound of JSMA), or a record.
 
     Returns:
         The record.
 
     Raises:
-        ValueError: The norm has no such name.
+        ValueError: The norm is unknown.
 
     Example:
         >>> import jax.numpy as jnp
@@ -298,8 +298,8 @@ def _named(name, choices):
 def boundary_step(unit: Callable[[Perturbation], Perturbation]) -> Callable:
     """`ThreatModel.to_boundary` of a norm for which pixel i moves by min(λ·unit_i, room_i).
 
-    λ is what it takes to get there: a root of a concave, piecewise linear function, which Newton's
-    method finds exactly and from below.
+    λ is the value that just reaches the boundary: the root of a concave, piecewise linear function,
+    which Newton's method finds exactly, from below.
 
     Args:
         unit: unit(weight) -> [...], the change of each pixel for λ = 1, given the absolute gradient
@@ -342,12 +342,12 @@ def boundary_step(unit: Callable[[Perturbation], Perturbation]) -> Callable:
     return to_boundary
 
 
-# Newton's method ends by itself, after a handful of steps; the bound is for rounding errors.
+# Newton's method converges in a handful of steps; the bound guards against rounding errors.
 _MAX_NEWTON_STEPS = 50
 
 
 def _towards_boundary(x, value, gradient):
-    """Absolute gradient and value, over its largest entry; the direction of the step; its room."""
+    """The absolute gradient and value, over its largest entry; the step's direction and room."""
     scale = jnp.maximum(_largest(gradient), tiny(gradient.dtype))
     weight, value = jnp.abs(gradient) / scale, value / scale
     direction = -jnp.sign(value) * jnp.sign(gradient)
@@ -358,7 +358,7 @@ def _towards_boundary(x, value, gradient):
 
 
 def _largest(delta):
-    # Not of jnp.abs: XLA's CPU backend takes ten times as long to reduce what it is fused with.
+    # jnp.abs would be fused into the reduction, which takes XLA's CPU backend ten times as long.
     return jnp.maximum(delta.max(), -delta.min())
 
 
@@ -404,15 +404,15 @@ def _total(delta):
 def _shrunk(delta, eps, room):
     """The nearest perturbation of l1 norm at most eps in which no pixel exceeds its room.
 
-    Pixel i keeps min(max(|δ_i| - λ, 0), room_i), for the λ ≥ 0 at which that is eps in all: a root
-    of a falling function made of straight pieces (room of infinity: Duchi et al. 2008).
+    Pixel i keeps min(max(|δ_i| - λ, 0), room_i), for the λ ≥ 0 at which these sum to eps: the
+    root of a decreasing, piecewise linear function (for infinite room: Duchi et al. 2008).
     """
     wanted = jnp.where(delta < 0, -delta, delta)
-    # A pixel begins to shrink at the one λ, and is gone at the other, |δ|.
+    # As λ grows, a pixel begins to shrink at λ = begins and is 0 from λ = wanted, its |δ|.
     begins = jnp.maximum(wanted - room, 0)
 
     def over(root):
-        """By how much what is kept at that λ exceeds eps."""
+        """By how much the l1 norm kept at λ = root exceeds eps."""
         gone, begun = (jnp.where(ends > root, ends - root, 0).sum() for ends in (wanted, begins))
         return gone - begun - eps
 
@@ -424,7 +424,7 @@ def _shrunk(delta, eps, room):
     excess = over(root)
     root = jnp.where(excess > 0, root + excess / jnp.maximum(shrinking, 1), 0)
     shrunk = jnp.sign(delta) * jnp.clip(wanted - root, 0, room)
-    within = eps * (1 - 4e-6)  # the size is a rounded sum of many pixels
+    within = eps * (1 - 4e-6)  # room for rounding: the size sums many pixels
     return shrunk * jnp.minimum(1.0, within / jnp.maximum(_total(shrunk), tiny(delta.dtype)))
 
 
@@ -434,15 +434,15 @@ def _largest_alone(gradient):
 
 
 def _filled(gradient, length, room):
-    """Pixels of the largest gradient first, each as far as its wall (arXiv 2103.01208, prop. 2.2).
+    """Moves the pixels of largest gradient, each up to its wall (arXiv 2103.01208, prop. 2.2).
 
-    The steepest direction would spend it all on one pixel.
+    The steepest direction would spend the whole length on one pixel.
     """
     return jnp.sign(gradient) * fill(length, jnp.abs(gradient), room)
 
 
 def _uniform_in_l1(key, like, eps):
-    # Shares of a sum of exponential variables, one of them left out.
+    # Shares of a sum of exponential variables; leaving one out makes them uniform in the ball.
     noise_key, rest_key = jax.random.split(key)
     noise = wide(jax.random.laplace(noise_key, like.shape, like.dtype))
     rest = wide(jax.random.exponential(rest_key, (), like.dtype))
@@ -495,11 +495,11 @@ L1 = ThreatModel(
     step=_filled,
     to_boundary=_filled_to_boundary,
     dense_steps=False,
-    # At sides of 3 and more, as the reference has them, Square never tries a single pixel.
+    # With sides of 3 and more, as in the reference, Square would never try a single pixel.
     patches=Hills(order=1, least_side=1, decay=4, fills_ball=False),
     autoattack={"apgd_ce": {"num_restarts": 5}, "apgd_t": {"num_targets": 5}},
 )
 NORMS: Mapping[str, ThreatModel] = {norm.name: norm for norm in (LINF, L2, L1)}
 
-# How many entries are not 0: what bounds JSMA, and no norm.
+# How many entries are not 0. It bounds JSMA and is not a norm.
 L0 = Measure("l0", lambda delta: (delta != 0).sum().astype(delta.dtype))

@@ -1,7 +1,7 @@
 """Image classification data: sources, splits in memory or on disk, streams, augmentation.
 
-Images stay as they are stored, uint8 or floats in [0,1]; `to_pixels` makes floats in [0,1] of
-either on the device.
+Images stay as they are stored, uint8 or floats in [0,1]; `to_pixels` turns either into floats in
+[0,1] on the device.
 """
 
 from robust_jax.data.images import augment, to_pixels

@@ -15,7 +15,7 @@ from robust_jax.errors import UserError
 from robust_jax.files import UNREADABLE_NPZ
 
 SOURCES = "digits, tfds:<name>, npz:<path>"
-# Images of a streamed set whose pixels are measured.
+# How many images of a streamed set the pixel statistics are measured on.
 _MOST_MEASURED = 2048
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -24,7 +24,7 @@ _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 class Dataset:
     """A data set's splits, with the mean and standard deviation of the training pixels [C].
 
-    A streamed set has train and test on disk; mean and deviation are then of some training images.
+    A streamed set keeps train and test on disk; mean and deviation are of some training images.
     """
 
     name: str
@@ -52,11 +52,11 @@ def load(
     image_size: int = 0,
     streaming: bool = False,
 ) -> Dataset:
-    """The data set `source` names: digits, tfds:<name> or npz:<path>.
+    """The data set that `source` names: digits, tfds:<name> or npz:<path>.
 
     validation_size examples, drawn by seed, are split off the training set, and train_size of the
     others are kept. num_labeled, a multiple of the number of classes, keeps that many labels, the
-    same number in each class, and sets the others to -1. The rest is for TFDS sets: test_split
+    same number in each class, and sets the others to -1. The rest are for TFDS sets: test_split
     names the split that becomes test, image_size is the side that images are scaled and cut to (0
     leaves them as they are), and streaming leaves train and test on disk. Raises UserError for what
     a user can correct.
@@ -84,7 +84,7 @@ def load(
         train, test, num_classes = _npz(Path(argument).expanduser())
     else:
         raise UserError(f"there is no data set {source!r}; choices: {SOURCES}")
-    # Before the split, so that they, and with them the compiled programs, are those of every seed.
+    # Measured before the split, so that all seeds share the statistics and the compiled programs.
     some = np.linspace(0, train.size - 1, min(train.size, _MOST_MEASURED)).astype(int)
     measured = train if isinstance(train, Split) else train.take(some)
     mean, std = _pixel_statistics(measured.images)
@@ -180,7 +180,7 @@ def _npz(path: Path) -> tuple[Split, Split, int]:
                 "arrays with numpy.savez"
             ) from error
         raise UserError(f"{path} is not a readable npz file: {error}") from error
-    most = len(arrays["y_train"])  # classes: each has an image to train on
+    most = len(arrays["y_train"])  # an upper limit on classes, as each has a training image
     splits = [
         Split(
             _npz_images(path, f"x_{s}", arrays[f"x_{s}"]),
@@ -299,8 +299,8 @@ def _pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[floa
     count = images[..., 0].size
     mean = total / count
     std = np.sqrt(np.maximum(square / count - mean**2, 0))
-    # A channel that is (almost) constant, as an opaque alpha, is not blown up.
+    # An (almost) constant channel, such as an opaque alpha, is not scaled up.
     return tuple(map(float, mean)), tuple(map(float, np.where(std > _LEAST_SPREAD, std, 1.0)))
 
 
-_LEAST_SPREAD = 1e-3  # a quarter of a step of 8 bits
+_LEAST_SPREAD = 1e-3  # a quarter of an 8-bit step

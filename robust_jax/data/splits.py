@@ -1,4 +1,4 @@
-"""The examples of a data set's split: arrays in memory, or read when they are asked for."""
+"""The examples of a data set's split, as arrays in memory or read on demand."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from robust_jax.errors import UserError
 
 UNLABELED = -1
-# How many decoded examples a list of dicts holds at a time, beside the arrays made of them.
+# How many decoded examples are held as dicts at a time, besides the arrays made from them.
 _CHUNK = 1024
 
 
@@ -44,7 +44,7 @@ class Split(NamedTuple):
 
 
 def rows_of(split: "Split | Streamed", index: np.ndarray) -> tuple[int, Callable]:
-    """How many rows there are, and take(i), which reads those numbered i of the index.
+    """The number of rows, and take(i), which reads rows i of the index.
 
     A batch holds image, label and index [B], the example's place in the split.
     """
@@ -58,7 +58,7 @@ def rows_of(split: "Split | Streamed", index: np.ndarray) -> tuple[int, Callable
 
 @runtime_checkable
 class RandomAccess(Protocol):
-    """What TFDS's data sources are: examples by their row numbers, many at a time."""
+    """The interface of TFDS's data sources: examples by row number, many at a time."""
 
     def __getitems__(self, rows: Sequence[int]) -> Sequence[Mapping[str, Any]]: ...
 
@@ -81,7 +81,7 @@ class Streamed:
 
     @property
     def labeled(self) -> np.ndarray:
-        """The rows that have a label: all, as none is looked at before it is needed."""
+        """The rows that have a label: all of them, as labels are read only when needed."""
         return np.arange(self.size)
 
     def part(self, index: np.ndarray) -> "Streamed":

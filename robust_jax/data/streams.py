@@ -7,7 +7,7 @@ import numpy as np
 
 from robust_jax.data.splits import Split, Streamed
 
-# How many batches of a streamed set are read at a time, each by a thread of its own.
+# How many batches of a streamed set are read at a time, each in its own thread.
 _NUM_THREADS = 8
 
 
@@ -31,7 +31,7 @@ class Stream:
         return np.concatenate(parts)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        cached, order = self._cached  # a pair, as threads read and write it
+        cached, order = self._cached  # one pair, so that threads never mix two epochs
         if epoch != cached:
             order = np.random.default_rng([*self._seed, epoch]).permutation(self._index)
             self._cached = (epoch, order)
@@ -70,7 +70,7 @@ class TrainBatches:
         return {"image": images, "label": labels, "position": self._positions}
 
     def starting_at(self, step: int) -> Iterator[dict[str, np.ndarray]]:
-        """self[step], self[step + 1], …; those of a streamed set are read ahead, by Grain."""
+        """self[step], self[step + 1], …; Grain reads those of a streamed set ahead."""
         if isinstance(self._split, Split):
             return map(self.__getitem__, itertools.count(step))
         import grain  # slow to import, and only streams need it

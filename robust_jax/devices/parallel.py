@@ -1,7 +1,7 @@
 """Devices: the only file that calls pmap or shard_map and makes a mesh.
 
 Work is written per device and mapped over the axis AXIS. Two mappings do the same: jax.pmap,
-and its successor jit(shard_map). With one CPU device both are just that device.
+and its successor jit(shard_map). With one CPU device both simply run on it.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def check_batch_size(batch_size: int, num_parts: int) -> None:
-    """Raises ValueError where the devices cannot share a batch, or its parts, evenly."""
+    """Raises ValueError if the devices cannot share a batch, or its parts, evenly."""
     shares = jax.device_count() * num_parts
     if batch_size < 1 or batch_size % shares:
         near = max(shares, round(batch_size / shares) * shares)
@@ -40,10 +40,10 @@ def check_batch_size(batch_size: int, num_parts: int) -> None:
 def map_step(
     step: Callable, method: Method, devices: Sequence[jax.Device] | None = None
 ) -> Callable:
-    """step(state, batch, key) -> (state, sums), written per device, on the rows of all of them.
+    """Maps step(state, batch, key) -> (state, sums), written per device, over the rows of all.
 
-    The batch holds this process's rows: see `own_rows`. The state is unreplicated outside and
-    donated. All three may be tuples, of several runs.
+    The batch holds this process's rows: see `own_rows`. The state is not replicated outside, and
+    it is donated. All three may be tuples, for several runs.
     """
     if method == "pmap":
         mapped = jax.pmap(
@@ -62,11 +62,11 @@ def map_step(
 
 
 def lifted(network: Callable, method: Method, *, batch_size: int) -> Lift:
-    """The lift of functions of a network(variables, x): see `batches.Lift`.
+    """The lift for functions of a network(variables, x); see `batches.Lift`.
 
-    Every process takes its own rows of a batch, on all its devices, and has the results of all. The
-    batches are those of `rows_of_batches`, in a multiple of the devices. Scalars are the same for
-    every example and can change without recompiling.
+    Every process runs its own rows of a batch on all its devices and gets the results of all rows.
+    Batches come from `rows_of_batches`, in multiples of the number of devices. Scalars are the same
+    for every example and can change without recompiling.
     """
     num_devices = jax.device_count()
     in_threads = num_devices == 1 and jax.default_backend() == "cpu"
@@ -103,7 +103,7 @@ def lifted(network: Callable, method: Method, *, batch_size: int) -> Lift:
 class Placement:
     """Where a call's examples lie: on one device (mesh is None), or a share on each of several.
 
-    axes: of the mesh, by which the rows are shared; None where each device has them all.
+    axes: The mesh axes that the rows are sharded over; None if each device has all rows.
     """
 
     mesh: Any = None
@@ -119,7 +119,7 @@ class Placement:
         return math.prod(self.mesh.shape[name] for name in names)
 
     def replicated(self, tree: Any) -> Any:
-        """The arrays whole on every device."""
+        """The arrays with a whole copy on every device."""
         return self._put(tree, PartitionSpec())
 
     def shared(self, tree: Any) -> Any:
@@ -127,9 +127,9 @@ class Placement:
         return self._put(tree, PartitionSpec(self.axes))
 
     def brought_back(self, tree: Any, like: Any) -> Any:
-        """Results on one device, where the examples came from none in particular.
+        """Results on one device, if the examples were not committed to any.
 
-        For examples on a mesh, results of their shape are divided as the examples (like) are.
+        For examples on a mesh, results of their shape are sharded like the examples (like).
         """
         if self._is_ours:
             return jax.tree.map(jnp.asarray, jax.device_get(tree))
@@ -142,7 +142,7 @@ class Placement:
         return jax.tree.map(put, tree)
 
     def compiled(self, run: Callable, rows_at: int) -> jax.stages.Wrapped:
-        """run as a program, each device on its share of the argument of that number."""
+        """run as a program, with each device on its share of argument number rows_at."""
         if self.mesh is None:
             return jax.jit(run)
         shares = PartitionSpec(self.axes)
@@ -160,9 +160,9 @@ class Placement:
 
 
 def placement_of(x: Any, num_rows: int) -> Placement:
-    """Where x lies. Whatever is not committed to a device is shared by all local ones.
+    """Where x lies; whatever is not committed to a device is shared by all local ones.
 
-    This is so unless the caller has chosen a device with jax.default_device.
+    It is not shared if the caller has chosen a device with jax.default_device.
     """
     if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
         if isinstance(x.sharding, NamedSharding):
@@ -177,7 +177,7 @@ def placement_of(x: Any, num_rows: int) -> Placement:
 
 
 def outside_any_mesh() -> AbstractContextManager:
-    """Work in it chooses its devices by itself, whatever mesh the caller has set."""
+    """A context whose work chooses its own devices, whatever mesh the caller has set."""
     try:
         return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
     except ValueError:  # within a trace, where nothing is placed
@@ -190,9 +190,9 @@ def has_explicit_axes(array: Any) -> bool:
 
 
 def on_automatic_axes(fn: Callable, x: Any) -> Callable:
-    """fn of arrays with explicit axes, in a trace: XLA chooses how to divide what is in between.
+    """fn on arrays with explicit axes, in a trace; XLA chooses the sharding of what is in between.
 
-    x: one of them, whose first axis is that of the results too.
+    x: one of the arrays; the results are sharded like its first axis.
     """
     sharding = jax.typeof(x).sharding
     automatic = jax.sharding.auto_axes(fn, out_sharding=PartitionSpec(*sharding.spec[:1]))
@@ -205,7 +205,7 @@ def on_automatic_axes(fn: Callable, x: Any) -> Callable:
 
 
 def off_any_mesh(tree: Any) -> Any:
-    """The tree with those of its arrays that several devices share on one of them."""
+    """The tree with the arrays that several devices share moved to one device."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def put(leaf):
@@ -217,7 +217,7 @@ def off_any_mesh(tree: Any) -> Any:
 
 
 def replicated() -> NamedSharding:
-    """An array's whole copy on every device of every process."""
+    """The sharding that puts a whole copy on every device of every process."""
     return NamedSharding(_mesh(None), PartitionSpec())
 
 
@@ -235,9 +235,9 @@ def on_this_device(tree: Any) -> Any:
 
 
 def on_every_device(tree: Any) -> Any:
-    """A copy of arrays that each process holds alike, whole on the devices of all of them.
+    """Copies of arrays that all processes hold alike, whole on every device of every process.
 
-    What pmap returns belongs to one process; a checkpoint is written by all.
+    What pmap returns belongs to one process, but a checkpoint is written by all.
     """
 
     def copied(leaf):
@@ -274,7 +274,7 @@ def _shard_map(fn: Callable, mesh: Mesh, out_specs: PartitionSpec) -> Callable:
 
 
 def _mesh(devices: Sequence[jax.Device] | None) -> Mesh:
-    # Process by process, so that the rows of each are neighbours; jax.make_mesh may mix them.
+    # Sorted by process, so that the rows of each are adjacent; jax.make_mesh may mix them.
     chosen = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
 

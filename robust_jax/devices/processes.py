@@ -1,4 +1,4 @@
-"""Several processes at one run: how they find each other, who writes, and how all agree.
+"""Several processes in one run: how they find each other, who writes, and how all agree.
 
 All of them execute the same code on the same numbers; each feeds its own rows to its own devices.
 """
@@ -19,11 +19,11 @@ _LONGEST_MESSAGE = 4096
 
 
 def initialize(where: str) -> None:
-    """Joins the other processes; to be called before anything asks for a device.
+    """Joins the other processes; call it before anything asks for a device.
 
-    where: "auto" (as SLURM, Open MPI, Kubernetes or a TPU pod tell), "address:port,count,index", or
-    "", which is "auto" under srun and mpirun with several tasks and else a process by itself.
-    Raises UserError where they cannot be found.
+    where: "auto" (from SLURM, Open MPI, Kubernetes or a TPU pod), "address:port,count,index", or
+    "", which is "auto" under srun and mpirun with several tasks and otherwise a single process.
+    Raises UserError if the processes cannot be joined.
     """
     if not where and not _several_tasks():
         return
@@ -58,9 +58,9 @@ def is_first() -> bool:
 
 
 def on_all(fn: Callable[[], Result]) -> Result:
-    """fn() in every process; what a user can fix in one is raised in all: none can work alone.
+    """fn() in every process; what a user can fix in one is raised in all, as none works alone.
 
-    Raises UserError, and OSError where it is this process's own.
+    Raises UserError, or OSError if it is this process's own.
     """
     if jax.process_count() == 1:
         return fn()
@@ -85,10 +85,10 @@ def on_first(fn: Callable[[], object]) -> None:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether the flag is set in some process; all must ask."""
+    """Whether the flag is set in any process; all must call this."""
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def largest(number: int) -> int:
-    """The largest of the processes' numbers; all must ask."""
+    """The largest of the processes' numbers; all must call this."""
     return int(multihost_utils.process_allgather(np.array(number)).max())

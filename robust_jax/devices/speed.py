@@ -1,4 +1,4 @@
-"""How fast a program is for what it has to do: its products, its memory, the chip's peak."""
+"""Measures of a program's speed: its matrix products, its memory, the chip's peak."""
 
 import contextlib
 import ctypes
@@ -16,8 +16,7 @@ from jax.extend.core import Jaxpr
 from robust_jax import _convolution as conv
 from robust_jax._network import programs_in
 
-# Dense bfloat16 (V100, T4: float16) products by the data sheets, in FLOP/s of what JAX calls a
-# device.
+# Peak FLOP/s of dense bfloat16 (V100, T4: float16) products per JAX device, from the data sheets.
 PEAKS: Mapping[str, float] = {
     "NVIDIA H200": 989e12,
     "NVIDIA H200 NVL": 835e12,
@@ -40,8 +39,8 @@ PEAKS: Mapping[str, float] = {
     "TPU v6e": 918e12,
 }
 
-# malloc.h's parameters for how many allocations are mapped one by one, and how much may be free at
-# the end.
+# malloc.h's parameters: how many allocations may use mmap, and how much may be free at the top of
+# the heap.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 
 
@@ -52,7 +51,7 @@ def peak(device_kind: str) -> float | None:
 
 
 def memory_high_water() -> int:
-    """The most bytes in use so far: of the first device, or on a CPU of the process."""
+    """The most bytes in use so far, by the first device or, on a CPU, by the process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -63,7 +62,7 @@ def memory_high_water() -> int:
 
 
 def forget_memory_high_water() -> None:
-    """Starts the process's high water from here; on Linux only, and not that of a device."""
+    """Resets the high water of the process, not of a device, and only on Linux."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc
 
@@ -76,10 +75,10 @@ def _read(path: str) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Where XLA computes on the CPU, lets glibc keep freed memory for the next call.
+    """Makes glibc keep freed memory for the next call, if XLA computes on the CPU.
 
     By default it goes back to the kernel and every step pays for fresh pages: 6 % of SmallCNN's
-    step of adversarial training. Does nothing on accelerators, nor with another C library.
+    adversarial training step. Does nothing on accelerators or with another C library.
     """
     if sys.platform != "linux" or jax.default_backend() != "cpu":
         return
@@ -91,9 +90,9 @@ def keep_freed_memory() -> None:
 def flops(fn: Callable, *args: Any) -> float:
     """The floating-point operations of fn(*args)'s matrix products and convolutions.
 
-    A multiply-add counts as two. Read from the program's jaxpr, so shapes are enough: a scan's body
-    counts as often as it runs, a while loop's once; of several branches the most costly counts, and
-    a program mapped over devices counts once for each of them.
+    A multiply-add counts as two. They are read from the program's jaxpr, so shapes are enough. A
+    scan's body counts as often as it runs and a while loop's once. Only the most costly of several
+    branches counts, and a program mapped over devices counts once for each of them.
     """
     return _count(jax.make_jaxpr(fn)(*args).jaxpr)
 

@@ -23,7 +23,7 @@ _KEY = "robust_jax/stop"
 
 
 class _State:
-    """What was asked, and whether someone has to save before the process ends."""
+    """Which signal was received, and whether a caller has to save before the process ends."""
 
     def __init__(self):
         self.watched = False
@@ -42,7 +42,7 @@ class Stop:
     exit_code = 0
 
     def asked(self, *, agree: bool = True) -> bool:
-        """agree: whether several processes tell each other now; otherwise none of them stops."""
+        """Whether to stop; without agree, several processes do not consult and none stops."""
         number = _state.noted or _state.asked or 0
         if jax.process_count() > 1:
             if not agree:
@@ -54,7 +54,7 @@ class Stop:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Ends the process when it is asked to, with a line and 128 + the signal as its exit code."""
+    """Ends the process when asked to, with one line of output and exit code 128 + the signal."""
     if _state.watched or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -106,7 +106,7 @@ def _read(reader: int) -> None:
 
 
 def _listen() -> None:
-    """Hears from the others, through the coordinator that JAX has."""
+    """Waits until another process is asked to stop, through JAX's coordinator."""
     client = _client()
     while _state.watched and client is not None:
         try:
@@ -122,7 +122,7 @@ def _ask(number: int) -> None:
     first, _state.asked = _state.asked is None, number
     name = signal.Signals(number).name
     if first:
-        with contextlib.suppress(Exception):  # another process was the first of all
+        with contextlib.suppress(Exception):  # another process was first
             if (client := _client()) is not None:
                 client.key_value_set(_KEY, str(number))
     if _state.saving and _state.signals < 2:
@@ -132,7 +132,7 @@ def _ask(number: int) -> None:
     kept = "the last checkpoint" if _state.saving else "what is finished"
     _say(f"{name}: stopped; {kept} is kept, and the same command continues from there")
     if jax.process_count() > 1 and processes.is_first():
-        time.sleep(1)  # it is the coordinator, from whom the others have it
+        time.sleep(1)  # the others hear it from this coordinator
     sys.stdout.flush()
     os._exit(128 + number)
 
@@ -143,6 +143,6 @@ def _say(line: str) -> None:
 
 
 def _client() -> Any:
-    from jax._src import distributed  # what orbax and others take, for want of a public name
+    from jax._src import distributed  # no public name; orbax and others use it too
 
     return distributed.global_state.client

@@ -23,13 +23,13 @@ conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et 
 
 
 def check_choice(field: str, value: Any, choices: Iterable[Any]) -> None:
-    """Raises a ValueError that names the field, the value and what it could have been."""
+    """Raises a ValueError that names the field, the value and the choices."""
     if value not in (choices := tuple(choices)):
         raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, choices))}")
 
 
 def check_sizes(field: str, sizes: float | Iterable[float]) -> None:
-    """Raises a ValueError that names the field and the value where a size is not above 0."""
+    """Raises a ValueError that names the field and the value if a size is not above 0."""
     values = (sizes,) if isinstance(sizes, int | float) else tuple(sizes)
     if not all(size > 0 for size in values):
         raise ValueError(f"{field}={sizes!r} must be above 0")
@@ -46,7 +46,7 @@ def normalize(
     """(x - mean) / std per channel, computed in at least float32 and returned in dtype."""
     for field, value in (("mean", mean), ("std", std)):
         check_choice(f"len({field})", len(value), sorted({1, x.shape[-1]}))
-    # numpy's promotion, as JAX may have been told to allow none.
+    # numpy's promotion, since JAX may be configured to allow none.
     wide = np.promote_types(dtype, np.float32)
     return ((jnp.asarray(x, wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)).astype(dtype)
 
@@ -87,10 +87,10 @@ class Classifier(nn.Module, kw_only=True):
     num_classes: int
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    dtype: Any = jnp.float32  # of the computation; parameters are float32, logits at least that
+    dtype: Any = jnp.float32  # of the computation; parameters are float32, logits at least float32
     axis_name: str | None = None  # mapped axis over which BatchNorm synchronises when training
     conv_implementation: str = "auto"
-    dropout_keys: Any = None  # [b], a key for each example; where a network with dropout trains
+    dropout_keys: Any = None  # [b], one key per example, for training with dropout
 
     def __post_init__(self):
         check_choice("conv_implementation", self.conv_implementation, IMPLEMENTATIONS)
@@ -107,7 +107,7 @@ class Classifier(nn.Module, kw_only=True):
 
     def features(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b d"]:
         """The input of the last dense layer."""
-        raise NotImplementedError  # abstract: each network is its features
+        raise NotImplementedError  # abstract: networks differ in their features alone
 
     def conv(self, features: int, size: int, **kwargs) -> Conv:
         """A size x size convolution that follows the model's fields."""
@@ -125,10 +125,10 @@ class Classifier(nn.Module, kw_only=True):
         return nn.Dense(features, dtype=self.dtype, kernel_init=dense_init)
 
     def dropout(self, x: Float[Array, "b d"], rate: float, index: int) -> Float[Array, "b d"]:
-        """A share of each example's values set to 0 at random, and the others scaled up for it.
+        """Sets a share of each example's values to 0 at random and scales up the others for it.
 
-        By the example's own key, folded with the index of the layer, so that nothing depends on the
-        batch or the device.
+        The draws use the example's own key, folded with the index of the layer, so that nothing
+        depends on the batch or the device.
         """
         if self.dropout_keys is None:
             raise ValueError("a network with dropout needs dropout_keys to train")
@@ -141,5 +141,5 @@ class Classifier(nn.Module, kw_only=True):
 
 
 def flatten(x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
-    """Everything but the example axis, images in the order height, width, channel."""
+    """All axes but the first as one; for images in the order height, width, channel."""
     return x.reshape(x.shape[0], -1)

@@ -28,7 +28,7 @@ class _Normalized(Classifier, kw_only=True):
         super().__post_init__()
 
     def normed(self, x: Array, train: bool) -> Array:
-        if self.norm == "group":  # fewer groups than the paper's 32 where those do not divide
+        if self.norm == "group":  # fewer groups than the paper's 32 if 32 does not divide
             return nn.GroupNorm(math.gcd(32, x.shape[-1]), epsilon=1e-5, dtype=self.dtype)(x)
         return nn.BatchNorm(
             use_running_average=not train,
@@ -39,7 +39,7 @@ class _Normalized(Classifier, kw_only=True):
         )(x)
 
     def padded_conv(self, channels: int, size: int, x: Array, stride: int = 1) -> Array:
-        """Padded alike on all sides: with stride 2, "SAME" would pad the bottom and right more."""
+        """Pads all sides equally; with stride 2, "SAME" would pad the bottom and right more."""
         padding = ((size // 2, size // 2),) * 2
         conv = self.conv(channels, size, strides=(stride, stride), padding=padding, use_bias=False)
         return conv(x)

@@ -38,7 +38,7 @@ class _Activated(Classifier, kw_only=True):
         self.sow("intermediates", name, activated)
         if pool == 1:
             return activated
-        if self.activation in MONOTONE:  # the same, of fewer pixels
+        if self.activation in MONOTONE:  # the same result from fewer pixels
             return activation(max_pool2d(x, pool))
         return max_pool2d(activated, pool)
 
@@ -99,9 +99,9 @@ class MadryCNN(_Activated):
 class SmallCNN(_Activated, kw_only=True):
     """Valid 3x3 convolutions, every second one pooled, and dense layers.
 
-    By default TRADES' SmallCNN (1901.08573) without its dropout of 0.5 after the first dense layer,
-    which is the MNIST network of 1907.11780. The CIFAR-10 network there has the widths 64, 64, 128
-    and 128, two dense layers of 256 and a dropout of 0.5 after each.
+    The default is TRADES' SmallCNN (1901.08573) without its dropout of 0.5 after the first dense
+    layer, which is the MNIST network of 1907.11780. The CIFAR-10 network there has the widths 64,
+    64, 128 and 128, two dense layers of 256 and a dropout of 0.5 after each.
     """
 
     widths: tuple[int, ...] = (32, 32, 64, 64)

@@ -1,6 +1,6 @@
 """Figures: arrays or DataFrames in, matplotlib Figures out.
 
-`run` of one run, `networks` of any, `study` of arms and seeds.
+`run` draws one run, `networks` any networks, `study` arms and seeds.
 """
 
 from robust_jax.plots.networks import (

@@ -1,4 +1,4 @@
-"""Figures of the measurements, several networks ("arms") side by side, each by its name."""
+"""Figures of the measurements, with several networks ("arms") side by side, each by its name."""
 
 from collections.abc import Mapping
 from textwrap import fill
@@ -31,9 +31,9 @@ _LINES = ("-", "--", "-.", ":")
 
 @rc_context(STYLE)
 def distributions(values: Mapping[str, ArrayLike], *, xlabel: str) -> Figure:
-    """Histograms of margins or energies, one outline an arm, minimum (▲) and mean (line) marked.
+    """Histograms of margins or energies, one outline per arm, minimum (▲) and mean (line) marked.
 
-    The axis is logarithmic where the values are not negative and spread far.
+    The axis is logarithmic if the values are not negative and spread far.
 
     Args:
         values: [N] by arm. Those that are not finite are left out, and the legend says how many.
@@ -125,7 +125,7 @@ def by_layer(values: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]], *, yla
     """Values of each layer, such as feature changes: a panel for each title, a line for each arm.
 
     The line joins the medians, and bars hold the middle half of the examples. The axis is
-    logarithmic where the values spread far.
+    logarithmic if the values spread far.
 
     Args:
         values: By title, arm and layer, [N] or a number.
@@ -192,9 +192,9 @@ def by_layer(values: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]], *, yla
 
 @rc_context(STYLE)
 def reliability_diagram(curves: Mapping[str, Reliability]) -> Figure:
-    """Accuracy against top probability, one line an arm with its ECE, over the examples' shares.
+    """Accuracy against top probability, one line per arm with its ECE, above the examples' shares.
 
-    On the diagonal a network is as often right as it says; below it, it is too sure.
+    On the diagonal a network is right as often as it says; below, it is overconfident.
 
     Args:
         curves: By arm, as `calibration.reliability` returns them.
@@ -229,7 +229,7 @@ def reliability_diagram(curves: Mapping[str, Reliability]) -> Figure:
             100 * curve.examples / curve.examples.sum(), 100 * curve.edges, lw=1.5, **_arm(i)
         )
     top.set(ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 102))
-    # Logarithmic, for a bin of a few examples is what makes the line above jump.
+    # Logarithmic, to show the bins of a few examples, which make the line above jump.
     bottom.set(xlabel="top probability, %", ylabel="examples, %", yscale="log")
     _legend_in_rows(figure, top)
     return figure
@@ -245,8 +245,8 @@ def latent_scatter(
     """Projected latents, a panel for each arm, coloured by label, each class's label at its median.
 
     Args:
-        points: By arm, [N,2], such as the points of `latent.projection`. Write what should be read
-            with a panel, such as a silhouette, into the arm's name.
+        points: By arm, [N,2], such as the points of `latent.projection`. Anything to be read
+            with a panel, such as a silhouette, goes into the arm's name.
         labels: [N], or by arm where they differ.
         axes: What the two axes are called.
 
@@ -339,7 +339,7 @@ def loss_surfaces(
 ) -> Figure:
     """Contours of `surface.loss_surface`, a panel for each arm.
 
-    Each panel has its own scale of colours, or the steepest would flatten the others. The clean
+    Each panel has its own colour scale, or the steepest would flatten the others. The clean
     point is a white disc, the adversarial one a red diamond.
 
     Args:
@@ -381,16 +381,16 @@ def loss_surfaces(
 
 
 def _arm(i: int) -> dict[str, Any]:
-    """A color, as in a study's other figures, and a line; no two of the first 32 are alike."""
+    """A colour, as in a study's other figures, and a line style; the first 32 all differ."""
     rounds, color = divmod(i, len(ARM_COLORS))
     return {"color": ARM_COLORS[color], "ls": _LINES[(i + rounds) % len(_LINES)]}
 
 
 def _wrapped(title: str, width: int) -> str:
-    """The title wrapped to that many characters, its own lines kept."""
+    """The title wrapped to width characters, with its own line breaks kept."""
     return "\n".join(fill(line, width) for line in title.splitlines())
 
 
 def _legend_in_rows(figure: Figure, ax: Axes, title: str | None = None) -> None:
-    """A row for each label: those with numbers in them are too long to stand side by side."""
+    """A row for each label, since labels with numbers are too long to stand side by side."""
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", title=title)

@@ -58,7 +58,7 @@ def accuracy_against_eps(
     ", first N" has hollow markers, as only the first N examples were attacked.
 
     Args:
-        attacks: One row an ε, with the columns checkpoint ("best", "last"), norm, attack, eps in
+        attacks: One row per ε, with the columns checkpoint ("best", "last"), norm, attack, eps in
             pixel units and accuracy in [0,1].
         clean: By checkpoint, the accuracy at ε = 0.
         chance: The accuracy of a guess.
@@ -96,11 +96,11 @@ def accuracy_against_eps(
                     style |= dict(mfc="white", ls=":")
                 elif len(rows) > 1:
                     sizes, accuracy = [0, *sizes], [clean[checkpoint], *accuracy]
-                else:  # one radius is a point, from which no line leads to ε = 0
+                else:  # one radius is a point, without a line to ε = 0
                     style = {"marker": "D", "ms": 9, "mfc": "none", "mew": 2.5} | style
                 ax.plot(sizes, 100 * np.array(accuracy), label=label, **style)
 
-        # The worst case lies under the attacks' thin lines, which often run along it.
+        # The worst case is drawn under the attacks' thin lines, which often coincide with it.
         draw("best", WORST_CASE, "worst case", color="black", lw=4, zorder=2)
         draw("last", WORST_CASE, "worst case, last", color="0.45", lw=2.5, ls="--", zorder=2)
         for name in of_first:
@@ -124,8 +124,8 @@ def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> F
     """Losses, accuracies, regularisers, learning rate and gradient norm against the step.
 
     Args:
-        metrics: One row a step, with the column step and any of those that metrics.jsonl holds. A
-            panel without any is left out.
+        metrics: One row per step, with the column step and any of those in metrics.jsonl. A panel
+            without any is left out.
         best_step: The step of the best checkpoint, which a line marks, if any.
 
     Returns:
@@ -139,7 +139,7 @@ def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> F
         ['loss']
     """
     terms = [c for c in metrics.columns if c.startswith("train/regularizers/")]
-    # Without terms the supervised loss is the total.
+    # Without terms the supervised loss equals the total.
     supervised = {"train/supervised_loss": ("train, supervised", dict(color=GREEN))}
     # By panel and column: a label and a style.
     panels: dict[str, dict[str, tuple[str | None, dict[str, Any]]]] = {
@@ -188,7 +188,7 @@ def training_curves(metrics: pd.DataFrame, *, best_step: int | None = None) -> F
 
 
 def _without_rest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The means over steps without the last, where that is over a rest: it would jump."""
+    """The means over steps without the last if that covers fewer steps, since it would jump."""
     gaps = rows["step"].diff().dropna()
     is_rest = len(gaps) > 1 and gaps.iloc[-1] < gaps.iloc[:-1].median()
     return rows.iloc[:-1] if is_rest else rows
@@ -202,7 +202,7 @@ def jacobian_histograms(records: Mapping[str, pd.DataFrame]) -> Figure:
     """Histograms of each example's Jacobian norms, medians marked, one panel for each norm.
 
     Args:
-        records: By checkpoint, one row an example, with any of the columns that JACOBIANS names.
+        records: By checkpoint, one row per example, with any of the columns that JACOBIANS names.
             The first checkpoint is filled, the others are outlines.
 
     Returns:
@@ -237,7 +237,7 @@ def jacobian_histograms(records: Mapping[str, pd.DataFrame]) -> Figure:
 
 @rc_context(STYLE)
 def estimate_against_exact(exact: ArrayLike, estimate: ArrayLike, error: ArrayLike) -> Figure:
-    """Estimated against exact Frobenius norm, one point an example with ±1 standard error.
+    """Estimated against exact Frobenius norm, one point per example with ±1 standard error.
 
     Args:
         exact: [N], as `jacobian.frobenius_norm` returns it, in logits per pixel unit.
@@ -281,9 +281,9 @@ def fate_histograms(records: pd.DataFrame, fate: pd.Series) -> Figure:
     """Histograms of margin and confidence, split by fate; each fate sums to 100 %.
 
     Args:
-        records: One row an example, with the columns margin, in units of the logits, and
+        records: One row per example, with the columns margin, in units of the logits, and
             confidence, in [0,1].
-        fate: "held", "broken" or "misclassified" for each row, as `app.records.fates` has it.
+        fate: "held", "broken" or "misclassified" for each row, as `app.records.fates` returns it.
 
     Returns:
         The figure.
@@ -323,7 +323,7 @@ def jacobian_by_fate(records: pd.DataFrame, fate: pd.Series) -> Figure:
     The box holds the middle half of a group and the whiskers its middle 90 %.
 
     Args:
-        records: One row an example, with any of the columns that JACOBIANS names.
+        records: One row per example, with any of the columns that JACOBIANS names.
         fate: As in `fate_histograms`.
 
     Returns:
@@ -421,7 +421,7 @@ def image_grid(
             difference = 0.5 + difference / (2 * scale)
         _show(grid[row + 2, column], difference, cmap="RdBu_r", vmin=-scale, vmax=scale)
     for row, name in enumerate(["clean", "adversarial", f"difference\n±{scale:.3g}"] * bands):
-        # The axes are off, and a label of an axes that is off is not drawn.
+        # The axes are off, and matplotlib does not draw their labels then.
         grid[row, 0].text(
             -0.08,
             0.5,

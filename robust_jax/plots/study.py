@@ -21,7 +21,7 @@ from robust_jax.plots.style import (
 )
 
 _MARKERS = "os^DvPX"  # one fewer than colours, so that no two of 56 arms look the same
-_MOST_MARKERS = 6  # of a line along training
+_MOST_MARKERS = 6  # on a line along training
 
 
 @rc_context(STYLE)
@@ -41,7 +41,7 @@ def accuracy_by_arm(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
             style: dict[str, Any] = {"color": color, "marker": marker, "label": arm}
             if len(points) > 2:
                 _line_with_band(ax, points, "eps", 100, **style)
-            else:  # from one radius no line leads to ε = 0
+            else:  # no line leads from one radius to ε = 0
                 _points_with_bars(ax, points, "eps", 100, **style)
         ax.set(title=norm_symbol(norm), xlabel="ε", ylim=(-2, 102))
         ax.set_xlim(left=0)
@@ -52,7 +52,7 @@ def accuracy_by_arm(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
 
 @rc_context(STYLE)
 def measures_by_arm(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
-    """A panel for each measure, in it a point for each arm, its interval and its seeds.
+    """A panel for each measure, with the mean, the interval and the seeds of each arm.
 
     table: by arm and measure {values: by seed, mean, low, high}; those never measured are left out.
     """
@@ -93,7 +93,7 @@ def measures_by_arm(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Fig
 def measures_against_each_other(
     table: Mapping[str, Mapping[str, Mapping[str, Any]]], pairs: Sequence[Sequence[str]]
 ) -> Figure:
-    """A panel for each pair of measures, in it a point for each arm and seed.
+    """A panel for each pair of measures, with a point for each arm and seed.
 
     Args:
         table: By arm and measure, {"values": a number by seed}.
@@ -138,10 +138,10 @@ def measures_against_each_other(
 
 @rc_context(STYLE)
 def along_training(history: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
-    """A panel for each number of the validations against the epoch, a line for each arm.
+    """The numbers of the validations against the epoch: a panel for each, a line for each arm.
 
-    history: by number and arm the points {epoch, mean, low, high}; low and high may be None. Epochs
-    are on a logarithmic axis from 1 on where some arms train more than 20 times as long as others.
+    history: by number and arm the points {epoch, mean, low, high}; low and high may be None. The
+    axis is logarithmic from epoch 1 on if some arms train more than 20 times as long as others.
     """
     figure, panels = panels_in_rows(len(history), columns=2, height=3.0)
     lasts = [points[-1]["epoch"] for of in history.values() for points in of.values() if points]
@@ -163,10 +163,10 @@ def along_training(history: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
 
 @rc_context(STYLE)
 def sweeps(found: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
-    """A panel for each arm: the measure that chooses against the value, the chosen one ringed.
+    """A panel for each arm: the deciding measure against the swept value, the chosen one ringed.
 
-    found: by arm {field, values, by, found, target, chosen}; what was not measured is None, as is a
-    target where there is none. labels: of the measures; those in percent end in "%".
+    found: by arm {field, values, by, found, target, chosen}; what was not measured is None, as is
+    a missing target. labels: by measure; those in percent end in "%".
     """
     figure, panels = panels_in_rows(len(found), columns=2, height=3.0)
     for ax, (arm, sweep), color in zip(panels, found.items(), cycle(ARM_COLORS), strict=False):
@@ -200,7 +200,7 @@ def _spread_far(values: Iterable[float]) -> bool:
 def _line_with_band(
     ax: Axes, points: Sequence[Mapping[str, Any]], along: str, scale: float = 1, **style: Any
 ) -> None:
-    """Means along a field of the points, with a band where there is an interval."""
+    """Means along a field of the points, with a band if there is an interval."""
     ax.plot([p[along] for p in points], [scale * p["mean"] for p in points], ms=4, lw=1.4, **style)
     band = [p for p in points if p["low"] is not None]
     ax.fill_between(
@@ -216,7 +216,7 @@ def _line_with_band(
 def _points_with_bars(
     ax: Axes, points: Sequence[Mapping[str, Any]], along: str, scale: float = 1, **style: Any
 ) -> None:
-    """Means along a field of the points, with a bar where there is an interval."""
+    """Means along a field of the points, with a bar if there is an interval."""
     fields = (along, "mean", "low", "high")
     at, *ends = np.array([[p[field] for field in fields] for p in points], float).reshape(-1, 4).T
     middle, low, high = scale * np.array(ends)

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-WIDTH = 7.2  # inches; the fonts below are readable where a figure is shown about this wide
-# Okabe and Ito's colours, which stay apart for colour-blind readers; black is the worst case's.
+WIDTH = 7.2  # inches; the fonts below are readable when a figure is shown about this wide
+# Okabe and Ito's colours, distinct for colour-blind readers too; black is for the worst case.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
     "#0072B2",
     "#D55E00",
@@ -44,7 +44,7 @@ STYLE = {
 
 
 def panels_in_rows(count: int, *, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """count panels in rows of that many columns, each row that many inches high."""
+    """count panels in rows of `columns`, each row `height` inches high."""
     rows = max(1, -(-count // columns))
     figure = Figure(figsize=(WIDTH, height * rows + 0.6))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -73,7 +73,7 @@ def norm_symbol(name: str) -> str:
     return "ℓ" + match[1].replace("inf", "∞").translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
-# Letters that a line under a figure holds, and that a legend's handle and gaps take.
+# How many letters fit in a line under a figure, and how many a legend's handle and gaps take.
 _LINE, _HANDLE = 100, 6
 
 
@@ -90,7 +90,7 @@ def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
 
 
 def legend_above(ax: Axes, *, columns: int = 2) -> None:
-    """A legend over the panel, where no line can run through it; none without labels."""
+    """A legend above the panel, where no line can cross it; none without labels."""
     if ax.get_legend_handles_labels()[1]:
         ax.legend(
             loc="lower left",
@@ -104,16 +104,16 @@ def legend_above(ax: Axes, *, columns: int = 2) -> None:
 
 
 def two_columns(names: list[str]) -> list[list[str]]:
-    """Rows of two; a last odd one is as wide as both."""
+    """Rows of two; a last odd one is as wide as two."""
     rows = [names[i : i + 2] for i in range(0, len(names), 2)]
     return [row if len(row) == 2 else row * 2 for row in rows]
 
 
 def bins_of(values: np.ndarray) -> tuple[list[float], bool]:
-    """Bin edges, and whether they are logarithmic: where the values spread over a factor of 30."""
+    """Bin edges, and whether they are logarithmic, for values that spread over a factor of 30."""
     positive = values[values > 0]
     if len(positive) and np.quantile(positive, 0.99) > 30 * np.quantile(positive, 0.01):
-        # A softmax that saturates has norms down to 1e-30; ten decades are enough to look at.
+        # A saturated softmax has norms down to 1e-30; ten decades are enough to look at.
         low = max(positive.min(), positive.max() * 1e-10)
         return np.geomspace(low, positive.max(), num_bins(len(values)) + 1).tolist(), True
     return np.histogram_bin_edges(values, bins=num_bins(len(values))).tolist(), False

@@ -12,7 +12,7 @@ from robust_jax.train.optimizer import is_kernel
 def perturbed(params: Any, gradient: Any, gamma: float) -> Any:
     """The parameters with every kernel w moved by γ‖w‖ up the gradient of the loss.
 
-    One step, relative to each layer, as published; biases and the scales of norms stay.
+    One step, relative to each layer's norm, as published. Biases and normalisation scales stay.
     """
 
     def move(is_kernel, w, g):

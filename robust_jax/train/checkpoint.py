@@ -1,6 +1,6 @@
-"""Checkpoints of a run, by Orbax: written in the background, atomically, best and last.
+"""The best and last checkpoints of a run, which Orbax writes atomically in the background.
 
-A checkpoint holds the state and `notes`, a small JSON dict of what else the run must remember.
+A checkpoint holds the state and `notes`, a small JSON dict of what else a run must remember.
 """
 
 import contextlib
@@ -23,32 +23,32 @@ Notes = dict[str, Any]
 
 
 class Checkpoints:
-    """The newest checkpoints of a run in workdir/checkpoints/last, the best one in …/best."""
+    """The newest checkpoints of a run in workdir/checkpoints/last, and the best in …/best."""
 
     def __init__(self, workdir: Path, template: TrainState):
         self._workdir = workdir
-        # Whole on every device there is now, however many there were when it was saved.
+        # Restored whole to every current device, however many there were when it was saved.
         self._template = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=parallel.replicated()
             ),
             template,
         )
-        # One more than needed: the one before is used where the newest is damaged, or a best one is
-        # of steps that a resumed run takes again.
+        # Each keeps a spare, used if the newest is damaged, or if the newest best is of steps that
+        # a resumed run repeats.
         self._managers = {kind: _manager(workdir, kind) for kind in ("last", "best")}
 
     def save(self, kind: str, state: TrainState, notes: Notes) -> None:
-        """Starts writing the state, once what was saved before is on disk; it may then be donated.
+        """Starts writing the state once earlier saves are on disk; it may then be donated.
 
-        Raises CannotWrite where what was saved before could not be written.
+        Raises CannotWrite if an earlier save could not be written.
         """
         step = int(state.step)
-        # One at a time. With several processes, two managers at work would wait for one another,
-        # as Orbax's barriers have the same names in both. Without the best on disk, a resumed run
-        # could skip it, past a later `last`.
+        # One at a time: with several processes, two busy managers would wait for one another, since
+        # Orbax gives their barriers the same names. The best must also be on disk before a later
+        # `last`, or a resumed run could skip it.
         self.wait()
-        # Training donates its state during the write, and on CPU Orbax reads in place.
+        # A copy: training donates its state during the write, and on CPU Orbax reads in place.
         state = parallel.on_every_device(state)
         notes = {"digest": _digest(state, notes), **notes}
         with self._writing():
@@ -62,8 +62,8 @@ class Checkpoints:
     def forget_after(self, step: int) -> bool:
         """Drops the best checkpoints of later steps, which a run that resumes here repeats.
 
-        The repeated steps may turn out differently, as on another number of devices. Returns
-        whether a best checkpoint is left.
+        Repeated steps may differ, for instance on another number of devices. Returns whether a
+        best checkpoint is left.
         """
         manager = self._managers["best"]
         for later in [known for known in manager.all_steps() if known > step]:
@@ -71,16 +71,16 @@ class Checkpoints:
         return bool(manager.all_steps())
 
     def restore(self, kind: str) -> tuple[TrainState, Notes] | None:
-        """The newest readable checkpoint, or None where there is none.
+        """The newest readable checkpoint, or None if there is none.
 
         Newer ones that cannot be read are reported and moved to workdir/checkpoints/damaged.
-        Raises UserError where checkpoints exist and none can be read; they stay where they are.
+        Raises UserError if checkpoints exist but none can be read; they stay where they are.
         """
         manager = self._managers[kind]
         steps = sorted(manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
             read, problem = self._read(manager, step)
-            if processes.any_of(read is None):  # one process is enough: then none of them uses it
+            if processes.any_of(read is None):  # if one process cannot, none uses it
                 logging.warning(
                     "checkpoint %s/%d cannot be read, trying the one before: %s",
                     kind,
@@ -127,7 +127,7 @@ class Checkpoints:
             (Path(self._managers[kind].directory) / str(step)).rename(folder / name)
 
     def wait(self) -> None:
-        """Returns once everything saved so far is on disk. Raises CannotWrite where it is not."""
+        """Waits until everything saved so far is on disk. Raises CannotWrite if a save failed."""
         with self._writing():
             for manager in self._managers.values():
                 manager.wait_until_finished()
@@ -141,7 +141,7 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+        except (OSError, ValueError) as error:  # TensorStore raises ValueError
             reason = " ".join(str(error).split())
             raise CannotWrite(
                 f"a checkpoint could not be written: {reason[:120]} … {reason[-60:]}; those in "
@@ -150,7 +150,7 @@ class Checkpoints:
 
 
 def _digest(state: TrainState, notes: Notes) -> str:
-    """A checksum of what is saved: a flipped bit may still decode, to other numbers."""
+    """A checksum of what is saved, since a flipped bit may still decode, to other numbers."""
     digest = hashlib.blake2b(json.dumps(notes, sort_keys=True).encode(), digest_size=16)
     for leaf in jax.tree.leaves(jax.device_get(state)):
         digest.update(leaf.tobytes())

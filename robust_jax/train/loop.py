@@ -1,6 +1,6 @@
 """The training loop: steps, logs, validation, checkpoints, and resuming where it stopped.
 
-A run is a generator that asks for its next step, so that several can take it in one program.
+A run is a generator that asks for its next step, so that several runs can step in one program.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Plan:
     log_every: int
     validate_every: int
     checkpoint_every: int
-    validate_first: bool = False  # the network at initialisation, too
+    validate_first: bool = False  # also the network at initialisation
     description: str = "train"
 
 
@@ -64,10 +64,10 @@ class Trained:
 def train(plan: Plan, workdir: Path, profile: Path | None = None) -> Trained:
     """Trains to the end of the plan, continuing from the last checkpoint in workdir.
 
-    The best checkpoint is that of the highest robust validation accuracy, the earlier on a tie.
-    Raises UserError at a non-finite loss or gradient, keeping the last good checkpoint; on SIGINT
+    The best checkpoint has the highest robust validation accuracy; on a tie the earlier one wins.
+    Raises UserError at a non-finite loss or gradient, keeping the last good checkpoint. On SIGINT
     and SIGTERM it saves and exits with 128 + the signal. profile: a folder for a trace of the ten
-    steps after the first, as TensorBoard, XProf and Perfetto read it.
+    steps after the first, which TensorBoard, XProf and Perfetto can read.
     """
     return train_seeds([plan], [workdir], profile)[0]
 
@@ -75,7 +75,7 @@ def train(plan: Plan, workdir: Path, profile: Path | None = None) -> Trained:
 def train_seeds(
     plans: Sequence[Plan], workdirs: Sequence[Path], profile: Path | None = None
 ) -> list[Trained]:
-    """`train` for several runs that differ in their seed alone, a step of all as one program.
+    """`train` for several runs that differ only in their seed, all stepped by one program.
 
     Small networks leave an accelerator idle; under vmap the runs share it. Each run has its own
     folder, checkpoints and logs, and resumes from there, alone or with the others.
@@ -120,7 +120,7 @@ def train_seeds(
 
 
 class _Shared:
-    """What runs that take their steps together have in common: the clock, and when they stop."""
+    """What runs that step together share: the clock, and when they stop."""
 
     def __init__(self, stop: Stop):
         self._stop, self._paused = stop, 0.0
@@ -131,18 +131,18 @@ class _Shared:
         self._asked, self._agreed = None, False
 
     def asked(self, *, agree: bool) -> bool:
-        """As `Stop.asked`, with one answer for all runs in a step."""
+        """Like `Stop.asked`, with one answer for all runs in a step."""
         if self._asked is None or (agree and not self._agreed):
             self._asked, self._agreed = self._stop.asked(agree=agree), agree
         return self._asked
 
     def seconds(self) -> float:
-        """The time, which stands still in a pause of any of the runs."""
+        """The time, which stands still while any of the runs is paused."""
         return time.perf_counter() - self._paused
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """For what is no step: a validation, a checkpoint."""
+        """Stops the clock for work outside a step, such as a validation or a checkpoint."""
         start = time.perf_counter()
         try:
             yield
@@ -151,7 +151,7 @@ class _Shared:
 
 
 def restore(plan: Plan, workdir: Path) -> Trained:
-    """What train returned when it finished. Raises UserError where it has not."""
+    """What train returned when it finished. Raises UserError if it has not finished."""
     with _open(plan, workdir) as checkpoints:
         if (found := checkpoints.restore("last")) is None:
             raise UserError(
@@ -187,12 +187,12 @@ _NEW_RUN: Notes = {
 }
 
 
-# A run's steps: it asks for one of (state, batch), is sent (state, sums), and returns at the end.
+# A run's steps: it yields (state, batch), is sent (state, sums), and returns at the end.
 _Steps = Generator[tuple[TrainState, Any], tuple[TrainState, Any], Any]
 
 
 def _train(plan: Plan, workdir: Path, shared: _Shared, *, shown: bool) -> _Steps:
-    """Returns Trained, or None where it was asked to stop."""
+    """Returns Trained, or None if it was asked to stop."""
     with _open(plan, workdir) as checkpoints:
         state, notes = checkpoints.restore("last") or (plan.init(), dict(_NEW_RUN))
         if int(state.step) < plan.total_steps:
@@ -221,7 +221,7 @@ def _run(
         logging.info("continuing from step %d of %d", start, plan.total_steps)
     elif (workdir / "metrics.jsonl").exists():
         logging.info("starting over: this run was stopped before its first checkpoint")
-    timed_before = notes["steps_timed"]  # the first step of each start compiles: not timed
+    timed_before = notes["steps_timed"]  # the first step of each start compiles and is not timed
     pending: list[Any] = []  # sums on the device, not yet fetched
     fetched: list[Any] = list(notes["pending"])  # sums since the last log line
     clock, stopped = shared.seconds(), False
@@ -276,7 +276,7 @@ def _run(
                         notes["best_accuracy"] = values["robust_accuracy"]
                         checkpoints.save("best", state, {"best_accuracy": notes["best_accuracy"]})
             stopped = shared.asked(agree=done % plan.log_every == 0 or last)
-            # After the best, so that at most one best is of steps that a resumed run takes again.
+            # After the best, so that at most one best is of steps that a resumed run repeats.
             if done % plan.checkpoint_every == 0 or is_best or last or stopped:
                 fetch()
                 add_time()
@@ -307,7 +307,7 @@ def _check_finite(name: str, value: float, step: int, workdir: Path) -> None:
 def _timings(plan: Plan, notes: Notes) -> dict[str, float]:
     """How fast the steps were, on the machine that trained.
 
-    Of runs that took their steps together each counts its own examples alone.
+    Each of several runs that stepped together counts only its own examples.
     """
     seconds, steps = max(notes["seconds"], 1e-9), max(notes["steps_timed"], 1)
     return {
@@ -323,7 +323,7 @@ _OF_PEAK = ("teraflops_per_second", "share_of_peak")
 
 
 def _share_of_peak(plan: Plan, last: TrainState, notes: Notes) -> dict[str, float]:
-    """How near the steps came to the peak of this chip; nothing where that is not known."""
+    """How near the steps came to this chip's peak; empty if the peak is not known."""
     if not (peak := speed.peak(jax.devices()[0].device_kind)):
         return {}
     work = speed.flops(plan.train_step, last, plan.batches[0], plan.key)

@@ -24,7 +24,7 @@ def reduce_sums(steps: Iterable[Totals]) -> dict[str, float]:
 class MetricsWriter:
     """Appends to workdir/metrics.jsonl and workdir/tensorboard, in the first process.
 
-    A run resumed at a step drops the lines after it, so none is doubled.
+    A run resumed at a step drops the lines after it, so none is duplicated.
     """
 
     def __init__(self, workdir: Path, *, resumed_at: int):
@@ -36,18 +36,18 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         lines = [line for line in lines if line.endswith("\n")]
-        # A run that starts over writes its line of step 0 once more.
+        # A run that starts over writes its line of step 0 again.
         kept = [line for line in lines if resumed_at and json.loads(line)["step"] <= resumed_at]
         write_atomically(path, "".join(kept))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(
             str(workdir / "tensorboard"),
             purge_step=resumed_at + 1 if resumed_at else None,
-            max_queue=10**6,  # a full disk ends its thread, and a full queue would wait for ever
+            max_queue=10**6,  # a full disk ends its thread; then a full queue would block for ever
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of values at a step, on disk when this returns."""
+        """One line of values at a step, flushed to the file when this returns."""
         if not self._writes:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -22,8 +22,8 @@ BatchStats = Any
 Batch = Mapping[str, Array]
 # Sums over examples and the number of examples summed, by name; the metric is their ratio.
 Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
-# apply(params, batch_stats, x, train, keys) -> (logits, new batch_stats); the keys [B] are for what
-# a network draws while it trains, and None where it does not.
+# apply(params, batch_stats, x, train, keys) -> (logits, new batch_stats); the keys [B] seed what
+# the network draws in training, such as dropout, and are None in evaluation.
 Apply = Callable[
     [Params, BatchStats, Array, bool, Key[Array, " b"] | None], tuple[Array, BatchStats]
 ]
@@ -42,8 +42,9 @@ class Adversary(NamedTuple):
 class Objective:
     """objective(params, batch_stats, batch, key) -> (per_example [B], (batch_stats, sums)).
 
-    It runs two parts in turn, with the same arguments, for callers that take several gradients of
-    one batch: attack returns the batch with its adversarial half, and loss is of that batch.
+    It runs two parts in turn, with the same arguments: attack returns the batch with its
+    adversarial half, and loss is of that batch. A caller that takes several gradients of one batch
+    calls them separately.
     """
 
     attack: Callable[..., Batch]
@@ -66,11 +67,11 @@ def make_objective(
 
     batch: image [B,H,W,C] in [0,1], label [B] (-1 where unlabelled), position [B], the row's
     place in the global batch, with which key is folded. terms: by the labels under which their
-    values are logged. Over "both" halves a loss or a term is their mean. Unlabelled examples have
-    no loss; the others' is divided by labeled_fraction, the share of labels in every global batch,
-    so that the batch's mean is the mean over labels. Running statistics are those of the forward
-    passes the loss is taken on. Raises ValueError where something needs the adversarial half and
-    there is no adversary.
+    values are logged. On "both" halves a loss or a term is the mean of the two. Unlabelled examples
+    have no loss; the others' is divided by labeled_fraction, the share of labels in every global
+    batch, so that the batch's mean is the mean over labels. Running statistics are those of the
+    forward passes the loss is taken on. Raises ValueError if something needs the adversarial half
+    and there is no adversary.
     """
     terms = terms or {}
     _check_half("loss_on", loss_on)
@@ -93,11 +94,11 @@ def make_objective(
         if adversary is None or "adversarial" not in needed:
             return batch
         x, y = batch["image"], batch["label"]
-        # Stopped at the parameters, not at the result: their derivative is never traced.
+        # Stopped at the parameters, not at the result, so that their derivative is never traced.
         frozen = evaluation_network(jax.lax.stop_gradient(params), batch_stats)
         if adversary.against_clean_logits:
             y = frozen(x)
-        elif labeled_fraction < 1:  # an unlabelled example is moved from what it is taken for
+        elif labeled_fraction < 1:  # unlabelled: away from the predicted class
             y = jnp.where(y != UNLABELED, y, jnp.argmax(frozen(x), -1))
         keys = fold_each(fold_in_each(key, batch["position"]), 0)
         return {**batch, "adversarial": adversary.attack(frozen, x, y, keys)}
@@ -110,7 +111,7 @@ def make_objective(
         keys = fold_in_each(key, batch["position"])
         halves: dict[str, Half] = {}
         new_stats = batch_stats
-        for name in sorted(needed, reverse=True):  # clean first, as its statistics are
+        for name in sorted(needed, reverse=True):  # clean first, also for the statistics
             stats_before = new_stats if name in loss_halves else batch_stats
             images = batch["image" if name == "clean" else name]
             dropout_keys = fold_each(keys, _DROPOUT[name])
@@ -148,5 +149,5 @@ def halves_needed(loss_on: LossOn, terms: Mapping[str, Term]) -> set[str]:
 
 
 def _check_half(name: str, value: str) -> None:
-    if value not in tuple(HALVES):  # which compares what has no hash, too
+    if value not in tuple(HALVES):  # a tuple also compares unhashable values
         raise ValueError(f"{name} must be one of {', '.join(HALVES)}, not {value!r}")

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by name: thin entries over optax."""
+"""Optimisers and learning-rate schedules by name: thin wrappers around optax."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -63,7 +63,7 @@ OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def constant(peak: float, total_steps: int) -> Schedule:
-    """peak throughout."""
+    """The peak throughout."""
     return optax.constant_schedule(peak)
 
 
@@ -74,7 +74,7 @@ def piecewise(
     boundaries: tuple[float, ...] = (0.5, 0.75),
     factor: float = 0.1,
 ) -> Schedule:
-    """peak, multiplied by factor at each boundary, a fraction of the run (Rice et al. 2020)."""
+    """The peak, multiplied by factor at each boundary, a fraction of the run (Rice et al. 2020)."""
     if not all(0 < b < 1 for b in boundaries):
         raise ValueError(f"boundaries must be fractions of the run in (0, 1), not {boundaries!r}")
     steps: dict[int, float] = {}
@@ -123,7 +123,7 @@ def with_clipping(
 
 
 def is_kernel(params: Any) -> Any:
-    """Which leaves are kernels, and decayed: biases and the scales of norms are not."""
+    """Which leaves are kernels, which are decayed; biases and normalisation scales are not."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 

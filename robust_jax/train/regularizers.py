@@ -10,7 +10,7 @@ say what it looks at:
     keys                [B], a random key for each example
     params              the network's parameters
 
-Its keywords come from a config; label_free=True, where it has that keyword, ignores the labels.
+Its keywords come from a config. If one of them is label_free, True makes it ignore the labels.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ class Term:
         return "labels" in self.inputs and not (label_free and label_free.default)
 
     def __call__(self, halves: Mapping[str, Half], **rest: Any) -> PerExample:
-        """The values [B], or one for all; over two halves their mean. rest: the other inputs."""
+        """The values [B], or one for all; for two halves the mean. rest: the other inputs."""
         if "half" not in self.inputs:
             return self._of({**halves, **rest})
         return mean(self._of({"half": halves[name], **rest}) for name in self.halves)
@@ -106,8 +106,8 @@ def entropy(half: Half) -> PerExample:
 def complement_entropy(half: Half, labels: Labels) -> PerExample:
     """-H(q) in nats, q the softmax over the wrong classes: what COT adds to cross-entropy.
 
-    There (arXiv 1903.01182) every iteration takes two steps, one on each of the two; here one step
-    on their sum, our reading. The authors' code divides by K: a weight of 1/K.
+    In COT (arXiv 1903.01182) every iteration takes two steps, one on each of the two; we take one
+    step on their sum, our reading. The authors' code divides by K, which is a weight of 1/K.
     """
     return -losses.complement_entropy(half.logits, labels)
 
@@ -165,7 +165,7 @@ def vat(
 def output_margin_ramp(half: Half, labels: Labels, *, tau: float) -> PerExample:
     """τ - clip(α, 0, τ) of the output margin α, in units of the logits (arXiv 1907.11780).
 
-    As published: it acts on examples that are right by less than tau, not on those that are wrong.
+    As published, it acts on examples that are right by less than tau, not on those that are wrong.
     The output margin stands for an input-space margin if the layers' norms are near 1: see
     `orthogonality`. A later version of the authors' code clamps -α to [0, τ] instead, which is a
     different function.
@@ -178,16 +178,16 @@ def output_margin_ramp(half: Half, labels: Labels, *, tau: float) -> PerExample:
 def orthogonality(params: Any) -> Float[Array, ""]:
     """Σ ‖W Wᵀ - I‖_F² over dense matrices and kernels, W as [out, rest] (arXiv 1907.11780).
 
-    Biases and the scales of norms stay out. The authors' code adds each layer's term twice, once
-    while it is at the layer's bias, so the weight here is twice their β.
+    Biases and normalisation scales are left out. The authors' code adds each layer's term twice,
+    once when it visits the layer's bias, so the weight here is twice their β.
     """
 
     def deviation(kernel):
         rows = kernel.reshape(-1, kernel.shape[-1])
-        # ‖W Wᵀ - I‖² is ‖Wᵀ W - I‖² and a constant: the smaller product will do.
+        # ‖W Wᵀ - I‖² is ‖Wᵀ W - I‖² plus a constant, so the smaller product will do.
         constant = max(rows.shape[1] - rows.shape[0], 0)
         small = rows.T if constant else rows
-        # Its factors are alike, so twice the derivative by one of them is all of it.
+        # Both factors are the same, so the derivative is twice that with respect to one of them.
         product = small.T @ jax.lax.stop_gradient(small)
         value = ((product - jnp.eye(len(product), dtype=rows.dtype)) ** 2).sum()
         return 2 * value - jax.lax.stop_gradient(value) + constant
@@ -207,8 +207,8 @@ def input_margin(
 ) -> PerExample:
     """ψ(m/τ) of the first-order input-space margin m, in (0, 1): ours, not a paper's.
 
-    See `margins.truncate`; tau is in pixels, of the norm. Costs K-1 backward passes and their
-    derivative, or num_boundaries of both.
+    See `margins.truncate`; tau is a distance in the norm, in pixel units. Costs K-1 backward
+    passes and their derivatives, or num_boundaries of both.
     """
     distances = margins.boundary_distances(
         logits_fn, half.images, labels, norm=norm, num_boundaries=num_boundaries
@@ -243,7 +243,7 @@ def _energy(fn: Callable[..., PerExample]) -> Callable[..., PerExample]:
     own = parameters(fn, inspect.Parameter.KEYWORD_ONLY)
     free = parameters(term, inspect.Parameter.KEYWORD_ONLY)
     signature = inspect.Signature([*inputs, *own, *free])
-    # A config is checked against it; mypy knows no __signature__ of a function.
+    # A config is checked against it; mypy does not know a function's __signature__.
     term.__signature__ = signature  # type: ignore[attr-defined]  # as inspect reads it
     term.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     return term

@@ -1,4 +1,4 @@
-"""What a training run is at a step: one pytree."""
+"""The state of a training run at a step, as one pytree."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class Average(struct.PyTreeNode):
 class TrainState(struct.PyTreeNode):
     """step counts updates; average is None unless the run keeps one.
 
-    The position in the data is that of batch number `step`: see data.TrainBatches.
+    The next batch is number `step` of the data; see data.TrainBatches.
     """
 
     step: Int[Array, ""]
@@ -31,7 +31,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the network is evaluated with: the averages where there are any."""
+        """What the network is evaluated with: the averages, if the run keeps them."""
         source = self if self.average is None else self.average
         return {"params": source.params, "batch_stats": source.batch_stats}
 
@@ -44,7 +44,7 @@ def init_state(
     *,
     average: bool,
 ) -> TrainState:
-    """The state at step 0, its parameters drawn with key."""
+    """The state at step 0, with parameters drawn with key."""
     variables = jax.jit(model.init)(key, jnp.zeros((1, *image_shape)))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     copy = jax.tree.map(jnp.copy, (params, batch_stats)) if average else None

@@ -28,8 +28,8 @@ class StepSettings:
     weight_perturbation: AWP's γ; 0 for none. Above 0, the gradient, the sums and the batch
         statistics are those at weights perturbed by that share, on the same adversarial examples,
         which costs one more gradient a step.
-    num_parts: how many pieces a device takes its rows in, one after another, where their
-        activations do not fit. The gradient is that of all rows, but BatchNorm sees one piece.
+    num_parts: how many pieces a device takes its rows in, one after another, if their activations
+        do not fit in memory. The gradient is that of all rows, but BatchNorm sees one piece.
     """
 
     crop_padding: int = 0
@@ -104,7 +104,7 @@ def make_train_step(
 
 
 def vmap_train_step(train_step: TrainStep) -> Callable:
-    """The step of several runs at once: tuples of states, batches and keys, by jax.vmap."""
+    """The step of several runs at once, by jax.vmap over tuples of states, batches and keys."""
 
     def train_steps(states, batches, keys):
         def stacked(trees):
@@ -117,7 +117,7 @@ def vmap_train_step(train_step: TrainStep) -> Callable:
 
 
 def _mapped(fn: Callable, parts: Any) -> Any:
-    """fn of each part [P,…] in turn; a single one is no loop, which would be slower."""
+    """fn of each part [P,…] in turn; a single part needs no loop, which would be slower."""
     if jax.tree.leaves(parts)[0].shape[0] == 1:
         return jax.tree.map(lambda a: a[None], fn(jax.tree.map(lambda a: a[0], parts)))
     return jax.lax.map(fn, parts)

@@ -45,8 +45,8 @@ def make_validation(
 ) -> Validate:
     """validate(variables) -> {clean_accuracy, robust_accuracy, cross_entropy} over the whole split.
 
-    Also minimum_… and average_… of l2 margins, in pixel units, over the first labelled examples of
-    margins_of, as many as are tracked. Infinite margins are left out; if all are infinite, the
+    Also minimum_… and average_… of l2 margins, in pixel units, over as many of the first labelled
+    examples of margins_of as are tracked. Infinite margins are left out; if all are infinite, the
     number is left out too. margin is first-order (exact for a linear network), from the label, and
     negative where misclassified. distance is first-order, from the predicted class, and never
     negative: for a linear network it is the margin of arXiv 1907.11780. Both have quantiles, as in
@@ -55,10 +55,10 @@ def make_validation(
     paper's margin for other networks.
 
     network(variables, x) -> logits. attack(logits_fn, x, y, keys) -> x_adv; an example is robust
-    where both the example and its x_adv are classified right.
+    if both the example and its x_adv are classified correctly.
     """
 
-    # The keys are arguments of the compiled programs, which serve every seed.
+    # The keys are arguments of the compiled programs, which thus serve every seed.
     of_attack, of_margins = (
         np.asarray(jax.random.key_data(k)) for k in (key, jax.random.fold_in(key, 1))
     )
@@ -126,10 +126,10 @@ def _clever(logits_fn, batch, key_data, *, num_samples):
 
 
 def _summary(name: str, values: np.ndarray) -> dict[str, float]:
-    """The least and the mean of what there is, and for first-order margins quantiles."""
+    """The minimum and the mean of the values, and the quantiles of first-order margins."""
     if not len(values):
         return {}
-    # The minimum is one example's, and a few far ones move the average.
+    # The minimum depends on one example, and a few distant ones move the average.
     quantiles = (10, 50, 90) if name in ("margin", "distance") else ()
     return {
         f"minimum_{name}": float(values.min()),

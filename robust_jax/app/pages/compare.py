@@ -1,7 +1,7 @@
-"""Finished runs side by side: numbers, figures, audits and what their configs differ in.
+"""Finished runs side by side: numbers, figures, audits and differences of their configs.
 
-`python launch.py --mode=compare --workdir=OUT RUN RUN …` writes a page of it; a notebook takes the
-parts.
+`python launch.py --mode=compare --workdir=OUT RUN RUN …` writes them as a page; a notebook can use
+the parts.
 """
 
 import re
@@ -33,9 +33,10 @@ _FILE = "comparison.json"
 
 
 def load(folders: Sequence[Path | str]) -> dict[str, Evidence]:
-    """The runs by the shortest ends of their paths that tell them apart, a number not alone.
+    """Loads the runs, named by the shortest ends of their paths that tell them apart.
 
-    Raises UserError where a folder holds no finished run, or there are fewer than two.
+    A number alone is no name. Raises UserError if a folder holds no finished run, or if there are
+    fewer than two.
     """
     paths = [Path(folder).absolute() for folder in folders]
     if len(set(paths)) < 2:
@@ -91,7 +92,7 @@ def differences(compared: Mapping[str, Evidence]) -> pd.DataFrame:
 
 
 def figures(compared: Mapping[str, Evidence]) -> dict[str, tuple[Figure, str]]:
-    """By name: the figure and what it shows."""
+    """The figures by name, each with what it shows."""
     found = {}
     if any(run.results["attacks"] for run in compared.values()):
         found["accuracy"] = (
@@ -119,7 +120,7 @@ def text(compared: Mapping[str, Evidence]) -> str:
 def write(folders: Sequence[Path | str], workdir: Path) -> str:
     """Writes workdir/report.html of the runs in the folders; returns the table as plain text.
 
-    Raises UserError where workdir holds something else, or a folder no finished run.
+    Raises UserError if workdir holds something else, or a folder holds no finished run.
     """
     compared = load(folders)
     if workdir.is_file():
@@ -149,7 +150,7 @@ _NONE: Mapping[str, Any] = {"checks": ()}
 
 
 def _side_by_side(columns: Mapping[str, Mapping[str, str]], index: str) -> pd.DataFrame:
-    """A column for each run, with a row for whatever one of them has."""
+    """A column for each run, with a row for every label that any of them has."""
     rows = dict.fromkeys(label for column in columns.values() for label in column)
     return pd.DataFrame(
         {name: [column.get(label, "–") for label in rows] for name, column in columns.items()},
@@ -158,7 +159,7 @@ def _side_by_side(columns: Mapping[str, Mapping[str, str]], index: str) -> pd.Da
 
 
 def _names(paths: Sequence[Path]) -> dict[str, Path]:
-    # A seed's folder is called by a number, which says nothing without the one above it.
+    # A seed's folder is named by a number, which says nothing without the folder above it.
     numbered = {path: bool(re.fullmatch(r"[0-9.]+", path.name)) for path in paths}
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = {"/".join(path.parts[-depth - numbered[path] :]): path for path in paths}
@@ -168,7 +169,7 @@ def _names(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config with its radii and norms; as it is where it is older or of `evaluate`."""
+    """The config with its radii and norms; unchanged if it is older or from `evaluate`."""
     if "threat" not in config:
         return config
     return to_json(threat.complete(stored.from_json(dict(config))))
@@ -200,7 +201,7 @@ def _numbers(run: Evidence) -> dict[str, str]:
 
 
 def _curve(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """By norm the points of the worst case, from ε = 0, as a study's curves."""
+    """The points of the worst case by norm, from ε = 0, in the form of a study's curves."""
     clean = results["clean"]
     curves: dict[str, list[dict[str, Any]]] = {}
     for entry in results["attacks"]:
@@ -218,7 +219,7 @@ def _point(eps: float, share: float, count: int) -> dict[str, float]:
 
 
 def _plain(frame: pd.DataFrame) -> str:
-    """The table in columns, in which what is long takes several lines."""
+    """The table in columns, with long cells wrapped over several lines."""
     if frame.empty:
         return ""
     rows = [["", *frame.columns], *([label, *row] for label, row in frame.T.items())]

@@ -1,4 +1,4 @@
-"""Figures of what measurements left to draw, arms or networks side by side."""
+"""Figures of the measurements' arrays, with arms or networks side by side."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from robust_jax.plots import networks
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]
-# What of a measurement's arrays, one number an example, is drawn as histograms, and its axis.
+# Arrays of one number an example that are drawn as histograms, and the label of the axis.
 _DISTRIBUTIONS = {
     "output_margin": "output margin, in logits",
     "gap": "logit of the label less the mean of the others",

@@ -12,7 +12,7 @@ _LARGE = 250_000  # of a figure, in characters
 
 
 def template(name: str) -> jinja2.Template:
-    """A page of this folder; what is put into it is escaped."""
+    """A template of this folder; what is put into it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("robust_jax.app.pages"),
         autoescape=True,
@@ -28,7 +28,7 @@ def image(figure: Figure, alt: str, **about: Any) -> dict[str, Any]:
     # Fixed salt and no date: the same run gives the same page.
     with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
         source = _source(figure, "svg", "svg+xml", {"Date": None})
-        # However often it is saved again, the layout stays as it is and is not worked out twice.
+        # Freezes the layout, so that saving the figure again does not recompute it.
         figure.set_layout_engine("none")
         if len(source) > _LARGE:
             source = min(source, _source(figure, "png", "png", {}), key=len)

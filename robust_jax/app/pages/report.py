@@ -34,7 +34,7 @@ _LINE = 80
 
 
 class Radius(NamedTuple):
-    """The perturbation size that the report speaks about; trained: it is the adversary's."""
+    """The perturbation size that the report is about; trained: whether it is the adversary's."""
 
     norm: str
     eps: float
@@ -93,7 +93,7 @@ def table(results: Results) -> str:
 
 
 def _cut(label: str, width: int) -> str:
-    """A label that is too long, with its name cut short; the number of examples stays."""
+    """Shortens the name in a label that is too long; the number of examples stays."""
     if len(label) <= width:
         return label
     name, first, count = label.partition(", first ")
@@ -110,7 +110,7 @@ def measurements_text(numbers: Mapping[str, Mapping[str, float | None]]) -> str:
 
 
 def audit_text(results: Results) -> str:
-    """The verdict, the evidence of every check and, where one is not passed, the advice."""
+    """The verdict, the evidence of every check and the advice for those that did not pass."""
     lines = textwrap.wrap(audit_sentence(results), _LINE)
     for check in (results["audit"] or {"checks": ()})["checks"]:
         said = f"{check['verdict']:<8}{check['name']}: {check['evidence']}"
@@ -121,7 +121,7 @@ def audit_text(results: Results) -> str:
 
 
 def checkpoint_names(results: Results) -> list[str]:
-    """best and last, or best alone where they are the same or the last was not evaluated."""
+    """best and last, or only best if they are the same or the last was not evaluated."""
     if "last" not in results or results["best"]["step"] == results["last"]["step"]:
         return ["best"]
     return ["best", "last"]
@@ -174,7 +174,7 @@ _OF_OUTPUTS = {"outputs", "randomness", "batch"}
 
 
 def audit_sentence(results: Results) -> str:
-    """What the audit says of the robust accuracies beside it, as a sentence."""
+    """The audit's verdict on the robust accuracies, as a sentence."""
     audit = results["audit"]
     if audit is None:
         return "Not audited: nothing says that these attacks were not misled by masked gradients."
@@ -247,9 +247,9 @@ def _find(results: Results, name: str, eps: float) -> Mapping[str, Any] | None:
 def _attack_table(results: Results) -> pd.DataFrame:
     """The attacks of each checkpoint, one row an ε, as `plots.accuracy_against_eps` takes them.
 
-    The norm that the headline is about comes first. An attack goes without its norm, so that it is
-    called and coloured alike in each norm, unless two of one norm would then have the same name. If
-    it saw only the first of the examples, its name says how many.
+    The norm that the headline is about comes first. An attack's name leaves out its norm, so that
+    name and colour are the same in every norm, unless two attacks of one norm would then share a
+    name. If an attack saw only the first examples, its name says how many.
     """
     radius = reference_radius(results)
     rows = [
@@ -305,12 +305,12 @@ def _with_error(found: Mapping[str, float | None]) -> str:
     if error is None or mean is None:
         return number(mean)
     place = -floor(log10(error)) if error else 6
-    if place >= 6:  # to the digit of the error, unless that is a string of zeros
+    if place >= 6:  # rounding to the error's digit would show a string of zeros
         return f"{number(mean)} ± {error:.1g}"
     return " ± ".join(f"{round(v, place):,.{max(place, 0)}f}" for v in (mean, error))
 
 
-# T makes networks equally sure of themselves: by it the logits' scale is taken out.
+# Dividing by T removes the logits' scale, so that networks are equally confident.
 OF_WHAT = {"matched": "logits / T"}
 
 
@@ -322,7 +322,7 @@ JACOBIAN_WORDS = {
 
 
 def _blocks(results: Results) -> list[dict[str, Any]]:
-    """For each norm its ε and its rows: an attack with, for each checkpoint, a cell for each ε."""
+    """The ε and rows of each norm: an attack with, for each checkpoint, a cell for each ε."""
     blocks = []
     for norm, of_norm in _attack_table(results).groupby("norm", sort=False):
         sizes = sorted(of_norm["eps"].unique())
@@ -357,7 +357,7 @@ def _row(label: str, values: list[str], label_width: int, width: int) -> str:
 
 
 def _first_to_break(results: Results, best: pd.DataFrame) -> list[dict[str, str]]:
-    """What broke how many images first, up to the headline's radius; a row sums them up."""
+    """How many images each attack broke first, up to the headline's radius, and their sum."""
     radius = reference_radius(results)
     if radius is None:
         return []
@@ -388,7 +388,7 @@ def _measurements(results: Results) -> list[dict[str, str]]:
 
 
 def _elsewhere(results: Results) -> str:
-    """The measurements of another checkpoint than the best, and which."""
+    """The measurements of a checkpoint other than the best, and which one."""
     entries = results["config"].get("measurements") or {}
     places = {label: entry["at"] for label, entry in entries.items() if "at" in entry}
     return ", ".join(
@@ -422,7 +422,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-# Figures: each an image with its text, by name, where the run holds what it needs.
+# Figures by name: each an image with its text, if the run holds what it needs.
 
 
 def _figures(

@@ -1,4 +1,4 @@
-"""The runs of a study: its arms over seeds, and the sweeps that choose a value of an arm."""
+"""The runs of a study: its arms over seeds, and the sweeps that choose a value for an arm."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ SWEEP = "sweep"  # the folder of an arm's sweep, beside those of its seeds
 class Trial(NamedTuple):
     """One run of a study, in the folder of its name.
 
-    swept: the value that it tries, where it is one of a sweep.
+    swept: the value that it tries, if it belongs to a sweep.
     """
 
     arm: str
@@ -36,9 +36,9 @@ class Trial(NamedTuple):
 class Sweep(NamedTuple):
     """What a sweep found.
 
-    by: the measure that chooses. found: it at each value, None where it was not measured. target:
-    what it is to be near, that of the arm `nearest`; None where the highest is chosen. chosen: None
-    before the sweep is finished.
+    by: the measure that chooses. found: the measure at each value, None where it is missing.
+    target: the measure of the arm `nearest`, to which it should be close; None if the highest is
+    chosen. chosen: None before the sweep is finished.
     """
 
     field: str
@@ -51,7 +51,7 @@ class Sweep(NamedTuple):
 
 
 def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy of base with the changes; an entry that brings a name, and attacks, are replaced."""
+    """A copy of base with the changes; entries with a name, and attacks, are replaced whole."""
     result = ConfigDict(base.to_dict())
     for field, value in changes.items():
         entry = isinstance(value, Mapping | ConfigDict)
@@ -59,13 +59,13 @@ def changed(base: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
         if merge and "name" not in value and field != "attacks":
             result[field] = changed(result[field], value)
         else:
-            with result.ignore_type():  # a mistake is told where the fields are checked
+            with result.ignore_type():  # mistakes are reported when fields are checked
                 result[field] = ConfigDict(value) if entry else value
     return result
 
 
 def extra_seeds(config: ConfigDict) -> tuple[int, ...]:
-    """The seeds that may follow the first ones, where intervals are too wide."""
+    """The seeds that may be added to the first ones if intervals are too wide."""
     after = max(config.seeds) + 1
     return tuple(range(after, after + max(config.seeds_limit - len(config.seeds), 0)))
 
@@ -77,8 +77,8 @@ def trials(
 ) -> Iterator[Trial]:
     """The runs of a settled study, seed by seed, so that a part of it is a study too.
 
-    chosen: the value that the sweep of an arm chose; an arm whose value is not known has its own.
-    seeds: instead of the first ones, config.seeds.
+    chosen: the value that the sweep of an arm chose; an arm without one keeps its own. seeds:
+    replace the first ones, config.seeds.
     """
     for seed in config.seeds if seeds is None else seeds:
         for arm in config.arms:
@@ -133,7 +133,7 @@ def swept(config: ConfigDict, workdir: Path) -> dict[str, Sweep]:
 
 
 def with_sweep(config: ConfigDict) -> list[str]:
-    """The arms that have one, in the order in which they can be chosen."""
+    """The arms that have a sweep, in the order in which values can be chosen."""
     arms = [arm for arm in config.arms if SWEEP in config.arms[arm]]
     return sorted(arms, key=lambda arm: "nearest" in config.arms[arm][SWEEP])
 

@@ -1,4 +1,4 @@
-"""What a study's claims come to: tests on the runs' numbers, paired by seed and by test image.
+"""Verdicts on a study's claims: tests on the runs' numbers, paired by seed and by test image.
 
 Nothing is typed in: a verdict follows from the 95 % interval of a quantity that the claim says is
 above zero, and from the smallest effect that is worth claiming, which the config sets.
@@ -17,11 +17,11 @@ from robust_jax.errors import UserError
 
 Verdict = Literal["supported", "supported, but small", "refuted", "inconclusive", "no verdict"]
 RELATIONS = ("above", "below", "rises", "falls")
-# How large an effect is worth claiming, and how wide an interval may be: of a test, or of all of a
-# claim's.
+# The smallest effect worth claiming and the widest interval allowed, for one test or for all tests
+# of a claim.
 SIZES = ("smallest_effect", "widest")
 KEYS = ("measure", "arms", "relation", "level", "by", "at", *SIZES)
-# Student's t has an interval for two values, which is wide enough to say nothing.
+# Student's t has an interval for two values, but it is too wide to say anything.
 FEWEST_SEEDS = 3
 # A claim's verdict is the first of these that one of its tests has.
 _DECISIVE: tuple[Verdict, ...] = (
@@ -41,8 +41,8 @@ def judge(
 ) -> dict[str, Any]:
     """A claim with the outcome of each of its tests, and its verdict.
 
-    It is refuted where one test is, supported where every test is (but small where one effect is),
-    and else inconclusive, or has no verdict where a test has fewer than three seeds.
+    It is refuted if one test is, and supported if every test is (but small if one effect is).
+    Otherwise it is inconclusive, or has no verdict if a test has fewer than three seeds.
     adds_seeds: whether seeds are added until intervals are as narrow as was asked.
     """
     judged = [judge_test(test, found, adds_seeds=adds_seeds) for test in tests]
@@ -84,16 +84,16 @@ def judge_test(
 
 
 def _bounds(test: Mapping[str, Any]) -> tuple[float, float]:
-    """Between which numbers the mean of what is claimed can lie."""
+    """The least and the largest mean that the claimed quantity can have."""
     low, high = measures.bounds(test["measure"])
-    if test["relation"] in ("rises", "falls"):  # of a line, which may overshoot
+    if test["relation"] in ("rises", "falls"):  # from a fitted line, which may overshoot
         return -np.inf, np.inf
     by = test.get("by", 0.0)
     return low - high - by, high - low - by
 
 
 def _paired(test: Mapping[str, Any], found: Found) -> list[list[Evidence]]:
-    """The runs of the test's arms, [seeds][arms], of the seeds that all the arms have."""
+    """The runs of the test's arms, [seeds][arms], for the seeds that all the arms have."""
     shared = sorted(set.intersection(*(set(found[arm]) for arm in test["arms"])))
     return [[found[arm][seed] for arm in test["arms"]] for seed in shared]
 
@@ -111,7 +111,7 @@ def _judge_most(test: Mapping[str, Any], found: Found, adds_seeds: bool) -> dict
         judged = judge_test(of_entry, found, adds_seeds=adds_seeds)
         entries[name] = {k: v for k, v in judged.items() if k not in KEYS or k in SIZES}
     verdicts = [entry["verdict"] for entry in entries.values()]
-    # Those that every run has.
+    # Only entries that every run has.
     whole = [entry["values"] for entry in entries.values() if len(entry["values"]) == len(measured)]
     num_images = {entry["images"] for entry in entries.values()}
     return {
@@ -144,7 +144,7 @@ def verdict(known: Interval, num_seeds: int, smallest_effect: float = 0.0) -> Ve
 
     supported: the whole interval is above zero. refuted: it is below the smallest effect that is
     worth claiming. Where both hold there is an effect, and it is smaller than that. An interval
-    without width says that seeds differ by less than can be told.
+    without width means that seeds differ too little to tell.
     """
     if num_seeds < FEWEST_SEEDS:
         return "no verdict"
@@ -206,7 +206,7 @@ def check_size(test: Mapping[str, Any], field: str, path: str) -> None:
 
 
 def _size(size: float | str, test: Mapping[str, Any], numbers: np.ndarray) -> float:
-    """In the unit of the numbers [seeds, arms]: a share of the other arm's mean if in percent."""
+    """The size in the unit of numbers [seeds, arms]; a percentage is of the reference mean."""
     relative = _relative(size)
     if relative is None:
         return float(size)
@@ -215,7 +215,7 @@ def _size(size: float | str, test: Mapping[str, Any], numbers: np.ndarray) -> fl
 
 
 def _relative(size: Any) -> float | None:
-    """0.1 for "10 %"; None where it is no share of something."""
+    """0.1 for "10 %"; None if it is not a percentage."""
     if not isinstance(size, str) or not size.endswith("%"):
         return None
     try:
@@ -225,9 +225,10 @@ def _relative(size: Any) -> float | None:
 
 
 def by_image(measure: str, runs: Sequence[Sequence[Evidence]]) -> np.ndarray | None:
-    """What a number is the mean of, [seeds, arms, images], of the runs that have it, [seeds][arms].
+    """The values, [seeds, arms, images], that a number is the mean of, from runs [seeds][arms].
 
-    The images are those on which every run was measured. None where there are none.
+    Seeds without the number are left out. The images are those on which every run was measured.
+    None if there are none.
     """
     found = [
         [measures.outcomes(run.results, run.records, run.arrays, measure) for run in of_seed]
@@ -242,7 +243,7 @@ def by_image(measure: str, runs: Sequence[Sequence[Evidence]]) -> np.ndarray | N
 
 
 def _outcomes(test: Mapping[str, Any], runs: Sequence[Sequence[Evidence]]) -> np.ndarray:
-    """How far each seed is on the claimed side, [seeds]; of a mean each image, [seeds, images]."""
+    """How far seeds [seeds], or for a mean its images [seeds, images], are on the claimed side."""
     measure = test["measure"]
     if (of_images := by_image(measure, runs)) is not None:
         return np.stack([_on_claimed_side(test, of_seed) for of_seed in of_images])
@@ -254,9 +255,9 @@ def _outcomes(test: Mapping[str, Any], runs: Sequence[Sequence[Evidence]]) -> np
 def _on_claimed_side(test: Mapping[str, Any], values: np.ndarray) -> np.ndarray:
     """How far one seed is on the claimed side; values [arms] or [arms, images].
 
-    "above"/"below" compare the first arm with the second, or with a level; "rises"/"falls" take the
-    change from the first arm to the last of a line fitted over the arms, against `at` (or their
-    numbers).
+    "above"/"below" compare the first arm with the second, or with a level; "rises"/"falls" fit a
+    line over the arms, against `at` (or their numbers), and take its change from the first arm to
+    the last.
     """
     relation = test["relation"]
     if relation in ("rises", "falls"):

@@ -30,21 +30,21 @@ def interval(
 ) -> Interval:
     """The mean of outcomes and its interval, for seeds that were not run and images not seen.
 
-    One number a seed: Student's t over seeds. One for each seed and image: seeds and images are
-    crossed random effects, so the variance of the mean is that of the seeds' means, divided by the
-    number of seeds, plus that of the images' effects, divided by the number of images. The two
-    half-widths, each with the quantile of Student's t for its own number, are added as squares. The
-    interval then covers the mean at least as often as it says (Banerjee), for any number of seeds.
-    That of a share is at least as wide as where no image differs (the rule of three): -log(0.025) /
-    images.
+    For one number a seed, this is Student's t over seeds. For one per seed and image, seeds and
+    images are crossed random effects, so the variance of the mean is that of the seeds' means,
+    divided by the number of seeds, plus that of the images' effects, divided by the number of
+    images. The two half-widths, each with the quantile of Student's t for its own number, are added
+    in quadrature. The interval then covers the mean at least as often as it says (Banerjee), for
+    any number of seeds. The half-width of a share is at least -log(0.025) / images, its value where
+    no image differs (the rule of three).
 
     Args:
         outcomes: [seeds] or [seeds, images].
-        bounds: Between which numbers a mean can lie.
+        bounds: The least and the largest value that a mean can have.
         shares: Whether images count 0 or 1, or differences of these.
 
     Returns:
-        The mean and its interval; NaN where there is nothing.
+        The mean and its interval; NaN without outcomes.
 
     Example:
         >>> import numpy as np
@@ -80,27 +80,27 @@ def interval(
 
 
 def least_half_width(num_images: int) -> float:
-    """That of a share where no image differs: the rule of three."""
+    """The half-width of a share if no image differs: the rule of three."""
     return -log((1 - LEVEL) / 2) / num_images
 
 
 def as_wide_as(widest: float, known: Interval) -> Interval:
-    """The interval, made as wide as was asked where it is narrower.
+    """The interval, widened to the requested width if it is narrower.
 
     Adding seeds stops early when they happen to lie close together, and then the interval is too
     narrow. An interval of the requested width still covers the mean as often as it claims.
     """
     low, high = known.mean - widest / 2, known.mean + widest / 2
-    # Not Python's min and max: NaN stays.
+    # Unlike Python's min and max, these keep NaN.
     return known._replace(
         low=float(np.minimum(known.low, low)), high=float(np.maximum(known.high, high))
     )
 
 
 def seeds_needed(width: float, known: Interval, num_seeds: int, *, most: int = 1000) -> int | None:
-    """How many seeds would make the interval that narrow, if they scatter as its num_seeds do.
+    """How many seeds would make the interval that narrow, if they scatter like its num_seeds.
 
-    None where more than most would be, or where the images alone make it wider.
+    None if it takes more than most, or if the images alone make it wider.
     """
     counts = np.arange(num_seeds, most + 1)
     squared = max(((known.high - known.low) / 2) ** 2 - known.from_images**2, 0.0)

@@ -1,4 +1,4 @@
-"""A number of a run by its name, as a study's config writes it, and whether a run will have it.
+"""Looks up a run's numbers by their names in a study's config, and checks that they will exist.
 
 "attack@eps" is a robust accuracy; a dotted path is looked up in results.json; "one - other" is the
 difference of two. Names in braces stand for the study's radii, as in "pgd@{trained}".
@@ -27,7 +27,7 @@ _ANYTHING: _Tree = None
 _STATISTICS = dict.fromkeys(("mean", "median", "standard_error"))
 _JACOBIAN = dict.fromkeys(("frobenius", "spectral"), _STATISTICS)
 _VALIDATION = ("clean_accuracy", "robust_accuracy", "cross_entropy")
-# What a validation logs of the margins that it tracks, by estimate.
+# What a validation logs about the margins that it tracks, by estimate.
 _MARGINS = {
     "first_order": tuple(
         name
@@ -40,7 +40,7 @@ _MARGINS = {
 
 
 def value(results: Results, measure: str) -> float | None:
-    """The number of a run; None where the run has no such number."""
+    """The number of a run; None if the run has no such number."""
     if " - " in measure:
         one, other = (value(results, part) for part in measure.split(" - "))
         return None if one is None or other is None else one - other
@@ -52,7 +52,7 @@ def value(results: Results, measure: str) -> float | None:
 
 
 def by_entry(results: Results, measure: str) -> dict[str, float]:
-    """The numbers of "a.path/*", by what stands for the star; without those that are not finite."""
+    """The finite numbers of "a.path/*", by what the star stands for."""
     path, _, start = measure[:-1].rpartition(".")
     found = (_node(results, path) or {}).items()
     return {
@@ -68,10 +68,10 @@ def outcomes(
     arrays: Mapping[str, np.ndarray],
     measure: str,
 ) -> pd.Series | None:
-    """What a number is the mean of: one for each test image, by its index.
+    """The values that a number is the mean of, one for each test image, by its index.
 
-    None where the measure is no mean over test images, where neither their table (see records.py)
-    nor the arrays of the measurements have it, or where an image has no value.
+    None if the measure is not a mean over test images, if neither their table (see records.py) nor
+    the arrays of the measurements have it, or if an image has no value.
     """
     if " - " in measure:
         one, other = (outcomes(results, table, arrays, part) for part in measure.split(" - "))
@@ -81,7 +81,7 @@ def outcomes(
         of_images, number = arrays.get(f"{label}/of_images/{name}"), _node(results, measure)
         if of_images is None or number is None or not np.isfinite(of_images).all():
             return None
-        # A run that was stopped between its two files has the arrays of another measurement.
+        # If a run was stopped between its two files, the arrays are from another measurement.
         if not np.isclose(of_images.mean(dtype=np.float64), number):
             return None
         return pd.Series(of_images.astype(float))
@@ -122,7 +122,7 @@ _SHARES = ("accuracy", "saturated", "worst_inside")
 
 
 def is_share(measure: str) -> bool:
-    """Whether it is a share of the examples, or the difference of two."""
+    """Whether the measure is a share of the examples, or the difference of two."""
     return all(
         "@" in part or part.endswith(_SHARES) or ".transfer." in part
         for part in measure.split(" - ")
@@ -130,11 +130,11 @@ def is_share(measure: str) -> bool:
 
 
 def unit(measure: str) -> str:
-    """What its number, times 100 where it is a share, is in."""
+    """The unit of the measure; a share is in percent."""
     return " %" if is_share(measure) else ""
 
 
-# Between which numbers those lie that are no shares of the examples, by patterns of their names.
+# The bounds of measures that are not shares of the examples, by patterns of their names.
 _BOUNDED: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("mean_confidence", "median_doubt", "calibration_error"), (0.0, 1.0)),
     "silhouette": (-1.0, 1.0),
@@ -146,9 +146,9 @@ _BOUNDED: Mapping[str, tuple[float, float]] = {
 
 
 def bounds(measure: str) -> tuple[float, float]:
-    """Between which numbers the measure lies."""
+    """The least and the largest value that the measure can have."""
     name = measure.rpartition(".")[2]
-    # Of the measurements, which a config labels as it likes, gaps alone have these names.
+    # A config labels measurements as it likes, but only gaps have numbers of these names.
     is_gap = measure.startswith("measurements.") and name in NUMBERS["gaps"]
     is_difference = " - " in measure or is_gap
     if is_share(measure):
@@ -176,7 +176,7 @@ class Known(NamedTuple):
 
 
 def known(config: ConfigDict) -> Known:
-    """What those of a run of the config will have."""
+    """What the results of a run of the config will have."""
     return Known(_radii(config), _numbers(config))
 
 
@@ -214,7 +214,7 @@ def _filled(text: str, radii: Mapping[str, str], path: str) -> str:
 
 
 def _radii(config: ConfigDict) -> dict[str, tuple[float, ...]]:
-    """Those of each attack, and of the worst case in each norm."""
+    """The radii of each attack, and of the worst case in each norm."""
     radii: dict[str, tuple[float, ...]] = {}
     for label, entry in threat.complete(config).attacks.items():
         grid = entries.attack_grid(label, entry)
@@ -247,7 +247,7 @@ def _numbers(config: ConfigDict) -> _Tree:
         )
         for label, entry in config.measurements.items()
     }
-    # A check has the values that it made up.
+    # Each check names its own values.
     check = {"verdict": _ANYTHING, "values": {"*": _ANYTHING}}
     return {
         "clean": dict.fromkeys(("accuracy", "cross_entropy", "count")),
@@ -273,7 +273,7 @@ def _check_path(measure: str, tree: _Tree, path: str) -> None:
     for i, name in enumerate(names):
         if tree is None:
             raise UserError(f"{path} is {measure!r}; there is nothing below {'.'.join(names[:i])}")
-        # A name may be a pattern, and so may what the run makes up.
+        # Both the name and what the run makes up may be patterns.
         found = [known for known in tree if fnmatch(name, known) or fnmatch(known, name)]
         if not found:
             choose(tree, name, path if measure == name else f"{path} is {measure!r}, where a part")
@@ -285,7 +285,7 @@ def _check_path(measure: str, tree: _Tree, path: str) -> None:
 
 
 def _node(results: Results, path: str) -> Any:
-    """What is at a dotted path, an entry of a list by its name; None where nothing is."""
+    """The value at a dotted path, an entry of a list by its name; None if there is none."""
     node: Any = results
     for part in path.split("."):
         if isinstance(node, list):

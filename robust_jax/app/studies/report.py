@@ -19,7 +19,7 @@ from robust_jax.app.wording import format_eps, number, percent, words
 from robust_jax.files import write_atomically
 from robust_jax.plots import study as plots
 
-# Rows of panels, times arms, of a figure; more would be too large a file to keep.
+# Rows of panels, times arms, in a figure; more would make a file too large to keep.
 _ROWS_BY_ARMS = 20
 
 
@@ -88,7 +88,7 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
         images.append(image(figure, alt))
         with matplotlib.rc_context({"svg.hashsalt": "robust_jax"}):
             path = workdir / "figures" / f"{name}.svg"
-            figure.savefig(path, metadata={"Date": None}, dpi=64)  # of what is pixels within it
+            figure.savefig(path, metadata={"Date": None}, dpi=64)  # of raster parts within it
     claims, arms, rows = _claims(results), _arms(results), _rows(results)
     chance = _chance(results)
     page = template("study.html.j2").render(
@@ -116,7 +116,7 @@ def write(workdir: Path, results: Results, arrays: Arrays) -> None:
 
 
 def _in_parts(name: str, shown: Sequence[str], panels: int) -> Iterator[tuple[str, Sequence[str]]]:
-    """What is shown, at most that many a figure, with the figure's name."""
+    """Splits what is shown into figures of at most that many panels, with their names."""
     for i, start in enumerate(range(0, len(shown), panels)):
         yield (f"{name}_{i + 1}" if i else name), shown[start : start + panels]
 
@@ -133,7 +133,7 @@ def _at_an_edge(sweeps: Mapping[str, Any]) -> str:
 
 
 def _in_percent(measure: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What was found, in the unit of the table."""
+    """The entry in the unit of the table."""
     if not measures.unit(measure):
         return dict(entry)
     ends = {end: entry[end] and 100 * entry[end] for end in ("mean", "low", "high")}
@@ -146,7 +146,7 @@ def _with_unit(label: str, measure: str) -> str:
 
 
 def _at_start(results: Results) -> dict[str, str]:
-    """The measurements that were also taken at initialisation, and the labels of those."""
+    """The measurements that were also taken at initialisation, with their labels there."""
     config = next(iter(results["configs"].values()))
     entries = {
         label: {"name": label, "at": "best", **entry}
@@ -161,13 +161,13 @@ def _at_start(results: Results) -> dict[str, str]:
 
 
 def _of_measurements(arrays: Arrays, at_start: Mapping[str, str]) -> dict[str, tuple[Figure, str]]:
-    """Figures of the measurements, with what there was at initialisation as one more arm.
+    """Figures of the measurements, with those at initialisation as one more arm.
 
-    That is for arms which all begin at the same network; others keep a figure of their own.
+    All arms must start from the same network; otherwise initialisation keeps its own figure.
     """
 
     def left_by(measurement: str, found: Mapping[str, np.ndarray], label: str):
-        """What a measurement left, under the label."""
+        """The arrays of a measurement, under the label."""
         return {
             label + name.removeprefix(measurement): array
             for name, array in found.items()
@@ -307,7 +307,7 @@ _OPPOSITES = {"rises": "falls", "falls": "rises", "above": "below", "below": "ab
 
 
 def _in_words(measure: str, labels: Mapping[str, str]) -> str:
-    """The label of a measure in the table, or what its name says."""
+    """The label of a measure in the table, or its name in words."""
     if measure in labels:
         return labels[measure]
     if " - " in measure:
@@ -332,7 +332,7 @@ _OF_ENTRIES = {
 
 
 def _found(test: Mapping[str, Any]) -> str:
-    """The mean and the interval; of several entries, those that do what is claimed come first."""
+    """The mean and the interval; of several entries, those that support the claim come first."""
     if not test["values"]:
         return "not measured"
     percent = measures.is_share(test["measure"])
@@ -381,9 +381,9 @@ def _size(size: float, test: Mapping[str, Any]) -> str:
 
 
 def _takes(test: Mapping[str, Any]) -> str:
-    """What an inconclusive test would take to have an interval as narrow as its smallest effect.
+    """What an inconclusive test needs for an interval as narrow as its smallest effect.
 
-    Nothing where that decides nothing: without such an effect, or where all numbers are the same.
+    Empty if that decides nothing: without such an effect, or if all numbers are the same.
     """
     if "entries" in test or test["verdict"] != "inconclusive":
         return ""
@@ -391,7 +391,7 @@ def _takes(test: Mapping[str, Any]) -> str:
     if not width or test["high"] - test["low"] <= width:
         return ""
     if (excess := 2 * from_images / width) > 1:
-        # The width that no share is below falls with the number of images, others with its root.
+        # A share's least width falls with the number of images, other widths with its square root.
         images = test["images"]
         is_least = from_images <= least_half_width(images) * (1 + 1e-6)
         needed = float(f"{images * excess ** (1 if is_least else 2):.2g}")
@@ -402,7 +402,7 @@ def _takes(test: Mapping[str, Any]) -> str:
 
 
 def _counted(num_seeds: Iterable[int], num_images: Iterable[int | None]) -> str:
-    """What intervals rest on."""
+    """How many seeds and images intervals rest on."""
     known = [(n, images) for n, images in zip(num_seeds, num_images, strict=True) if n]
     if not known:
         return ""
@@ -414,7 +414,7 @@ def _counted(num_seeds: Iterable[int], num_images: Iterable[int | None]) -> str:
     return found
 
 
-# By the verdicts of an arm's audits, the worst first.
+# The marks for the verdicts of an arm's audits, the worst first.
 _MARKS = {"fail": " †", "warn": " ⚠", None: " ‡", "pass": ""}
 
 

@@ -1,6 +1,6 @@
 """A study: arms × seeds of ordinary runs, what the paper claims of them, and the verdicts.
 
-Its config (configs/studies/) holds a base config, scales and arms as changes of it, the measures of
+Its config (configs/studies/) holds a base config, scales and arms as changes to it, the measures of
 the table, and the claims as tests on them.
 """
 
@@ -58,7 +58,7 @@ def is_study(config: ConfigDict) -> bool:
 
 
 def settled(config: ConfigDict, typed: Iterable[str] = ()) -> ConfigDict:
-    """The study at its scale: what the scale changes is in the base, the arms and the seeds.
+    """The study at its scale, whose changes are put into the base, the arms and the seeds.
 
     typed: the fields that the command line sets; they win over the scale's. Raises UserError for an
     unknown field or scale, and for a typed field that no run of the study uses.
@@ -131,7 +131,7 @@ def check(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
     if not all(type(seed) is int and seed >= 0 for seed in config.seeds):
         raise UserError(f"config.seeds is {tuple(config.seeds)}; give whole numbers from 0 on")
     arms.check_sweeps(config, check_run)
-    # The runs of an arm differ in their seeds alone.
+    # One seed will do, since the runs of an arm differ only in their seeds.
     of_arms = {t.arm: t.config for t in trials(config, seeds=config.seeds[:1])}
     for own in of_arms.values():
         check_run(own)
@@ -187,7 +187,7 @@ def check(config: ConfigDict, check_run: Callable[[ConfigDict], None]) -> None:
 
 
 def _tests(config: ConfigDict, name: str) -> list[dict[str, Any]]:
-    """The tests of a claim with their radii, and with what the claim says of all of them."""
+    """The tests of a claim with their radii, and with what the claim sets for all of them."""
     claim, radii, path = config.claims[name], _radii(config), f"config.claims.{name}'s measure"
     of_all = {field: claim[field] for field in claims.SIZES if field in claim}
     return [
@@ -199,15 +199,14 @@ def _tests(config: ConfigDict, name: str) -> list[dict[str, Any]]:
 def execute(config: ConfigDict, workdir: Path, mode: Mode = "train", *, only: str = "") -> str:
     """Trains and evaluates what is missing, then writes the study's results and report.
 
-    First come the sweeps, then the seeds; seeds are added, up to config.seeds_limit, while the
-    interval of a test is wider than its config asks.
+    Sweeps come first, then the seeds. Seeds are added, up to config.seeds_limit, while the interval
+    of a test is wider than its config asks.
 
     config: settled and checked. only: "arm", "arm/sweep" or "arm/seed" runs that part alone and
     writes no report, so that a scheduler can spread a study over machines. Each run is an ordinary
     one in workdir/arm/seed, in the mode given; mode "report" collects what there is and runs
-    nothing. Returns what it came to, in lines. Raises UserError for an unknown arm, a mode that
-    studies or their sweeps do not have, or a folder that holds something else, before anything
-    runs.
+    nothing. Returns the outcome, in lines. Before anything runs, raises UserError for an unknown
+    arm, a mode that studies or their sweeps do not have, or a folder that holds something else.
     """
     if mode == "verify":
         raise UserError(f"--mode={mode} is for one run: give it a run's config and folder")
@@ -264,9 +263,9 @@ def _run(config: ConfigDict, chosen: Sequence[Trial], workdir: Path, mode: Mode)
 
 
 def _forget_a_run() -> None:
-    """Drops its programs, which serve no other run, and its peak of memory.
+    """Drops a run's programs, which no other run uses, and its peak memory.
 
-    The number of a process's memory maps is limited, and programs fill them.
+    A process has a limited number of memory maps, and programs use them up.
     """
     jax.clear_caches()
     gc.collect()
@@ -329,7 +328,7 @@ def _radii(config: ConfigDict) -> dict[str, float]:
 
 
 def _found(config: ConfigDict, workdir: Path) -> tuple[Found, list[str]]:
-    """The finished runs by arm and seed, and the names of the first seeds' that are missing."""
+    """The finished runs by arm and seed, and the names of the missing ones of config.seeds."""
     found: dict[str, dict[int, Evidence]] = {arm: {} for arm in config.arms}
     missing = []
     chosen = _chosen(config, workdir)
@@ -357,7 +356,7 @@ def _judged(config: ConfigDict, found: Found) -> dict[str, dict[str, Any]]:
 
 
 def collect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Tables and verdicts from the runs that are finished, whichever of the seeds they are."""
+    """Tables and verdicts from the finished runs, whichever seeds they have."""
     found, missing = _found(config, workdir)
     if missing:
         logging.warning(
@@ -423,7 +422,7 @@ def collect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _versions(found: Found) -> dict[str, list[str]]:
-    """By which versions of what the runs were made."""
+    """The versions that made the runs, by package."""
     runs = (run for by_seed in found.values() for run in by_seed.values())
     known = pd.DataFrame([run.results["versions"] for run in runs])
     return {name: sorted(known[name].dropna().unique()) for name in known}
@@ -434,7 +433,7 @@ def _summary(measure: str, by_seed: Mapping[int, Evidence]) -> dict[str, Any]:
     values = {str(seed): measures.value(r.results, measure) for seed, r in by_seed.items()}
     known = {seed: v for seed, v in values.items() if v is not None}
     by_image = claims.by_image(measure, [[run] for run in by_seed.values()])
-    if by_image is not None:  # a difference is over the images of both
+    if by_image is not None:  # a difference is over the images that both have
         known = dict(zip(known, by_image[:, 0].mean(-1).tolist(), strict=True))
     outcomes = list(known.values()) if by_image is None else by_image[:, 0]
     images = None if by_image is None else by_image.shape[2]
