@@ -23,7 +23,7 @@ FEW = {
     "multi_targeted": {"num_steps": 2, "num_targets": 2},
 }
 NEAREST = functools.partial(attacks.deepfool, num_steps=2)
-# Attacks that compute their adversarials on the device, from a call of its own.
+# Attacks that run on the device; AutoAttack loops on the host.
 ATTACKS = [name for name in attacks.ATTACKS if name != "autoattack"]
 
 
@@ -97,7 +97,7 @@ ALL = {**FUNCTIONS, "autoattack": autoattack, "audit": audit}
 
 @contextmanager
 def lowerings():
-    """What JAX lowered and compiled within, as a list to look at."""
+    """Yields a list of JAX's lowerings and compilations within the block."""
     seen = []
 
     def listen(event, duration, **_):

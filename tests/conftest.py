@@ -16,13 +16,13 @@ import pytest
 
 import tests.typechecker  # noqa: F401 - jaxtyping's hook finds it as an attribute of the package
 
-# Small networks: the suite spends its time compiling, half of it with these.
+# Networks are small, so the suite spends its time compiling; these flags halve it.
 COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-# Eight devices and two workers on two cores have threads enough.
+# Eight devices and two workers already have enough threads for two cores.
 COMPILED_QUICKLY += " --xla_cpu_multi_thread_eigen=false"
-if jax.__version_info__ < (0, 11):  # which does not know it any more
+if jax.__version_info__ < (0, 11):  # newer versions do not know the flag
     COMPILED_QUICKLY += " --xla_cpu_use_fusion_emitters=false"
-# Read when the first array is made, which is later.
+# JAX reads this when the first array is made, which is later.
 os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count=8 {COMPILED_QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
 )
@@ -31,26 +31,26 @@ REPOSITORY = Path(__file__).parents[1]
 CACHE = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "robust_jax_test_cache")
 )
-# The many processes that are started share their bytecode, also where none is to be written.
+# The many subprocesses share their bytecode, even if the environment forbids writing it.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("PYTHONPYCACHEPREFIX", f"{CACHE}_bytecode")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # scikit-learn's threads would wait for each other
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-# A tenth of the time goes to garbage and to the lines of source that a program came from.
+# Garbage collection and the source lines in programs would take a tenth of the time.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 gc.set_threshold(100_000, 50, 100)
 
 
-# A machine may be busy, and what fails once has to fail again.
+# No deadline, as machines may be busy; derandomised, so that failures are reproducible.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files go early, or one worker would be alone with them in the end.
+    """Runs the longest files early, so that no worker is left alone with them at the end.
 
-    Before them go those that count, or free, all that their process holds.
+    Files that count or free everything their process holds come before those.
     """
     first = ["test_study.py", "test_front.py"]
     first += ["test_demo.py", "test_study_runs.py", "test_processes.py", "test_functions.py"]
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items):
 
 @contextlib.contextmanager
 def strictly():
-    """Everything that JAX can be told to refuse."""
+    """Makes JAX refuse everything that it can be told to refuse."""
     with (
         jax.numpy_dtype_promotion("strict"),
         jax.numpy_rank_promotion("raise"),
@@ -72,7 +72,7 @@ def strictly():
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_dropped_in_time():
-    """Programs take some memory maps each, of which Linux gives a process 65,530."""
+    """Drops programs before their memory maps reach Linux's limit of 65,530 a process."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 40_000:
@@ -81,7 +81,7 @@ def programs_are_dropped_in_time():
 
 
 def slow_but(chosen, names):
-    """The names as parameters, of which all but the chosen ones are left to `make test-slow`."""
+    """The names as parameters; all but the chosen ones are left to `make test-slow`."""
     return [pytest.param(n, marks=[] if n in chosen else pytest.mark.slow) for n in names]
 
 
@@ -92,13 +92,13 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def untyped(monkeypatch):
-    """Annotations are not enforced, as for a user: what the code itself says is tested."""
+    """Leaves annotations unenforced, as for a user, so that the code's own errors are tested."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @contextlib.contextmanager
 def pages_undrawn():
-    """Pages get empty figures, for tests that do not read them: drawing takes a second."""
+    """Gives pages empty figures, for tests that do not read them: drawing takes a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("robust_jax.app.pages.html._source", lambda *_: "data:image/svg+xml;base64,")
         yield
@@ -111,7 +111,7 @@ def undrawn():
 
 
 def environment_of(devices: int, *, as_users_do: bool = False) -> dict[str, str]:
-    """For a process of its own, with as many made-up devices."""
+    """The environment of a subprocess with this many fake devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     if not as_users_do:
         flags += f" {COMPILED_QUICKLY}"
@@ -120,9 +120,9 @@ def environment_of(devices: int, *, as_users_do: bool = False) -> dict[str, str]
 
 @pytest.fixture(scope="session")
 def launch():
-    """launch(*flags, devices=1) runs launch.py in a process of its own.
+    """launch(*flags, devices=1) runs launch.py in a subprocess.
 
-    as_users_do: compiled as for a user, for the demo and what is compared with it.
+    as_users_do: compiles as for a user, for the demo and runs compared with it.
     """
 
     def run(

@@ -10,7 +10,7 @@ from robust_jax.app import config as config_lib
 
 
 def flags(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """launch.py's, by dotted path."""
+    """The flags of launch.py that set these fields, by dotted path."""
     typed = (f"--config.{path}={value}" for path, value in fields.items())
     return ("--config=configs/default.py", *typed)
 

@@ -45,10 +45,10 @@ def make_nonlinear(key, image_shape=(4, 5, 1), num_classes=3):
 
 @functools.cache
 def near_boundary(num_classes, norm):
-    """(logits_fn, x, y, distance [B]): a linear model, points near its boundaries, how near.
+    """(logits_fn, x, y, distance [B]): a linear model, points near its boundaries, and how near.
 
-    The distance is the margin over the dual norm of w_y - w_t, at its smallest over t; on the way
-    there no pixel meets a wall.
+    The distance is the margin divided by the dual norm of w_y - w_t, minimised over t. No pixel
+    meets a wall on the way there.
     """
     linear, weights, _ = make_linear(jax.random.key(0), num_classes=num_classes)
     weights = np.asarray(weights)
@@ -60,7 +60,7 @@ def near_boundary(num_classes, norm):
     dual = np.linalg.norm(gaps, DUAL_ORDERS[norm], axis=-1)
     distances = (logits.max(-1, keepdims=True) - logits) / np.where(dual, dual, 1)
     distance = np.where(dual, distances, np.inf).min(-1)
-    clear = distance > 2e-3  # of rounding errors
+    clear = distance > 2e-3  # well above rounding errors
     assert clear.sum() > 15
     assert (distance < 0.39).all()
     return jax.jit(lambda x: linear(x) - centre), x[clear], y[clear], distance[clear]
@@ -94,7 +94,7 @@ def norms_of(attack):
     return listed or tuple(attacks.NORMS)
 
 
-# Those that return points like x.
+# The attacks that return an array like x.
 POINTWISE = {name: attack for name, attack in attacks.ATTACKS.items() if name != "autoattack"}
 WITH_NORMS = [(name, norm) for name, attack in POINTWISE.items() for norm in norms_of(attack)]
 

@@ -1,4 +1,4 @@
-"""The notebooks, cell by cell in this process: a kernel each would import and compile it all."""
+"""Runs notebooks cell by cell in this process: a kernel each would compile everything again."""
 
 import ast
 import contextlib

@@ -6,7 +6,7 @@ import re
 
 from tests.conftest import REPOSITORY
 
-# Frameworks that a page shows and the extras train and test do not bring.
+# Frameworks that pages show but the extras train and test do not install.
 _OPTIONAL = ("haiku", "keras", "torch", "torchax")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 

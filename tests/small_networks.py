@@ -34,7 +34,7 @@ def chex_close(one, other):
 
 
 def on_mesh(kind, *arrays, axes=("data",)):
-    """The arrays on a mesh of eight devices, divided by their first axis or not at all."""
+    """The arrays on a mesh of eight devices, sharded along their first axis or replicated."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(*axes)))
 
@@ -115,7 +115,7 @@ def repeated(fn):
 
 
 def in_loops(seed):
-    """Jitted functions that close over weights, called where JAX does not take them out."""
+    """Jitted functions that close over weights, called where JAX does not hoist the weights."""
     scale = jnp.asarray(np.random.default_rng(seed).uniform(0.5, 1, SHAPE), jnp.float32)
     by_pixel = jax.jit(lambda x: scale * x)
 
@@ -128,7 +128,7 @@ def in_loops(seed):
 
 
 def prelu(weights, slope):
-    """With a weight that has no axes."""
+    """A network with a scalar weight."""
 
     def logits_fn(x):
         hidden = x.reshape(x.shape[0], -1) @ weights[0]

@@ -83,7 +83,7 @@ def test_margins_of_two_classes_change_sign_with_the_label(norm):
 def test_minimum_norm_is_infinite_where_all_logits_are_equal(label):
     x, y = interior_images(2), jnp.full(2, label)
     found = attacked("linf", lambda x: jnp.zeros((len(x), 3)) + 0 * x.sum(), x, y, num_steps=2)
-    # Of equal logits the first is the prediction.
+    # The first of equal logits is the prediction.
     np.testing.assert_array_equal(found, np.inf if label == 0 else -np.inf)
 
 
@@ -194,7 +194,7 @@ def test_feature_change_of_a_linear_network_is_the_gain_of_its_maps(rng):
         gain = np.linalg.norm(delta @ total, axis=-1) / np.linalg.norm(delta, axis=-1)
         np.testing.assert_allclose(found[name], gain, rtol=1e-4)
         assert (found[name] <= np.linalg.norm(total, 2)).all()
-    # As a share of the layer's values it is the same for a layer of another scale.
+    # Relative to the layer's values, the change does not depend on the layer's scale.
     shares = [
         features.change(
             lambda x, s=s: {"h": s * features_fn(x)["a second"]}, x, x + 0.1, relative=True
@@ -236,7 +236,7 @@ def test_captured_holds_the_layers_in_their_order():
 
 
 class Foreign(nn.Module):
-    """A network that sows nothing of itself, and calls a layer twice."""
+    """A network that sows nothing and calls a layer twice."""
 
     @nn.compact
     def __call__(self, x):
@@ -417,7 +417,7 @@ def test_latents_of_a_collapsed_network_have_no_clusters(rng):
     points, labels = np.ones((40, 4)), np.arange(40) % 4
     np.testing.assert_array_equal(latent.tsne(points), np.zeros((40, 2)))
     assert np.isnan(latent.distance_ratio(points, labels))
-    for few in (np.zeros(40, int), np.arange(40)):  # of one class, and no two of any
+    for few in (np.zeros(40, int), np.arange(40)):  # one class only, then no two of the same class
         assert np.isnan(latent.silhouette(rng.normal(size=(40, 4)), few))
     assert np.isnan(latent.distance_ratio(rng.normal(size=(40, 4)), np.zeros(40, int)))
 

@@ -1,4 +1,4 @@
-"""Convolutions and poolings of other people's networks: faster on a CPU, and the same numbers."""
+"""Other people's convolutions and poolings run faster on a CPU and give the same numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
 
 
 def convolution(image, kernel, layout=NHWC, *, strides=(1, 1), padding="SAME", **keywords):
-    """A function with one convolution, of images [B,*image]."""
+    """A function with one convolution for images [B,*image]."""
     weights = np.random.default_rng(0).normal(size=kernel).astype(np.float32) / 3
 
     def fn(x):
@@ -39,7 +39,7 @@ CONVOLUTIONS = {
     "another order": convolution(
         (6, 5, 2), (2, 4, 3, 3), ("NHWC", "IOHW", "NWCH"), padding="VALID"
     ),
-    # As they are.
+    # These stay as they are.
     "dilated": convolution((9, 9, 2), (3, 3, 2, 4), rhs_dilation=(2, 1)),
     "transposed": convolution(
         (5, 5, 2), (3, 3, 2, 4), lhs_dilation=(2, 2), padding=((1, 1), (1, 1))
@@ -95,7 +95,7 @@ def test_values_and_derivatives_are_those_of_the_network_as_written(name):
     np.testing.assert_allclose(by_fast, as_written, rtol=1e-4, atol=1e-5)
     gradient, scale = np.asarray(gradient), np.abs(expected).max()
     np.testing.assert_allclose(gradient / scale, expected / scale, atol=1e-5)
-    # A NaN is not lost, wherever in a window it is.
+    # A NaN survives wherever it is in a window.
     for i, one in enumerate(x):
         one[i // 2, i % 2] = np.nan
     by_fast, _, as_written = values_and_gradients(x)[0]

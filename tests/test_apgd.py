@@ -61,7 +61,7 @@ def test_breaks_a_linear_model_just_beyond_its_closed_form_distance(name, norm, 
 
 @pytest.fixture(scope="module")
 def trained():
-    """A small network trained on two noisy classes per quadrant, and points it gets right."""
+    """A small network trained to name the brightest quadrant, and points that it gets right."""
     key = jax.random.key(3)
     x = np.asarray(jax.random.uniform(key, (600, 4, 4, 1)))
     blocks = x.reshape(600, 2, 2, 2, 2).mean((2, 4)).reshape(600, 4)
@@ -85,7 +85,7 @@ def trained():
     return logits_fn, x[right], y[right]
 
 
-# On 16 pixels PGD's greedy steps of l1 are hard to beat; the reference's APGD is at 0.42 here too.
+# PGD's greedy l1 steps are hard to beat on 16 pixels; the reference's APGD is at 0.42 here too.
 @pytest.mark.parametrize(
     ("norm", "eps", "behind"), [("linf", 0.04, 0), ("l2", 0.12, 0), ("l1", 0.4, 0.03)]
 )
@@ -103,7 +103,7 @@ def test_is_not_weaker_than_pgd_with_the_same_budget(trained, norm, eps, behind)
 
 
 def test_returns_the_adversarial_and_not_the_point_of_largest_loss():
-    """The loss pulls away from where the label is lost, so both cannot be had."""
+    """The loss pulls away from misclassified points, so no point is both."""
     x = np.full((4, 2, 2, 1), 0.5, np.float32)
     y = np.zeros(4, np.int32)
 
@@ -136,7 +136,7 @@ def test_targets_are_the_likeliest_wrong_classes_and_no_more_than_there_are(num_
         assert targets.tolist() == expected
         assert ranks.tolist() == list(range(2, 2 + len(expected)))
     ruled_out = np.where(np.arange(num_classes) == num_classes - 1, -np.inf, logits)
-    for label in (0, num_classes - 1):  # a class that is ruled out comes last, the label nowhere
+    for label in (0, num_classes - 1):  # a ruled-out class comes last, the label never
         targets, _ = search(ruled_out, label, 12)
         assert sorted(targets.tolist()) == [k for k in range(num_classes) if k != label]
         assert label or targets.tolist()[-1] == num_classes - 1
@@ -167,7 +167,7 @@ def test_one_rank_after_another_is_the_whole_attack():
 
 
 def test_a_randomised_network_is_attacked_through_its_average():
-    """The sign of each draw's gradient is a coin's; only their average points anywhere."""
+    """The gradient of each draw has a random sign; only their average has a direction."""
 
     def logits_fn(x, key):
         s = (x - 0.5).sum((1, 2, 3)) * (1 + 4 * jax.random.normal(key))

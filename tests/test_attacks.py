@@ -41,7 +41,7 @@ OFF_THE_RIM = {
     "square",
     "uniform_noise",
 }
-# From a random start the iterates turn towards the optimum, the faster the longer the step.
+# From a random start the iterates turn towards the optimum faster with longer steps.
 LONG_STEPS = ("pgd", "multi_targeted")
 QUICK = {
     "apgd": {"num_steps": 20},
@@ -92,7 +92,7 @@ def compiled(name, norm):
 
 @jax.jit
 def examples_and_keys(key):
-    """Four of each; some pixels are close to the walls."""
+    """Four examples and their keys; some pixels are close to the walls."""
     x = jax.random.uniform(key, (4, *SHAPE))
     return x, jax.random.randint(key, (4,), 0, 3), jax.random.split(key, 4)
 
@@ -108,7 +108,7 @@ def test_stays_in_the_ball_and_the_box(name, norm, eps, seed):
     assert (x_adv <= 1).all()
     assert (sizes(x_adv, x, norm) <= eps * (1 + 1e-6)).all()
     if name == "fab":
-        # Right still means untouched; wrong from the start means the point itself is the nearest.
+        # FAB leaves what it cannot break, and a misclassified point is its own nearest adversarial.
         right_before, right_after = (np.asarray(smooth(z)).argmax(-1) == y for z in (x, x_adv))
         unchanged = right_after | ~right_before
         np.testing.assert_array_equal(x_adv[unchanged], x[unchanged])
@@ -117,9 +117,9 @@ def test_stays_in_the_ball_and_the_box(name, norm, eps, seed):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", sorted({*POINTWISE} - OFF_THE_RIM))
 def test_reaches_the_optimum_of_a_binary_linear_model(name, norm):
-    """There, the best attack is eps along the dual direction of w_other - w_y."""
+    """The best attack there moves by eps along the dual direction of w_other - w_y."""
     x, _, keys = examples_and_keys(KEY)
-    x, eps = np.asarray(0.4 + 0.2 * x), 0.05  # it meets no wall
+    x, eps = np.asarray(0.4 + 0.2 * x), 0.05  # no attack meets a wall
     logits = network(LINEAR, x)
     y = np.asarray(logits.argmax(-1))
     x_adv = compiled(name, norm)(LINEAR, x, y, keys, eps)
@@ -140,7 +140,7 @@ def test_reaches_the_optimum_of_a_binary_linear_model(name, norm):
 def test_result_is_independent_of_batch_size_and_company(name, norm):
     eps = {"linf": 0.2, "l2": 0.5, "l1": 1.0, "l0": 4.0}[norm]
     x, _, keys = examples_and_keys(KEY)
-    y = smooth(x).argmax(-1)  # where an attack has something to do
+    y = smooth(x).argmax(-1)  # all are right, so that an attack has work to do
     attack = functools.partial(compiled(name, norm), SMOOTH)
     whole = attack(x, y, keys, eps)
     assert (whole != x).any((1, 2, 3)).sum() > 1
@@ -149,7 +149,7 @@ def test_result_is_independent_of_batch_size_and_company(name, norm):
         np.testing.assert_allclose(part, whole[index], atol=1e-6)
 
 
-# Each loss and each norm; what is kept depends on the two apart.
+# Each loss and each norm once, since what is kept depends on them separately.
 PAIRS = [(loss, list(NORMS)[i % 3]) for i, loss in enumerate(losses.ATTACK_LOSSES)]
 
 
@@ -170,7 +170,7 @@ def test_never_ends_below_its_start(norm, loss):
     def outcome(x):
         return losses.correct(logits_fn(x), y) == 0, loss_fn(logits_fn(x), y)
 
-    # A huge step makes the last iterate often worse than the first.
+    # A huge step often makes the last iterate worse than the first.
     x_adv = attacks.pgd(
         logits_fn,
         x,
@@ -190,7 +190,7 @@ def test_never_ends_below_its_start(norm, loss):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_elementwise_network_is_bit_for_bit_independent_of_the_batch(norm):
-    """With no matrix product, whose blocking depends on the batch, not a bit may differ."""
+    """Without matrix products, whose blocking depends on the batch, not a bit may differ."""
 
     def logits_fn(x):
         s = (jnp.sin(7 * x) * jnp.arange(1.0, 21).reshape(4, 5, 1)).sum((1, 2, 3))
@@ -227,7 +227,7 @@ def test_more_restarts_never_hurt_and_stronger_attacks_break_more():
 
     fgsm, pgd = accuracy("fgsm"), accuracy("pgd", num_steps=20, num_restarts=5)
     assert 0.05 < pgd <= fgsm < 0.95
-    # Restarts are split from one key, so five of them are not the one plus four more.
+    # Restarts are split from one key, so five restarts do not contain the single one.
     assert pgd <= accuracy("pgd", num_steps=2)
 
 
@@ -258,7 +258,7 @@ TAKE_A_CRITERION = sorted(
 
 @pytest.mark.parametrize("name", TAKE_A_CRITERION)
 def test_a_criterion_says_what_counts_before_the_loss(name):
-    """The loss pulls away from where the label is lost; the default keeps such points anyway."""
+    """The loss pulls away from misclassified points; the default keeps them anyway."""
     logits_fn = make_nonlinear(KEY)
     x = jax.device_put(jax.random.uniform(KEY, (40, 4, 5, 1)), jax.devices()[0])
     y = jnp.argmax(logits_fn(x), -1)
@@ -287,7 +287,7 @@ def test_a_criterion_says_what_counts_before_the_loss(name):
         jax.device_get(found(which, x)) for which in range(3)
     )
     assert (default_wrong | ~wrong).all()
-    if name != "square":  # which stops at the first success
+    if name != "square":  # Square stops at its first success
         assert (loss <= default_loss + 1e-5).all()
     if name not in ("fgsm", "bim", "mim"):  # they start at x, where the loss is low already
         assert default_wrong.sum() > wrong.sum()
@@ -317,13 +317,13 @@ BY_GRADIENTS = [
 
 @pytest.mark.parametrize(("name", "norm"), [*BY_GRADIENTS, ("fab", "linf")])
 def test_an_infinite_gradient_is_followed(name, norm):
-    """A root has one at black pixels, of which there are several."""
+    """A square root has one at black pixels, and several pixels are black."""
 
     def logits_fn(x):
         rooted = jnp.sqrt(x).sum(-1)
         return jnp.stack([jnp.full(len(x), 0.52), rooted, -jnp.ones(len(x))], -1)
 
-    # FAB and Adam leave out what is infinite: nothing, where all of a gradient is.
+    # FAB and Adam drop infinite entries, which leaves nothing of a gradient that is all infinite.
     images = [[0.0, 0.0, 0.25, 0.0], *([] if name in ("fab", "carlini_wagner") else [[0.0] * 4])]
     x, y = jnp.array(images), jnp.zeros(len(images), jnp.int32)
     few = {"num_steps": 10} if "num_steps" in FEW.get(name, {}) else {}
@@ -344,7 +344,7 @@ def test_an_infinite_gradient_is_followed(name, norm):
 )
 def test_zero_and_nan_gradients_are_survived(name, norm):
     x, y = interior_images(KEY, 3), jnp.zeros(3, jnp.int32)
-    for value in (np.zeros(1), np.full(1, np.nan)):  # arrays: arguments of one program
+    for value in (np.zeros(1), np.full(1, np.nan)):  # arrays, so that both share one program
         x_adv = POINTWISE[name](
             lambda x, v=value: jnp.zeros((x.shape[0], 3)) + v * x.sum((1, 2, 3))[:, None],
             x,
@@ -362,7 +362,7 @@ def test_zero_and_nan_gradients_are_survived(name, norm):
 
 @pytest.mark.parametrize("name", POINTWISE)
 def test_the_settings_that_attacks_share_are_checked_in_a_trace_too(name):
-    """Where the front door does not look at radii and counts."""
+    """In a trace the front door does not check radii and counts."""
     logits_fn, _, _ = make_linear(KEY)
     norms = ", ".join(norms_of(POINTWISE[name]))
     counts = [n for n in inspect.signature(POINTWISE[name]).parameters if n.startswith("num_")]
@@ -456,7 +456,7 @@ def test_the_steepest_step_of_l1_is_that_of_a_linear_program(length, rng):
 
 
 def nearest_in_l1(delta, low, high, eps):
-    """In float64, by bisection on how much every entry is shrunk, then clipped."""
+    """Bisects, in float64, how much every entry is shrunk before it is clipped."""
 
     def shrunk(by):
         return np.clip(np.sign(delta) * np.maximum(np.abs(delta) - by, 0), low, high)

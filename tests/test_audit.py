@@ -1,6 +1,6 @@
 """The audit flags networks that mask their gradients, by the right check, and no honest one.
 
-On eight devices, in every dtype and with keys of any kind: tests/test_modes.py.
+tests/test_modes.py runs it on eight devices, in every dtype and with keys of any kind.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from tests.digits import EPS, test_points, trained
 from tests.small_networks import NETWORKS, examples, repeated, weights_of
 
 KEY = jax.random.key(0)
-# A record of the caller's, in which Square cannot draw.
+# A norm record of the caller's, for which Square cannot draw patches.
 MINE = dataclasses.replace(attacks.NORMS["l2"], name="mine", patches=None)
 QUICKLY = {"num_queries": 5, "progress": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """On eight an audit takes several times as long."""
+    """Uses one device, since an audit on eight takes several times as long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         yield
@@ -45,7 +45,7 @@ def look(logits_fn, **keywords):
         "surrogates": {"undefended": standard(1)},
         "training_loss": losses.cross_entropy,
         "num_queries": 300,
-        "batch_size": len(x),  # in float64
+        "batch_size": len(x),  # for the float64 pass
         "map_examples": mapper,
         "progress": False,
     }
@@ -69,7 +69,7 @@ def not_a_number(logits, x, noise):
     return jnp.where(x.mean((1, 2, 3))[:, None] > 0.33, jnp.nan, logits)
 
 
-# What is done to the images, and to the logits (of images and noise as well).
+# What is done to the images, and to the logits (given images and noise).
 BEFORE = {
     "nothing": lambda x: x,
     "quantised": lambda x: jnp.round(x * 4) / 4,
@@ -79,7 +79,7 @@ BEFORE = {
 AFTER = {
     "nothing": lambda logits, x, noise: logits,
     "hot": lambda logits, x, noise: 1e4 * logits,
-    # A gap beyond float32's softmax and within float64's.
+    # A gap too wide for float32's softmax and not for float64's.
     "warm": lambda logits, x, noise: 40 * logits,
     "stopped gradient": lambda logits, x, noise: jax.lax.stop_gradient(logits),
     "decoy gradient": decoy,
@@ -104,7 +104,7 @@ MASKED = {
 
 
 def switched(network, before="nothing", after="nothing"):
-    """Which of BEFORE and AFTER are arguments of the program: all of them are compiled as one."""
+    """One program for all networks, which takes the choices of BEFORE and AFTER as arguments."""
     which_before, which_after = (
         jnp.asarray([*table].index(one)) for table, one in ((BEFORE, before), (AFTER, after))
     )
@@ -139,7 +139,7 @@ def test_masked_networks_are_flagged_by_the_right_check(name):
 )
 def test_honest_networks_pass(method, norm, eps):
     network = trained(method, steps=200)
-    # Another norm is another program anyway: there the network is as it is.
+    # Another norm is another program anyway, so its network is passed as it is.
     result = look(network if norm is MINE else switched(network), norm=norm, eps=eps)
     flagged = [check for check in result.checks if check.verdict != "pass"]
     assert result.verdict == "pass", flagged
@@ -164,7 +164,7 @@ def test_a_convolution_that_does_not_follow_the_type_of_its_input_runs_in_float6
     assert (np.asarray(moved) != wide).any()
 
 
-@pytest.mark.slow  # one of lax: tests/test_modes.py
+@pytest.mark.slow  # tests/test_modes.py audits one of lax
 @pytest.mark.parametrize("name", CONVOLUTIONS[1:])
 def test_a_convolution_is_audited_with_nothing_skipped(name):
     logits_fn, (x, _) = NETWORKS[name](0), examples()
@@ -221,7 +221,7 @@ def test_what_cannot_run_in_float64_is_skipped_and_says_why():
         check = next(check for check in report.checks if check.name == name)
         assert check.verdict == "skipped" and reason in check.evidence
 
-    def reads_bits(x):  # of numbers of 32 bits alone
+    def reads_bits(x):  # only works on 32-bit numbers
         is_positive = jax.lax.bitcast_convert_type(x, jnp.int32) >= 0
         return (is_positive * x).reshape(len(x), -1)[:, :4]
 
@@ -230,7 +230,7 @@ def test_what_cannot_run_in_float64_is_skipped_and_says_why():
 
 
 def lab_where(holds, training_loss=None):
-    """What an audit has of 200 points, of which holds(which) do against the loss of that number."""
+    """The lab of an audit whose 200 points all hold against loss number n if holds(n)."""
     rows = {"x": np.zeros((200, 4), np.float32), "y": np.zeros(200, np.int32)}
     run = lambda attack: lambda rows, eps, which, scale: np.full(200, holds(which))  # noqa: E731
     logits = np.eye(4, dtype=np.float32)[rows["y"]]

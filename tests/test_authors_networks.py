@@ -38,7 +38,7 @@ def networks():
 
 
 def test_the_published_steps_shrink_with_the_gradient():
-    """So where logits saturate float32 it stays where it begins."""
+    """So PGD stays at its start where the logits saturate float32."""
     weights = jax.random.normal(jax.random.key(0), (12, 3))
     x = jnp.full((4, 12), 0.5).at[:, 0].set(jnp.linspace(0.2, 0.8, 4))
     keys = jax.random.split(jax.random.key(1), 4)
@@ -89,7 +89,7 @@ def test_the_audit_warns_of_the_regularised_network(networks, mnist):
 def test_the_command_finds_of_the_linear_network_what_its_margins_say(
     is_audited, networks, mnist, monkeypatch
 ):
-    """They are exact apart from the walls of the box, which can only help it."""
+    """The margins are exact but for the box, which can only help the network."""
     x, y = (a[:40] for a in mnist)
     network = networks["mnist_linear_plain"]
     if not is_audited:  # compiling the audit takes most of the time

@@ -28,7 +28,7 @@ QUICK = {
     "fab_t": {"num_steps": 8, "num_targets": 2},
     "square": {"num_queries": 60},
 }
-# One example for each device: however many are left, a batch is of one size and compiled once.
+# One example per device, so batches have one size and compile once, however many are left.
 run = functools.partial(autoattack, overrides=QUICK, progress=False, batch_size=8)
 
 
@@ -250,7 +250,7 @@ np.savez(sys.argv[4], broken_by=result.broken_by, x_adv=result.x_adv, margin=res
     "kills",
     [
         [("replace", 2)],  # while the second state is written
-        # Before that in the first check, which leaves nothing behind.
+        # Killed before that in the first check too, which leaves nothing behind.
         pytest.param([("are_strange", 2), ("replace", 2)], marks=pytest.mark.slow),
     ],
 )
@@ -266,11 +266,11 @@ def test_killed_at_any_moment_it_ends_with_the_same_result(kills, tmp_path):
     for where, countdown in kills:
         assert child(where, countdown).returncode == -signal.SIGKILL
     with np.load(state) as saved:
-        left = 3 - int(saved["passes_done"])  # two targets of FAB
+        left = 3 - int(saved["passes_done"])  # APGD, and FAB on two targets
     assert 0 < left < 3
     done = child("_Attempt", 99)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 99 - left  # what was done is not done again
+    assert int(done.stdout) == 99 - left  # finished passes are not run again
     with np.load(out) as result:
         np.testing.assert_array_equal(result["broken_by"], expected.broken_by)
         np.testing.assert_allclose(result["x_adv"], expected.x_adv, atol=1e-5)
@@ -310,7 +310,7 @@ def test_fab_s_restarts_are_passes_too_and_start_at_random():
         for start in (False, True)
     )
     moved = np.abs(clean - random).max((1, 2, 3)) > 1e-4
-    assert moved[5:].mean() > 0.5 and not moved[:5].any()  # what is wrong already stays
+    assert moved[5:].mean() > 0.5 and not moved[:5].any()  # misclassified points stay
 
 
 def test_restarts_are_passes_between_which_the_broken_drop_out():
@@ -433,7 +433,7 @@ def test_a_state_knows_a_closure_a_record_and_a_loss_that_is_an_object(tmp_path)
 def test_one_example_alone():
     logits_fn, x, y = problem()
     expected = baseline()
-    for i in (0, 20):  # wrong to begin with, and not
+    for i in (0, 20):  # misclassified from the start, and not
         alone = run(
             logits_fn, x[i : i + 1], y[i : i + 1], jax.random.split(KEY, 40)[i : i + 1], eps=0.05
         )

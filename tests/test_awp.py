@@ -41,7 +41,7 @@ def test_vanishing_gradients_keep_the_weights_finite(scale):
 
 
 def test_step_of_a_quadratic_is_the_one_by_hand(rng):
-    """Logits x'W + b, loss half their squares, x' = x + logits(x)·A: all of it in float64."""
+    """Logits x'W + b, loss half their squares, x' = x + logits(x)·A, by hand in float64."""
     w, b, a = rng.normal(size=(4, 3)), rng.normal(size=3), 0.1 * rng.normal(size=(3, 4))
     images = rng.integers(0, 256, (8, 2, 2, 1), dtype=np.uint8)
     calls = []
@@ -71,7 +71,7 @@ def test_step_of_a_quadratic_is_the_one_by_hand(rng):
         average=None,
     )
     state, sums = parallel.map_step(step, "pmap", jax.devices()[:1])(state, batch, KEY)
-    assert len(calls) == 1  # the examples are made once, on the weights as they are
+    assert len(calls) == 1  # the examples are made once, at the unperturbed weights
 
     x = images.reshape(8, 4) / 255
     x = x + (x @ w + b) @ a

@@ -30,7 +30,7 @@ def test_every_row_once_in_batches_of_few_sizes(backend, count, more, batch_size
 def test_little_is_made_up():
     for most in range(1, 2000):
         made_up = sum(len(rows) for rows, _ in rows_of_batches(most, 500)) - most
-        assert made_up < len(list(rows_of_batches(most, 500)))  # of all of them, one row a batch
+        assert made_up < len(list(rows_of_batches(most, 500)))  # fewer rows than batches
     assert [len(rows) for rows, _ in rows_of_batches(5, 128)] == [5]
     assert [len(rows) for rows, _ in rows_of_batches(5, 128, most=200)] == [16]
     assert [len(rows) for rows, _ in rows_of_batches(130, 128, most=200)] == [16] * 9

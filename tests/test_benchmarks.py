@@ -44,11 +44,11 @@ def test_pytorch_has_the_same_network(name):
     model, make_net, size, channels = NETWORKS[name]
     x = jax.random.uniform(jax.random.key(0), (2, size, size, channels))
     variables = jax.jit(model.init)(jax.random.key(1), x)
-    rng = np.random.default_rng(0)  # statistics and biases as they are after training
+    rng = np.random.default_rng(0)  # statistics and biases like those after training
     variables = jax.tree.map(lambda a: a + rng.uniform(0, 0.3, a.shape).astype("f"), variables)
 
     net = torch_models.from_flax(make_net(model), variables)
-    assert make_net(model).to("meta").mean.is_meta  # all of it goes to a device
+    assert make_net(model).to("meta").mean.is_meta  # the whole module moves to a device
     logits = np.asarray(model.apply(variables, x))
     assert np.ptp(logits) > 0.1
     np.testing.assert_allclose(net(torch_models.to_torch(x)).numpy(), logits, rtol=1e-4, atol=1e-4)
@@ -146,7 +146,7 @@ def test_folder_belongs_to_one_comparison(tmp_path):
 
 @pytest.mark.parametrize("name", foreign.NETS)
 def test_the_two_sides_of_a_foreign_network_compute_the_same(name):
-    """What is timed: Jacobian norms are compared to 1e-3, attacks by the loss that they reach."""
+    """Timed Jacobian norms agree to 1e-3, and timed attacks in the loss that they reach."""
     assert set(foreign.jacobians(name)) == {"ours", "torch.func"}
     module, network, shape = foreign._network(name)
     x, y = foreign.images(shape, foreign.BATCH_SIZE)

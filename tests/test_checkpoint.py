@@ -1,4 +1,4 @@
-"""Checkpoints damaged on purpose: skipped for the one before, or refused; never other numbers."""
+"""Damaged checkpoints are skipped for the one before or refused, and never give other numbers."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ from robust_jax.train.checkpoint import Checkpoints
 from robust_jax.train.state import TrainState
 from tests.conftest import REPOSITORY, environment_of
 
-# Orbax leaves what it has not read yet behind, where a file of a checkpoint cannot be read.
+# Orbax abandons its pending reads where a file of a checkpoint cannot be read.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def collected():
-    """What Orbax left behind complains here, not in a later file."""
+    """Collects what Orbax left behind, so that its warnings come here and not in a later file."""
     yield
     gc.collect()
 
@@ -167,7 +167,7 @@ def test_where_all_are_damaged_they_are_refused_and_stay(saved, tmp_path):
 
 
 def test_one_checkpoint_at_a_time_is_written(tmp_path, monkeypatch):
-    """Two managers at work make several processes wait for one another, now and then for ever."""
+    """Two managers at work make several processes wait for one another, sometimes for ever."""
     may_end, order = threading.Event(), []
     finish, save = ocp.CheckpointManager._wait_for_checkpointers, ocp.CheckpointManager.save
 
@@ -187,7 +187,7 @@ def test_one_checkpoint_at_a_time_is_written(tmp_path, monkeypatch):
     wait = checkpoints.wait
 
     def wait_and_tell():
-        may_end.set()  # the first may end only now that somebody waits for it
+        may_end.set()  # the first may end only once it is waited for
         wait()
 
     monkeypatch.setattr(checkpoints, "wait", wait_and_tell)
@@ -197,7 +197,7 @@ def test_one_checkpoint_at_a_time_is_written(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_told_and_what_was_saved_stays(saved, tmp_path):
-    """Files may not grow beyond a size, as they may not on a disk with that much room."""
+    """A limit on the size of files stands in for a disk with that much room."""
     workdir = tmp_path / "run"
     shutil.copytree(saved, workdir)
     checkpoints = Checkpoints(workdir, state_at(0))
@@ -211,7 +211,7 @@ def test_a_full_disk_is_told_and_what_was_saved_stays(saved, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     with contextlib.suppress(CannotWrite):
         checkpoints.close()
-    # By another process, as for a user: in this one Orbax's threads may still be at the old one.
+    # In another process, as for a user, since Orbax's threads in this one may still be busy.
     done = subprocess.run(
         [sys.executable, "-c", SAVED_AGAIN, str(workdir)],
         cwd=REPOSITORY,

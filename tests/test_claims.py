@@ -17,7 +17,7 @@ def result(clean=0.9, pgd=0.5):
 
 
 def found(**arms):
-    """Made-up runs: by arm, the robust accuracy of each seed."""
+    """Made-up runs from the robust accuracy of each seed, by arm."""
     return {
         arm: {i: Evidence(result(pgd=v)) for i, v in enumerate(values)}
         for arm, values in arms.items()
@@ -25,7 +25,7 @@ def found(**arms):
 
 
 def seen(**arms):
-    """Made-up runs: by arm, which images each seed holds, [seeds, images]."""
+    """Made-up runs from the images that each seed holds, [seeds, images], by arm."""
     return {
         arm: {
             seed: Evidence(result(pgd=np.mean(held)), table(held))
@@ -55,7 +55,7 @@ ABOVE = {"measure": "pgd@0.1", "arms": ("b", "a"), "relation": "above"}
         ((0.6, 0.61, 0.59), (0.5, 0.52, 0.48), "refuted"),
         ((0.5, 0.6, 0.4), (0.55, 0.45, 0.5), "inconclusive"),
         ((0.5, 0.5, 0.5), (0.6, 0.6, 0.6), "inconclusive"),  # an interval without width
-        ((0.5, 0.4), (0.9, 0.8), "no verdict"),  # an interval needs three
+        ((0.5, 0.4), (0.9, 0.8), "no verdict"),  # an interval needs three seeds
         ((0.5,), (0.9,), "no verdict"),
         ((), (), "no verdict"),
     ],
@@ -80,7 +80,7 @@ def test_all_tests_of_a_claim_must_hold_and_one_refutes_it():
     assert judge(runs, ABOVE, ABOVE)["verdict"] == "supported"
     assert judge(runs, ABOVE, unsure)["verdict"] == "inconclusive"
     assert judge(runs, ABOVE, unsure, wrong)["verdict"] == "refuted"
-    runs["d"] = dict(list(runs["c"].items())[:1])  # of one seed there is no verdict
+    runs["d"] = dict(list(runs["c"].items())[:1])  # one seed gives no verdict
     assert judge(runs, ABOVE, {**ABOVE, "arms": ("d", "a")})["verdict"] == "no verdict"
     assert judge(runs, wrong, {**ABOVE, "arms": ("d", "a")})["verdict"] == "refuted"
 
@@ -90,7 +90,7 @@ def test_margins_levels_and_trends():
     within = {**ABOVE, "by": -0.02}
     assert judge(runs, within)["verdict"] == "supported"
     assert judge(runs, ABOVE)["verdict"] == "refuted"
-    # A tolerance takes the place of a smallest effect: -1.2 points or so are within two.
+    # A tolerance replaces a smallest effect, and -1.2 points or so are within two.
     assert judge(runs, {**within, "smallest_effect": 0.02})["verdict"] == "supported"
     worse = found(b=(0.47, 0.461, 0.48), a=(0.51, 0.5, 0.519))
     assert judge(worse, {**within, "smallest_effect": 0.02})["verdict"] == "refuted"
@@ -140,7 +140,7 @@ def test_most_of_several_entries_each_with_a_verdict_of_its_own():
     assert judge(runs, other)["verdict"] == "no verdict"
     two = {arm: {seed: runs[arm][seed] for seed in range(2)} for arm in runs}
     assert judge(two, falls)["verdict"] == "no verdict"
-    # Seeds are added for each entry, and its interval is as wide as was asked.
+    # Seeds are added for each entry, whose interval is then as wide as asked.
     wide = {**falls, "widest": 2.0}
     assert claims.needs_more_seeds(claims.judge_test(wide, runs))  # c's is wider
     entries = claims.judge_test(wide, runs, adds_seeds=True)["entries"]
@@ -295,7 +295,7 @@ def test_an_interval_has_closed_forms_where_only_one_thing_varies():
     same = interval(np.tile(of_images, (3, 1)))
     np.testing.assert_allclose(same[1:3], expected)
     np.testing.assert_allclose(2 * same.from_images, same.high - same.low)
-    # Nothing varies: an event of 400 images that was not seen has a chance of at most this.
+    # Nothing varies, so this bounds the probability of an event not seen in 400 images.
     never = stats.binomtest(0, 400).proportion_ci(0.95).high
     np.testing.assert_allclose(interval(np.zeros((3, 400)))[1:3], (-never, never), rtol=0.01)
 
@@ -316,7 +316,7 @@ def test_an_interval_is_that_of_a_crossed_analysis_of_variance():
 
 
 def differences(rng, num_seeds, num_images, seed, image, both):
-    """Who of two equal networks holds against an attack, -1, 0 or 1, [seeds, images]."""
+    """Which of two equal networks holds against an attack, as -1, 0 or 1, [seeds, images]."""
 
     def held():
         x = image * rng.normal(size=num_images) + seed * rng.normal(size=(num_seeds, 1))
@@ -326,7 +326,7 @@ def differences(rng, num_seeds, num_images, seed, image, both):
     return held().astype(float) - held()
 
 
-# The standard deviations of what a network owes to its seed, to the image and to both of them.
+# The standard deviations of the effects of the seed, of the image and of both together.
 @pytest.mark.parametrize("effects", [(0, 1, 1), (0.02, 1, 0.1), (0.1, 0.5, 0.5), (0.3, 0.1, 0.3)])
 @pytest.mark.parametrize("num_seeds", [3, 5, 10])
 def test_an_interval_covers_the_truth_as_often_as_it_says(num_seeds, effects):
@@ -357,9 +357,9 @@ def alike(count, *, only_b, only_a=0, seeds=3):
     [
         (alike(1000, only_b=100), 0.01, "supported"),
         (alike(1000, only_b=20), 0.05, "supported, but small"),
-        (alike(1000, only_b=20), 0.02, "supported"),  # what is worth claiming may be
+        (alike(1000, only_b=20), 0.02, "supported"),  # it may be worth claiming
         (alike(1000, only_b=0), 0.01, "refuted"),  # no effect of a point or more
-        (alike(1000, only_b=0), 0.0, "inconclusive"),  # whether there is any
+        (alike(1000, only_b=0), 0.0, "inconclusive"),  # there may be some effect
         (alike(100, only_b=0), 0.01, "inconclusive"),  # too few images to tell
         (alike(1000, only_b=10, only_a=10), 0.001, "inconclusive"),
         (alike(1000, only_b=0, only_a=50), 0.01, "refuted"),
@@ -393,7 +393,7 @@ def test_images_are_paired_by_their_index_where_every_run_has_them():
     np.testing.assert_allclose(judged["values"], difference.mean(1))
     np.testing.assert_allclose((judged["low"], judged["high"]), interval(difference)[1:3])
     runs["a"][0] = runs["a"][0]._replace(records=None)
-    assert claims.judge_test(ABOVE, runs)["images"] is None  # and the seeds alone count
+    assert claims.judge_test(ABOVE, runs)["images"] is None  # then only the seeds count
 
 
 def test_shares_of_images_are_read_from_the_records():
@@ -435,17 +435,17 @@ def test_shares_of_images_are_read_from_the_records():
     assert outcomes("jacobian.matched.frobenius.mean") == {0: 2, 1: 1, 2: 3, 3: 4, 4: 5}
     assert outcomes("measurements.energy.path") == {0: 0, 1: 1}
     for other in (
-        # An image without a value, of the probabilities no value, and no mean.
+        # In turn: an image without a value, no column, not a mean, infinite values.
         *("jacobian.logits.spectral.mean", "jacobian.probabilities.frobenius.mean"),
         *("jacobian.logits.frobenius.median", "measurements.margins.mean"),
-        "measurements.energy.rise",  # of another measurement than its array
+        "measurements.energy.rise",  # its array is from another measurement
         *("measurements.energy.oscillation", "pgd@0.3", "training.last.robust_accuracy"),
     ):
         assert outcomes(other) is None
 
 
 def test_a_mean_over_images_has_an_interval_for_other_images():
-    """An energy of 200 images that is the same for each seed is no more certain than the images."""
+    """An energy of 200 images on which the seeds agree is no more certain than the images."""
     rng = np.random.default_rng(0)
     of_images = {"a": rng.normal(size=200), "b": rng.normal(size=200)}
     runs = {
@@ -465,7 +465,7 @@ def test_a_mean_over_images_has_an_interval_for_other_images():
     np.testing.assert_allclose((judged["low"], judged["high"]), expected)
     assert judged["images"] == 200
     assert not 2 * judged["from_images"] > judged["high"] - judged["low"] + 1e-9
-    # Where all images are alike, only a share may be another for images not seen.
+    # Where all images are alike, only a share may still differ on unseen images.
     for by_seed in runs["a"].values():
         by_seed.arrays["energy/of_images/path"][:] = by_seed.results["measurements"]["energy"][
             "path"
@@ -502,10 +502,10 @@ def test_seeds_are_added_for_widths_and_for_nothing_else():
         moved = {**judged, **{end: judged[end] + shift for end in ("mean", "low", "high")}}
         assert claims.needs_more_seeds(moved)
     assert not claims.needs_more_seeds(claims.judge_test({**ABOVE, "widest": 0.5}, noisy))
-    assert not claims.needs_more_seeds(claims.judge_test(ABOVE, noisy))  # nothing is asked
+    assert not claims.needs_more_seeds(claims.judge_test(ABOVE, noisy))  # no width is asked for
     assert claims.needs_more_seeds(claims.judge_test(width, found(a=(0.5, 0.5), b=(0.6, 0.6))))
     assert not claims.needs_more_seeds(claims.judge_test(width, found(a=(), b=())))
-    few = alike(100, only_b=10, only_a=10)  # it is the images that are too few
+    few = alike(100, only_b=10, only_a=10)  # the images are too few, not the seeds
     assert not claims.needs_more_seeds(claims.judge_test(width, few))
 
 

@@ -108,14 +108,14 @@ def test_differences_are_of_what_the_runs_were_made_with(made):
         "loss_on": ["adversarial", "adversarial", "clean"],
         "seed": ["0", "1", "0"],
         "threat.eps": ["0.15", "0.15", "0.1"],
-        # One names it, the others follow the threat model.
+        # One run sets it, and the others follow the threat model.
         "validation_attack.eps": ["0.15", "0.15", "0.1"],
     }
     assert all(field in said for field in found.index)
 
 
 def test_an_older_config_is_compared_as_it_is(tmp_path):
-    for name, eps in (("old", 0.0314), ("new", 0.03141)):  # whatever differs, looks different
+    for name, eps in (("old", 0.0314), ("new", 0.03141)):  # values that differ look different
         make_run(tmp_path / name, note=eps)
         write_json(tmp_path / name / "config.json", {})
     found = compare.differences(compare.load([tmp_path / "old", tmp_path / "new"]))
@@ -160,6 +160,6 @@ def test_what_cannot_be_compared_is_refused_and_nothing_is_written(made, tmp_pat
     with pytest.raises(UserError, match="holds a run; take another --workdir"):
         compare.write([one, other], other)
     assert contents(other) == before
-    for _ in range(2):  # its own page it writes again
+    for _ in range(2):  # it overwrites its own page
         compare.write([one, other], tmp_path / "out")
     assert "2 runs compared" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What bad input gets: one line that names the field, the value and the choices."""
+"""Bad input gets one line that names the field, the value and the choices."""
 
 import dataclasses
 import errno
@@ -202,7 +202,7 @@ def test_launch_tells_of_a_full_disk_in_one_line(monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device", "runs/demo/records/best.csv")
 
     class Ended(BaseException):
-        """What ends a process."""
+        """Raised in place of ending the process."""
 
     def ended(code):
         raise Ended(code)
@@ -249,7 +249,7 @@ EFFECTS = {
 }
 
 
-# The others are trained clean, which compiles faster.
+# The other fields are tested with clean training, which compiles faster.
 ATTACKED = ("loss_on", "adversary.eps")
 
 
@@ -299,7 +299,7 @@ def test_field_has_an_effect_on_training(field, unchanged):
 
 
 def test_every_field_is_read(monkeypatch):
-    """Each field, also of sections, is looked up to build the run, not just to check it."""
+    """Each field, also of sections, is read to build the run and not just to check it."""
     read = set()
     plain = ConfigDict.__getitem__
 
@@ -308,7 +308,7 @@ def test_every_field_is_read(monkeypatch):
         return plain(self, key)
 
     config = threat.complete(changed(num_labeled=100))
-    monkeypatch.setattr(threat, "complete", lambda config: config)  # it makes a copy
+    monkeypatch.setattr(threat, "complete", lambda config: config)  # else it would make a copy
     monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
     monkeypatch.setattr(ConfigDict, "__getattr__", getitem)
     build(config)
@@ -320,7 +320,7 @@ def test_every_field_is_read(monkeypatch):
         if (id(section), field) not in read
     ]
     assert unread == []
-    # The fields of `evaluation` are those that the evaluator takes, and two that choose for it.
+    # `evaluation` has the evaluator's fields, and two that choose its images and checkpoints.
     assert set(plain(config, "evaluation")) == {*Settings._fields, "num_examples", "last"}
     assert plain(config, "track_margins").to_dict() == NOT_TRACKED._asdict()
 
@@ -394,7 +394,7 @@ def test_what_has_no_norm_and_radius_of_its_own_follows_the_threat_model():
     assert "norm" not in found.measurements.margins
     assert found.regularizers.input_margin.norm == "l1" and found.regularizers.vat.eps == 0.25
     assert threat.complete(found) == found
-    # One for two norms, and for records.
+    # DeepFool takes two norms by name, and records.
     attacks = ConfigDict({"deepfool": {}})
     found = threat.complete(changed(threat={"norm": "l2", "eps": 0.5}, attacks=attacks))
     assert found.attacks.deepfool.to_dict() == {"norm": "l2", "eps": 0.5}
@@ -461,7 +461,7 @@ def test_names_in_a_config_are_found_with_their_keywords():
 
 
 def test_every_attack_can_be_evaluated_in_a_norm_of_its_own():
-    """By its name and a radius alone, traced as the evaluation runs it."""
+    """A name and a radius are enough; each attack is traced as the evaluation runs it."""
     attacks = {name: {"name": name, "eps": 1} for name in POINTWISE}
     grids = build(changed(attacks=ConfigDict(attacks))).grids
     batch = {"image": jnp.zeros((2, 4, 5, 1)), "label": jnp.zeros(2, int), "index": jnp.arange(2)}

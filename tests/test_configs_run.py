@@ -1,4 +1,4 @@
-"""Every config in configs/ composes, on a network and images made small, and steps or is traced."""
+"""Every config in configs/ composes on a small network and images, and steps or is traced."""
 
 import importlib
 
@@ -17,7 +17,7 @@ from robust_jax.models import num_parameters
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
-# The others' programs are like these, or have terms that are run in test_objectives.py: traced.
+# The others are only traced: they are like these, or test_objectives.py runs their terms.
 STEPPED = {
     "cifar10_cnn_average_margin",
     "default",
@@ -60,7 +60,7 @@ def npz_files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def attacks_tried_once():
-    """Whatever the radius, and but for Square's windows whatever the images: tracing takes time."""
+    """Skips other radii and, but for Square's windows, other images, since tracing takes time."""
     tried, plain = set(), training.try_attack
 
     def try_attack(path, attack, dataset, reference=None, **keywords):
@@ -91,7 +91,7 @@ def test_config_takes_two_steps_or_is_traced(name, npz_files, attacks_tried_once
         config.adversary.num_steps = min(config.adversary.num_steps, 2)
     entries.check(config, default.get_config())
     if name != "default" and config.attacks == default.get_config().attacks:
-        config.attacks = ConfigDict()  # tried out with the default already
+        config.attacks = ConfigDict()  # already tried out with the default
     plan = build(config).plan
     assert plan.total_steps == 2
     if name not in STEPPED:
@@ -128,7 +128,7 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
 
 
 def test_the_step_is_compiled_once():
-    """Its second call finds the program of the first, and so does every other."""
+    """The second call and all later ones find the program of the first."""
     config = default.get_config()
     config.model.update(SMALL["cnn"])
     config.adversary.num_steps = 1
@@ -159,7 +159,7 @@ def test_the_imagenet_step_compiles_for_eight_devices_without_data(monkeypatch):
     plan = build(config).plan
     assert jax.device_count() == 8
     state = jax.eval_shape(plan.init)
-    assert num_parameters(state.params) == 25_557_032  # torchvision's
+    assert num_parameters(state.params) == 25_557_032  # as in torchvision
     batch = {
         "image": jax.ShapeDtypeStruct((512, 224, 224, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((512,), np.int32),

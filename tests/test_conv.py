@@ -37,7 +37,7 @@ def float64():
 
 
 def operands(image, window, *, batch=2, inputs=3, outputs=4, lead_x=(), lead_k=()):
-    # NumPy's generator: jax.random would compile for every shape.
+    # NumPy's generator, since jax.random would compile for every shape.
     normal = np.random.default_rng(0).standard_normal
     x, k = normal((*lead_x, batch, *image, inputs)), normal((*lead_k, *window, inputs, outputs))
     return jnp.asarray(x), jnp.asarray(k)
@@ -54,8 +54,8 @@ def both(strides, padding):
 
 
 def assert_same(transform, convs, *args):
-    """transform(conv) is a function of args; it must be the same one for both convolutions."""
-    # Compiling is what takes the time here, and nothing depends on how well it is done.
+    """Checks that transform(conv), a function of args, is the same for both convolutions."""
+    # Compilation takes most of the time here, and no result depends on its optimisations.
     jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     actual, expected = jit(lambda *args: [transform(conv)(*args) for conv in convs])(*args)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), actual, expected)
@@ -66,7 +66,7 @@ def energy(conv):
 
 
 def gradient_energy(conv):
-    """The squares of both gradients: its own gradient differentiates through them."""
+    """The squares of both gradients, so that its own gradient differentiates through them."""
 
     def squares(x, k):
         gradients = jax.grad(energy(conv), argnums=(0, 1))(x, k)
@@ -75,14 +75,14 @@ def gradient_energy(conv):
     return squares
 
 
-# For each of the CPU's formulas: banded matrices, convolutions, one product for all taps.
+# They cover the CPU's formulas: banded matrices, convolutions, one product for all taps.
 few_and_many = pytest.mark.parametrize("inputs, outputs", [(1, 4), (42, 6), (3, 16), (8, 5)])
 
 
 @geometries
 @few_and_many
 def test_derivatives(image, window, strides, padding, inputs, outputs):
-    """Forwards over the value and both gradients, which are among the results; and backwards."""
+    """Forward mode over the value and both gradients, which it also returns, and reverse mode."""
     args = operands(image, window, inputs=inputs, outputs=outputs)
     tangents = tuple(map(np.cos, args))
     gradients = partial(jax.grad, argnums=(0, 1))
@@ -115,7 +115,7 @@ def test_vmap(in_axes, strides):
     k = k[0] if in_axes[1] is None else jnp.moveaxis(k, 0, in_axes[1])
 
     def mapped(conv):
-        # The gradients one by one: each batches the other two maps' operands in its own way.
+        # One gradient at a time, since each batches the other two maps' operands differently.
         gradients = [jax.grad(energy(conv), argnums=argnum) for argnum in (0, 1)]
         functions = [conv, *gradients, jax.grad(gradient_energy(conv))]
         return lambda x, k: [jax.vmap(f, in_axes)(x, k) for f in functions]
@@ -155,7 +155,7 @@ def test_finite_differences(strides):
     check_grads(lambda x, k: jnp.sin(conv(x, k)), args, order=2, modes=("fwd", "rev"))
 
 
-# Enough channels and tiles for Winograd's filtering; sizes that fill no whole number of tiles.
+# Enough channels and tiles for Winograd's filtering, and sizes that leave partial tiles.
 TILED = 13  # images
 winograd = pytest.mark.parametrize(
     "image, padding", [((13, 11), "SAME"), ((14, 15), "VALID"), ((9, 16), ((0, 3), (2, 1)))]
@@ -187,7 +187,7 @@ def test_winograds_filtering(image, padding):
 
 @winograd
 def test_winograds_filtering_in_float32(image, padding):
-    """Beside float64: a rounding error three times the plain one, of the convolution and of ∇x."""
+    """Against float64, the convolution and ∇x have about three times the plain rounding error."""
     args = operands(image, (3, 3), batch=TILED, inputs=64, outputs=32)
     conv, plain = both((1, 1), padding)
 
@@ -330,7 +330,7 @@ def compiled_on_the_cpu(fn, *operands):
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("channels", [32, 128])
 def test_xla_takes_its_fast_convolutions(channels, padding):
-    """No YNNPACK where it is slow, and no kernel turned round, for which XLA has plain loops."""
+    """No YNNPACK where it is slow, and no reversed kernel, for which XLA has plain loops."""
     x, k = jnp.ones((4, 12, 12, channels)), jnp.ones((3, 3, channels, 32))
     conv = partial(conv2d, padding=padding)
 
@@ -369,4 +369,4 @@ def test_the_gradient_of_a_strided_convolution_is_put_together_from_its_phases(
     expected = _convolution._plain_input_gradient(g, k, geometry=geometry)
     np.testing.assert_allclose(found, expected, atol=1e-10)
     text = jax.jit(partial(_convolution._cpu_input_gradient, geometry=geometry)).lower(g, k)
-    assert text.as_text().count("stablehlo.convolution") == 1  # it is what this one takes
+    assert text.as_text().count("stablehlo.convolution") == 1  # the CPU takes this form here

@@ -227,7 +227,7 @@ def test_a_truncated_npz_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def small_mnist(tmp_path_factory):
-    """Images of a small MNIST in TFDS's real format, as nothing may be downloaded here."""
+    """Images of a small MNIST in TFDS's real format, since nothing may be downloaded here."""
     import tensorflow_datasets as tfds
 
     rng = np.random.default_rng(0)
@@ -235,7 +235,7 @@ def small_mnist(tmp_path_factory):
 
     def examples(start, stop):
         for i in range(start, stop):
-            png = io.BytesIO()  # an array would have TFDS look for TensorFlow to encode it
+            png = io.BytesIO()  # TFDS would need TensorFlow to encode an array
             Image.fromarray(images[i, ..., 0]).save(png, "PNG")
             png.seek(0)
             yield i, {"image": png, "label": i % 10}
@@ -279,7 +279,7 @@ def test_tfds_images_and_labels_of_other_types_are_refused(
 
 
 def test_a_streamed_set_gives_the_batches_of_the_one_in_memory(small_mnist):
-    """From any step on, which is how a run is resumed, and to each process its own rows."""
+    """It starts at any step, as a resumed run does, and gives each process its own rows."""
     load = functools.partial(
         data.load, "tfds:mnist", validation_size=10, data_dir=small_mnist[1], seed=3
     )
@@ -287,7 +287,7 @@ def test_a_streamed_set_gives_the_batches_of_the_one_in_memory(small_mnist):
     assert isinstance(streamed.train, data.Streamed) and isinstance(streamed.test, data.Streamed)
     assert streamed.image_shape == whole.image_shape
     np.testing.assert_array_equal(streamed.validation.images, whole.validation.images)
-    np.testing.assert_allclose(streamed.mean, whole.mean)  # of all images where they are few
+    np.testing.assert_allclose(streamed.mean, whole.mean)  # over all images, since they are few
     in_turn = {
         (name, start, rows): list(
             itertools.islice(
@@ -430,7 +430,7 @@ def test_bad_split_sizes_are_refused(keywords, message):
 
 
 def test_a_channel_without_spread_is_not_blown_up(tmp_path, rng):
-    """Such as an opaque alpha: an adversary would move it by its eps over next to nothing."""
+    """An adversary would move an opaque alpha, for example, by its eps over next to nothing."""
     images = rng.integers(0, 256, size=(30, 4, 5, 4), dtype=np.uint8)
     images[..., 3] = 255
     y = np.arange(30) % 3

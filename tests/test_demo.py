@@ -30,7 +30,7 @@ from tests.launches import default_with, flags
 from tests.notebooks import NOTEBOOKS, code_cells, run_cell
 from tests.pages import code
 
-# Those of the demo itself are drawn, in its own process.
+# The demo runs in its own process, where its pages are drawn.
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = {
@@ -68,7 +68,7 @@ def fewer_attacks():
 
 
 class Size(NamedTuple):
-    """A size of the demo: fields with other values, test images, how it is compiled."""
+    """A size of the demo: changed fields, number of test images, how it is compiled."""
 
     fields: dict[str, Any]
     count: int
@@ -76,7 +76,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    # Learns and resists as the whole does; with fewer images, attacks and queries.
+    # Learns and resists like the whole demo, with fewer images, attacks and queries.
     "small": Size(
         {
             "duration": "16 epochs",
@@ -111,14 +111,14 @@ def demo(request, launch, tmp_path_factory):
 
 @pytest.fixture
 def moved(demo, tmp_path):
-    """The folder of a copy: a run can be moved."""
+    """The folder of a copy, since a run can be moved."""
     shutil.copytree(demo.workdir, tmp_path / "copied")
     return tmp_path / "copied"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a small run, made in this process, whose clean objective learns nothing."""
+    """The folder of a small clean run, made in this process, that learns nothing."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     fields = {
         **TINY,
@@ -136,7 +136,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """The folder of a copy, to do things to."""
+    """The folder of a copy that a test may change."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
@@ -271,9 +271,9 @@ def test_results_say_how_they_were_made(results):
     assert {"jax", "flax", "optax", "python", "robust_jax"} <= set(results["versions"])
     assert results["timings"]["examples_per_second"] > 0
     assert results["jacobian"]["logits"]["frobenius"]["mean"] > 0
-    # Compiled as for users, two computations of one logit's gradient differ by rounding.
+    # As users compile it, two computations of one logit's gradient differ by rounding.
     assert 0 < results["relative_slope"]["median"] < 100 and 0.1 < results["temperature"] < 10
-    # The table of the study of EntM, no arm of which runs in test_study_runs.py.
+    # The EntM study's table, since test_study_runs.py runs none of its arms.
     for _, measure in entm.get_config().measures:
         if not re.match(r"\w+@|measurements\.|audit\.", measure):
             assert measures.value(results, measure) is not None, measure
@@ -317,7 +317,7 @@ def test_a_finished_run_without_its_last_checkpoint_is_not_trained_again(copied)
 
 
 def test_a_finished_run_without_its_page_gets_it(copied):
-    """As one that was stopped before it wrote its last file."""
+    """The run was stopped before it wrote its last file."""
 
     before = (copied / "report.html").read_text(encoding="utf-8")
     (copied / "report.html").unlink()
@@ -338,7 +338,7 @@ def test_report_mode_writes_the_page_again(moved, launch):
     page = (moved / "report.html").read_text()
     (moved / "report.html").unlink()
     assert not list(moved.rglob("*.pending"))
-    said = launch(f"--workdir={moved}", "--mode=report")  # which finds the config in the folder
+    said = launch(f"--workdir={moved}", "--mode=report")  # finds the config in the folder
     assert said.stdout == f"report: {moved / 'report.html'}\n", said.stderr[-3000:]
     assert (moved / "report.html").read_text() == page
 
@@ -363,12 +363,12 @@ def test_evaluate_mode_takes_other_attacks_and_gives_the_same_numbers_for_the_sa
     for column in ("margin", "pgd_linf@0.1/held"):
         pd.testing.assert_series_equal(after[column], before[column])
     assert 0 < after["pgd_linf@0.1/held"].sum() < after["correct"].sum()
-    # The folder is now that of a run with these attacks.
+    # The folder now belongs to a run with these attacks.
     with pytest.raises(UserError, match="is finished, and was evaluated with.*--mode=evaluate"):
         execute(stored.config_of(finished), copied, "train")
 
 
-@pytest.mark.slow  # beside the whole demo; the test above has the mode
+@pytest.mark.slow  # goes with the whole demo; the test above covers the mode
 def test_launch_evaluates_the_demo_again_and_keeps_its_audit(demo, results, moved, launch):
     pgd = {"name": "pgd", "norm": "linf", "eps": (0.1, 0.15), "num_steps": 20, "num_restarts": 3}
     result = launch(
@@ -457,7 +457,7 @@ def test_verify_takes_what_an_older_version_left(copied):
 
 
 def test_a_record_s_key_makes_its_adversarial_again(demo):
-    """As docs say: the key of the row, folded with the attack's name."""
+    """As the docs say, the attack's key is the row's, folded with the attack's name."""
     import zlib
 
     import jax
@@ -505,7 +505,7 @@ def test_a_run_s_networks_are_those_of_its_records(demo, results):
 
 
 def test_autoattack_alone_is_evaluated(copied):
-    """The run was stopped when it was trained, before anything was evaluated."""
+    """The run was stopped after training, before anything was evaluated."""
     for name in ("results.json", "card.json", "examples.npz"):
         (copied / name).unlink()
     config = stored.config_of(copied)
@@ -535,7 +535,7 @@ def test_the_best_alone_is_evaluated_if_the_config_says_so_and_the_last_later(co
     execute(config, copied, "evaluate")
     both = results_in(copied)
     assert (both["best"], both["last"]) == (whole["best"], whole["last"])
-    config.evaluation.last = False  # what was found stays
+    config.evaluation.last = False  # earlier results stay
     execute(config, copied, "evaluate")
     assert results_in(copied)["last"] == whole["last"]
 
@@ -563,7 +563,7 @@ def test_audit_mode_looks_again(finished, copied, results):
     assert report.audit_sentence(again) in (copied / "report.html").read_text()
 
 
-@pytest.mark.slow  # test_processes.py has four devices beside one, test_train.py a step on eight
+@pytest.mark.slow  # test_processes.py compares four devices with one, test_train.py steps on eight
 def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
     found = {}
     for devices, mapping in ((1, "pmap"), (8, "pmap"), (8, "shard_map")):
@@ -573,7 +573,7 @@ def test_eight_devices_give_the_numbers_of_one(launch, tmp_path):
         )
         assert result.returncode == 0, result.stderr[-3000:]
         found[devices, mapping] = results_in(workdir)
-    # A run continues, or is measured again, on another number of devices.
+    # A run may continue or be evaluated again on another number of devices.
     again = launch(*flags(TINY), f"--workdir={tmp_path / '8_pmap'}", "--mode=evaluate", devices=1)
     assert again.returncode == 0, again.stderr[-3000:]
     one = found.pop((1, "pmap"))
@@ -600,8 +600,8 @@ def test_the_page_on_reading_runs_runs_on_the_demo(demo, monkeypatch, tmp_path):
         exec(example, {})
 
 
-# The notebooks' images, steps, queries and attacks, and as many of them as show that every cell
-# runs. What is audited twice is compiled once.
+# Replaces the notebooks' images, steps, queries and attacks by just enough to show that every cell
+# runs. A network that is audited twice is compiled once.
 FEWER = {
     "[:200]": "[:20]",
     "arange(200)": "arange(20)",
@@ -619,7 +619,7 @@ FEWER = {
 
 @pytest.fixture
 def beside_the_demo(demo, moved, monkeypatch):
-    """The runs that the notebooks look at, and their folder."""
+    """Sets the runs that the notebooks read, and enters the notebooks' folder."""
     monkeypatch.setenv("ROBUST_JAX_RUN", str(demo.workdir))
     monkeypatch.setenv("ROBUST_JAX_RUNS", f"{demo.workdir} {moved}")
     monkeypatch.chdir(NOTEBOOKS[0].parent)
@@ -628,7 +628,7 @@ def beside_the_demo(demo, moved, monkeypatch):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_every_cell_of_a_notebook_runs_on_the_demo(path, beside_the_demo):
     namespace = {}
-    with pd.option_context("display.max_colwidth", None):  # which one of them sets
+    with pd.option_context("display.max_colwidth", None):  # one of the notebooks sets it
         for source, committed in code_cells(path):
             for many, few in FEWER.items():
                 source = source.replace(many, few)
@@ -656,7 +656,7 @@ def test_notebook_runs_in_a_kernel(path, beside_the_demo, monkeypatch):
     import nbclient
     import nbformat
 
-    # That on Jacobians computes for much longer than it compiles.
+    # The one on Jacobians spends much more time computing than compiling.
     flags = environment_of(1, as_users_do=path.stem == "jacobian_norms")["XLA_FLAGS"]
     monkeypatch.setenv("XLA_FLAGS", flags)
     notebook = nbformat.read(path, as_version=4)

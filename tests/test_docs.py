@@ -80,7 +80,7 @@ def test_the_example_threat_model_bounds_attacks(blocks, attack):
     x_adv = attacks.ATTACKS[attack](logits_fn, x, y, KEY, eps=0.02, norm=norm)
     assert (logits_fn(x_adv).argmax(-1) != y).all()
     assert jax.vmap(norm.size)(x_adv - x).max() <= 0.02 + 1e-6
-    assert np.abs(x_adv - x).max() > 0.02  # of the blue that the eye hardly sees
+    assert np.abs(x_adv - x).max() > 0.02  # in blue, which the eye hardly sees
 
 
 def test_the_example_figure_is_drawn(blocks, rng):
@@ -132,7 +132,7 @@ def test_the_readme_library_example_runs():
     (example,) = code("README.md")
     call = 'attacks.autoattack(logits_fn, x, y, key, eps=8 / 255, norm="linf"'
     assert f"{call})" in example
-    # Two of AutoAttack's members, for all four are compiled in test_autoattack.py.
+    # Two of AutoAttack's members, since test_autoattack.py compiles all four.
     example = example.replace(call, f'{call}, version=("apgd_ce", "square")')
     logits_fn, _, _ = make_linear(KEY)
 

@@ -18,7 +18,7 @@ NUMBER = r"-?\d+\.\d*(?:e[-+]?\d+)?"
 
 
 class ToThePrecisionWritten(doctest.OutputChecker):
-    """Numbers are compared to the digits that the docstring shows, spaces not at all."""
+    """Compares numbers to the digits that the docstring shows, and ignores spaces."""
 
     def check_output(self, want, got, optionflags):
         want, got = (re.sub(r"\s", "", text) for text in (want, got))
@@ -38,7 +38,7 @@ def functions():
             value = getattr(module, label)
             if inspect.isfunction(value):
                 yield pytest.param(value, id=f"{name}.{label}")
-            # A package shows the classes of its modules, which are looked at once.
+            # A package re-exports its modules' classes, which are checked once.
             elif inspect.isclass(value) and value.__module__ == module.__name__:
                 for method, function in vars(value).items():
                     if inspect.isfunction(function) and not method.startswith("_"):
@@ -54,7 +54,7 @@ def test_example_runs_and_every_argument_is_described(function):
 
 def check_docstring(function):
     doc = inspect.getdoc(function)
-    is_checked = getattr(function, "is_compiled", False)  # its arguments are
+    is_checked = getattr(function, "is_compiled", False)  # its arguments are checked
     for section in ("Args", "Returns", "Example", *(["Raises"] if is_checked else [])):
         assert f"\n{section}:\n" in doc, section
     described = re.search(r"\nArgs:\n(.*?)\n\n", doc, re.DOTALL)[1]

@@ -21,8 +21,8 @@ EPS = 0.05
 
 
 def two_classes(offset, scale=1.0):
-    """Logits 0 and w·(x - ½) + offset; far above 0, class 0's loss is the second of them."""
-    offset, scale = np.float32([offset]), np.float32([scale])  # arrays: arguments of one program
+    """Logits 0 and w·(x - ½) + offset; far above 0, class 0's loss is the second logit."""
+    offset, scale = np.float32([offset]), np.float32([scale])  # arrays, so arguments of one program
 
     def logits_fn(x):
         second = scale * (((x - 0.5) * np.float32(WEIGHTS)).sum((1, 2, 3)) + offset)
@@ -60,7 +60,7 @@ def test_variation_of_a_linear_loss_is_its_slope(norm, dual):
             two_classes(40.0), X, ZEROS, KEY, eps=EPS, norm=norm, num_samples=3, squared=squared
         )
         np.testing.assert_allclose(got, np.full(6, slope ** (1 + squared)), rtol=1e-4)
-    # At an even slope all pieces of the way are alike, and their sum is what the loss rose.
+    # At a constant slope all pieces of the path are alike and add up to the rise of the loss.
     num_pieces = {"linf": 1, "l2": 2, "l1": 5}[norm]
     keywords = {"eps": EPS, "norm": norm, "step_size": 4 * EPS, "num_pieces": num_pieces}
     got = energy.path(two_classes(40.0), X, ZEROS, KEY, **keywords)
@@ -86,7 +86,7 @@ def test_variation_is_the_mean_gradient_over_the_ball(trained):
 
 
 def binary_kl(u, v):
-    """KL between Bernoulli distributions of logits u and v."""
+    """KL between Bernoulli distributions with logits u and v."""
     p, q = expit(u), expit(v)
     return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
 
@@ -109,7 +109,7 @@ def test_label_free_energies_are_those_of_the_kl(rng):
     expected = (binary_kl(u, u + r @ WEIGHTS.reshape(-1, 1)) ** 2).mean(0)
     got = energy.mean_square(logits_fn, X, None, KEY, eps=0.2, num_samples=4000)
     np.testing.assert_allclose(got, expected, rtol=0.15)
-    # KL is convex in the logit: it is largest at one of the ball's two ends.
+    # KL is convex in the logit, so it is largest at one of the ball's two ends.
     reach = 0.2 * np.abs(WEIGHTS).sum()
     ends = np.stack([binary_kl(u, u - reach), binary_kl(u, u + reach)])
     got = energy.oscillation(logits_fn, X, None, KEY, eps=0.2, num_steps=20)
@@ -149,7 +149,7 @@ def test_oscillation_is_above_the_adversarial_term_on_every_example(trained, nor
     oscillation = energy.oscillation(logits_fn, x, y, KEY, **keywords)
     x_adv = attacks.pgd(logits_fn, x, y, jax.random.key(7), **keywords)
     at_x, at_adv = (losses.cross_entropy(logits_fn(point), y) for point in (x, x_adv))
-    # And strictly so: no image is at a minimum of its own loss.
+    # The bound is strict, since no image is at a minimum of its own loss.
     assert (oscillation > 1.2 * (at_adv - at_x) ** 2).all()
     rise = energy.rise(logits_fn, x, y, KEY, **keywords)
     assert (rise <= oscillation).all() and (rise > 0).all()
@@ -164,7 +164,7 @@ def test_oscillation_is_above_the_adversarial_term_on_every_example(trained, nor
 
 def test_the_label_free_rise_is_above_vats_term_on_every_example_inside_the_box(trained):
     logits_fn, x, _ = trained
-    x, eps = 0.25 + x / 2, 0.2  # nothing within eps of x is cut
+    x, eps = 0.25 + x / 2, 0.2  # the box cuts nothing within eps of x
     keys = jax.random.split(KEY, len(x))
     term = vat(logits_fn, Half(x, logits_fn(x)), keys, eps=eps, num_iterations=10)
     # The KL has two maxima, on either side of x; an attack finds one of them.
@@ -173,7 +173,7 @@ def test_the_label_free_rise_is_above_vats_term_on_every_example_inside_the_box(
     assert (np.sqrt(np.max(rises, 0)) >= 0.999 * term).all() and (term > 0).all()
 
 
-@pytest.mark.slow  # the tests around it have the same of a network trained on random images
+@pytest.mark.slow  # the tests around it check this for a network trained on random images
 def test_the_bounds_hold_for_a_network_trained_on_digits():
     logits_fn, (x, y) = digits.trained(), digits.test_points(60)
     keywords = {"eps": 0.05, "num_steps": 20}
@@ -196,7 +196,7 @@ def test_the_bounds_hold_for_a_network_trained_on_digits():
 def test_the_way_to_the_worst_point_is_above_the_adversarial_term_on_every_example(
     trained, norm, labelled
 ):
-    """Cauchy-Schwarz, for each number of pieces; and by more, the more pieces there are."""
+    """By Cauchy-Schwarz, for any number of pieces; the gap grows with their number."""
     logits_fn, x, y = trained
     y = y if labelled else None
     keywords = {"eps": 0.3 if norm == "linf" else 1.0, "norm": norm, "num_steps": 20}
@@ -237,7 +237,7 @@ def test_the_way_is_the_integral_of_the_squared_slope(trained):
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_the_point_itself_is_among_both_ends(label):
-    """A loss that is only at x itself another, higher for class 0 and lower for class 1."""
+    """The loss differs only at x itself: higher for class 0 and lower for class 1."""
     x = np.full((1, *SHAPE), 0.5, np.float32)
 
     def logits_fn(images):
@@ -278,7 +278,7 @@ def test_an_example_has_its_energy_in_any_batch(trained):
 
 
 def test_neighbours_stay_in_the_box():
-    """Where every pixel is black or white only half of each interval is there."""
+    """Where every pixel is black or white, half of each interval lies outside the box."""
     x = jnp.stack([jnp.zeros(SHAPE), jnp.ones(SHAPE)])
 
     def logits_fn(x):

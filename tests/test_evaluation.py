@@ -26,7 +26,7 @@ from tests.calls import evaluate, lowerings
 from tests.digits import EPS, test_points, trained
 from tests.small_networks import examples, exported, network, weights_of
 
-# But for that of `found`, which all read.
+# Only the page of `found` is drawn, since tests read it.
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 KEY = jax.random.key(0)
@@ -35,7 +35,7 @@ SETTINGS = {
     "version": ("apgd_ce", "square"),
     "num_audited": 20,
     "num_queries": 10,
-    "training_loss": partial(losses.cross_entropy),  # as launch.py has it: programs are shared
+    "training_loss": partial(losses.cross_entropy),  # as in launch.py, so that programs are shared
     "overrides": {"apgd_ce": {"num_steps": 5}, "square": {"num_queries": 10}},
     "progress": False,
 }
@@ -139,7 +139,7 @@ def test_a_stopped_call_continues_and_compiles_nothing_again(found, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         robust_jax.evaluate(trained(), x, y, KEY, folder=tmp_path, **SETTINGS)
     started.clear()
-    (tmp_path / "card.json.7.pending").write_text("half")  # as one that was killed while it wrote
+    (tmp_path / "card.json.7.pending").write_text("half")  # as if killed while writing
     again = robust_jax.evaluate(trained(), x, y, KEY, folder=tmp_path, **SETTINGS)
     assert started == ["square"]
     pd.testing.assert_frame_equal(again.records, result.records)
@@ -152,7 +152,7 @@ RBG = jax.random.key(0, impl="rbg")
 
 
 def broken_above(mean):
-    """A network whose logits are NaN for brighter images: one program for any number."""
+    """A network whose logits are NaN for images brighter than mean; any mean shares a program."""
     mean = jnp.float32(mean)
 
     def logits_fn(x):
@@ -164,7 +164,7 @@ def broken_above(mean):
 
 @pytest.fixture(scope="module")
 def plain():
-    """The evaluation of a small network, without the audit, by a key of another implementation."""
+    """A small network's evaluation without the audit and with a key of another implementation."""
     return evaluate(broken_above(2.0), *examples(count=16), RBG)
 
 
@@ -238,7 +238,7 @@ def test_a_network_that_is_always_wrong_has_no_audit_and_says_so():
     )
     assert result.clean_accuracy == result.robust_accuracy == 0 and result.audit is None
     assert any("classified correctly" in warning for warning in result.warnings)
-    # Where that pixel is black all logits are equal, and their slope over that gap has no bound.
+    # Where that pixel is black all logits are equal, so the slope over their gap is infinite.
     assert np.isinf(result.records["relative_slope"]).any()
     assert result.summary["relative_slope"]["standard_error"] is None
 

@@ -40,14 +40,14 @@ def evaluator_of(grids, settings):
 
 @functools.cache
 def autoattack_at_two_radii():
-    """Kept, for its programs."""
+    """Cached, to keep its programs."""
     attack = functools.partial(autoattack, version=MEMBERS, overrides=OVERRIDES, progress=False)
     grid = AttackGrid("autoattack", attack, "linf", (EPS / 2, EPS), members=MEMBERS)
     return evaluator_of({"autoattack": grid}, SETTINGS)
 
 
 def records(unfinished=None, scale=1.0):
-    """The scale of its weights makes another network."""
+    """The records of the trained network; another scale of its weights makes another network."""
     variables = jax.tree.map(lambda w: scale * w, trained().args[0])
     return autoattack_at_two_radii().records(variables, "evaluate", unfinished)
 
@@ -128,7 +128,7 @@ def test_what_square_breaks_is_a_share_of_all_that_were_attacked(monkeypatch):
 
 
 def test_the_audit_is_told_how_many_examples_are_in_memory_at_a_time(monkeypatch):
-    """Its float64 pass does not go through what maps the others."""
+    """Its float64 pass does not use the mapping of the other passes."""
     given = {}
     monkeypatch.setattr(evaluator, "audit", lambda *_, **keywords: given.update(keywords))
     settings = AuditSettings("linf", EPS, 4, 3, None)

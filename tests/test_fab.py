@@ -66,7 +66,7 @@ def test_projection_is_the_nearest_point_of_the_plane_in_the_box(norm, seed):
             [*zip(-x, 1 - x, strict=True), (0, None)],
         ).fun
         np.testing.assert_allclose(np.abs(delta).max(), best, rtol=1e-4)
-    elif norm == "l1":  # minimise the sum of what goes up and what goes down
+    elif norm == "l1":  # minimise the sum of the moves up and down
         best = optimize.linprog(
             np.ones(12), A_eq=[[*w, *-w]], b_eq=[-value], bounds=[(0, r) for r in [*(1 - x), *x]]
         ).fun
@@ -128,7 +128,7 @@ def test_a_flag_may_be_a_number():
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_target_of_its_own_is_reached_where_it_is_nearest(norm):
-    """Linear, three classes: the target wins against both others at the larger of two distances."""
+    """With three linear classes, the target beats both others at the larger of two distances."""
     logits_fn, weights, _ = make_linear(KEY)
     x = np.asarray(interior_images(KEY, 30))
     logits, weights = np.asarray(logits_fn(x)), np.asarray(weights)

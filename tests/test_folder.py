@@ -73,9 +73,9 @@ def test_a_study_goes_on_in_its_own_folder_whoever_made_it(tmp_path):
     a_study(tmp_path / "one")
     an_older_study(tmp_path / "two")
     a_study(tmp_path / "two")
-    a_run(tmp_path / "three" / "ce" / "0")  # as a study of a version before study.json
+    a_run(tmp_path / "three" / "ce" / "0")  # as left by a version before study.json
     a_study(tmp_path / "three")
-    (tmp_path / "begun").mkdir()  # by another process, which is about to name its first file
+    (tmp_path / "begun").mkdir()  # another process is about to name its first file
     (tmp_path / "begun" / "study.json.1.pending").touch()
     a_study(tmp_path / "begun")
     with pytest.raises(UserError, match="four holds no study; --mode=report needs a finished one"):
@@ -85,7 +85,7 @@ def test_a_study_goes_on_in_its_own_folder_whoever_made_it(tmp_path):
 @pytest.mark.parametrize("mode", ["evaluate", "measure", "report", "audit", "verify"])
 def test_modes_need_a_finished_run(mode, tmp_path):
     config = default.get_config()
-    config.attacks = ConfigDict()  # which would be tried out before
+    config.attacks = ConfigDict()  # else they would be tried out first
     with pytest.raises(UserError, match="holds no run"):
         execute(config, tmp_path / "none", mode)
     assert not (tmp_path / "none").exists()
@@ -271,7 +271,7 @@ def test_a_run_of_version_0_1_0_is_built_again(tmp_path):
     tree["audit"] |= {"norm": "l2", "eps": 0.5}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     config = stored.config_of(tmp_path)
-    training.build(config)  # which binds every entry and tries it out
+    training.build(config)  # binds every entry and tries it out
     assert config.adversary.loss == "margin_loss" and config.adversary.norm == "linf"
     on = {label: entry for label, entry in config.regularizers.items() if entry.weight}
     assert {label: entry.name for label, entry in on.items()} == {
@@ -365,14 +365,14 @@ def test_results_name_the_commit_of_the_checkout_that_made_them(tmp_path):
     code.write_text("1")
     assert commit(code) == ""
     git("init", "--quiet")
-    assert commit(code) == ""  # as of an installed package within a checkout
+    assert commit(code) == ""  # like an installed package within a checkout
     git("add", "code.py")
     git("commit", "--quiet", "-m", "a")
     clean = commit(code)
     assert re.fullmatch("[0-9a-f]{12}", clean)
     other = tmp_path / "other.py"
     other.write_text("1")
-    assert commit(other) == ""  # nobody knows which version of it that was
+    assert commit(other) == ""  # its version is unknown
     code.write_text("2")
     assert commit(code) == f"{clean}-dirty"
     assert versions("jax").get("commit", "") == commit()

@@ -15,7 +15,7 @@ from robust_jax._network import as_network
 from tests.calls import lowerings
 from tests.pages import code, missing
 
-# What each function of the page computes, by its own framework, of images [N,8,8,1].
+# What each function of the page computes for images [N,8,8,1], in its own framework.
 SECTIONS = {
     "linen_fn": lambda page, x: page["linen"].apply(page["variables"], x),
     "nnx_fn": lambda page, x: page["nnx_fn"](x),
@@ -41,7 +41,7 @@ def channels_first(page, x):
 
 @functools.cache
 def page() -> dict:
-    """The names that the page defines, run from top to bottom; what it prints is `printed`."""
+    """Runs the page from top to bottom; returns its names, with what it prints as `printed`."""
     names: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         for block in code("docs/attack_your_model.md"):
@@ -85,7 +85,7 @@ def test_no_section_of_the_page_takes_a_name_that_an_earlier_function_reads():
 
 
 def network(name):
-    """(The function, 20 images, what the framework itself says of them), or a skip."""
+    """Returns (the function, 20 images, the framework's own logits of them), or skips."""
     if name not in page():
         pytest.skip(f"the package for {name} is not installed")
     x = page()["x"][:20]
@@ -93,7 +93,7 @@ def network(name):
 
 
 def calls(logits_fn, x, y, key):
-    """What a user does with a network: each returns arrays."""
+    """What a user calls on a network; each call returns arrays."""
 
     def autoattack(version):
         return attacks.autoattack(
@@ -108,7 +108,7 @@ def calls(logits_fn, x, y, key):
         )
 
     return {
-        # As the page calls it, which compiled it.
+        # The page makes the same call, so it is already compiled.
         "pgd": lambda: attacks.pgd(logits_fn, page()["x"], page()["y"], key, eps=PAGES_EPS),
         "frobenius_norm": lambda: jacobian.frobenius_norm(logits_fn, x),
         "autoattack": lambda: autoattack(("apgd_ce", "square")).robust,
@@ -140,7 +140,7 @@ def test_attacks_and_norms_work_and_compile_once(name):
         np.testing.assert_array_equal(first, again)
 
 
-# The page audits a function, against a linen network, and evaluates that one, with an audit.
+# The page already audits one function and evaluates linen_fn, which audits it too.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SECTIONS if name not in WITHOUT_GRADIENT])
 def test_the_audit_works(name):

@@ -1,4 +1,4 @@
-"""The front door: what is one program, whatever network, setting or criterion it is given."""
+"""The front door: which calls share a program, whatever their network, setting or criterion."""
 
 import functools
 import gc
@@ -227,7 +227,7 @@ def with_the_gradient(scale):
     return jax.custom_gradient(lambda x: (x, lambda g: (scale * g,)))
 
 
-def forwards(scale):  # around a function of JAX, as the next
+def forwards(scale):  # around a function of JAX, like the next one
     fn = jax.custom_jvp(jax.nn.relu)
     fn.defjvp(lambda primals, tangents: (jax.nn.relu(*primals), scale * tangents[0]))
     return fn

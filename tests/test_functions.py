@@ -1,6 +1,6 @@
 """Every public function: compiled once, the same with any key, mesh or transformation around it.
 
-One file, as all of it is compared with the same plain calls, whose programs are compiled once.
+It is one file because all tests share the same plain calls, whose programs are compiled once.
 """
 
 import functools
@@ -36,15 +36,15 @@ from tests.small_networks import (
 )
 
 LOOPS = ("autoattack", "audit")
-# PGD with other settings, left to `make test-slow` where each function would be compiled again.
+# PGD with other settings; `make test-slow` runs them where each function is compiled again.
 LIKE_PGD = ("bim", "fgsm", "mim", "multi_targeted", "uniform_noise", "transfer", "rise")
 NOT_LIKE_PGD = [name for name in FUNCTIONS if name not in LIKE_PGD]
-# One of each kind: an attack, a norm of two numbers, a setting that is an attack, no key.
+# One of each kind: an attack, a norm with an error, a setting that is an attack, no key.
 KINDS = ("pgd", "frobenius_norm_estimate", "minimum_norm", "is_adversarial")
 
 
 def examples_for(name, seed=0):
-    """More for loops, so that what an attack leaves of them varies by whole batches."""
+    """Loops get more, so that the number that an attack leaves varies by whole batches."""
     return examples(seed, 48 if name in LOOPS else 8)
 
 
@@ -72,7 +72,7 @@ def test_is_compiled_once_for_other_batches_keys_radii_and_weights(name):
     with lowerings() as seen:
         for i, (logits_fn, x, y, key) in enumerate(calls):
             y = jnp.argmax(logits_fn(x), -1)
-            y = y.at[: i + 1].set((y[: i + 1] + 1) % 4)  # others are wrong, and others stand
+            y = y.at[: i + 1].set((y[: i + 1] + 1) % 4)  # others are wrong, so others stand
             seen.clear()
             eps = {"eps": EPS.get(name, 0.1) * (1 - i / 4)}
             fn(logits_fn, x, y, key, **eps if name in (*WITH_EPS, *LOOPS) else {})
@@ -128,7 +128,7 @@ def test_no_radius_is_no_change(name):
     np.testing.assert_allclose(x_adv, x, atol=1e-7)
 
 
-# Total variation is the gradient at x itself, where there is no radius.
+# Without a radius total variation is left out: it is the gradient at x itself.
 @pytest.mark.parametrize("name", ["mean_square", "oscillation", "rise", "path"])
 def test_no_radius_is_no_energy(name):
     still = FUNCTIONS[name](network(weights_of(0)), *examples(), KEY, eps=0.0)
@@ -154,7 +154,7 @@ def test_arrays_of_other_types_give_the_same_and_compile_nothing(name):
 
 
 WITH_KEY = [name for name in ALL if name not in (*WITHOUT_KEY, *KEYLESS_NORMS)]
-# Each draws in a way of its own. Loops with such keys: tests of evaluations and of any dtype.
+# Each draws in its own way. Tests of evaluations and of any dtype run loops with such keys.
 DRAWING = ("pgd", "square", "gaussian_noise", "clever", "spectral_norm", "mean_square")
 
 
@@ -184,7 +184,7 @@ def test_keys_of_another_implementation_are_taken_in_a_trace(name):
 
 @pytest.mark.parametrize("name", slow_but(NOT_LIKE_PGD, FUNCTIONS))
 def test_traces_through_the_callers_transformations(name):
-    """All at once. On a mesh, below, jit is the only one."""
+    """All at once; on a mesh, below, jit is the only one."""
 
     @jax.jit
     def transformed(weights, x, y, keys):
@@ -211,7 +211,7 @@ def test_traces_through_a_scan_of_the_callers_over_nothing_traced(name):
 
 
 def gradient(name):
-    """The gradient of the loss at an attack's points, or of a function's mean, by the weights."""
+    """The gradient by weights and x of the loss at an attack's points, or of a function's mean."""
     x, y = examples()
 
     def value(weights, x):
@@ -223,7 +223,7 @@ def gradient(name):
     return functools.partial(jax.jit(jax.grad(value, (0, 1))), weights_of(0), x)
 
 
-# To whom the points that minimum_norm's attack finds are constants, so are its distances.
+# The caller's grad sees minimum_norm's points as constants, so its distances are constants too.
 WITH_DERIVATIVE = [name for name in FUNCTIONS if name not in ("is_adversarial", "minimum_norm")]
 COMPILED_WITH_IT = (
     *("pgd", "apgd", "fab", "square", "frobenius_norm", "spectral_norm", "relative_slope"),
@@ -259,7 +259,7 @@ def test_is_traced_through_the_callers_grad(name):
 FORWARDS = ("spectral_norm", "squared_frobenius_samples", "frobenius_norm_estimate")
 
 
-# AutoAttack in default runs: tests/test_evaluation.py.
+# In default runs tests/test_evaluation.py covers AutoAttack.
 @pytest.mark.parametrize("name", slow_but(NOT_LIKE_PGD, ALL))
 def test_a_function_that_cannot_be_vmapped_works_on_the_whole_batch(name):
     x, y = examples_for(name)
@@ -304,7 +304,7 @@ def test_a_function_that_cannot_be_vmapped_works_without_any_jit():
 
 # Meshes.
 
-# jax.make_mesh's own kind for every function, and the other for some.
+# The default kind of jax.make_mesh for every function, and the other kind for some.
 EACH = [
     pytest.param(name, AxisType.Explicit, marks=pytest.mark.slow if name in LIKE_PGD else [])
     for name in FUNCTIONS
@@ -329,7 +329,7 @@ def test_loops_on_the_host_take_sharded_examples(name):
 
 
 def with_everything_on_a_mesh(name, kind):
-    """The call within a jit of the caller's, and its arguments."""
+    """The call within the caller's jit, and its arguments."""
 
     @jax.jit
     def run(weights, x, y):
@@ -341,7 +341,7 @@ def with_everything_on_a_mesh(name, kind):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_is_traced_within_the_callers_jit_with_everything_on_a_mesh(name):
-    """Whether the shardings of explicit axes fit is known without a compilation."""
+    """Tracing alone shows whether the shardings of explicit axes fit."""
     run, *arguments = with_everything_on_a_mesh(name, AxisType.Explicit)
     found = jax.eval_shape(run, *arguments)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, plain(name))
@@ -374,7 +374,7 @@ def test_works_within_the_callers_shard_map(name):
         return FUNCTIONS[name](f, x, y, keys)
 
     found = jax.jit(on_each_device)(x, y, example_keys(KEY, len(x)))
-    # Two examples at a time, one in a plain call: the roundings of other matrix products.
+    # Two examples at a time, not one as in a plain call, so matrix products round differently.
     np.testing.assert_allclose(found, plain(name), rtol=1e-5, atol=1e-6)
 
 
@@ -384,7 +384,7 @@ def test_a_mesh_that_the_caller_has_set_changes_nothing(name):
     x, y = map(np.asarray, examples_for(name))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        jnp.zeros(())  # every call makes one
+        jnp.zeros(())  # every call makes one, so it is compiled first
         with lowerings() as seen:
             found = ALL[name](logits_fn, x, y, KEY)
     assert not seen

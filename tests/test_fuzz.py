@@ -1,6 +1,6 @@
-"""Whatever is put into configs, npz files and attacks: a result, or a line that says what is wrong.
+"""Any config, npz file or setting of an attack gives a result, or a line that says what is wrong.
 
-Never a traceback from inside another library, and no adversarial outside its ball.
+None gives a traceback from inside another library, or an adversarial outside its ball.
 """
 
 import inspect
@@ -33,7 +33,7 @@ def paths(config, prefix=""):
 
 
 SCHEMA = default.get_config()
-# What of the data is read from elsewhere has tests of its own.
+# Reading data from elsewhere has tests of its own.
 PATHS = sorted(set(paths(SCHEMA)) - {"data_dir"})
 NUMBERS = st.one_of(
     st.sampled_from([0, 1, -1, 2, 10**9, 0.0, 0.5, -0.1, 1e-30, 1e30, float("nan"), float("inf")]),
@@ -244,7 +244,7 @@ def an_adversarial_or_one_line(name, norm, eps, keywords):
     try:
         x_adv = attack(LOGITS_FN, X, y, jax.random.key(2), eps=eps, **keywords)
     except (ValueError, TypeError) as error:
-        # Its own refusal, and not what happens further in.
+        # The library refuses it itself; nothing fails further in.
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         assert "robust_jax" in raised_in, f"{raised_in}: {error}"
         assert_one_line(error)

@@ -1,4 +1,4 @@
-"""benchmarks/timing.py and growth.py: what is timed is a step, and no compilation."""
+"""benchmarks/timing.py and growth.py time a step and no compilation."""
 
 import jax
 import numpy as np

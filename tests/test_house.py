@@ -44,7 +44,7 @@ def floor(name: str) -> int:
 def test_no_floor_imports_one_above_it():
     found = {**modules()}
     assert {floor(name) for name in found} == {0, 1, 2}
-    del found["robust_jax"]  # the face of all three
+    del found["robust_jax"]  # it fronts all three floors
     for name, imported in found.items():
         ours = {one for one in imported if one.startswith("robust_jax")}
         above = sorted(one for one in ours if floor(one) < floor(name))
@@ -90,7 +90,7 @@ def test_tab_completion_shows_the_public_names_alone():
     for name in robust_jax.__all__:
         found = getattr(robust_jax, name)
         assert found is not None
-        if inspect.ismodule(found) and found is not robust_jax.errors:  # which has nothing else
+        if inspect.ismodule(found) and found is not robust_jax.errors:  # it has no other names
             assert set(dir(found)) == set(found.__all__), name
     for name in ("plots", "types", *(f"analysis.{one}" for one in ANALYSIS)):
         found = importlib.import_module(f"robust_jax.{name}")
@@ -99,7 +99,7 @@ def test_tab_completion_shows_the_public_names_alone():
 
 def test_no_module_imports_itself_by_way_of_others():
     found = {**modules()}
-    del found["robust_jax"]  # the front imports the rest when it is asked for
+    del found["robust_jax"]  # it imports the rest lazily
     ours = {
         name: {one if one in found else one.rpartition(".")[0] for one in imported} & set(found)
         for name, imported in found.items()

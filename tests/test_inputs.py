@@ -1,4 +1,4 @@
-"""Keys of any kind, logits that are not finite, batches too large: taken, or warned of.
+"""Keys of any kind, logits that are not finite and batches too large are taken or warned of.
 
 Keys for every function: tests/test_functions.py; without jit: tests/test_modes_library.py.
 """
@@ -29,7 +29,7 @@ def test_legacy_keys_are_taken_within_the_callers_jit_too(name, count):
 
 @pytest.mark.parametrize("name", ["gaussian_noise", "mean_square", "spectral_norm"])
 def test_an_example_draws_the_same_beside_any_neighbours(name):
-    """On one device: under vmap, keys of "rbg" draw as the first of them does."""
+    """On one device, where keys of "rbg" under vmap would all draw as the first one does."""
     x, y = examples()
     keys = jax.random.split(jax.random.key(0, impl="rbg"), len(x))
     call = jax.jit(functools.partial(FUNCTIONS[name], network(weights_of(0))))
@@ -43,7 +43,7 @@ def test_a_randomised_network_takes_keys_of_another_implementation():
     def logits_fn(x, key):
         return network(weights_of(0))(x) + jax.random.normal(key, (len(x), 4))
 
-    # With one loss both are one program.
+    # With the same loss the two members share a program.
     few = {"num_steps": 2, "eot_samples": 2, "loss": losses.cross_entropy}
     found = attacks.autoattack(
         logits_fn,
@@ -59,7 +59,7 @@ def test_a_randomised_network_takes_keys_of_another_implementation():
 
 
 def with_a_class_at(logit):
-    """A network whose last class has the same logit everywhere: one program for any number."""
+    """A network whose last class has the same logit everywhere: any logit shares a program."""
     logit = jnp.float32(logit)
     return lambda x: jnp.where(jnp.arange(4) == 3, logit, network(weights_of(0))(x))
 
@@ -82,7 +82,7 @@ def test_logits_that_are_not_finite_or_depend_on_the_batch_are_warned_of():
     inside = 0.2 + 0.6 * jnp.asarray(x)
     low, high = inside.min(), inside.max()
 
-    def with_a_hole(z):  # off the images only, where attacks lead
+    def with_a_hole(z):  # only off the images, where attacks lead
         outside = ((z < low) | (z > high)).reshape(len(z), -1).any(-1)
         return jnp.where(outside[:, None], jnp.nan, f(z))
 

@@ -132,7 +132,7 @@ def test_estimate_is_unbiased_and_its_error_is_honest():
     x = np.asarray(interior_images(jax.random.key(1), 200))
     exact = np.asarray(jacobian.frobenius_norm(fn, x))
     squares = jacobian.squared_frobenius_samples(fn, x, KEY, num_projections=64)
-    # 12,800 samples of relative deviation below √2: 3 % is more than two standard errors.
+    # 12,800 samples with relative deviations below √2, so 3 % is over two standard errors.
     np.testing.assert_allclose((squares.mean(-1) / exact**2).mean(), 1.0, atol=0.03)
     estimate = jacobian.frobenius_norm_estimate(fn, x, KEY, num_projections=64)
     z = (np.asarray(estimate.norm) - exact) / np.asarray(estimate.standard_error)

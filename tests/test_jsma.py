@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 
 def best_pair(gain, cost, free, changed, budget):
-    """The pair by looking at each, in float64; None where none is allowed."""
+    """The best pair by exhaustive search in float64; None where none is allowed."""
     best, best_saliency = None, 0.0
     for i, j in combinations(np.flatnonzero(free), 2):
         gains, costs = gain[i] + gain[j], cost[i] + cost[j]
@@ -29,7 +29,7 @@ def best_pair(gain, cost, free, changed, budget):
 @pytest.mark.parametrize("pairs_at_once", [1, 20, 2**14])  # a row at a time, 2 of 9 rows, all
 def test_pair_is_the_best_of_all_that_are_allowed(monkeypatch, rng, pairs_at_once):
     monkeypatch.setattr(_jsma, "_PAIRS_AT_ONCE", pairs_at_once)
-    search = jax.jit(lambda *args: most_salient_pair(*args))  # traced again
+    search = jax.jit(lambda *args: most_salient_pair(*args))  # a new function, so traced again
     outcomes = set()
     for _ in range(60):
         gain, cost = rng.normal(size=(2, 9)).astype(np.float32) + [[-0.5], [0.5]]
@@ -78,7 +78,7 @@ def test_takes_the_path_of_the_algorithm_on_a_linear_model(theta, num_classes, t
     def logits_fn(x):
         return x.reshape(len(x), -1) @ weights.T + bias
 
-    # Exact sums, some on the walls.
+    # Multiples of 1/8, so that sums are exact; some are on the walls.
     x = np.asarray(jax.random.uniform(KEY, (10, 2, 3, 2)) * 8).round() / 8
     y = np.asarray(logits_fn(x)).argmax(-1)
     targets = (y + 1) % num_classes if targeted else None
@@ -136,7 +136,7 @@ def test_stays_in_budget_and_box_and_leaves_the_misclassified(shape, num_classes
         x_adv = np.asarray(attack(x, y, KEY, eps))
         assert (x_adv >= 0).all()
         assert (x_adv <= 1).all()
-        # With theta = 1 whatever changes becomes 1, and changes go in pairs.
+        # With theta = 1 every changed pixel becomes 1, and changes come in pairs.
         assert (x_adv[x_adv != x] == 1).all()
         changed = np.asarray(distances(x, x_adv, norm="l0"))
         assert (changed <= eps).all()
@@ -146,7 +146,7 @@ def test_stays_in_budget_and_box_and_leaves_the_misclassified(shape, num_classes
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_a_budget_that_16_bits_do_not_hold_is_kept(dtype):
-    x = jnp.zeros((1, 400), dtype)  # which no change of 391 pixels breaks, since all count
+    x = jnp.zeros((1, 400), dtype)  # 391 pixels do not break it, since all 400 count
 
     def logits_fn(x):
         moved = x.astype(jnp.float32).sum(-1)

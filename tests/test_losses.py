@@ -33,7 +33,7 @@ def reference_gce(z, y, alpha=1 / 3):
 
 
 def reference_gce_published(z, y, alpha=1 / 3):
-    """Line by line github.com/henry8527/GCE, for any number of classes."""
+    """github.com/henry8527/GCE line by line, for any number of classes."""
     p = softmax(z)
     q = np.delete(p, y) / (np.delete(p, y).sum() + 1e-7)
     return (p[y] + 1e-7) ** alpha * (q * np.log(q + 1e-10)).sum() / np.log(len(z))
@@ -176,7 +176,7 @@ def test_bounds_and_symmetries(logits, labels):
     assert (found["kl"] >= -1e-5).all()
     # A shift of the logits changes no probability.
     np.testing.assert_allclose(found["shifted"], found["cross_entropy"], atol=1e-4)
-    # correct() is the sign of the margin, wherever it is not a tie.
+    # correct() is the sign of the margin, except at a tie.
     untied = found["margin"] != 0
     np.testing.assert_array_equal(found["correct"][untied], found["margin"][untied] > 0)
 
@@ -187,7 +187,7 @@ def test_gce_is_lowest_where_the_label_is_sure_and_the_rest_is_flat():
 
 
 def test_the_published_gce_turns_round_at_a_gap_of_10_and_the_exact_one_never():
-    """For ten classes whose nine wrong ones are alike, in float64."""
+    """Ten classes, the nine wrong ones with equal logits, in float64."""
     gaps = np.linspace(0, 20, 2001)
     logits = np.zeros((len(gaps), 10))
     logits[:, 0] = gaps
@@ -210,7 +210,7 @@ def test_the_published_gce_turns_round_at_a_gap_of_10_and_the_exact_one_never():
     np.testing.assert_allclose(slopes[[1200, 1600]], [9e-4, 4.6e-2], rtol=0.1)
     assert (np.diff(exact) < 0).all() and (falls < 0).all()
     np.testing.assert_allclose(falls[[1200, 1600]], [-1.8e-5, -3e-7], rtol=0.2)
-    # Far from there the two differ by little more than the constant factor.
+    # Far below that gap the two differ by little more than the constant factor.
     np.testing.assert_allclose(published[:400] / exact[:400], np.log(9) / np.log(10), rtol=1e-3)
 
 

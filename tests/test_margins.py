@@ -120,8 +120,8 @@ def test_truncation_lets_go_of_safe_and_of_hopeless_examples():
 def minimisers(p, weight, num_boundaries):
     """The lowest logits [N,K] of Σ_k p_k (CE_k + weight·ψ_k) for class probabilities p [N,K].
 
-    The logits are a table. One input for each class gives every difference of two of them a
-    gradient of norm 1.
+    The logits are a table. With one input for each class, the difference of any two logits
+    has a gradient of norm 1.
     """
     num_classes = p.shape[-1]
     x = jnp.zeros((num_classes, 1, num_classes, 1))
@@ -148,7 +148,7 @@ def minimisers(p, weight, num_boundaries):
         (table, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=1500)
         return table, risk(table, p), jax.grad(risk)(table, p)
 
-    # The objective is not convex: from CE's minimiser, from its opposite and from indifference.
+    # The objective is not convex, so start at CE's minimiser, at its opposite and at equal logits.
     starts = jnp.stack([jnp.log(p), -jnp.log(p), jnp.zeros_like(p)])
     tables, values, gradients = jax.jit(jax.vmap(jax.vmap(descend), in_axes=(0, None)))(starts, p)
     best, rows = values.argmin(0), jnp.arange(len(p))
@@ -160,7 +160,7 @@ def test_cross_entropy_with_input_margin_is_fisher_consistent_for_equal_norms(
     weight, num_classes, rng
 ):
     p = rng.dirichlet(np.ones(num_classes), 60)
-    # And cases that are hard to tell: the two likeliest classes a hundredth apart.
+    # The first 20 are hard cases, whose two likeliest classes are a hundredth apart.
     order, rows = np.argsort(-p[:20], -1), np.arange(20)
     middle = (p[rows, order[:, 0]] + p[rows, order[:, 1]]) / 2
     p[rows, order[:, 0]], p[rows, order[:, 1]] = middle + 0.005, middle - 0.005
@@ -174,7 +174,7 @@ def test_cross_entropy_with_input_margin_is_fisher_consistent_for_equal_norms(
 
 
 def test_a_hard_minimum_would_tie_the_two_likeliest_classes():
-    """Why the minimum is smooth: with the nearest boundary alone its kink holds the minimiser."""
+    """The minimum is smooth because the kink of the nearest boundary alone holds the minimiser."""
     with jax.enable_x64(True):
         p = jnp.asarray([[0.36, 0.34, 0.3]])
         hard, smooth = (np.sort(minimisers(p, 3.0, n)[0][0])[::-1] for n in (1, None))
@@ -228,7 +228,7 @@ def test_the_ramp_of_output_margins_is_fisher_consistent(z, p, tau):
 
     (ramp, cross_entropy), (ramp_then, cross_entropy_then) = risks(z), risks(swapped)
     assert ramp_then <= ramp + 1e-4 * tau and cross_entropy_then <= cross_entropy + 1e-4
-    # And where they are apart, strictly: no minimiser has another class on top.
+    # Strictly so where they are apart, so no minimiser has another class on top.
     if p[likeliest] - p[top] > 0.05 and z[top] - z[likeliest] > 0.1:
         assert cross_entropy_then < cross_entropy - 1e-3
 
@@ -236,7 +236,7 @@ def test_the_ramp_of_output_margins_is_fisher_consistent(z, p, tau):
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(scores, st.tuples(*[st.floats(0.01, 1)] * 4), st.floats(0.1, 20))
 def test_a_tie_at_the_top_is_no_minimum_of_the_ramp(z, p, tau):
-    """It is how a hard minimum of input margins fails: see the test above."""
+    """Such a tie is how a hard minimum of input margins fails; see its test above."""
     p = np.sort(np.array(p) / sum(p))[::-1]
     hypothesis.assume(p[0] - p[1] > 0.02)
     z = np.sort(np.array(z, np.float64))[::-1]
@@ -296,7 +296,7 @@ def test_clever_is_exact_for_a_linear_network_and_capped_by_the_ball(norm):
 
 
 def test_clever_is_below_what_an_attack_finds_in_the_ball():
-    """With many samples the largest gradient is nearly the largest there is."""
+    """With many samples the largest gradient found is nearly the largest in the ball."""
     logits_fn = make_nonlinear(KEY, num_classes=3)
     x = np.asarray(interior_images(KEY, 6))
     predicted = jnp.argmax(logits_fn(x), -1)

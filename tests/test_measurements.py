@@ -42,12 +42,12 @@ def test_numbers_are_finite(name):
     numbers = [value for value in found.values() if isinstance(value, float | int)]
     assert numbers and len(numbers) + len(arrays) == len(found)
     named = [key for key, value in found.items() if not isinstance(value, np.ndarray)]
-    for pattern in NUMBERS[name]:  # what a study may ask for is what there is
+    for pattern in NUMBERS[name]:  # all that a study may ask for exists
         assert fnmatch.filter(named, pattern), pattern
     assert all(any(fnmatch.fnmatch(key, p) for p in NUMBERS[name]) for key in named)
     assert np.isfinite(numbers).all() and all(array.size for array in arrays)
     kept = [key for key in found if key.startswith("of_images/")]
-    # Spectra and clusters are no means, and margins by default of training images.
+    # Spectra and clusters are not means, and margins are by default of training images.
     assert bool(kept) == (name not in ("spectra", "clusters", "margins"))
     for key, values in found.items():
         if key in kept:
@@ -97,7 +97,7 @@ def test_every_image_tells_how_it_changes_a_layer_and_the_ratio_of_two_changes()
     changes = measured("features")
     images = 60
     adversarial, random = (changes[f"change_{kind}/logits"] for kind in ("adversarial", "random"))
-    assert np.isfinite(adversarial).all() and (adversarial > 0).all()  # the misclassified move, too
+    assert np.isfinite(adversarial).all() and (adversarial > 0).all()  # the misclassified move too
     shares = changes["of_images/adversarial_over_random/logits"]
     ratio = changes["adversarial_over_random/logits"]
     assert ratio == pytest.approx(adversarial.mean() / random.mean(), rel=1e-5)
@@ -105,7 +105,7 @@ def test_every_image_tells_how_it_changes_a_layer_and_the_ratio_of_two_changes()
         np.delete(adversarial, i).mean() / np.delete(random, i).mean() for i in range(images)
     ]
     pseudo_values = images * ratio - (images - 1) * np.array(without)
-    # The same to first order, which makes the jackknife's interval.
+    # They agree to first order, which gives the interval of the jackknife.
     assert np.corrcoef(shares, pseudo_values)[0, 1] > 0.999
     np.testing.assert_allclose(shares.std(), np.std(pseudo_values), rtol=0.05)
 
@@ -138,7 +138,7 @@ def outputs_of(count):
 
 
 def test_what_is_free_of_scale_does_not_change_with_it():
-    """A layer of other units, and logits of others: their raw numbers move, these do not."""
+    """Rescaling a layer and the logits moves their raw numbers, not the scale-free ones."""
     one = subject()
     params = dict(one.variables["params"])
     params["head"] = jax.tree.map(lambda a: 5 * a, params["head"])
@@ -177,7 +177,7 @@ def test_published_margins_are_distances_from_the_predicted_class():
     x = data.to_pixels(train.images[:60])
     predicted = jnp.argmax(subject().logits_fn(x), -1)
     first_order = margins.first_order(subject().logits_fn, x, predicted, norm="l2")
-    assert (clever < 1.5 * first_order + 1e-6).all()  # gradients around it, not at it alone
+    assert (clever < 1.5 * first_order + 1e-6).all()  # its gradients are around x, not only at x
     test = measured("margins", estimate="first_order", split="test")
     assert test["mean"] != measured("margins", estimate="first_order")["mean"]
 
@@ -195,7 +195,7 @@ def test_estimates_of_margins_bound_each_other():
         measured("margins", estimate=estimate, num_steps=20)["input_margin"]
         for estimate in ("lipschitz", "minimum_norm")
     )
-    found = np.isfinite(upper)  # of an untrained network: it has labels that it never gives
+    found = np.isfinite(upper)  # an untrained network never predicts some labels
     assert found.sum() > 5
     assert (np.abs(lower)[found] <= np.abs(upper)[found] + 1e-6).all()
     assert (np.sign(lower)[found] == np.sign(upper)[found]).all()
@@ -269,7 +269,7 @@ def test_numbers_are_those_of_the_network():
 def test_outputs_that_are_no_numbers_lose_no_run():
     whole = subject()
 
-    def logits_fn(x):  # of every second image
+    def logits_fn(x):  # NaN for every second image
         odd = jnp.arange(len(x)) % 2 == 1
         return jnp.where(odd[:, None], jnp.nan, whole.logits_fn(x))
 

@@ -1,6 +1,6 @@
 """The front door on a mesh: examples and weights on eight devices.
 
-Every function on one: tests/test_functions.py.
+tests/test_functions.py calls every function on a mesh.
 """
 
 import functools

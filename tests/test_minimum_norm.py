@@ -30,14 +30,14 @@ KINDS = [("carlini_wagner", "l2"), ("deepfool", "l2"), ("deepfool", "linf")]
 @pytest.mark.parametrize("num_classes", [2, 5])
 def test_carlini_wagner_finds_the_distance_of_a_linear_model(num_classes):
     logits_fn, x, y, distance = near_boundary(num_classes, "l2")
-    # Some are nearer than a step of Adam with the default learning rate.
+    # Some points are nearer than one Adam step at the default learning rate.
     found = nearest_carlini_wagner(
         logits_fn, x, y, KEY, num_steps=600, num_searches=14, learning_rate=1e-3
     )
     assert robust_accuracy(logits_fn, found.x_adv, y) == 0
     np.testing.assert_allclose(sizes(found.x_adv, x, "l2"), found.distance, rtol=1e-5)
     assert (np.asarray(found.distance) >= distance * (1 - 1e-4)).all()
-    # Towards the likeliest wrong class it may settle where another's boundary is nearer.
+    # It pursues the likeliest wrong class, so it may settle though another boundary is nearer.
     settled = np.asarray(found.distance) > distance * 1.02
     assert settled.mean() <= (0.1 if num_classes > 2 else 0)
 
@@ -60,7 +60,7 @@ def test_deepfool_oversteps_the_distance_of_a_linear_model(
 
 
 def test_deepfool_is_its_recurrence_on_a_curved_network():
-    """Against float64 numpy on one pixel, where all norms are the same: Newton's method."""
+    """Compares with Newton's method in float64 NumPy on one pixel, where all norms are the same."""
 
     def logits_fn(x):
         s = x[:, 0, 0, 0]
@@ -103,7 +103,7 @@ def test_carlini_wagner_moves_pixels_off_the_walls(wall):
 
 
 def test_carlini_wagner_reaches_walls_that_are_on_the_way():
-    """The boundary is met where several pixels are exactly 1: against a general solver."""
+    """Compares with a general solver where several pixels are exactly 1 at the boundary."""
     weights = np.array([5.0, 4.0, 1.0, 0.5])
     x = np.array([0.6, 0.7, 0.3, 0.0])
 
@@ -139,14 +139,14 @@ def test_carlini_wagner_is_misclassified_by_the_margin_asked_for():
     apart = np.linalg.norm(np.subtract(*weights))
     distance = (margin(logits_fn(x), y) + kappa) / apart
     np.testing.assert_allclose(found.distance, distance, rtol=0.01)
-    # A point misclassified by less is not enough either, one misclassified by more is its own.
+    # A point that is misclassified by too little moves; one misclassified by more stays.
     for change, stays in ((1, False), (-1, True)):
         again = carlini_wagner(logits_fn, found.x_adv, y, KEY, kappa=kappa + change, num_steps=300)
         assert (np.all(np.asarray(again) == found.x_adv, (1, 2, 3)) == stays).all()
 
 
 def test_carlini_wagner_goes_to_its_targets():
-    """Against a general solver: the nearest point where the target's logit is the largest."""
+    """Compares with a general solver for the nearest point where the target's logit is largest."""
     logits_fn, weights, bias = make_linear(KEY, num_classes=4)
     weights, bias, x = (np.asarray(a) for a in (weights, bias, interior_images(KEY, 4)))
     y = np.asarray(logits_fn(x)).argmax(-1)
@@ -173,14 +173,14 @@ def test_carlini_wagner_goes_to_its_targets():
             options={"ftol": 1e-12, "maxiter": 500},
         )
         np.testing.assert_allclose(distance, np.sqrt(best.fun), rtol=0.01)
-    # An example already there is its own nearest, whatever its label.
+    # An example already at its target is its own nearest point, whatever its label.
     there = nearest_carlini_wagner(logits_fn, x, targets, KEY, targets=y, num_steps=5)
     np.testing.assert_array_equal(there.distance, 0)
 
 
 @functools.cache
 def compiled(name, norm, shape, num_classes):
-    """attack(x, y, key, eps) with its distance, and the network."""
+    """attack(x, y, key, eps), which also returns its distance, and the network."""
     logits_fn = jax.jit(make_nonlinear(KEY, shape, num_classes))
 
     def attack(x, y, key, eps):
@@ -217,7 +217,7 @@ def test_is_inside_the_box_and_within_eps_or_unchanged(name, norm, shape, num_cl
 @pytest.mark.parametrize(("name", "norm"), KINDS)
 def test_points_that_cannot_be_broken_or_already_are(name, norm):
     x = np.asarray(interior_images(KEY, 3))
-    for slope in (np.zeros(1), np.full(1, np.nan)):  # arrays: arguments of one program
+    for slope in (np.zeros(1), np.full(1, np.nan)):  # arrays, so that one program serves both
         flat = with_gradient(slope, lambda x: jnp.tile(np.float32([1, 0, 0]), (len(x), 1)))
         found = nearest(ATTACKS[name], flat, x, jnp.array([0, 1, 0]), KEY, norm=norm, **QUICK[name])
         np.testing.assert_array_equal(found.x_adv, x)
@@ -238,7 +238,7 @@ def test_a_pixel_whose_gradient_is_nan_stays_while_others_move(name, norm):
 
 
 def with_gradient(slope, fn):
-    """fn, except that the derivative of class 1 is said to be slope [H,W,C]."""
+    """fn, except that the derivative of class 1 is declared to be slope [H,W,C]."""
 
     @jax.custom_jvp
     def logits_fn(x):

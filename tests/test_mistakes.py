@@ -39,7 +39,7 @@ from tests.small_networks import (
 
 
 class Module:
-    """What it looks like; PyTorch need not be installed."""
+    """Looks like a module of PyTorch, which need not be installed."""
 
     __module__ = "torch.nn.modules.module"
 
@@ -115,7 +115,7 @@ def mistakes():
     }
 
 
-# The energies that compare outputs where there are no labels.
+# The energies that compare outputs if there are no labels.
 LABEL_FREE = ("mean_square", "oscillation", "rise", "total_variation", "path")
 RADII = {
     "text": ("8/255", "eps is '8/255'; give a number in pixel units, 8/255 without quotes"),
@@ -149,7 +149,7 @@ WITHOUT_LABELS = [
     if name not in WITH_LABELS
     for mistake, (changes, _) in mistakes().items()
     if {"y", "eps"}.isdisjoint(changes) and not (name in KEYLESS_NORMS and "key" in changes)
-    # A Jacobian is asked for of any pixels, and of one output too.
+    # A Jacobian may be taken at any pixels, and of a single output.
     if mistake not in ("0 to 255", "0 to 255 on the device", "a rounding error", "-1 to 1")
     and mistake not in ("one logit", "one at a time")
 ]

@@ -13,17 +13,17 @@ from robust_jax.models import MODELS, num_parameters
 from robust_jax.models.layers import ACTIVATIONS
 
 MNIST, CIFAR = (28, 28, 1), (32, 32, 3)
-SMALL = {  # what makes the deep ones small enough to run
+SMALL = {  # fields that make the deep models small enough to run
     "preact_resnet": {"width": 0.125},
     "resnet50": {"width": 0.0625},
     "wide_resnet": {"depth": 10, "width": 1},
 }
 DEEP = ("preact_resnet", "resnet50")
-# Compiling is what takes the time, and nothing here depends on how well it is done.
+# Compilation takes most of the time, and nothing here depends on its optimisations.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 every_model = pytest.mark.parametrize("name", MODELS)
-# The two residual nets are one class with different numbers of layers: the shallow one speaks for
-# both.
+# PreActResNet and WideResNet are one class with different numbers of layers, so the shallow one
+# covers both.
 shallow_models = pytest.mark.parametrize("name", [n for n in MODELS if n != "preact_resnet"])
 
 
@@ -60,14 +60,14 @@ SHAPE = (20, 16, 2)  # neither square nor of one or three channels
 
 @cache
 def variables_of(name):
-    """Those of a model of seven classes for images of SHAPE, whatever it computes in."""
+    """Variables of a model with seven classes for images of SHAPE, whatever its dtype."""
     draw = drawn_quickly if name in DEEP else init
     return draw(build(name, num_classes=7), SHAPE)
 
 
 @cache
 def outputs_of(name, **fields):
-    """outputs(x) -> (logits, features) of that model with further fields."""
+    """outputs(x) -> (logits, features) of the model of `variables_of` with further fields."""
     model = build(name, num_classes=7, **fields)
 
     @jit
@@ -173,7 +173,7 @@ def test_normalization_is_the_first_layer(name):
 def test_features_are_the_last_layers_input(name):
     logits, features = map(np.asarray, outputs_of(name)(images(SHAPE)))
     head = jax.tree.map(np.asarray, variables_of(name)["params"]["head"])
-    # A logit near 0 is what is left of larger products.
+    # A logit near 0 is a sum of larger products that cancel.
     expected = features @ head["kernel"] + head["bias"]
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
@@ -221,7 +221,7 @@ def test_maxima_are_those_of_the_activated_layer(activation):
 
     @jit
     def both(x):
-        """What the two give, and their gradients."""
+        """The outputs of the two networks, and their gradients."""
         networks = (partial(model.apply, variables), logits)
         gradients = [jax.grad(lambda x, f=f: (f(x) ** 2).sum())(x) for f in networks]
         return [f(x) for f in networks], gradients
@@ -309,17 +309,17 @@ def test_dropout_follows_the_example_and_keeps_the_mean():
         return logits, state["intermediates"]
 
     logits, sown = trained(x, keys)
-    # An example's own, in any batch; another key's are others; and none where it is evaluated.
+    # Masks follow the example's key in any batch, change with the key, and vanish in evaluation.
     np.testing.assert_allclose(trained(x[2:3], keys[2:3])[0], logits[2:3], rtol=1e-5, atol=1e-6)
     assert np.abs(trained(x, keys[::-1])[0] - logits).max() > 1e-3
     plain = jit(model.apply)(variables, x)
     assert np.abs(plain - logits).max() > 1e-3
-    # Half of the last hidden layer is left out, of those that are not 0 anyway.
+    # Of the last hidden layer's units that are not 0 anyway, half are dropped.
     (before,), (after,) = sown["dense2"], sown["features"]
     active = np.asarray(before) > 0
     ratio = np.asarray(after)[active] / np.asarray(before)[active]
     assert set(np.unique(ratio.round(3))) == {0.0, 2.0}
-    # The first hidden layer alone: the mean of many draws is the network without dropout.
+    # With one hidden layer, the mean of many draws is the network without dropout.
     one = build("small_cnn", widths=(4, 4), hidden=(64,), dropout_rate=0.5)
     variables = init(one, shape)
 

@@ -37,7 +37,7 @@ ONE_NORM = dict(reversed(WITH_NORMS))
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float64)
 # The other attacks run in float64 within AutoAttack and the audit, or are PGD with other settings.
 IN_FLOAT64 = ("carlini_wagner", "deepfool", "gaussian_noise", "jsma", "multi_targeted")
-# Each attack in both half precisions, and each norm, but the attack in another norm each time.
+# Covers each attack in both half precisions and each norm, in another norm each time.
 COVERING = [
     (name, norms[(i + j) % len(norms)], dtype)
     for i, (name, norms) in enumerate((name, norms_of(fn)) for name, fn in POINTWISE.items())
@@ -49,14 +49,14 @@ EVERY = [(name, norm, dtype) for name, norm in WITH_NORMS for dtype in DTYPES]
 def problem(shape, dtype, device=None):
     """A linear network that computes in the dtype of its input, four examples and their labels.
 
-    Its weights are numpy's, or on the device.
+    Its weights are a NumPy array, or on the device.
     """
     weights = np.random.default_rng(0).normal(size=(np.prod(shape), NUM_CLASSES))
 
     def logits_fn(x):
         return jnp.reshape(x, (len(x), -1)) @ jnp.asarray(weights, x.dtype)
 
-    # Pixels that every dtype holds.
+    # Every dtype holds these pixels exactly.
     x = np.random.default_rng(1).integers(0, 65, (4, *shape)) / 64
     y = (x.reshape(4, -1) @ weights).argmax(-1)
     y[0] = 0
@@ -79,13 +79,13 @@ def called(name, norm, shape, dtype, **fewer):
 def assert_inside(x, x_adv, norm):
     assert x_adv.dtype == x.dtype and x_adv.shape == x.shape
     assert ((np.asarray(x_adv) >= 0) & (np.asarray(x_adv) <= 1)).all()
-    # Each pixel is rounded towards x; what 16 bits round before that may add up over pixels.
+    # Each pixel is rounded towards x, but earlier rounding in 16 bits may add up over pixels.
     rounding = 1e-6 if norm == "linf" or x.dtype.itemsize > 2 else 1e-3
     assert (sizes(x_adv, x, norm) <= RADII[norm] * (1 + rounding)).all()
 
 
 def assert_dtype_is_kept(name, norm, shape, dtype, eps):
-    """Traced: what a loop carries and what is promoted is known without a compilation."""
+    """Only traces: loop carries and type promotion are known without a compilation."""
     with strictly(), jax.enable_x64(True):
         attack, *arguments = called(name, norm, shape, dtype)
         assert jax.eval_shape(lambda *a: attack(*a, eps=eps), *arguments).dtype == dtype
@@ -115,7 +115,7 @@ def test_attacks_work_in_other_precisions_where_jax_is_strict(name, norm, dtype)
         assert_inside(x, x_adv, norm)
 
 
-# PGD with other settings, and APGD with other losses.
+# These are PGD with other settings, or APGD with other losses.
 LIKE_ANOTHER = ("apgd_targeted", "bim", "fgsm", "mim", "multi_targeted", "uniform_noise")
 
 
@@ -123,7 +123,7 @@ LIKE_ANOTHER = ("apgd_targeted", "bim", "fgsm", "mim", "multi_targeted", "unifor
 def test_attacks_work_on_rows_and_without_jit(name):
     norm = ONE_NORM[name]
     shape = IMAGES if name == "square" else ROWS
-    # Each shape is a program here, and restarts are in the tests above.
+    # Each shape is compiled separately here, and the tests above cover restarts.
     fewer = {"num_restarts": 1} if "num_restarts" in QUICK.get(name, {}) else {}
     attack, x, y, key = called(name, norm, shape, jnp.float32, **fewer)
     with jax.disable_jit():
@@ -148,7 +148,7 @@ def test_attacks_follow_gradients_whose_sum_float16_does_not_hold(name, norm, se
         logits_fn, x, y, jax.random.key(2), eps=radius, norm=norm, num_steps=4, **settings
     )
     assert attacks.is_adversarial(logits_fn, x_adv, y).all()
-    if name != "pgd":  # which looks for no near point
+    if name != "pgd":  # PGD does not look for the nearest point
         assert (sizes(x_adv, x, norm) < 1.3 * exact).all()
 
 
@@ -193,7 +193,7 @@ def minimum_norm(logits_fn, x, y, key):
     return margins.minimum_norm(logits_fn, x, y, key, norm="l2", attack=nearest)
 
 
-# Numbers of each example, which are the same in every dtype up to rounding.
+# Numbers per example that are the same in every dtype up to rounding.
 MEASURES = {
     "first order in linf": lambda f, x, y, key: margins.first_order(f, x, y),
     "first order in l2": lambda f, x, y, key: margins.first_order(f, x, y, norm="l2"),
@@ -255,13 +255,13 @@ def test_autoattack_keeps_the_dtype_and_takes_rows(tmp_path):
             result = run()
             assert_inside(x, result.x_adv, "linf")
             assert 0 < result.robust.sum() < 4
-            np.testing.assert_array_equal(run().x_adv, result.x_adv)  # from its state
+            np.testing.assert_array_equal(run().x_adv, result.x_adv)  # resumed from its state
 
 
 # float32 with x64 enabled, as another library may have done.
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16, jnp.float32])
 def test_the_audit_takes_any_dtype(dtype):
-    """And a convolution, keys of another implementation, weights on one of several devices."""
+    """Also takes a convolution, other kinds of keys, and weights on one of several devices."""
     convolution = NETWORKS["lax convolution"](0)
     key = jax.random.key(0, impl="rbg") if dtype == jnp.bfloat16 else KEY
     with strictly(), jax.enable_x64(dtype != jnp.bfloat16):

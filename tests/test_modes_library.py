@@ -14,7 +14,7 @@ from tests.conftest import strictly
 B, K = 4, 5
 SHAPE = (3, 2)  # neither an image nor a row: any rank will do
 RNG = np.random.default_rng(0)
-X = RNG.integers(20, 44, (B, *SHAPE)) / 64  # which bfloat16 holds, and so a ball of 1/8
+X = RNG.integers(20, 44, (B, *SHAPE)) / 64  # exact in bfloat16, as is a ball of 1/8 around it
 WEIGHTS = RNG.normal(size=(6, K))
 LABELS = np.arange(B) % K
 OTHERS = (np.arange(B) + 1) % K
@@ -40,7 +40,7 @@ def of(loss):
     return call
 
 
-# All are one program.
+# All losses are one program.
 LOSSES = {n: of(fn) for n in losses.__all__ if inspect.isfunction(fn := getattr(losses, n))}
 LOSSES["label_smoothing"] = of(functools.partial(losses.cross_entropy, label_smoothing=0.1))
 
@@ -95,7 +95,7 @@ CALLS = {
     "total_variation": around(energy.total_variation, True),
     "path": around(energy.path, True),
 }
-# How far two draws may be apart: of the mean of many, or which end of a ball PGD finds.
+# How far two draws may differ: in the mean of many, or in the end of a ball that PGD finds.
 MANY = 400
 MEANS = {
     "total_variation": 0.1,
@@ -109,9 +109,9 @@ ENDS = {"oscillation_label_free": 0.7}
 PRECISION = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 
-# Those that the other half precision has in default runs: one of each kind.
+# Default runs test these in bfloat16 too: one of each kind.
 IN_BFLOAT16 = ("losses", "jacobian", "singular_values", "spectral_norm", "mean_square", "path")
-# float32 where JAX is strict: test_every_mode_gives_the_same.
+# test_every_mode_gives_the_same covers float32 where JAX is strict.
 CASES = [
     pytest.param(
         *(name, dtype),
@@ -125,9 +125,9 @@ CASES = [
 
 
 def result(name, dtype, count, examples=B, *, outside_jax=False):
-    """By the name of the loss, where it is of all losses.
+    """{name: result}, or {loss: result} if name is "losses".
 
-    outside_jax: of an array of numpy, labels in a list and a legacy key.
+    outside_jax: passes a NumPy array, labels in a list and a legacy key.
     """
     x = jax.device_put(jnp.asarray(X[:examples], dtype), jax.devices()[0])
     key = jax.random.key(0)
@@ -143,7 +143,7 @@ def count_for(name):
 
 @functools.cache
 def reference(name):
-    """In float64, with JAX's x64 mode on."""
+    """The result in float64, with JAX's x64 mode on."""
     with strictly(), jax.enable_x64(True):
         return jax.device_get(result(name, "float64", count_for(name)))
 
@@ -171,7 +171,7 @@ def test_any_dtype_gives_the_same_but_for_rounding_where_jax_is_strict(name, dty
 MODES = {"x64": lambda: jax.enable_x64(True), "no jit": jax.disable_jit}
 
 
-# Without labels they are the same functions, and `rise` is `oscillation` with another end.
+# Label-free energies are the same functions, and `rise` is `oscillation` with another end.
 LIKE_ANOTHER = ("mean_square_label_free", "oscillation_label_free", "rise")
 IN_MODES = [
     pytest.param(
@@ -187,7 +187,7 @@ IN_MODES = [
 def test_every_mode_gives_the_same(name, mode):
     with strictly():
         plain = result(name, "float32", count=2)
-    with MODES[mode]():  # and two examples, for which a legacy key looks like two keys
+    with MODES[mode]():  # with two examples, since a legacy key then looks like two keys
         found = result(name, "float32", count=2, examples=2, outside_jax=mode == "no jit")
     for part, values in plain.items():
         assert values.dtype == found[part].dtype == "float32", part

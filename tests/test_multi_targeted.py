@@ -36,7 +36,7 @@ def test_is_the_best_of_one_run_of_pgd_for_each_wrong_class():
     np.testing.assert_allclose(losses.margin(logits_fn(together), y), margins.min(0), atol=1e-4)
     assert len(set(margins.argmin(0))) > 1
     assert 0 < (margins.min(0) < 0).sum() < 24
-    # The likeliest class alone is the first of the runs.
+    # A single target, the likeliest wrong class, gives the first run.
     first = multi_targeted(logits_fn, x, y, KEY, num_targets=1, **keywords)
     np.testing.assert_allclose(losses.margin(logits_fn(first), y), margins[0], atol=1e-4)
 

@@ -19,7 +19,7 @@ def sizes(delta, norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_noise_has_the_size_it_says(norm):
-    """In the ball's quarter of the mass within (1/4)^(1/n), or half of it on the sphere."""
+    """Uniform: a quarter of the mass is within (1/4)^(1/n) eps. Gaussian: half is on the sphere."""
     logits_fn, _, _ = make_linear(KEY, (2, 1, 3))
     x = np.full((2000, 2, 1, 3), 0.5, np.float32)
     y = np.zeros(2000, np.int32)
@@ -36,7 +36,7 @@ def test_noise_has_the_size_it_says(norm):
 
 
 def test_gaussian_noise_has_one_deviation_for_every_pixel():
-    """Where the ball is not in the way: a 784-pixel image, of whose draws few are beyond it."""
+    """The ball hardly changes the draws on an image of 784 pixels."""
     x = np.full((40, 28, 28, 1), 0.5, np.float32)
     y = np.zeros(40, np.int32)
     logits_fn, _, _ = make_linear(KEY, (28, 28, 1))
@@ -59,11 +59,11 @@ def test_more_draws_find_more_and_the_misclassified_one_is_returned(noise):
         logits = logits_fn(x_adv)
         wrong[num_samples] = np.asarray(jnp.argmax(logits, -1) != y)
         loss[num_samples] = np.asarray(losses.cross_entropy(logits, y))
-    # The draws of few are the first of many.
+    # The single draw is the first of the ten.
     assert (wrong[1] <= wrong[10]).all()
     assert wrong[1].sum() < wrong[10].sum()
     assert (loss[1] <= loss[10] + 1e-5)[wrong[1] == wrong[10]].all()
-    # A loss that pulls away from where the label is lost does not hide the hits.
+    # A loss that prefers correctly classified points does not hide the misclassified ones.
     against = NOISES[noise](
         logits_fn,
         x,

@@ -1,4 +1,4 @@
-"""A threat model is one record: with a made-up norm as one, everything works in it."""
+"""A threat model is one record: everything works in a made-up norm that is given as one."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from tests.linear import POINTWISE, WITH_NORMS, interior_images, make_linear, ne
 
 KEY = jax.random.key(0)
 SHAPE = (3, 4, 1)
-# max_i w_i·|δ_i|, as where some pixels are known better than others.
+# max_i w_i·|δ_i|, as if some pixels were known better than others.
 WEIGHTS = jnp.linspace(0.5, 2, 12).reshape(SHAPE)
 WEIGHTED = ThreatModel(
     name="weighted",
@@ -33,7 +33,7 @@ WEIGHTED = ThreatModel(
     patches=Flat(),
 )
 EPS = 0.15
-# Those that any record will do for.
+# The attacks that accept any record.
 OPEN = sorted({name for name, norm in WITH_NORMS if norm == "linf"})
 ASCENTS = ("apgd", "apgd_targeted", "bim", "fgsm", "mim", "multi_targeted", "pgd")
 
@@ -141,7 +141,7 @@ def test_many_pixels_of_16_bits_are_added_up_in_32(name):
         shrunk = norm.project_to_ball_and_box(x + delta, x, expected / 2)
         size = norm.size(shrunk.astype(jnp.float32) - x.astype(jnp.float32))
         assert size <= expected / 2 * 1.001
-    # In l1 each pixel's share is below what float16 resolves beside 0.5.
+    # In l1 each pixel's share is below the resolution of float16 at 0.5.
     black = jnp.zeros(shape, jnp.float16)
     for draw in (norm.random_on_sphere, norm.random_in_ball):
         size = norm.size(draw(KEY, black, 8.0).astype(jnp.float32))
@@ -160,7 +160,7 @@ def test_names_are_those_of_the_table():
 
 
 def test_a_record_is_evaluated_under_its_name(monkeypatch):
-    """With an audit of it, which tests/test_audit.py makes."""
+    """The audit gets the record too; tests/test_audit.py runs it."""
     logits_fn, _, _, x, y = problem(num_classes=3)
     few = {"version": ("apgd_ce",), "num_queries": 5, "progress": False}
     few["overrides"] = {"apgd_ce": {"num_steps": 5}}

@@ -1,4 +1,4 @@
-"""Every notebook says what to do where there is no run; test_demo.py runs them on the demo's."""
+"""Without a run, every notebook says what to do; test_demo.py runs them on the demo's run."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Objectives: what is composed, on which half, with which statistics; and its gradients."""
+"""Objectives: which terms, on which half, with which statistics, and their gradients."""
 
 import functools
 
@@ -180,7 +180,7 @@ def test_cot_adds_the_negated_complement_entropy(setting):
 
 
 def test_kl_term_is_from_clean_to_adversarial():
-    """Σ p log(p/q) with p of the clean half, by hand in float64: not its reverse."""
+    """The term is Σ p log(p/q) with p of the clean half, rather than its reverse."""
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.1, 0.3, 0.6])
     clean, adversarial = (
         Half(jnp.zeros((1, 1, 1, 1)), jnp.log(jnp.asarray(r, jnp.float32))[None]) for r in (p, q)
@@ -212,7 +212,7 @@ def test_unlabelled_examples_enter_label_free_terms_only(setting):
     half = (params, stats, {**batch, "label": labels})
     full, _, _ = run(setting, loss_on="clean")
     values, _, sums = run(half, loss_on="clean", labeled_fraction=0.5)
-    np.testing.assert_allclose(values[:4], 2 * full[:4], rtol=1e-5)  # the mean over labels
+    np.testing.assert_allclose(values[:4], 2 * full[:4], rtol=1e-5)  # a mean over labelled ones
     np.testing.assert_array_equal(values[4:], 0)
     assert sums["clean_accuracy"][1] == 4
     terms = {
@@ -238,7 +238,7 @@ def test_key_follows_the_position_not_the_row(setting):
 
 
 def test_one_regulariser_twice_under_labels_of_ones_own(setting):
-    """What a term is does not depend on its label, which may be another regulariser's name."""
+    """A term's function does not depend on its label, which may be another regulariser's name."""
     params, stats, batch = setting
     plain, _, _ = run(setting, loss_on="clean")
     shifted = Adversary(lambda f, x, y, k: jnp.clip(x + 0.1, 0, 1))
@@ -301,7 +301,7 @@ EVERY = {
 }
 
 
-# One of each kind of what a term looks at: over both halves it is the mean of what it is over one.
+# One term for each kind of input; over both halves, a term is the mean of its values on each.
 KINDS = ("entropy", "weighted_kl", "jacobian", "input_margin", "orthogonality")
 
 
@@ -316,7 +316,7 @@ KINDS = ("entropy", "weighted_kl", "jacobian", "input_margin", "orthogonality")
     ],
 )
 def test_parameters_are_pulled_in_the_direction_that_lowers_the_term(name, on, setting):
-    """A small step against the gradient of the whole objective lowers it: nothing is cut off."""
+    """A small step against the objective's gradient lowers it as predicted: no part is cut off."""
     params, stats, batch = setting
     term = Term(EVERY[name], 5.0, on)
     shifted = Adversary(lambda f, x, y, k: jnp.clip(x + 0.1, 0, 1))
@@ -335,7 +335,7 @@ def test_parameters_are_pulled_in_the_direction_that_lowers_the_term(name, on, s
     assert 0 < squared_norm < np.inf
     step = np.float32(1e-3)
     after, _ = value_and_gradient(jax.tree.map(lambda p, g: p - step * g, params, gradient))
-    # Without labels the prediction at x counts as given, as in VAT, and yet it moves.
+    # Without labels the prediction at x is held constant, as in VAT, although it moves.
     rtol = 0.5 if name == "vat" or name.endswith("label_free") else 0.15
     np.testing.assert_allclose(before - after, step * squared_norm, rtol=rtol)
 

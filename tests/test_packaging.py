@@ -83,7 +83,7 @@ def test_every_package_imported_is_declared_and_the_other_way_round():
 
 
 def base_distributions() -> set[str]:
-    """What a bare install brings: the declared packages and all that those require."""
+    """The packages of a bare install: the declared ones and all that those require."""
     found, waiting = set(), [Requirement(name) for name in declared()]
     while waiting:
         requirement = waiting.pop()
@@ -99,7 +99,7 @@ def base_distributions() -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, since setuptools leaves its work in the folder it builds."""
+    """Built from a copy, since setuptools leaves files in the folder that it builds."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
@@ -169,7 +169,7 @@ def test_the_wheel_attacks_a_model_with_the_packages_of_a_bare_install(wheel, tm
     result = subprocess.run(
         [python, "-I", "-c", ATTACK], check=True, cwd=tmp_path, capture_output=True, text=True
     )
-    # And each of these is needed.
+    # Each declared package is needed.
     assert declared() <= set(map(normalized, result.stdout.split()))
 
 

@@ -31,7 +31,7 @@ def test_distributions_mark_minimum_and_mean_and_count_what_is_left_out(rng):
     texts = legend(figure)
     assert [text.split(":")[0] for text in texts] == list(ARMS)
     assert "not finite" not in texts[0] and "(3 of 100 not finite)" in texts[1]
-    for patch in ax.patches:  # an outline goes up and down: each share once
+    for patch in ax.patches:  # an outline has two points a bar: take one
         heights = patch.get_xy()[1:-1:2, 1]
         assert heights.sum() == pytest.approx(100)
 
@@ -81,7 +81,7 @@ def test_by_layer_joins_medians_with_the_middle_half(rng):
 
 
 def test_a_layer_without_a_finite_number_is_left_out():
-    """As a dead layer leaves it, whose relative change is 0/0."""
+    """The relative change of a dead layer is 0/0."""
     changes = {
         "random": {"at": {"conv": [np.nan, np.inf], "logits": [1.0, 2.0]}, "ce": {"conv": []}}
     }
@@ -232,7 +232,7 @@ def test_one_radius_is_a_point_and_no_line_to_the_clean_accuracy():
     assert line.lines[0].get_linestyle() == "-" and line.collections
     assert alone.lines[0].get_linestyle() == "None" and alone.lines[0].get_marker() == "o"
     (bars,) = alone.collections
-    drawn = [bar for bar in bars.get_segments() if len(bar)]  # none of what has no interval
+    drawn = [bar for bar in bars.get_segments() if len(bar)]  # no interval, no bar
     np.testing.assert_allclose(drawn, [[[0.5, 30], [0.5, 50]]])
     assert len(figure.legends[0].get_texts()) == 1
 

@@ -1,4 +1,4 @@
-"""Several processes, each with devices of its own, at one run: real ones, on this machine."""
+"""Several real processes on this machine share one run, each with its own devices."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ FIELDS = {
 
 
 def start(workdir, num_processes, num_devices, *more):
-    """One process, or several, each with its own devices."""
+    """Starts one process or several, each with its own devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -70,7 +70,7 @@ def finish(started, code=0):
 
 
 def left_in(workdir):
-    """The numbers of a finished run, and its examples' fates."""
+    """The results, metrics and records of a finished run."""
     results = json.loads((workdir / "results.json").read_text())
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
@@ -78,7 +78,7 @@ def left_in(workdir):
 
 
 def assert_the_same(one, other):
-    """To float tolerance: the devices' sums are added up in another order."""
+    """Compares to float tolerance, since the devices add up their sums in another order."""
     results, metrics, records = one
     other_results, other_metrics, other_records = other
     pd.testing.assert_frame_equal(metrics, other_metrics, rtol=1e-4, atol=1e-5)
@@ -92,7 +92,7 @@ def assert_the_same(one, other):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """One process, this one, with eight devices."""
+    """What this process leaves by itself, with eight devices."""
     workdir = tmp_path_factory.mktemp("processes") / "undisturbed"
     with pages_undrawn():
         execute(default_with(FIELDS), workdir, "train")
@@ -101,13 +101,13 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
 def terminated(request, tmp_path_factory):
-    """Two processes with two devices each, one of which was sent SIGTERM; and how they map."""
+    """The folder of two processes with two devices each, one sent SIGTERM; and how they map."""
     workdir = tmp_path_factory.mktemp("processes") / "terminated"
     started = start(workdir, 2, 2, f"--config.parallel={request.param}")
     deadline = time.monotonic() + 300
     while not list((workdir / "checkpoints" / "last").glob("[0-9]*")):
         assert time.monotonic() < deadline and started[0].poll() is None, started[0].communicate()
-        time.sleep(0.02)  # on the cores that they train on
+        time.sleep(0.02)  # polling uses the cores that they train on
     started[1].send_signal(signal.SIGTERM)
     (_, told), (_, silent) = finish(started, 128 + signal.SIGTERM)
     assert "stopped at step" in told and "saving at the end of this step" in told
@@ -137,7 +137,7 @@ def test_one_process_with_one_device_goes_on(terminated, undisturbed, tmp_path):
 
 def test_a_mistake_of_one_is_told_by_all(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    # The report is what asks for the folder soonest.
+    # --mode=report looks at the folder soonest.
     for _, errors in finish(start(tmp_path, 2, 1, "--mode=report"), code=1):
         line = [line for line in errors.splitlines() if line.startswith("error")]
         assert line == [f"error: {tmp_path} holds other files and no run; take another --workdir"]
@@ -152,7 +152,7 @@ def test_where_the_others_are_must_be_said(where):
 
 
 def test_a_step_s_operations_are_counted_where_arrays_belong_to_several(monkeypatch):
-    """As they are at the end of training on a chip with a known peak: from tracers."""
+    """They are counted from tracers, as at the end of training on a chip with a known peak."""
     monkeypatch.setattr(jax, "make_array_from_process_local_data", None)
     step = parallel.map_step(lambda state, batch, key: (state @ batch["x"].T, {}), "shard_map")
     state, batch = np.ones((2, 3)), {"x": np.ones((8, 3))}

@@ -1,4 +1,4 @@
-"""What a run's records say of each image, and how they are read."""
+"""What a run's records say about each image, and how they are read."""
 
 import numpy as np
 import pandas as pd

@@ -210,7 +210,7 @@ def test_what_breaks_each_image_first_is_counted_and_sums_to_all(run):
 
 
 def attack_of_the_first(count, results, tables):
-    """Adds an AutoAttack on the first examples, which breaks half of what stands there."""
+    """Adds an AutoAttack on the first examples that breaks half of those still held."""
     for name, table in tables.items():
         held = table["pgd_linf@0.1/held"].astype("boolean")
         held[:count] &= np.arange(count) % 2 == 0
@@ -279,7 +279,7 @@ def test_the_worst_case_counts_nobody_whom_no_attack_saw(tmp_path):
     assert [(a["attack"], a["count"]) for a in alone] == [("fgsm", 20), ("worst_case", 20)]
     results.update(results_lib.summarize(table, {"few": grids["few"]}), threat=None)
     assert re.search(r"\d+\.\d %.* of the first 20 still under the worst", report.headline(results))
-    # Nor does the page count it among those that held.
+    # The page does not count the others among those that held either.
     assert report._first_to_break(results, table)[-1]["images"] == "20"
     seen, names = report._attacked(results, table, report.reference_radius(results))
     assert len(seen) == 20 and "few" in names
@@ -479,7 +479,7 @@ def test_results_of_another_schema_are_read_or_refused_in_one_line(tmp_path):
     before = stored.results(tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
     assert found.pop("schema") == before.pop("schema") == stored.SCHEMA
-    (tmp_path / "results.json").write_text(json.dumps(found))  # as they were before there was one
+    (tmp_path / "results.json").write_text(json.dumps(found))  # as before results had a schema
     assert stored.results(tmp_path) == before
     report.table(before)
     (tmp_path / "results.json").write_text(json.dumps({**found, "schema": stored.SCHEMA + 1}))
@@ -502,7 +502,7 @@ def test_a_temperature_at_the_end_of_its_range_matches_nothing(end):
 
 
 def test_the_best_validation_is_never_the_untrained_network_s(tmp_path):
-    """Whose margins are tracked; a tie at nothing is that of plain training under PGD."""
+    """Tracked margins add a step 0; ties near 0 occur in plain training under PGD."""
     lines = [
         {
             "step": step,

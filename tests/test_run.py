@@ -1,4 +1,4 @@
-"""Attacks with what they found beside the points, at one radius and at several."""
+"""`attacks.run`: success and distance beside the points, at one radius and at several."""
 
 import functools
 
@@ -81,5 +81,5 @@ def test_targets_and_mistakes():
         attacks.run(with_any_norm, f, x, y, KEY, eps=0.3)
     with pytest.raises(ValueError, match="eps must not be negative, not -0.1"):
         run("pgd", (0.1, -0.1))
-    for name, norm in (("deepfool", "linf"), ("carlini_wagner", "l2")):  # their own
+    for name, norm in (("deepfool", "linf"), ("carlini_wagner", "l2")):  # their default norms
         np.testing.assert_array_equal(run(name, 0.5).x_adv, run(name, 0.5, norm=norm).x_adv)

@@ -84,7 +84,7 @@ def test_operator_norm_bounds_the_layer_as_it_stands(norm, order, image, strides
     layer = Layer(rng.normal(size=(3, 3, 2, 4)), image, strides, padding)
     bound, gain = spectra.operator_norm(layer, norm), np.linalg.norm(spectra.matrix(layer), order)
     assert gain <= bound * (1 + 1e-12)
-    if image == (5, 6):  # and closely, where borders and strides do not take much away
+    if image == (5, 6):  # and closely, where borders and strides matter little
         assert bound < 1.3 * gain
     dense = Layer(spectra.matrix(layer).T)
     np.testing.assert_allclose(spectra.operator_norm(dense, norm), gain, rtol=1e-12)
@@ -113,7 +113,7 @@ def test_layers_of_a_network_are_the_maps_it_applies():
 
 
 def residual_network(values_of):
-    """A network and its variables, with values of a shape."""
+    """A network and its variables, each values_of(shape)."""
     model = PreActResNet(num_classes=3, width=1 / 32)
     shapes = jax.eval_shape(model.init, KEY, jnp.zeros((1, 8, 8, 3)))
     return model, jax.tree.map(lambda a: np.asarray(values_of(a.shape), a.dtype), shapes)
@@ -129,7 +129,7 @@ def test_layers_of_a_residual_network_have_their_strides_and_pads():
 
 
 def test_a_batch_norm_right_behind_a_layer_is_folded_into_it(rng):
-    """The stem and the first convolution of each block have one, what ends in a sum has not."""
+    """The stem and each block's first convolution have one; layers that end in a sum do not."""
     model, variables = residual_network(lambda shape: rng.uniform(0.5, 2, shape))
     plain, folded = (
         spectra.layers(model, variables, (8, 8, 3), fold_norms=fold) for fold in (False, True)
@@ -137,7 +137,7 @@ def test_a_batch_norm_right_behind_a_layer_is_folded_into_it(rng):
     changed = [
         name for name in plain if not np.array_equal(plain[name].kernel, folded[name].kernel)
     ]
-    assert len(changed) == 1 + 8  # the stem's feeds the first block's norm, and its sum
+    assert len(changed) == 1 + 8  # the stem's output feeds the first block's norm, and its sum
     params, statistics = variables["params"], variables["batch_stats"]
     of_norm = params["BatchNorm_1"]["scale"] / np.sqrt(statistics["BatchNorm_1"]["var"] + 1e-5)
     inner = changed[1]

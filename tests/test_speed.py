@@ -49,7 +49,7 @@ def test_a_convolution_and_its_gradients_count_the_same(implementation):
     value = jax.value_and_grad(lambda x, k: jnp.sin(conv(x, k)).sum(), argnums=(0, 1))
     if implementation == "auto":
         assert speed.flops(value, x, k) == 3 * once
-    else:  # the gradients of lax's convolution slide over what padding and strides put in
+    else:  # lax's gradients also slide over the zeros of padding and strides
         assert speed.flops(value, x, k) >= 3 * once
 
 
@@ -71,7 +71,7 @@ def test_a_training_step_counts_what_all_devices_do(method):
     forward = speed.flops(
         model.apply, model.init(jax.random.key(0), array(1, 8, 8, 1)), array(64, 8, 8, 1)
     )
-    # Two steps of PGD, each there and back to the image, and the parameters' gradient.
+    # Two PGD steps, each forward and back to the image, and the parameters' gradient.
     assert 6 * forward < step < 12 * forward
 
 
@@ -98,13 +98,13 @@ def test_training_says_how_fast_it_was_and_leaves_a_trace(tmp_path, monkeypatch)
     monkeypatch.setattr(speed, "PEAKS", {jax.devices()[0].device_kind: 1e12})
     plain = jax.profiler.ProfileOptions
 
-    def without_programs():  # of which the other tests of this process have left many
+    def without_programs():  # other tests of this process left many
         options = plain()
         options.enable_hlo_proto = False
         return options
 
     monkeypatch.setattr(jax.profiler, "ProfileOptions", without_programs)
-    # Every operation of the ten steps is in the trace: few of them, without an adversary.
+    # The trace holds every operation of ten steps; without an adversary there are few.
     mlp = {"name": "mlp", "hidden": (8,)}
     plan = plan_with(duration="14 steps", loss_on="clean", adversary=None, model=mlp)
     timings = loop.train(plan, tmp_path, tmp_path / "profile").timings
@@ -114,7 +114,7 @@ def test_training_says_how_fast_it_was_and_leaves_a_trace(tmp_path, monkeypatch)
     work = speed.flops(plan.train_step, plan.init(), plan.batches[0], plan.key)
     per_second = work / timings["step_milliseconds"] * 1000
     np.testing.assert_allclose(timings["share_of_peak"], per_second / 1e12 / jax.device_count())
-    # Elsewhere it is that of the machine that trained, and no step is traced for it.
+    # Elsewhere the share is still that of the machine that trained, and no step is traced.
     monkeypatch.setattr(speed, "PEAKS", {jax.devices()[0].device_kind: 1e6})
     elsewhere = dataclasses.replace(plan, train_step=lambda *_: 1 / 0)
     assert loop.restore(elsewhere, tmp_path).timings == timings
@@ -128,7 +128,7 @@ def test_the_memory_of_what_came_before_is_forgotten():
     x = np.ones(2**27, np.uint8)
     with_it = speed.memory_high_water()
     del x
-    assert speed.memory_high_water() > with_it - 2**22  # the kernel counts in rounds
+    assert speed.memory_high_water() > with_it - 2**22  # the kernel's count is approximate
     speed.forget_memory_high_water()
     assert speed.memory_high_water() < with_it - 2**26
 
@@ -155,7 +155,7 @@ print(given_back, pages())
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="buffers of XLA's CPU backend")
 def test_freed_memory_is_used_again_without_the_kernel():
-    # One heap for all threads: which of them take part in a call is a matter of chance.
+    # All threads share one heap, as it is chance which of them take part in a call.
     found = subprocess.run(
         [sys.executable, "-c", FAULTS],
         env={**os.environ, "MALLOC_ARENA_MAX": "1"},

@@ -126,7 +126,7 @@ def test_more_queries_never_hurt():
     for num_queries in (1, 20, 200):
         x_adv = square(logits_fn, x, y, KEY, eps=0.05, num_queries=num_queries)
         values.append(np.asarray(losses.margin(logits_fn(x_adv), y)))
-    # The same keys, so a longer search begins as the shorter one.
+    # The keys are the same, so a longer search begins like the shorter one.
     assert (values[1] <= values[0] + 1e-5).all()
     assert ((values[2] <= values[1] + 1e-5) | (values[1] < 0)).all()
     assert (values[2] < 0).sum() > (values[0] < 0).sum()
@@ -154,7 +154,7 @@ def test_restarts_and_targets():
 def test_a_start_of_nan_is_left_for_a_number():
     x = jnp.full((8, 6, 6, 1), 0.5)
 
-    def logits_fn(x):  # nothing where the first pixel rises; else target 1 at a low mean
+    def logits_fn(x):  # NaN where the first pixel rises; else class 1 at a low mean
         gap = 5 * (0.44 - x.mean((1, 2, 3)))
         logits = jnp.stack([-gap, gap], -1)
         return jnp.where((x[:, 0, 0, 0] > 0.5)[:, None], jnp.nan, logits)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: at once where there is nothing to save, and with one line."""
+"""SIGINT and SIGTERM stop a process with one line, and at once if there is nothing to save."""
 
 import signal
 import socket
@@ -17,7 +17,7 @@ with stopping.watched():
     print("at work", flush=True)
     time.sleep(60)
 """
-# Busy in C++, where no handler of Python's runs, as XLA is for minutes.
+# Busy in C++, where Python's handlers do not run, as XLA may be for minutes.
 IN_XLA = AT_WORK.replace("import sys, time", "import sys, time, re").replace(
     "time.sleep(60)", "import jax.numpy as jnp; jnp.linalg.svd(jnp.ones((3000, 3000)))"
 )

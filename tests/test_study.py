@@ -82,7 +82,7 @@ def test_every_study_is_whole_at_every_scale(name, scale):
     trials = list(study.trials(config))
     assert len(trials) == len(config.arms) * len({t.seed for t in trials})
     assert len({t.seed for t in trials}) >= (2 if scale == "smoke" else 3)
-    # As its folder remembers it.
+    # The same after a round trip through its folder's JSON.
     again = stored.from_json(json.loads(json.dumps(config_lib.to_json(config))))
     assert list(study.trials(study.settled(again))) == trials
     assert list(again.claims) == list(config.claims)
@@ -102,7 +102,7 @@ def test_what_is_typed_wins_over_the_scale_or_is_refused():
     assert {trial.seed for trial in trials.values()} == {0}
     assert trials["ce"].config.duration == "3 steps" and trials["at"].config.duration == "4 steps"
     assert trials["ce"].config.model.hidden == 9
-    # What the scale says otherwise is as it was.
+    # The scale's other fields are unchanged.
     smoke = next(study.trials(config_of("entm", scale="smoke")))
     assert trials["ce"].config.attacks == smoke.config.attacks
     for typed in ({"base.seed": 3}, {"base.adversary.eps": 0.2}, {"base.loss_on": "both"}):
@@ -200,9 +200,9 @@ def test_a_typo_in_a_claim_or_a_measure_is_found_before_anything_runs(case):
 
 
 def fake_runs(monkeypatch, accuracy=lambda config: 0.5, num_images=200, *, page=False):
-    """Replaces runs by ones that only write results, of PGD and on held-out images: accuracy.
+    """Replaces runs by stubs that write results with this accuracy, under PGD and held out.
 
-    page: whether the study's is written, which takes longer than all the rest.
+    page: writes the study's page too, which takes longer than all the rest.
     """
     ran = []
     monkeypatch.setattr(study, "_forget_a_run", lambda: None)  # slow, and there is nothing to drop
@@ -228,7 +228,7 @@ def fake_runs(monkeypatch, accuracy=lambda config: 0.5, num_images=200, *, page=
 
 
 def small_study(**fields):
-    """That of small_study.py, of robust accuracy, with other fields; settled."""
+    """The settled config of small_study.py, on robust accuracy and with other fields."""
     config = small.get_config()
     config.base.attacks = {"pgd": {"eps": (0.1,)}}
     config.measures = (("PGD", "pgd@0.1"),)
@@ -246,14 +246,14 @@ def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monk
     said = study.execute(config, tmp_path / "alike")
     assert len(alike) == 9  # both arms hold the same images: there is nothing to narrow
 
-    def apart(config):  # by the seed, so that only seeds narrow it
+    def apart(config):  # varies with the seed, so that only seeds narrow it
         return 0.5 + (0.2 if config.regularizers.entropy.weight else 0.1) * (-1) ** config.seed
 
     ran = fake_runs(monkeypatch, apart)
     said = study.execute(config, tmp_path / "apart")
     results = stored.results(tmp_path / "apart")
     seeds = {arm: list(row["PGD"]["values"]) for arm, row in results["table"].items()}
-    assert seeds["other"] == ["0", "1", "2"]  # no test is of it
+    assert seeds["other"] == ["0", "1", "2"]  # no test uses it
     assert seeds["at"] == seeds["entm"] == [str(seed) for seed in results["seeds"]]
     test = results["claims"]["a"]["tests"][0]
     assert 3 < len(test["values"]) < 9 and test["high"] - test["low"] < 0.3 * (1 + 1e-6)
@@ -263,7 +263,7 @@ def test_seeds_are_added_to_the_arms_of_a_test_until_it_is_narrow(tmp_path, monk
     study.execute(config, tmp_path / "apart")  # again: nothing is left to do
     study.execute(config, tmp_path / "apart", "report")
     assert not ran
-    study.execute(config, tmp_path / "apart", only="other/7")  # a scheduler adds one by itself
+    study.execute(config, tmp_path / "apart", only="other/7")  # a scheduler adds a seed by itself
     study.execute(config, tmp_path / "apart", "report")
     assert ran == ["other/7"]
     assert "7" in stored.results(tmp_path / "apart")["table"]["other"]["PGD"]["values"]
@@ -331,7 +331,7 @@ def test_a_finished_study_cannot_become_another(tmp_path, monkeypatch):
 
 
 def test_a_study_keeps_no_programs_of_its_runs(tmp_path, monkeypatch):
-    # A process may have 65,530 memory maps, and the programs of a run are some thousand.
+    # A process may have 65,530 memory maps, and the programs of a run take some thousand.
     forget = study._forget_a_run
     fake_runs(monkeypatch)
     monkeypatch.setattr(study, "_forget_a_run", forget)
@@ -339,14 +339,14 @@ def test_a_study_keeps_no_programs_of_its_runs(tmp_path, monkeypatch):
     loaded = jax.devices()[0].client.live_executables
 
     def execute(config, *arguments):
-        compiled.append(jax.jit(lambda x: x * len(compiled)))  # kept by someone
+        compiled.append(jax.jit(lambda x: x * len(compiled)))  # something keeps a reference
         compiled[-1](float(config.seed))
         held.append(len(loaded()))
         return fake(config, *arguments)
 
     held: list[int] = []
     monkeypatch.setattr(study.run, "execute", execute)
-    forget()  # those of other tests
+    forget()  # drops the programs of other tests
     study.execute(small_study(seeds=(0, 1)), tmp_path, only="at")
     assert len(held) == 2 and held[1] <= held[0]
 
@@ -355,7 +355,7 @@ SWEEP = {"field": "regularizers.entropy.weight", "values": (0.1, 1.0, 3.0)}
 
 
 def best_at_one(config):
-    """The entropy's weight decides: 1 is best, and more is nearer to 0.3 than less."""
+    """The entropy's weight decides: 1 is best, and 3 comes nearer to 0.3 than 0.1 does."""
     weight = config.regularizers.entropy.weight
     return {0.0: 0.4, 0.1: 0.2, 1.0: 0.6, 3.0: 0.35}[weight]
 
@@ -433,7 +433,7 @@ def test_a_sweep_can_choose_what_is_nearest_to_another_arm(tmp_path, monkeypatch
         "sweep": {**SWEEP, "values": (0.1,), "by": "training.best.robust_accuracy"},
     }
     by = "measurements.outputs.mean_confidence"
-    # What is matched comes first in the config, and is run after what it is matched with.
+    # The matched arm comes first in the config, and runs after the arm it is matched with.
     matched = {**SWEEP, "values": (1.0, 3.0), "nearest": "other", "by": by}
     config = small_study(
         **{

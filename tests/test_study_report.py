@@ -1,4 +1,4 @@
-"""A study's page and its figures, of a study that is in docs/."""
+"""The page and figures of a study that is in docs/."""
 
 import textwrap
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 
 
 class Written(NamedTuple):
-    """What a page was written from, its folder, and what functions of plots were given."""
+    """The results that a page shows, its folder, and the arguments of functions of plots."""
 
     results: dict[str, Any]
     workdir: Path
@@ -32,7 +32,7 @@ def written(tmp_path_factory):
             "spectra/singular_values/head": np.array([2.0, 1.0 + i]),
             "spectra_initial/singular_values/head": np.array([5.0, 4.0]),
             "outputs/confidence": np.linspace(0, 1, 9),
-            "features_initial/change_random/head": np.ones(3) + i,  # of networks that differ
+            "features_initial/change_random/head": np.ones(3) + i,  # the initial networks differ
             "features_initial/change_adversarial/head": np.ones(3),
             "clusters/projection": rng.normal(size=(40, 2)),
             "clusters/label": np.arange(40) % 10,
@@ -87,7 +87,7 @@ def test_an_arm_is_headed_by_its_whole_name_and_its_mark():
         found = " ".join(line[12 * i : 12 * i + 12].strip() for line in lines)
         assert found.split() == arm.split()
     results = stored.results(REPOSITORY / "docs/studies/average_margin")
-    assert "†" in report.text(results).partition("clean, %")[2]  # of the second half
+    assert "†" in report.text(results).partition("clean, %")[2]  # in the second half
 
 
 TEST = {

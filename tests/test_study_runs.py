@@ -20,7 +20,7 @@ def test_seeds_train_together_and_leave_the_evaluation_to_their_runs(tmp_path, m
     study.train_seeds_together(trials, tmp_path)
     plans = [build(trial.config).plan for trial in trials]
     for trial, plan in zip(trials, plans, strict=True):
-        loop.restore(plan, tmp_path / trial.name)  # which raises where training is not finished
+        loop.restore(plan, tmp_path / trial.name)  # raises if training is not finished
         assert not (tmp_path / trial.name / "results.json").exists()
     (tmp_path / "entm" / "0" / "results.json").write_text("{}")
     monkeypatch.setattr(study.run, "train_together", None)  # one is left: nothing to share
@@ -37,7 +37,7 @@ SMOKE_RUNS = {  # an arm of each study
 
 
 def run_at_smoke(config, arm, workdir):
-    """A seed of one arm alone, then the report."""
+    """Runs a seed of one arm alone, then the report."""
     if "sweep" in config.arms[arm]:
         study.execute(config, workdir, only=f"{arm}/sweep")
     study.execute(config, workdir, only=f"{arm}/0")
@@ -52,7 +52,7 @@ def run_at_smoke(config, arm, workdir):
 
 @pytest.fixture
 def on_few_images(monkeypatch):
-    """on_few_images(name, workdir) runs a seed of a study, its networks and samples made small."""
+    """on_few_images(name, workdir) runs a seed of a study with small networks and few samples."""
 
     def run(name, workdir):
         config = config_of(name, scale="smoke")
@@ -108,7 +108,7 @@ def test_a_study_runs_part_by_part_and_is_collected(launch, tmp_path, monkeypatc
     monkeypatch.setattr(folder, "write_report", lambda *_: None)  # a run's page: see test_report.py
     config = study.settled(config, ["seeds"])
     study.execute(config, tmp_path, only="at/1")
-    with ThreadPoolExecutor() as pool:  # two processes in one folder at a time
+    with ThreadPoolExecutor() as pool:  # two processes in one folder at the same time
         other = pool.submit(launch, *flags, "--only=at/1")  # which finds it finished
         study.execute(config, tmp_path, only="entm/0")
         assert other.result().returncode == 0, other.result().stderr[-3000:]

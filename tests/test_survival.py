@@ -1,6 +1,6 @@
 """A run that is stopped again and again ends as if nothing had happened: `make test-slow`.
 
-`pytest -m slow -rP tests/test_survival.py` shows how many stops came at what work.
+`pytest -m slow -rP tests/test_survival.py` shows how many stops came during which work.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def touched(workdir: Path, pattern: str, since: float) -> bool:
     return max(times, default=0.0) > since
 
 
-# What a process leaves when it gets to a work, and the share of a run within which it is stopped.
+# The sign that a process is at some work, and the share of a run within which it is stopped.
 WORK: Mapping[str, tuple[Callable[[Path, float], bool], float]] = {
     "anywhere": (lambda workdir, since: True, 1.0),
     "training": (lambda workdir, since: touched(workdir, "checkpoints/last/*", since), 0.3),
@@ -96,7 +96,7 @@ def left_in(workdir):
 
 
 def work_of(workdir, since):
-    """What a process that began then and was stopped had been at, by what it left."""
+    """The work at which a process that began then was stopped, judging by what it left."""
     steps = [path.name for path in (workdir / "checkpoints/last").glob("*")]
     if touched(workdir, "checkpoints/*/*tmp*", since):
         return "writing a checkpoint"
@@ -108,7 +108,7 @@ def work_of(workdir, since):
 
 
 def stop(workdir, work, seconds, kind):
-    """Stops a run so long after it got to a work: what it was at, None if it ended before that."""
+    """Stops a run so many seconds into a work; returns what it was at, or None if it had ended."""
     since, process = time.time(), start(workdir)
     while not WORK[work][0](workdir, since) and process.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -52,7 +52,7 @@ def small_config(**fields):
 
 @functools.cache
 def plan_of(seed=0, parallel="pmap"):
-    """That of the small run, whose programs are compiled once for all tests."""
+    """The plan of the small run, whose programs are compiled once for all tests."""
     return build(small_config(seed=seed, parallel=parallel)).plan
 
 
@@ -60,7 +60,7 @@ def plan_of(seed=0, parallel="pmap"):
 def whole_step():
     """(train_step, fresh state, batch): BatchNorm, augmentation, averaging and two adversaries.
 
-    One is that of the weights.
+    One adversary perturbs the weights.
     """
     make_step, init, batch = training_of(Net(), loss_on="both", learning_rate=0.01)
     step = make_step(
@@ -70,7 +70,7 @@ def whole_step():
 
 
 def test_a_batch_in_parts_has_the_gradient_of_the_whole():
-    """For a network without BatchNorm, in the attack and the loss; the parts are on two devices."""
+    """Holds for attack and loss if there is no BatchNorm; the parts are on two devices."""
     make_step, init, batch = training_of(MODELS["mlp"](num_classes=10, hidden=(8,)), loss_on="both")
     found = []
     for num_parts, devices in ((1, 1), (4, 2)):
@@ -129,7 +129,7 @@ def test_average_is_the_exponential_one_with_its_warm_up(whole_step, on_one_devi
 
 
 def test_validation_attacks_and_counts_an_example_once():
-    """A linear network on two pixels, where who is right and who can be moved is plain to see."""
+    """A linear network on two pixels shows plainly which examples are right and can be moved."""
     images = np.array([[0.1, 0.9], [0.45, 0.55], [0.9, 0.1], [0.2, 0.3]], np.float32)
     split = data.Split(images.reshape(4, 1, 2, 1), np.array([1, 1, 0, 0], np.int32))
 
@@ -147,14 +147,14 @@ def test_validation_attacks_and_counts_an_example_once():
         margins_of=split,
     )
     values = validate({"scale": np.float32(3)})
-    # Right: the first three. Held at 0.1, which moves the gap by 0.2: the first and the third.
+    # The first three are correct. At 0.1, which moves the gap by 0.2, the first and third hold.
     assert values["clean_accuracy"] == 0.75
     assert values["robust_accuracy"] == 0.5
     # The distances to the boundary of a linear network are exact, whatever its scale.
     distances = np.array([0.8, 0.1, 0.8, -0.1]) / np.sqrt(2)
     expected = {
         number: value
-        # From the label; and from the predicted class, where no distance is negative.
+        # Margins are from the label. Distances are from the predicted class, so never negative.
         for what, of in (("margin", distances), ("distance", np.abs(distances)))
         for number, value in (
             (f"minimum_{what}", of.min()),
@@ -162,7 +162,7 @@ def test_validation_attacks_and_counts_an_example_once():
             *((f"{what}_q{q}", np.percentile(of, q)) for q in (10, 50, 90)),
         )
     }
-    # The first so many: an attack comes as near as it can, and gradients are the same all over.
+    # Over the first few: the attack gets as near as it can, and gradients are the same everywhere.
     expected |= {
         "minimum_distance_clever": 0.1 / np.sqrt(2),
         "average_distance_clever": 0.45 / np.sqrt(2),
@@ -274,7 +274,7 @@ def test_loop_writes_what_it_says(undisturbed):
 
 @pytest.mark.parametrize("stop_at", [4, 7, 11])
 def test_resumed_run_is_bit_identical(undisturbed, stop_at, tmp_path):
-    """A crash at a step, then the same command: the same bits, and no line lost or doubled."""
+    """The same command after a crash gives the same bits, with no line lost or doubled."""
     plan = plan_of()
 
     class Crash(BaseException):
@@ -319,9 +319,9 @@ def test_a_signal_saves_and_exits(undisturbed, kind, tmp_path):
 def test_a_best_of_steps_that_are_taken_again_is_forgotten(
     killed_at, keeps, best, tmp_path, monkeypatch
 ):
-    """The resumed run need not come out alike, as on another number of devices.
+    """The resumed run may come out differently, as on another number of devices.
 
-    keeps: how many best ones; once it was one, which is lost where it is of those steps.
+    keeps: how many best checkpoints; older versions kept one, lost if it is of those steps.
     """
     plan, plain = plan_of(), Checkpoints.save
     assert plan.total_steps >= 8
@@ -347,12 +347,12 @@ def test_a_best_of_steps_that_are_taken_again_is_forgotten(
     folder = tmp_path / "checkpoints" / "best"
     for older in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))[:-keeps]:
         shutil.rmtree(older)
-    after = {2: (0.05, 0.1, 0.1, 0.2), 6: (0.2, 0.25)}[killed_at]  # from the step of the last on
+    after = {2: (0.05, 0.1, 0.1, 0.2), 6: (0.2, 0.25)}[killed_at]  # from the last checkpoint on
     trained = loop.train(living(*after), tmp_path)
     assert int(trained.best.step) == best
     shutil.rmtree(folder / str(best))
     with pytest.raises(UserError, match="the best checkpoint is gone"):
-        loop.restore(plan, tmp_path)  # what may be left is of another step
+        loop.restore(plan, tmp_path)  # any that is left is of another step
 
 
 def test_sigterm_in_the_last_step_is_not_swallowed(tmp_path):
@@ -389,7 +389,7 @@ def test_sigterm_while_nothing_is_left_to_train_is_not_swallowed(
 
 @pytest.mark.parametrize("method", parallel.METHODS)
 def test_seeds_trained_together_are_those_trained_alone(undisturbed, method, tmp_path):
-    """Terminated on the way and continued; the second seed ends as by itself."""
+    """Terminated midway and continued, the second seed ends as it does alone."""
     folders = [tmp_path / "1", tmp_path / "0"]
 
     def plans(terminate_at=None):
@@ -427,7 +427,7 @@ def test_seeds_trained_together_are_those_trained_alone(undisturbed, method, tmp
 def test_seeds_trained_together_stop_together_and_count_the_time_of_steps_alone(
     tmp_path, monkeypatch
 ):
-    """The signal comes in the validation of the second, after the first was asked to stop."""
+    """The signal comes in the second run's validation, after the first has checked for one."""
     clock, validations = [0.0], []
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
 
@@ -455,7 +455,7 @@ def test_seeds_trained_together_stop_together_and_count_the_time_of_steps_alone(
         loop.train_seeds(plans, folders)
     for folder in folders:
         with contextlib.closing(Checkpoints(folder, jax.eval_shape(plans[0].init))) as checkpoints:
-            assert int(checkpoints.restore("last")[0].step) == 7  # at the next step, both
+            assert int(checkpoints.restore("last")[0].step) == 7  # both, at the next step
     for trained in loop.train_seeds(plans, folders):
         timings = trained.timings
         assert timings["train_seconds"] == 10  # twelve steps, of which two compiled

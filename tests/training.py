@@ -34,7 +34,7 @@ def training_of(model, *, loss_on, learning_rate=0.1):
 
     make_step(settings) is `make_train_step`, init(average=…) is `init_state`.
     """
-    # Smooth all along: a sign or a kink would turn a rounding difference into a large one.
+    # Everything is smooth: a sign or a kink would turn a rounding difference into a large one.
     attack = functools.partial(pgd, eps=0.5, norm="l2", num_steps=2, keep_best=False)
     adversary = Adversary(attack)
     objective = make_objective(

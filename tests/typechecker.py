@@ -1,4 +1,4 @@
-"""What jaxtyping's hook checks annotations with while the tests run: see pyproject.toml."""
+"""The type checker of jaxtyping's hook while the tests run: see pyproject.toml."""
 
 from beartype import BeartypeConf, beartype
 
