@@ -31,12 +31,9 @@ def in_double(logits_fn: Callable, shape: tuple[int, ...]) -> Network:
             return network
     except Exception:  # lax or another framework does not promote its float32 weights
         pass
-    arrays = tuple(map(_wide, single.arrays))
-    closed = single.program.closed(arrays)
+    jaxpr, arrays = single.program.jaxpr, tuple(map(_wide, single.arrays))
     try:
-        return as_network(
-            lambda x: interpret(closed.jaxpr, arrays, [x], _result)[0], shape, jnp.float64
-        )
+        return as_network(lambda x: interpret(jaxpr, arrays, [x], _result)[0], shape, jnp.float64)
     except NotInDouble:
         raise
     except Exception as error:  # a primitive whose parameters tie its types together

@@ -35,7 +35,7 @@ class Program:
     """What a network computes for a batch, usually of one, without the arrays it closes over."""
 
     def __init__(self, closed: core.ClosedJaxpr, outputs: Any, fn: Callable, is_plain: bool):
-        self._jaxpr, self._dtype = closed.jaxpr, closed.in_avals[0].dtype
+        self.jaxpr, self._dtype = closed.jaxpr, closed.in_avals[0].dtype
         self._batch_size = closed.in_avals[0].shape[0]
         self.outputs = outputs
         self._is_plain = is_plain
@@ -49,11 +49,7 @@ class Program:
     @property
     def outside(self) -> str | None:
         """A primitive in it that leaves JAX, such as pure_callback."""
-        return _outside(self._jaxpr)
-
-    def closed(self, arrays: Sequence[jax.Array]) -> core.ClosedJaxpr:
-        """The program with its arrays."""
-        return core.ClosedJaxpr(self._jaxpr, list(arrays))
+        return _outside(self.jaxpr)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
@@ -71,7 +67,7 @@ class Program:
         is_fast = jax.default_backend() == "cpu" and not self._is_plain
 
         def evaluate(*args):
-            return interpret(self._jaxpr, arrays, args, _fast_on_a_cpu if is_fast else _as_written)
+            return interpret(self.jaxpr, arrays, args, _fast_on_a_cpu if is_fast else _as_written)
 
         x = x.astype(self._dtype)
         if len(x) == self._batch_size:

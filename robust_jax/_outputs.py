@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from robust_jax._network import Network, as_network
+from robust_jax._network import as_network
 
 # How many examples the checks use that call the network again.
 FEW = 16
@@ -29,7 +29,7 @@ def is_random(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) -> bool:
 
     Each call has its own trace, since what Python draws at random is part of the trace.
     """
-    one, two = (_logits(_traced(logits_fn, x, len(x)), x) for _ in range(2))
+    one, two = (_logits(logits_fn, x, len(x)) for _ in range(2))
     return bool((_change(one, two).max(-1) > 1e-4).any())
 
 
@@ -39,8 +39,7 @@ def change_with_the_batch(logits_fn: Callable, x: Float[np.ndarray, "n ..."]) ->
     A single example shares the batch with its negative.
     """
     x = x if len(x) > 1 else np.concatenate([x, 1 - x])
-    together = _logits(_traced(logits_fn, x, len(x)), x)
-    alone = _logits(_traced(logits_fn, x, 1), x)
+    together, alone = _logits(logits_fn, x, len(x)), _logits(logits_fn, x, 1)
     return float(_change(alone, together).max())
 
 
@@ -87,11 +86,8 @@ def _change(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     return np.where(finite, difference / size, np.where(same, 0.0, np.inf))
 
 
-def _traced(logits_fn, x, batch_size) -> Network:
-    return as_network(logits_fn, x.shape[1:], x.dtype, batch_size=batch_size)
-
-
-def _logits(network, x) -> np.ndarray:
+def _logits(logits_fn, x, batch_size: int) -> np.ndarray:
+    network = as_network(logits_fn, x.shape[1:], x.dtype, batch_size=batch_size)
     return np.asarray(_evaluated(network, x))
 
 

@@ -175,7 +175,6 @@ def autoattack(
         "y": y.astype(np.int32),
         "key": np.asarray(jax.random.key_data(keys)),
     }
-    x = rows["x"]
     map_examples = with_keys(map_examples or Mapper(network, batch_size, len(x)), keys)
     classify = map_examples(_Classify(is_randomised))
 
@@ -449,17 +448,8 @@ def written(value: Any) -> Any:
 
 
 def _save(path: Path, state: _State, inputs: str, logits: np.ndarray) -> None:
-    save_arrays(
-        path,
-        x_adv=state.x_adv,
-        broken_by=state.broken_by,
-        margin=state.margin,
-        strange=state.strange,
-        passes_done=state.passes_done,
-        robust_accuracy=json.dumps(state.robust_accuracy),
-        inputs=inputs,
-        logits=logits,
-    )
+    fields = state._asdict() | {"robust_accuracy": json.dumps(state.robust_accuracy)}
+    save_arrays(path, **fields, inputs=inputs, logits=logits)
 
 
 def _load(path: Path, inputs: str, logits: np.ndarray, dtype: np.dtype) -> _State:

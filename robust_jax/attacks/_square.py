@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from robust_jax import _checks, losses
 from robust_jax._front import compiled
@@ -169,14 +169,14 @@ def _moves(shape, settings: _Settings) -> tuple[Callable, Callable]:
 
 def _stripes(settings: _Settings, key, x):
     """Vertical stripes, one pixel wide, at the rim, with a sign per column and channel."""
-    return _to_the_rim(settings, x, _signs(key, (1, *x.shape[1:]), x.dtype))
+    return _to_the_rim(settings, x, jax.random.rademacher(key, (1, *x.shape[1:]), x.dtype))
 
 
 def _paint(settings: _Settings, sides, key, x, best, i):
     """The best point with a square repainted at the rim of the ball, with a sign per channel."""
     place_key, sign_key = jax.random.split(key)
     window = _window(place_key, sides[i], x.shape)
-    signs = _signs(sign_key, (1, 1, x.shape[2]), x.dtype)
+    signs = jax.random.rademacher(sign_key, (1, 1, x.shape[2]), x.dtype)
     return jnp.where(window, _to_the_rim(settings, x, signs), best)
 
 
@@ -191,7 +191,7 @@ def _hills(settings: _Settings, patches: Hills, key, x):
     rows, columns = height // side, width // side
     sign_key, turn_key = jax.random.split(key)
     hill = jnp.asarray(_hill(side, patches), x.dtype)[:, :, None]
-    signs = _signs(sign_key, (rows, 1, columns, 1, channels), x.dtype)
+    signs = jax.random.rademacher(sign_key, (rows, 1, columns, 1, channels), x.dtype)
     turned = jax.random.bernoulli(turn_key, shape=(rows, 1, columns, 1, 1))
     tiles = signs * jnp.where(turned, hill.swapaxes(0, 1)[None, :, None], hill[None, :, None])
     tiles = tiles.reshape(rows * side, columns * side, channels)
@@ -228,7 +228,7 @@ def _move_mass(settings: _Settings, patches: Hills, tables, key, x, best, i):
     inside = jnp.where(here, delta, 0.0)
     mass = norm_per_channel(jnp.where(here | there, delta, 0.0))
     unused = jnp.maximum(settings.eps**order - (jnp.abs(delta) ** order).sum(), 0.0) / x.shape[2]
-    signs = _signs(sign_key, (1, 1, x.shape[2]), x.dtype)
+    signs = jax.random.rademacher(sign_key, (1, 1, x.shape[2]), x.dtype)
     new = hill * signs + inside / (norm_per_channel(inside) + least)
     new = new / (norm_per_channel(new) + least) * root(mass**order + unused)
     if not patches.fills_ball:  # too large, as in the reference; the projection shrinks it
@@ -243,10 +243,6 @@ def _brought_inside(settings: _Settings, patches: Hills, x, delta):
     if patches.fills_ball:
         delta = delta * (eps / (norm.size(delta) + max(1e-12, tiny(x.dtype))))
     return norm.project_to_ball_and_box(x + delta, x, eps)
-
-
-def _signs(key, shape, dtype) -> Array:
-    return jax.random.rademacher(key, shape, dtype)
 
 
 def _place(key, side, shape):
@@ -272,10 +268,8 @@ def _hill_on_canvas(
     side: int, shape: tuple[int, ...], patches: Hills
 ) -> Float[np.ndarray, "2 h w"]:
     """A hill and its transpose in the upper left corner of an image of zeros."""
-    canvas = np.zeros((2, *shape[:2]), np.float32)
-    canvas[0, :side, :side] = _hill(side, patches)
-    canvas[1, :side, :side] = _hill(side, patches).T
-    return canvas
+    hill = _hill(side, patches)
+    return np.pad([hill, hill.T], [(0, 0), (0, shape[0] - side), (0, shape[1] - side)])
 
 
 def _hill(side: int, patches: Hills) -> Float[np.ndarray, "s s"]:
