@@ -400,6 +400,21 @@ def test_what_has_no_norm_and_radius_of_its_own_follows_the_threat_model():
     assert found.attacks.deepfool.to_dict() == {"norm": "l2", "eps": 0.5}
 
 
+@pytest.mark.parametrize(
+    "version, members",
+    [("rand", None), ("standard", 4), (("square", "apgd_ce", "square"), 2)],
+)
+def test_autoattack_has_each_of_its_members_once(version, members):
+    """A name given twice would take the images that it broke from the accuracy twice."""
+    entry = ConfigDict({"name": "autoattack", "eps": 0.1, "version": version})
+    if members is None:
+        with pytest.raises(UserError, match="rand is for randomised networks"):
+            entries.attack_grid("ensemble", entry)
+    else:
+        grid = entries.attack_grid("ensemble", entry)
+        assert len(grid.members) == len(set(grid.members)) == members
+
+
 def test_one_override_moves_all_that_follow():
     """The validation attack, the audit and AutoAttack, and a step in units of the radius."""
     built = build(changed(threat__eps="8/255", adversary__relative_step_size=0.25))

@@ -18,7 +18,7 @@ from robust_jax.app import config as config_lib
 from robust_jax.app.config import bind, guard, keyword_parameters
 from robust_jax.app.evaluator import AttackGrid, AuditSettings
 from robust_jax.attacks import ATTACKS, never
-from robust_jax.attacks._autoattack import VERSIONS, ensemble_of
+from robust_jax.attacks._autoattack import ensemble_of
 from robust_jax.attacks.norms import NORMS
 from robust_jax.devices import parallel
 from robust_jax.errors import UserError
@@ -126,8 +126,7 @@ def attack_grid(label: str, entry: ConfigDict) -> AttackGrid:
         if version == "rand" or any("eot_samples" in own for own in overrides):
             raise UserError(f"{path}: rand is for randomised networks, which a config cannot name")
         # A loop on the host is not traced beforehand, so its arguments are checked here.
-        guard(path, ensemble_of, **attack.keywords)
-        members = tuple(VERSIONS.get(version, ()) if isinstance(version, str) else version)
+        members = tuple(guard(path, ensemble_of, **attack.keywords))
     norm = inspect.signature(attack).parameters["norm"].default  # the entry's, or the default
     surrogate = config_lib.check_type(entry.get("surrogate", ""), str, f"{path}.surrogate")
     if surrogate and members:

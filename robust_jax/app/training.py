@@ -88,16 +88,7 @@ def build(config: ConfigDict) -> Training:
     Raises UserError, naming the field, the value and the choices.
     """
     given, config = config, threat.complete(config)
-    (
-        method,
-        make_model,
-        make_schedule,
-        make_optimizer,
-        loss,
-        adversary,
-        terms,
-        validation_attack,
-    ) = named(config)
+    found = named(config)
     dataset = data.load(
         config.dataset,
         validation_size=config.validation_size,
@@ -120,20 +111,20 @@ def build(config: ConfigDict) -> Training:
             f"{dataset.train.size} examples"
         )
     statistics = {"mean": dataset.mean, "std": dataset.std} if config.normalize else {}
-    model = guard("config.model", make_model, num_classes=dataset.num_classes, **statistics)
+    model = guard("config.model", found.make_model, num_classes=dataset.num_classes, **statistics)
     num_labeled_in_batch = _num_labeled_in_batch(config, dataset.train)
-    terms = {name: term for name, term in terms.items() if term.weight}
+    terms = {name: term for name, term in found.terms.items() if term.weight}
     objective = guard(
         "config",
         make_objective,
         apply_fn(model),
-        loss=loss,
+        loss=found.loss,
         loss_on=config.loss_on,
-        adversary=adversary,
+        adversary=found.adversary,
         terms=terms,
         labeled_fraction=num_labeled_in_batch / config.batch_size,
     )
-    _try_out(dataset, model, loss, adversary, terms, validation_attack)
+    _try_out(dataset, model, found.loss, found.adversary, terms, found.validation_attack)
 
     def steps(field):
         return config_lib.num_steps(
@@ -144,9 +135,9 @@ def build(config: ConfigDict) -> Training:
         )
 
     total_steps = steps("duration")
-    schedule = guard("config.schedule", make_schedule, config.learning_rate, total_steps)
+    schedule = guard("config.schedule", found.make_schedule, config.learning_rate, total_steps)
     tx = optimizer.with_clipping(
-        make_optimizer(schedule, config.weight_decay, optimizer.is_kernel),
+        found.make_optimizer(schedule, config.weight_decay, optimizer.is_kernel),
         config.gradient_clip_norm or None,
     )
     train_step = make_train_step(
@@ -172,15 +163,15 @@ def build(config: ConfigDict) -> Training:
     most = max(tracked.first_order, tracked.minimum_norm, tracked.clever)
     plan = Plan(
         init=init,
-        train_step=parallel.map_step(train_step, method),
-        vmapped_train_step=parallel.map_step(vmap_train_step(train_step), method),
+        train_step=parallel.map_step(train_step, found.method),
+        vmapped_train_step=parallel.map_step(vmap_train_step(train_step), found.method),
         validate=make_validation(
             network(model),
-            validation_attack,
+            found.validation_attack,
             dataset.validation,
             batch_size=config.evaluation.batch_size,
             key=validation_key,
-            method=method,
+            method=found.method,
             tracked=tracked,
             margins_of=dataset.train.take(dataset.train.labeled[:most]) if most else None,
         ),

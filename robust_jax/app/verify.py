@@ -1,6 +1,5 @@
 """Checks that a finished run's records and table follow from its checkpoints."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ def compare(
         wrong += [f"records/{name}.csv {column}: {count} rows" for column, count in found.items()]
         temperature = results[name].get("temperature")
         summary = summarize(saved[name], experiment.grids, kept, temperature)
-        summary = json.loads(json.dumps(summary))
         for part, value in summary.items():
             if not _alike(value, results[name].get(part)):
                 wrong.append(f"results.json {name}.{part} is not what the records add up to")

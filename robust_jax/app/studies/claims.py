@@ -62,9 +62,11 @@ def judge_test(
     if test["measure"].endswith("/*"):
         return _judge_most(test, found, adds_seeds)
     runs = _paired(test, found)
-    outcomes = _outcomes(test, runs)
     numbers = [[measures.value(run.results, test["measure"]) for run in arms] for arms in runs]
     measured = np.array([of_seed for of_seed in numbers if None not in of_seed], float)
+    of_images = by_image(test["measure"], runs)  # [seeds, arms, images], for a mean over them
+    values = measured if of_images is None else of_images
+    outcomes = np.array([_on_claimed_side(test, of_seed) for of_seed in values])
     # A negative `by` is a tolerance: to be within it is the claim, so no effect is too small.
     tolerance = -min(test.get("by", 0.0), 0.0)
     smallest = 0.0 if tolerance else _size(test.get("smallest_effect", 0.0), test, measured)
@@ -240,16 +242,6 @@ def by_image(measure: str, runs: Sequence[Sequence[Evidence]]) -> np.ndarray | N
         return None
     table = pd.concat(known, axis=1, join="inner").to_numpy(float)
     return table.T.reshape(len(found), len(found[0]), -1) if len(table) else None
-
-
-def _outcomes(test: Mapping[str, Any], runs: Sequence[Sequence[Evidence]]) -> np.ndarray:
-    """How far seeds [seeds], or for a mean its images [seeds, images], are on the claimed side."""
-    measure = test["measure"]
-    if (of_images := by_image(measure, runs)) is not None:
-        return np.stack([_on_claimed_side(test, of_seed) for of_seed in of_images])
-    numbers = [[measures.value(run.results, measure) for run in of_seed] for of_seed in runs]
-    known = [np.array(of_seed, float) for of_seed in numbers if None not in of_seed]
-    return np.array([_on_claimed_side(test, of_seed) for of_seed in known])
 
 
 def _on_claimed_side(test: Mapping[str, Any], values: np.ndarray) -> np.ndarray:
