@@ -180,8 +180,8 @@ def get_config():
                 ],
             },
             "b, uniform": {
-                "text": "Layers get smooth alike in all directions: in most, adversarial over "
-                "random change falls (ours).",
+                "text": "Layers get more alike in all directions: in most, the ratio of "
+                "adversarial to random change falls (ours).",
                 "smallest_effect": "10 %",
                 "tests": [falls("measurements.features.adversarial_over_random/*")],
             },

@@ -195,7 +195,8 @@ def get_config():
                 ],
             },
             "a, first order": {
-                "text": "So they do by first-order margins, of more images (ours).",
+                "text": "By first-order margins, of more images, the minimum rises and the average "
+                "falls (ours).",
                 "smallest_effect": 0.001,
                 "tests": [
                     test
@@ -215,8 +216,8 @@ def get_config():
                 ],
             },
             "a, signed": {
-                "text": "So they do as distances from the label, negative where misclassified "
-                "(our reading).",
+                "text": "As distances from the label, negative where misclassified, the minimum "
+                "rises and the average falls (our reading).",
                 "smallest_effect": 0.01,
                 "tests": [
                     test

@@ -226,8 +226,8 @@ def get_config():
             },
             **{
                 f"a, {name.replace('_', ' ')}": {
-                    "text": f"Regularising with the {words} beats VAT and adversarial training in "
-                    "ℓ₂, by PGD and by one step.",
+                    "text": f"Regularising with the {words} (our reading) beats VAT and "
+                    "adversarial training in ℓ₂, by PGD and by one step.",
                     "smallest_effect": 0.02,
                     "tests": [above(robust, name, arm) for arm in ("vat", "at", "at_one_step")],
                 }
@@ -239,9 +239,9 @@ def get_config():
                 )
             },
             "interior": {
-                "text": "Adversarial training leaves the interior of the ball: there the energies "
-                "that look at it are more robust under PGD, and halfway to the worst point their "
-                "loss is lower.",
+                "text": "Adversarial training neglects the interior of the ball: networks trained "
+                "with energies that look at it are more robust there under PGD, and have a lower "
+                "loss halfway to the worst point.",
                 "smallest_effect": 0.01,
                 "tests": [
                     *(

@@ -248,7 +248,7 @@ def get_config():
                 ],
             },
             "b, matched": {
-                "text": "At equal confidence on held-out images EntM and LS beside AT are as "
+                "text": "At equal confidence on held-out images AT + EntM and AT + LS are as "
                 "robust: neither is better by two points (ours).",
                 "tests": [
                     test
