@@ -49,6 +49,9 @@ def get_config():
         "gradient is below 1e-6, and the last point counts, so it is the weaker there.",
         "Claim (c), that the ramp is Fisher-consistent, is decided by tests/test_margins.py.",
     )
+    config.labels = {
+        arm: arm.replace("_", " ").replace("mlp", "MLP").replace("cnn", "CNN") for arm in arms()
+    } | {"cnn_input_margin": "CNN, input margin (ours)"}
     config.scale = "small"
     config.seeds = (0, 1, 2)
 
