@@ -312,7 +312,7 @@ def longer(regularised=1, **epochs):
             times = regularised if objective == "regularised" else 1
             found[name] = {
                 "duration": f"{times * epochs[network]} epochs",
-                "validate_every": f"{times} epochs",
+                "validate_every": "1 epoch",
             }
     return found
 
