@@ -335,7 +335,7 @@ def relative_slope(
     norm: Norm = "l2",
     chunk_size: int | None = None,
 ) -> PerExample:
-    """max_{j≠y} ‖∇_x (z_y - z_j)‖_q / |z_y - z_j|, which does not depend on the logits' scale.
+    """max_{j≠y} ‖∇_x (z_y - z_j)‖_q / abs(z_y - z_j), which no scale of the logits changes.
 
     q is dual to the norm. For a correctly classified example it is the inverse of the first-order
     margin, so it does not shrink merely because the logits do. Multiplying the logits by a constant
