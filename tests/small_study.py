@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.labels = ConfigDict()
     margin = "measurements.outputs.mean_margin"
     config.measures = (("clean", "clean.accuracy"), ("mean margin", margin))
-    config.pairs, config.published, config.along_training = (), (), ()
+    config.pairs, config.published = (), ()
     tests = (above("clean.accuracy", "entm", "at"),)
     config.claims = {"a": {"text": "Better.", "tests": tests, "smallest_effect": 0.05}}
     return config

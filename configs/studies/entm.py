@@ -65,7 +65,8 @@ def get_config():
         "in ℓ₂, the inverse of the first-order margin where the image is classified correctly. "
         "Its median is over all images.",
         "λ and γ are chosen by robust accuracy on held-out images, at 0.1 with AT and at 0.02 "
-        "alone; at_ls_matched has the γ whose confidence on them is nearest to that of at_entm.",
+        "alone, which is also what is drawn along training; at_ls_matched has the γ whose "
+        "confidence on them is nearest to that of at_entm.",
         "Transfer: PGD-20 on an undefended CNN, trained on the same images by a recipe of its own. "
         "Broken by transfer: of the points that hold against gradients, the share that such "
         "adversarials break. Published, at scale full: Rice, Wong, Kolter 2020, the best epoch, "
@@ -193,7 +194,7 @@ def get_config():
         ("‖J‖ logits", "PGD at {largest}"),
         ("‖J‖ logits", "AutoAttack at {largest} (ours)"),
     )
-    config.along_training = ("robust_accuracy",)  # on held-out images
+    config.along_training = ("robust_accuracy",)
 
     beyond = ("trained", "larger", "largest")
     config.claims = ConfigDict(

@@ -475,11 +475,11 @@ def _history(workdirs: Sequence[Path], name: str) -> list[dict[str, Any]]:
     """A number of the validations against the epoch: mean and interval over seeds."""
     by_epoch: dict[float, list[float]] = {}
     for workdir in workdirs:
-        metrics = stored.metrics(workdir)
+        metrics, column = stored.metrics(workdir), f"validation/{name}"
+        if column not in metrics:  # the folder may have been copied without metrics.jsonl
+            continue
         steps_per_epoch = (metrics["step"] / metrics["epoch"]).dropna().iloc[0]
-        column = f"validation/{name}"
-        known = metrics[metrics[column].notna()] if column in metrics else metrics[:0]
-        for _, line in known.iterrows():
+        for _, line in metrics[metrics[column].notna()].iterrows():
             epoch = round(line["step"] / steps_per_epoch, 3)
             by_epoch.setdefault(epoch, []).append(line[column])
     bounds = measures.bounds(f"training.last.{name}")
