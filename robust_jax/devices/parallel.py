@@ -160,7 +160,7 @@ class Placement:
 
 
 def placement_of(x: Any, num_rows: int) -> Placement:
-    """Where x lies; whatever is not committed to a device is shared by all local ones.
+    """Where x lies; what is committed to no device is shared by all local ones that get a row.
 
     It is not shared if the caller has chosen a device with jax.default_device.
     """
