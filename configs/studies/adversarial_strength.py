@@ -163,8 +163,7 @@ def get_config():
                 "tests": [falls("measurements.spectra.relative_spread/*")],
             },
             "b": {
-                "text": "The change that a change of the image makes in feature space gets "
-                "smaller in most layers.",
+                "text": "In most layers the features change less when the image changes.",
                 "smallest_effect": "10 %",
                 "tests": [
                     falls("measurements.features.random/*"),
@@ -172,7 +171,7 @@ def get_config():
                 ],
             },
             "b, scale-free": {
-                "text": "So it does over the layer's own size (ours).",
+                "text": "Relative to the layer's own size they change less, too (ours).",
                 "smallest_effect": "10 %",
                 "tests": [
                     falls("measurements.features.relative_random/*"),
@@ -180,7 +179,7 @@ def get_config():
                 ],
             },
             "b, uniform": {
-                "text": "Layers get more alike in all directions: in most, the ratio of "
+                "text": "Layers respond more evenly to all directions: in most, the ratio of "
                 "adversarial to random change falls (ours).",
                 "smallest_effect": "10 %",
                 "tests": [falls("measurements.features.adversarial_over_random/*")],

@@ -206,14 +206,14 @@ def get_config():
                 "tests": [above("pgd@{faint}", arm, "ce") for arm in ("entm", "ls")],
             },
             "a, only": {
-                "text": "At the eps that AT is trained on they are not: PGD leaves them two points "
-                "more than CE at most.",
+                "text": "At the eps that AT is trained on they are not: under PGD their accuracy "
+                "is at most two points above CE's.",
                 "tests": [below("pgd@{trained}", arm, "ce", by=-0.02) for arm in ("entm", "ls")],
             },
             "a, strong attacks": {
-                "text": "The gain at a small eps is lost under strong attacks: AutoAttack leaves "
-                "them two points more than CE at most, at the small eps and at the one that AT is "
-                "trained on.",
+                "text": "The gain at a small eps is lost under strong attacks: under AutoAttack "
+                "their accuracy is at most two points above CE's, at the small eps and at the one "
+                "that AT is trained on.",
                 "tests": [
                     below(f"autoattack@{{{eps}}}", arm, "ce", by=-0.02)
                     for eps in ("faint", "trained")

@@ -184,7 +184,7 @@ def get_config():
                 )
             },
             "a, unbounded": {
-                "text": "It is so under JSMA and C&W.",
+                "text": "The same holds under JSMA and C&W.",
                 "smallest_effect": 0.02,
                 "tests": [
                     above(attack, form, "ce")
@@ -205,8 +205,7 @@ def get_config():
                 ],
             },
             "c": {
-                "text": "Its clean accuracy is not below cross-entropy's (by half a point at "
-                "most).",
+                "text": "Its clean accuracy is at most half a point below cross-entropy's.",
                 "tests": [
                     above("clean.accuracy", form, "ce", by=-0.005)
                     for form in ("gce", "gce_published")
