@@ -578,3 +578,6 @@ def test_numbers_along_training_are_those_of_the_validations(tmp_path):
     assert points[0]["low"] < 1.1 < points[0]["high"]
     # A run whose margins were all infinite has none.
     assert study._history([tmp_path / "0"], "average_margin_attack") == []
+    # Nor has one that was copied without its metrics.jsonl.
+    (tmp_path / "copied").mkdir()
+    assert study._history([tmp_path / "copied"], "average_margin") == []

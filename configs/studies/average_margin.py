@@ -107,7 +107,7 @@ def get_config():
                 name: {**changes, **(slow if name.startswith("cnn") else {})}
                 for name, changes in {
                     **longer(linear=30, mlp=20, cnn=3, regularised=5),
-                    # A step of it takes ten times as long as a plain one.
+                    # A step of it takes several times as long as a plain one.
                     "cnn_input_margin": {**WIDER["cnn_input_margin"], "duration": "1 epoch"},
                 }.items()
             },
